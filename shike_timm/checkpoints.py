@@ -1,0 +1,132 @@
+"""Checkpoints: saved whole or not at all, loaded without unpickling, exported in timm's local-dir format."""
+import argparse
+import copy
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Union
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from timm.models import clean_state_dict
+from timm.models._hub import save_for_hf
+from timm.utils import CheckpointSaver
+from torch import Tensor, nn
+
+from .errors import InputError
+
+__all__ = ['StageSaver', 'export_model', 'load_checkpoint', 'load_weights', 'model_weights']
+
+
+class StageSaver(CheckpointSaver):
+    """timm's saver for one stage: checkpoints are kept by recency alone, and `last` is replaced in one step.
+
+    Args:
+        folder: Folder of the stage's checkpoints.
+        **kwargs: Arguments of `timm.utils.CheckpointSaver`.
+    """
+
+    def __init__(self, folder: Union[str, Path], **kwargs: Any):
+        super().__init__(checkpoint_dir=str(folder), recovery_dir=str(folder), **kwargs)
+
+    def _replace(self, src: str, dst: str) -> None:
+        os.replace(src, dst)  # timm removes dst first, which leaves a moment without any `last`
+
+    def save_initial(self) -> None:
+        """Save the state before the first epoch as `last`, so that there is always one to resume from."""
+        temporary, last = (os.path.join(self.checkpoint_dir, name + self.extension) for name in ('tmp', 'last'))
+        self._save(temporary, epoch=-1)
+        self._replace(temporary, last)
+
+
+def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
+    """Load a checkpoint file to the CPU, tensors and plain values only.
+
+    Args:
+        path: A file of torch.save or safetensors.
+
+    Returns:
+        The checkpoint; what safetensors holds comes under `state_dict`.
+
+    Raises:
+        InputError: If the file is missing, truncated, or would have to be unpickled.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint '{path}' does not exist.")
+    try:
+        if path.suffix == '.safetensors':
+            return {'state_dict': safetensors.torch.load_file(path)}
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"checkpoint '{path}' holds a pickled object other than tensors and plain values, "
+            'which could run any code and is not loaded: save its state_dict alone.') from error
+    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"checkpoint '{path}' is truncated or not a checkpoint: use another one.") from error
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"checkpoint '{path}' holds a {type(checkpoint).__name__}, expected a dictionary of weights.")
+    return checkpoint
+
+
+def model_weights(checkpoint: Dict[str, Any]) -> Dict[str, Tensor]:
+    """The model's weights in a checkpoint, its moving average where there is one, as timm chooses."""
+    for key in ('state_dict_ema', 'state_dict', 'model'):
+        if checkpoint.get(key) is not None:
+            return clean_state_dict(checkpoint[key])
+    return clean_state_dict(checkpoint)
+
+
+def load_weights(model: nn.Module, weights: Dict[str, Tensor], path: Union[str, Path]) -> None:
+    """Load weights that must fit the model exactly.
+
+    Args:
+        model: Model to load into.
+        weights: State dict.
+        path: Where the weights come from, for the message.
+
+    Raises:
+        InputError: If a name or a shape differs; the model is left as it was.
+    """
+    own = model.state_dict()
+    wrong = [name for name in own if name not in weights] + [name for name in weights if name not in own]
+    wrong += [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if wrong:
+        shapes = [str(tuple(state[wrong[0]].shape)) if wrong[0] in state else 'nothing' for state in (weights, own)]
+        raise InputError(
+            f"checkpoint '{path}' is of another architecture: at '{wrong[0]}' it holds {shapes[0]}, "
+            f'this model expects {shapes[1]}; choose the model and options it was trained with.')
+    model.load_state_dict(weights)
+
+
+def export_model(
+        model: nn.Module,
+        folder: Union[str, Path],
+        data_config: Dict[str, Any],
+        class_names: Sequence[str],
+        class_counts: List[int],
+) -> None:
+    """Write `config.json` and `model.safetensors`, which timm loads as `local-dir:FOLDER`.
+
+    Args:
+        model: Model made by `timm.create_model`.
+        folder: Folder to write, replaced as a whole if it exists.
+        data_config: Preprocessing, what `timm.data.resolve_data_config` gives.
+        class_names: Names of the classes in label order.
+        class_counts: Training images of each class, kept in the configuration for the shot divisions.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + '.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_for_hf(
+        copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format),
+        temporary,
+        model_config=dict(label_names=list(class_names), class_counts=list(class_counts)),
+        safe_serialization=True,
+        data_config=data_config,
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

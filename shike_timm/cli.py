@@ -1,0 +1,35 @@
+"""What every script does around its work: logging, one-sentence errors, exit status."""
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+from timm.utils import setup_default_logging
+
+from .engine import Interrupted, NonFiniteError
+from .errors import InputError
+
+__all__ = ['run_script']
+
+
+def run_script(main: Callable[[], Any]) -> int:
+    """Run a script's work and give its exit status.
+
+    Returns:
+        0 when done, 1 when training stopped being finite, 2 for bad input, 128 plus the signal when stopped by one.
+    """
+    setup_default_logging()
+    logging.getLogger('timm').setLevel(logging.WARNING)
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except InputError as error:
+        print(f'{name}: error: {error}', file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f'{name}: {error}', file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print(f'{name}: stopped by signal {stop.signum}', file=sys.stderr)
+        return 128 + stop.signum
+    return 0

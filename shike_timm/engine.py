@@ -1,0 +1,252 @@
+"""The training loop: epochs over a task, with logs, a summary, checkpoints and orderly stops."""
+import csv
+import logging
+import math
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Optional
+
+import numpy as np
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.task import TrainingTask
+from timm.utils import NativeScaler, dispatch_clip_grad, random_seed, update_summary
+from timm.utils.summary import trim_summary
+from tqdm import tqdm
+
+from .checkpoints import StageSaver
+from .evaluation import METRICS
+
+__all__ = ['Interrupted', 'LoopConfig', 'NonFiniteError', 'StopFlag', 'fit', 'seed_all', 'stop_signals']
+
+_logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the weights stopped being finite; the message says where."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; `signum` says which."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+@dataclass
+class StopFlag:
+    """The signal that asked for a stop, 0 for none."""
+
+    signum: int = 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopFlag]:
+    """Turn SIGINT and SIGTERM into a flag that the loop reads between steps; a second signal acts at once."""
+    flag = StopFlag()
+    previous = {}
+
+    def restore() -> None:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    def handle(signum: int, frame: Any) -> None:
+        flag.signum = signum
+        restore()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        previous[signum] = signal.signal(signum, handle)
+    try:
+        yield flag
+    finally:
+        restore()
+
+
+@dataclass
+class LoopConfig:
+    """Settings of `fit`.
+
+    Attributes:
+        name: Name of the stage in logs.
+        epochs: Epochs in all.
+        seed: Seed of the run.
+        stage: Number of the stage, which keeps the random streams of stages apart.
+        first_row: Row of the summary where this stage's first epoch stands.
+        log_interval: Steps between log lines.
+        val_interval: Epochs between evaluations; the last epoch is always evaluated.
+        clip_grad: Gradient clipping value, None for none.
+        clip_mode: timm's clipping mode: 'norm', 'value' or 'agc'.
+        autocast: Data type of autocast, None for none.
+        channels_last: Lay images out with channels last.
+    """
+
+    name: str
+    epochs: int
+    seed: int = 42
+    stage: int = 1
+    first_row: int = 0
+    log_interval: int = 50
+    val_interval: int = 1
+    clip_grad: Optional[float] = None
+    clip_mode: str = 'norm'
+    autocast: Optional[torch.dtype] = None
+    channels_last: bool = False
+
+
+def seed_all(seed: int, stage: int, epoch: int) -> None:
+    """Seed Python, NumPy and torch for an epoch of a stage, so that it does not depend on the epochs before it.
+
+    Epoch -1 stands for the stage's initial values.
+    """
+    random_seed(int(np.random.SeedSequence((seed, stage, epoch + 1)).generate_state(1)[0]))
+
+
+def _train_one_epoch(
+        task: TrainingTask,
+        loader,
+        optimizer: torch.optim.Optimizer,
+        config: LoopConfig,
+        epoch: int,
+        loss_scaler: Optional[NativeScaler],
+        stop: StopFlag,
+) -> Dict[str, float]:
+    task.train()
+    device = task.device
+    autocast = torch.autocast(device.type, dtype=config.autocast) if config.autocast else nullcontext()
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+    sums: Dict[str, torch.Tensor] = {}
+    num_steps, num_images, images_since_log = len(loader), 0, 0
+    lr = optimizer.param_groups[0]['lr']
+    start = log_start = time.perf_counter()
+
+    def check_finite() -> None:
+        step = int(first_bad_step)
+        if step >= 0:
+            raise NonFiniteError(
+                f'The loss is not finite at step {step} of epoch {epoch} of {config.name}: '
+                'try a lower --lr, --clip-grad, or --amp-dtype bfloat16.')
+
+    progress = tqdm(
+        loader, desc=f'{config.name} {epoch}', leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    for step, (images, target) in enumerate(progress):
+        if stop.signum:
+            progress.close()
+            raise Interrupted(stop.signum)
+        with autocast:
+            result = task(images.contiguous(memory_format=memory_format), target)
+        loss = result['loss']
+        first_bad_step = torch.where((first_bad_step < 0) & ~loss.detach().isfinite(), step, first_bad_step)
+        parameters = task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
+        if loss_scaler is not None:
+            loss_scaler(
+                loss, optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode, parameters=parameters)
+        else:
+            loss.backward()
+            if config.clip_grad is not None:
+                dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
+            optimizer.step()
+        optimizer.zero_grad()
+        task.update_ema()
+
+        batch_size = len(images)
+        num_images += batch_size
+        images_since_log += batch_size
+        for key, value in result.items():
+            if key != 'output':
+                sums[key] = sums.get(key, 0.) + value.detach() * batch_size
+
+        if step % config.log_interval == 0 or step == num_steps - 1:
+            check_finite()
+            now = time.perf_counter()
+            means = {key: float(value) / num_images for key, value in sums.items()}
+            _logger.info(
+                f'Train: {epoch} [{step:>4d}/{num_steps} ({100 * (step + 1) / num_steps:>3.0f}%)]  '
+                f"Loss: {float(loss.detach()):#.3g} ({means.pop('loss'):#.3g})  "
+                + ''.join(f'{key.upper()}: {value:#.3g}  ' for key, value in means.items())
+                + f'Time: {images_since_log / (now - log_start):>7.2f}/s ({num_images / (now - start):>7.2f}/s)  '
+                f'LR: {lr:.3e}')
+            log_start, images_since_log = now, 0
+    return dict(
+        loss=round(float(sums['loss']) / num_images, 6),
+        seconds=round(time.perf_counter() - start, 3),
+    )
+
+
+def _check_weights(task: TrainingTask, config: LoopConfig, epoch: int) -> None:
+    tensors = [t for t in task.get_eval_model().state_dict().values() if t.is_floating_point()]
+    if not math.isfinite(float(sum(torch._foreach_norm(tensors)))):
+        raise NonFiniteError(f'The weights are no longer finite after epoch {epoch} of {config.name}: try a lower --lr.')
+
+
+def _training_seconds(summary: Path, first_row: int) -> float:
+    if not summary.exists():
+        return 0.
+    with summary.open(newline='') as file:
+        return sum(float(row['train_seconds']) for row in csv.DictReader(file) if int(row['epoch']) >= first_row)
+
+
+def fit(
+        task: TrainingTask,
+        loader,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Scheduler,
+        saver: StageSaver,
+        evaluate: Callable[[torch.nn.Module], Dict[str, Any]],
+        summary: Path,
+        config: LoopConfig,
+        start_epoch: int = 0,
+        loss_scaler: Optional[NativeScaler] = None,
+        stop: Optional[StopFlag] = None,
+) -> Dict[str, Any]:
+    """Train a task for its remaining epochs and evaluate it after the last.
+
+    Args:
+        task: What to train.
+        loader: Training batches.
+        optimizer: Optimizer of the task's parameters.
+        scheduler: Learning rates, stepped once an epoch.
+        saver: Saves a checkpoint after each epoch.
+        evaluate: Gives the metrics of a model.
+        summary: CSV file that gets a row an epoch.
+        config: Settings.
+        start_epoch: Epoch to start with, counted from 0.
+        loss_scaler: Loss scaling, for float16.
+        stop: Flag that asks the loop to stop.
+
+    Returns:
+        The metrics of the last epoch and `seconds`, the training time of all epochs, evaluation apart.
+
+    Raises:
+        NonFiniteError: If the loss or the weights stop being finite; the last checkpoint is from before.
+        Interrupted: If the flag is raised; the last checkpoint is of the last whole epoch.
+    """
+    stop = stop or StopFlag()
+    trim_summary(str(summary), config.first_row + start_epoch)
+    metrics = None
+    for epoch in range(start_epoch, config.epochs):
+        seed_all(config.seed, config.stage, epoch)
+        scheduler.step(epoch)
+        lr = optimizer.param_groups[0]['lr']
+        train_metrics = _train_one_epoch(task, loader, optimizer, config, epoch, loss_scaler, stop)
+        _check_weights(task, config, epoch)
+        metrics = None
+        if epoch == config.epochs - 1 or (epoch + 1) % config.val_interval == 0:
+            metrics = evaluate(task.get_eval_model(ema=task.has_ema()))
+            _logger.info(f'Eval: {epoch}  ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS))
+        update_summary(
+            config.first_row + epoch,
+            train_metrics,
+            {key: metrics[key] if metrics else None for key in METRICS},
+            str(summary),
+            lr=lr,
+        )
+        saver.save_checkpoint(epoch)
+    if metrics is None:
+        metrics = evaluate(task.get_eval_model(ema=task.has_ema()))
+    return dict(metrics, seconds=round(_training_seconds(summary, config.first_row), 1))

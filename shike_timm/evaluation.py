@@ -1,0 +1,113 @@
+"""Accuracy on many-, medium- and few-shot classes, for the ensemble and for each expert."""
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ['METRICS', 'SHOTS', 'ExpertEvaluator', 'evaluate', 'format_table', 'shot_divisions']
+
+SHOTS = ('many', 'medium', 'few')
+METRICS = ('loss', 'top1', 'top5', *SHOTS)
+
+
+def shot_divisions(class_counts: Sequence[int]) -> Dict[str, Tensor]:
+    """Masks [C] of the classes with many (over 100), medium (20 to 100) and few (under 20) training images."""
+    counts = torch.as_tensor(class_counts)
+    return {'many': counts > 100, 'medium': (counts >= 20) & (counts <= 100), 'few': counts < 20}
+
+
+class ExpertEvaluator:
+    """Accumulates the metrics of several outputs at once, on their device, without a host sync per batch.
+
+    Args:
+        num_outputs: Outputs K judged side by side.
+        class_counts: Training images of each class [C], which make the shot divisions.
+        device: Device of the outputs.
+    """
+
+    def __init__(self, num_outputs: int, class_counts: Sequence[int], device: Optional[torch.device] = None):
+        num_classes = len(class_counts)
+        self.divisions = shot_divisions(class_counts)
+        self.loss_sum = torch.zeros(num_outputs, dtype=torch.float64, device=device)
+        self.top1 = torch.zeros(num_classes, num_outputs, dtype=torch.int64, device=device)
+        self.top5 = torch.zeros_like(self.top1)
+        self.total = torch.zeros(num_classes, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Count a batch of logits [B, K, C] with class indices [B]."""
+        index = target[:, None].expand(logits.shape[:2])
+        self.loss_sum += F.cross_entropy(logits.transpose(1, 2).float(), index, reduction='none').double().sum(0)
+        hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == target[:, None, None]
+        self.top1.index_add_(0, target, hits[..., 0].long())
+        self.top5.index_add_(0, target, hits.any(-1).long())
+        self.total.index_add_(0, target, torch.ones_like(target))
+
+    def compute(self) -> List[Dict[str, Optional[float]]]:
+        """Metrics of each output.
+
+        Returns:
+            Per output the mean cross-entropy `loss`, the share of images right, `top1` and `top5`, and the accuracy
+            averaged over the classes of each shot division, None for a division without test images. Shares are in
+            percent, to two decimals.
+        """
+        total, top1, top5 = self.total.cpu(), self.top1.cpu().double(), self.top5.cpu().double()
+        num_images = int(total.sum())
+        accuracy = 100 * top1 / total[:, None].clamp(min=1)
+        results = []
+        for k, loss_sum in enumerate(self.loss_sum.tolist()):
+            metrics = dict(
+                loss=round(loss_sum / num_images, 4),
+                top1=round(100 * float(top1[:, k].sum()) / num_images, 2),
+                top5=round(100 * float(top5[:, k].sum()) / num_images, 2),
+            )
+            for shot, mask in self.divisions.items():
+                mask = mask & (total > 0)
+                metrics[shot] = round(float(accuracy[mask, k].mean()), 2) if mask.any() else None
+            results.append(metrics)
+        return results
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader, class_counts: Sequence[int], device: torch.device) -> Dict[str, Any]:
+    """Evaluate a SHIKE model in float32.
+
+    Args:
+        model: A model with `forward_experts`.
+        loader: Gives batches of images [B, in_chans, H, W] and class indices [B] on `device`.
+        class_counts: Training images of each class.
+        device: Device of the model.
+
+    Returns:
+        The ensemble's metrics (see `ExpertEvaluator.compute`), and under `experts` those of each expert.
+    """
+    was_training = model.training
+    model.eval()
+    evaluator = None
+    for images, target in loader:
+        # One layout whatever the model's own, so that the same weights always give the same figures.
+        experts = model.forward_experts(images.contiguous(memory_format=torch.channels_last))
+        logits = torch.cat([experts.mean(1, keepdim=True), experts], dim=1)
+        if evaluator is None:
+            evaluator = ExpertEvaluator(logits.shape[1], class_counts, device)
+        evaluator.update(logits, target)
+    model.train(was_training)
+    ensemble, *experts = evaluator.compute()
+    return dict(ensemble, experts=experts)
+
+
+def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
+    """A text table of metrics, a row for each expert and the ensemble of each stage.
+
+    Args:
+        stages: Results of `evaluate` by the name of the stage.
+    """
+    rows = [('', *METRICS)]
+    for stage, result in stages.items():
+        for m, expert in enumerate(result['experts']):
+            rows.append((f'{stage} expert {m}', *(expert[key] for key in METRICS)))
+        rows.append((f'{stage} ensemble', *(result[key] for key in METRICS)))
+    cells = [[cell if isinstance(cell, str) else '-' if cell is None else f'{cell:.2f}' for cell in row] for row in rows]
+    width = max(len(row[0]) for row in cells)
+    return '\n'.join(row[0].ljust(width) + ''.join(cell.rjust(9) for cell in row[1:]) for row in cells)

@@ -1,0 +1,144 @@
+"""The losses of SHIKE (Jin et al., CVPR 2023) as pure functions of the stacked expert logits.
+
+Everywhere `logits` is [B, M, C]: batch, experts, classes. KL(p | q) is sum_c p_c (log p_c - log q_c). Each loss is
+summed over experts and averaged over the batch. All arithmetic is in float32, or in float64 where logits are.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Log-probabilities below this are cut off: it leaves sums over experts, classes and batch finite in float32.
+MIN_LOG_PROB = -1e30
+
+
+class RepresentationLoss(NamedTuple):
+    """Eq. 10 and its unweighted terms, all scalars."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    dkt: Tensor
+    mutual: Tensor
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits, dim=-1).clamp(min=MIN_LOG_PROB)
+
+
+def expert_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Plain cross-entropy, the L_ce of Eq. 10.
+
+    Args:
+        logits: Expert logits [B, M, C].
+        target: Class indices [B], or class probabilities [B, C] as Mixup and CutMix make them.
+
+    Returns:
+        Scalar: summed over experts, averaged over the batch.
+    """
+    log_prob = _log_softmax(_widen(logits))
+    if target.ndim == 1:
+        index = target[:, None, None].expand(-1, logits.shape[1], 1)
+        return -log_prob.gather(-1, index).sum(1).mean()
+    return -(target.to(log_prob.dtype)[:, None] * log_prob).sum((1, 2)).mean()
+
+
+def mutual_distillation(logits: Tensor) -> Tensor:
+    """Mutual knowledge distillation between experts, L_mu of Eq. 4.
+
+    The sum over ordered pairs of KL(p^j | p^k) equals M * sum_j sum_c p^j_c (log p^j_c - mean_k log p^k_c), which
+    needs no tensor of pairs.
+
+    Args:
+        logits: Expert logits [B, M, C].
+
+    Returns:
+        Scalar: summed over ordered pairs of experts, averaged over the batch.
+    """
+    num_experts = logits.shape[1]
+    log_prob = _log_softmax(_widen(logits))
+    gap = log_prob - log_prob[:, :1]  # relative to one expert, so that equal experts give exactly zero
+    gap = gap - gap.mean(1, keepdim=True)
+    return num_experts * (log_prob.exp() * gap).sum((1, 2)).mean()
+
+
+def dynamic_knowledge_transfer(logits: Tensor, target: Tensor, detach_teacher: bool = False) -> Tensor:
+    """Dynamic knowledge transfer (DKT), L_nt of Eq. 5 to 9.
+
+    The target class is left out. For each other class the grand teacher takes the largest logit of any expert
+    (Eq. 6), except at the class whose logit averaged over experts is the largest, the consensus hardest negative,
+    where it takes that average (Eq. 7).
+
+    Args:
+        logits: Expert logits [B, M, C] with C of at least 2.
+        target: Class indices [B].
+        detach_teacher: Stop gradients through the teacher.
+
+    Returns:
+        Scalar: KL(teacher | expert) over the C - 1 non-target classes, summed over experts, averaged over the batch.
+
+    Raises:
+        ValueError: If there are fewer than two classes or target is not [B] class indices.
+    """
+    batch_size, num_experts, num_classes = logits.shape
+    if num_classes < 2:
+        raise ValueError(f'Expected logits of at least 2 classes to leave the target out of, got {num_classes}.')
+    if target.shape != (batch_size,):
+        raise ValueError(f'Expected target as class indices of shape ({batch_size},), got {tuple(target.shape)}.')
+    index = torch.arange(num_classes - 1, device=logits.device).expand(batch_size, -1)
+    index = index + (index >= target[:, None])  # the C - 1 classes other than the target
+    logits = _widen(logits).gather(2, index[:, None].expand(-1, num_experts, -1))
+
+    mean = (logits / num_experts).sum(1)  # Eq. 5, divided first so that no finite logits overflow
+    hardest = mean.argmax(1, keepdim=True)
+    teacher = logits.amax(1).scatter(1, hardest, mean.gather(1, hardest))
+    if detach_teacher:
+        teacher = teacher.detach()
+
+    log_teacher = _log_softmax(teacher)[:, None]
+    return (log_teacher.exp() * (log_teacher - _log_softmax(logits))).sum((1, 2)).mean()
+
+
+def balanced_softmax(logits: Tensor, target: Tensor, class_counts: Tensor) -> Tensor:
+    """Balanced softmax cross-entropy, Eq. 11.
+
+    Args:
+        logits: Expert logits [B, M, C].
+        target: Class indices [B], or class probabilities [B, C].
+        class_counts: Training images of each class [C], all positive: log n_c is added to the logits.
+
+    Returns:
+        Scalar: summed over experts, averaged over the batch.
+    """
+    logits = _widen(logits)
+    return expert_cross_entropy(logits + class_counts.to(logits.dtype).log(), target)
+
+
+def representation_loss(
+        logits: Tensor,
+        target: Tensor,
+        alpha: float = 0.1,
+        beta: float = 0.01,
+        detach_teacher: bool = False,
+) -> RepresentationLoss:
+    """The loss of stage one, L = L_ce + alpha * L_nt + beta * L_mu (Eq. 10).
+
+    Args:
+        logits: Expert logits [B, M, C].
+        target: Class indices [B]; class probabilities [B, C] only where alpha is 0, since DKT leaves one class out.
+        alpha: Weight of dynamic knowledge transfer; its term is not computed where 0.
+        beta: Weight of mutual distillation; its term is not computed where 0.
+        detach_teacher: Stop gradients through the teacher of dynamic knowledge transfer.
+
+    Returns:
+        The total and its three unweighted terms.
+    """
+    cross_entropy = expert_cross_entropy(logits, target)
+    zero = torch.zeros_like(cross_entropy)
+    dkt = dynamic_knowledge_transfer(logits, target, detach_teacher) if alpha else zero
+    mutual = mutual_distillation(logits) if beta else zero
+    return RepresentationLoss(cross_entropy + alpha * dkt + beta * mutual, cross_entropy, dkt, mutual)

@@ -1,0 +1,1 @@
+from .shike import Shike as Shike

@@ -1,0 +1,126 @@
+"""The two stages of SHIKE as timm training tasks: what happens between a batch and its loss."""
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from .losses import balanced_softmax, representation_loss
+from .models import Shike
+
+__all__ = ['RepresentationTask', 'ClassifierRetrainingTask']
+
+
+class ExpertLogits(nn.Module):
+    """Gives a SHIKE model's expert logits [B, M, C] as its forward, which is what DistributedDataParallel wraps.
+
+    With frozen features no graph is built below the classifiers.
+    """
+
+    def __init__(self, model: Shike, freeze_features: bool = False):
+        super().__init__()
+        self.model = model
+        self.freeze_features = freeze_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_features):
+            x = self.model.forward_features(x)
+        return self.model.forward_expert_head(x)
+
+
+class _ShikeTask(TrainingTask):
+    """What both stages share: `trainable_module` gives expert logits, evaluation sees the bare model."""
+
+    trainable_module: nn.Module
+
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> '_ShikeTask':
+        """Wrap the trainable module in DistributedDataParallel; arguments as timm's tasks take them."""
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the trainable module, before distributed wrapping; evaluation keeps the bare model."""
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return self.trainable_module
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        """The bare SHIKE model, or its moving average; None where there is no such average."""
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        return None if module is None else unwrap_model(module).model
+
+    def _output(self, loss: Tensor, logits: Tensor, **terms: Tensor) -> Dict[str, Tensor]:
+        return dict(loss=loss, output=logits.detach().mean(1), **{k: v.detach() for k, v in terms.items()})
+
+
+class RepresentationTask(_ShikeTask):
+    """Stage one: representation learning with cross-entropy, DKT and mutual distillation (Eq. 10).
+
+    Args:
+        model: The SHIKE model to train, all of it.
+        alpha: Weight of dynamic knowledge transfer.
+        beta: Weight of mutual distillation.
+        detach_teacher: Stop gradients through the teacher of dynamic knowledge transfer.
+        device: Device for the task.
+    """
+
+    def __init__(
+            self,
+            model: Shike,
+            alpha: float = 0.1,
+            beta: float = 0.01,
+            detach_teacher: bool = False,
+            device: Optional[torch.device] = None,
+    ):
+        super().__init__(device=device)
+        self.trainable_module = ExpertLogits(model)
+        self.alpha = alpha
+        self.beta = beta
+        self.detach_teacher = detach_teacher
+
+    def forward(self, input: Tensor, target: Tensor) -> Dict[str, Tensor]:
+        """Loss of a batch.
+
+        Args:
+            input: Images [B, in_chans, H, W].
+            target: Class indices [B]; class probabilities [B, C] only where alpha is 0.
+
+        Returns:
+            `loss` and the averaged logits `output` [B, C]; the terms `ce`, `nt` and `mu` of the loss, unweighted.
+        """
+        logits = self.trainable_module(input)
+        loss = representation_loss(logits, target, self.alpha, self.beta, self.detach_teacher)
+        return self._output(loss.total, logits, ce=loss.cross_entropy, nt=loss.dkt, mu=loss.mutual)
+
+
+class ClassifierRetrainingTask(_ShikeTask):
+    """Stage two: new classifiers trained with balanced softmax, everything else frozen (Eq. 11).
+
+    The model gets fresh classifiers when the task is made. BatchNorm statistics keep updating.
+
+    Args:
+        model: A SHIKE model after stage one.
+        class_counts: Training images of each class [C], all positive.
+        device: Device for the task.
+    """
+
+    def __init__(self, model: Shike, class_counts: Sequence[int], device: Optional[torch.device] = None):
+        super().__init__(device=device)
+        model.requires_grad_(False)
+        model.reset_classifier(model.num_classes)
+        self.trainable_module = ExpertLogits(model, freeze_features=True)
+        self.register_buffer('class_counts', torch.tensor(class_counts, device=device), persistent=False)
+
+    def forward(self, input: Tensor, target: Tensor) -> Dict[str, Tensor]:
+        """Loss of a batch.
+
+        Args:
+            input: Images [B, in_chans, H, W].
+            target: Class indices [B] or class probabilities [B, C].
+
+        Returns:
+            `loss` and the averaged logits `output` [B, C].
+        """
+        logits = self.trainable_module(input)
+        return self._output(balanced_softmax(logits, target, self.class_counts), logits)
