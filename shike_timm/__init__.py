@@ -1,4 +1,3 @@
 """SHIKE for timm: importing this package registers its models with `timm.create_model`."""
 from . import models as models
-
-__version__ = '0.1.0'
+from .version import __version__ as __version__

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 
-__all__ = ['StageSaver', 'export_model', 'load_checkpoint', 'load_weights', 'model_weights']
+__all__ = ['StageSaver', 'export_model', 'load_checkpoint', 'load_weights', 'model_weights', 'write_text']
 
 
 class StageSaver(CheckpointSaver):
@@ -39,6 +39,13 @@ class StageSaver(CheckpointSaver):
         temporary, last = (os.path.join(self.checkpoint_dir, name + self.extension) for name in ('tmp', 'last'))
         self._save(temporary, epoch=-1)
         self._replace(temporary, last)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:

@@ -16,7 +16,8 @@ def run_script(main: Callable[[], Any]) -> int:
     """Run a script's work and give its exit status.
 
     Returns:
-        0 when done, 1 when training stopped being finite, 2 for bad input, 128 plus the signal when stopped by one.
+        0 when done, 1 when training stopped being finite or the system failed, 2 for bad input, 128 plus the signal
+        when stopped by one.
     """
     setup_default_logging()
     logging.getLogger('timm').setLevel(logging.WARNING)
@@ -32,4 +33,7 @@ def run_script(main: Callable[[], Any]) -> int:
     except Interrupted as stop:
         print(f'{name}: stopped by signal {stop.signum}', file=sys.stderr)
         return 128 + stop.signum
+    except OSError as error:
+        print(f'{name}: error: {error}', file=sys.stderr)
+        return 1
     return 0

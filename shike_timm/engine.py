@@ -142,14 +142,14 @@ def _train_one_epoch(
             result = task(images.contiguous(memory_format=memory_format), target)
         loss = result['loss']
         first_bad_step = torch.where((first_bad_step < 0) & ~loss.detach().isfinite(), step, first_bad_step)
-        parameters = task.get_clip_parameters(exclude_head='agc' in config.clip_mode)
+        clipped = task.get_clip_parameters(exclude_head='agc' in config.clip_mode) if config.clip_grad else None
         if loss_scaler is not None:
             loss_scaler(
-                loss, optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode, parameters=parameters)
+                loss, optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode, parameters=clipped)
         else:
             loss.backward()
-            if config.clip_grad is not None:
-                dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)
+            if config.clip_grad:
+                dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
             optimizer.step()
         optimizer.zero_grad()
         task.update_ema()
@@ -181,7 +181,7 @@ def _train_one_epoch(
 def _check_weights(task: TrainingTask, config: LoopConfig, epoch: int) -> None:
     tensors = [t for t in task.get_eval_model().state_dict().values() if t.is_floating_point()]
     if not math.isfinite(float(sum(torch._foreach_norm(tensors)))):
-        raise NonFiniteError(f'The weights are no longer finite after epoch {epoch} of {config.name}: try a lower --lr.')
+        raise NonFiniteError(f'The weights are not finite after epoch {epoch} of {config.name}: try a lower --lr.')
 
 
 def _training_seconds(summary: Path, first_row: int) -> float:

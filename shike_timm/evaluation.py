@@ -106,8 +106,11 @@ def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
     rows = [('', *METRICS)]
     for stage, result in stages.items():
         for m, expert in enumerate(result['experts']):
-            rows.append((f'{stage} expert {m}', *(expert[key] for key in METRICS)))
-        rows.append((f'{stage} ensemble', *(result[key] for key in METRICS)))
-    cells = [[cell if isinstance(cell, str) else '-' if cell is None else f'{cell:.2f}' for cell in row] for row in rows]
+            rows.append((f'{stage} expert {m}'.strip(), *(expert[key] for key in METRICS)))
+        rows.append((f'{stage} ensemble'.strip(), *(result[key] for key in METRICS)))
+    def text(cell: Any) -> str:
+        return '-' if cell is None else cell if isinstance(cell, str) else f'{cell:.2f}'
+
+    cells = [[text(cell) for cell in row] for row in rows]
     width = max(len(row[0]) for row in cells)
     return '\n'.join(row[0].ljust(width) + ''.join(cell.rjust(9) for cell in row[1:]) for row in cells)

@@ -25,8 +25,8 @@ class _Parser(argparse.ArgumentParser):
     def parse(self, argv: Optional[Sequence[str]]) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            flag = unknown[0].split('=')[0]
-            raise InputError(f"Unknown argument '{unknown[0]}'{_nearest(flag, self._option_string_actions)}: see --help.")
+            nearest = _nearest(unknown[0].split('=')[0], self._option_string_actions)
+            raise InputError(f"Unknown argument '{unknown[0]}'{nearest}: see --help.")
         return args
 
     def set_checked_defaults(self, values: Dict[Any, Any], source: str) -> None:
@@ -90,7 +90,8 @@ def _read_hparams(path: str) -> Dict[Any, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, 'problem_mark', None)
         line = f' at line {mark.line + 1}' if mark else ''
-        raise InputError(f"hparams file '{path}' is not valid YAML{line}: {getattr(error, 'problem', error)}.") from error
+        problem = getattr(error, 'problem', error)
+        raise InputError(f"hparams file '{path}' is not valid YAML{line}: {problem}.") from error
     if not isinstance(values or {}, dict):
         raise InputError(f"hparams file '{path}' holds a {type(values).__name__}, expected lines of 'name: value'.")
     return values or {}
@@ -162,10 +163,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--epochs', type=int, default=180, metavar='N', help='epochs of stage one, warm-up included')
     group.add_argument('--lr', type=float, default=0.1, metavar='LR', help='peak learning rate of stage one')
     group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='linear warm-up of stage one')
-    group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='LR', help='learning rate the warm-up starts at')
+    group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='LR', help='learning rate at the start')
     group.add_argument('--min-lr', type=float, default=0., metavar='LR', help='learning rate the schedule ends at')
     group.add_argument('--decay-epochs', type=float, default=90., metavar='N', help='epochs between steps')
-    group.add_argument('--decay-rate', type=float, default=0.1, metavar='RATE', help='factor of a step')
+    group.add_argument('--decay-rate', type=float, default=0.1, metavar='RATE', help='factor of a step, power of poly')
     group.add_argument(
         '--crt-epochs', type=int, default=20, metavar='N',
         help='epochs of stage two, classifier retraining, warm-up included; 0 for none')
@@ -204,8 +205,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         '--amp-dtype', choices=['float16', 'bfloat16'], help='float16 on CUDA and bfloat16 on a CPU by default')
     group.add_argument('--channels-last', action='store_true', help='channels_last memory layout')
     group.add_argument(
-        '--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model, with inductor or as named')
-    group.add_argument('--model-ema', action='store_true', help='average the weights, and evaluate and keep the average')
+        '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
+        help='compile the model, with inductor or the named backend')
+    group.add_argument('--model-ema', action='store_true', help='keep and evaluate an average of the weights')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D', help='decay of the average')
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='steps between log lines')
     group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between evaluations')
@@ -235,8 +237,8 @@ def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
         if epochs and warmup >= epochs:
             flag = prefix.replace('_', '-')
             raise InputError(
-                f'--{flag}warmup-epochs {warmup} leaves nothing of --{flag}epochs {epochs}, which includes the warm-up: '
-                'choose fewer.')
+                f'--{flag}warmup-epochs {warmup} leaves nothing of --{flag}epochs {epochs}, which include the warm-up: '
+                f'choose fewer.')
     return args
 
 

@@ -1,5 +1,5 @@
 """The two stages of SHIKE as timm training tasks: what happens between a batch and its loss."""
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
 from timm.task import TrainingTask
@@ -49,6 +49,12 @@ class _ShikeTask(TrainingTask):
         """The bare SHIKE model, or its moving average; None where there is no such average."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
         return None if module is None else unwrap_model(module).model
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
+        """Parameters whose gradients are clipped, without the classifiers where exclude_head."""
+        model = self.get_eval_model()
+        head = set(model.get_classifier().parameters()) if exclude_head else ()
+        return (parameter for parameter in model.parameters() if parameter not in head)
 
     def _output(self, loss: Tensor, logits: Tensor, **terms: Tensor) -> Dict[str, Tensor]:
         return dict(loss=loss, output=logits.detach().mean(1), **{k: v.detach() for k, v in terms.items()})

@@ -57,14 +57,17 @@ def _create_dataset(
         if not root:
             raise InputError('No data was named: give --data-dir FOLDER, or a --dataset.')
         if not os.path.exists(root):
-            raise InputError(f"data-dir '{root}' does not exist: give a folder with one sub-folder of images per class.")
+            raise InputError(f"data-dir '{root}' does not exist: give a folder with a sub-folder of images per class.")
     try:
         dataset = timm.data.create_dataset(
             name, root=root, split=split, is_training=train, download=download, class_map=class_map)
     except (RuntimeError, ValueError, OSError, AssertionError, ImportError) as error:
-        raise InputError(f"The {split} split of '{name or root}' cannot be read: {' '.join(str(error).split())}") from error
+        reason = ' '.join(str(error).split())
+        raise InputError(f"The {split} split of '{name or root}' cannot be read: {reason}") from error
+    if '/' not in name and os.path.isdir(root) and dataset.reader.root == root:
+        raise InputError(f"data-dir '{root}' has no {split} split: expected a folder '{os.path.join(root, split)}'.")
     if isinstance(dataset, IterableDataset):
-        raise InputError(f"dataset '{name}' is streamed: class counts need a data set of known length, such as a folder.")
+        raise InputError(f"dataset '{name}' is streamed, so its classes cannot be counted: use a folder of images.")
     return dataset
 
 
@@ -162,7 +165,8 @@ def create_eval_dataset(
     if class_map and class_names:
         unknown = sorted(set(class_map) - set(class_names))
         if unknown:
-            raise InputError(f"Class '{unknown[0]}' of '{name or root}' is not among the {len(class_names)} of the model.")
+            raise InputError(
+                f"Class '{unknown[0]}' of '{name or root}' is not among the {len(class_names)} of the model.")
         dataset = _create_dataset(name, class_map={n: c for c, n in enumerate(class_names)}, **options)
     return dataset
 
@@ -196,7 +200,7 @@ def create_train_loader(
         **augmentation: Arguments of `create_train_transform`.
 
     Raises:
-        InputError: If there are fewer images than a batch holds.
+        InputError: If there are fewer images than a batch holds, or the augmentation is not known.
     """
     if len(dataset) < batch_size:
         raise InputError(f'batch-size {batch_size} exceeds the {len(dataset)} training images: choose a smaller one.')
@@ -216,8 +220,11 @@ def create_train_loader(
         device=device,
         persistent_workers=False,
     )
-    dataset.transform = create_train_transform(
-        data_config['input_size'], mean=data_config['mean'], std=data_config['std'], **augmentation)
+    try:
+        dataset.transform = create_train_transform(
+            data_config['input_size'], mean=data_config['mean'], std=data_config['std'], **augmentation)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(f"The augmentation cannot be made from {augmentation}: {error!r}.") from error
     return loader
 
 

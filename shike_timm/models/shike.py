@@ -6,7 +6,7 @@ Jin et al., CVPR 2023.
 import copy
 import math
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -195,7 +195,7 @@ class Shike(nn.Module):
         if len(depths) != num_experts:
             raise ValueError(f'depths must name one shared stage for each of {num_experts} experts, got {depths}.')
         if not all(1 <= depth <= num_shared for depth in depths):
-            raise ValueError(f'depths must lie between 1 and {num_shared}, the shared stages of the trunk, got {depths}.')
+            raise ValueError(f'depths must lie between 1 and {num_shared}, the stages of the trunk, got {depths}.')
         return depths
 
     @torch.jit.ignore
@@ -225,7 +225,7 @@ class Shike(nn.Module):
                 raise ValueError(f"global_pool must be 'avg', 'max', 'avgmax' or '', got '{global_pool}'.")
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         if num_classes and not self.global_pool.pool_type:
-            raise ValueError(f"Classifiers need pooled features: global_pool '' goes with num_classes=0, not {num_classes}.")
+            raise ValueError(f"global_pool '' goes with num_classes=0, got {num_classes}: classifiers need pooling.")
         self.num_classes = num_classes
         self.head_hidden_size = self.num_features
         if num_classes:

@@ -1,0 +1,145 @@
+"""From parsed arguments to devices, models, optimizers, schedules and data, each checked with a clear error."""
+import argparse
+import difflib
+from typing import Any, Dict, Optional, Sequence
+
+import timm
+import timm.data
+import torch
+from timm.models import get_arch_name
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+
+from .data import TrainingData, load_training_data
+from .errors import InputError
+from .models import Shike
+
+CRT_PREFIX = 'crt_'
+
+
+def resolve_device(name: Optional[str]) -> torch.device:
+    """The named device, or CUDA where there is one, else the CPU."""
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def resolve_autocast(args: argparse.Namespace, device: torch.device) -> Optional[torch.dtype]:
+    """Data type of autocast, None without `--amp`; by default float16 on CUDA and bfloat16 elsewhere."""
+    if not args.amp:
+        return None
+    name = args.amp_dtype or ('float16' if device.type == 'cuda' else 'bfloat16')
+    if name == 'float16' and device.type != 'cuda':
+        raise InputError(
+            f"--amp-dtype float16 needs loss scaling on CUDA, and the device is '{device.type}': use bfloat16.")
+    return getattr(torch, name)
+
+
+def create_model(args: argparse.Namespace, num_classes: int) -> Shike:
+    """The SHIKE model that the arguments describe."""
+    known = timm.list_models(module='shike')
+    if get_arch_name(args.model) not in known:
+        nearest = difflib.get_close_matches(args.model, known, n=1, cutoff=0)[0]
+        raise InputError(f"model '{args.model}' is not a SHIKE model, the nearest one is '{nearest}'.")
+    try:
+        return timm.create_model(
+            args.model,
+            num_classes=num_classes,
+            num_experts=args.num_experts,
+            depths=args.depths,
+            fusion=args.fusion,
+            classifier=args.classifier,
+            aligner=args.aligner,
+            drop_rate=args.drop,
+        )
+    except ValueError as error:
+        raise InputError(f"model '{args.model}': {error}") from error
+
+
+def create_optimizer(args: argparse.Namespace, stage: int, model: Shike) -> torch.optim.Optimizer:
+    """timm's optimizer for a stage: of the whole model in stage one, of its classifiers in stage two."""
+    options = dict(optimizer_kwargs(args), lr=args.lr if stage == 1 else args.crt_lr)
+    try:
+        return create_optimizer_v2(model if stage == 1 else model.get_classifier(), **dict(options, **args.opt_kwargs))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(f"optimizer '{args.opt}' cannot be made: {error}") from error
+
+
+def resolve_data_config(args: argparse.Namespace, model: Shike) -> Dict[str, Any]:
+    """Preprocessing: the model's own, overridden by the arguments."""
+    for name in ('mean', 'std'):
+        values = getattr(args, name)
+        if values and len(values) not in (1, model.in_chans):
+            raise InputError(f'--{name} has {len(values)} values, expected 1 or {model.in_chans}.')
+    return timm.data.resolve_data_config(vars(args), model=model)
+
+
+def load_data(args: argparse.Namespace) -> TrainingData:
+    """The data that the arguments name."""
+    data = load_training_data(
+        args.dataset,
+        args.data_dir,
+        train_split=args.train_split,
+        val_split=args.val_split,
+        imb_factor=args.imb_factor,
+        imb_type=args.imb_type,
+        download=args.dataset_download,
+    )
+    if args.num_classes is not None and args.num_classes != data.num_classes:
+        raise InputError(
+            f'--num-classes {args.num_classes} contradicts the {data.num_classes} classes of the data: leave it out.')
+    return data
+
+
+def create_schedule(
+        optimizer: torch.optim.Optimizer,
+        args: argparse.Namespace,
+        stage: int,
+) -> Scheduler:
+    """timm's scheduler of a stage: a linear warm-up, then the schedule over the epochs that remain.
+
+    Args:
+        optimizer: Optimizer whose learning rate is the stage's peak.
+        args: Arguments of train.py.
+        stage: 1 or 2; stage two reads the options that begin with `crt`.
+    """
+    prefix = CRT_PREFIX if stage == 2 else ''
+    epochs, warmup_epochs = getattr(args, prefix + 'epochs'), getattr(args, prefix + 'warmup_epochs')
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=args.sched,
+        num_epochs=epochs - warmup_epochs,
+        warmup_epochs=warmup_epochs,
+        warmup_lr=getattr(args, prefix + 'warmup_lr'),
+        warmup_prefix=True,
+        min_lr=args.min_lr,
+        decay_epochs=args.decay_epochs,
+        decay_rate=args.decay_rate,
+    )
+    return scheduler
+
+
+def mixup_options(args: argparse.Namespace, num_classes: int, stages: Sequence[int]) -> Optional[Dict[str, Any]]:
+    """Arguments of timm's Mixup, None where it is off; refused where one of the stages needs hard labels."""
+    if not (args.mixup or args.cutmix):
+        return None
+    flag = f'--mixup {args.mixup:g}' if args.mixup else f'--cutmix {args.cutmix:g}'
+    if args.alpha and 1 in stages:
+        raise InputError(
+            f'{flag} mixes labels, but dynamic knowledge transfer leaves one class out: drop it, or add --alpha 0.')
+    if args.batch_size % 2:
+        raise InputError(f'{flag} pairs images, but --batch-size {args.batch_size} is odd: choose an even one.')
+    return dict(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=0.,
+        num_classes=num_classes,
+    )

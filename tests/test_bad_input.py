@@ -1,0 +1,156 @@
+"""Bad input: status 2, one sentence that names the value at fault, and earlier files as they were."""
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob('*') if path.is_file()}
+
+
+@pytest.fixture
+def refused(run_script, tmp_path):
+    """Check that a script refuses its arguments, names `value`, and touches nothing."""
+    (tmp_path / 'out').mkdir(exist_ok=True)
+
+    def check(value, script, *argv):
+        before = snapshot(tmp_path)
+        status, out, error = run_script(script, *argv)
+        assert status == 2, error
+        assert str(value) in error
+        lines = error.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f'{script}: error: ')
+        assert not out
+        assert snapshot(tmp_path) == before
+        assert not list((tmp_path / 'out').iterdir())
+
+    return check
+
+
+@pytest.mark.parametrize('value, argv', [
+    ('missing.yaml', ['--hparams', 'missing.yaml']),
+    ("model 'resnet32_shyke'", ['--model', 'resnet32_shyke']),
+    ("model 'resnet50'", ['--model', 'resnet50']),
+    ("'resnet32_shike'", ['--model', 'resnet32_shyke']),
+    ("data-dir '/nowhere'", ['--dataset', '', '--data-dir', '/nowhere']),
+    ("'/nowhere'", ['--dataset', 'cifar100_lt', '--data-dir', '/nowhere']),
+    ('--num-classes 7', ['--num-classes', '7']),
+    ('got (1, 9, 1)', ['--depths', '1', '9', '1']),
+    ('class 7 with no training image', ['--imb-factor', '500']),
+    ('--mixup 0.2', ['--mixup', '0.2']),
+    ('--amp-dtype float16', ['--amp', '--amp-dtype', 'float16']),
+    ('--epocs', ['--epocs', '3']),
+    ('batch-size 9999', ['--batch-size', '9999']),
+    ("device 'abacus'", ['--device', 'abacus']),
+    ("optimizer 'sdg'", ['--opt', 'sdg']),
+    ("--torchcompile 'gcc'", ['--torchcompile', 'gcc']),
+    ('--mean has 2', ['--mean', '0.5', '0.5']),
+    ("'auto_augment': 'wild'", ['--aa', 'wild']),
+    ("'/nowhere' holds no run", ['--resume', '/nowhere']),
+])
+def test_train_arguments(refused, tmp_path, value, argv):
+    refused(value, 'train.py', *TINY, '--output', tmp_path / 'out', *argv)
+
+
+@pytest.mark.parametrize('value, text', [
+    ('line 3', 'lr: 0.1\nepochs: [1\n'),
+    ("unknown key 'epoch', the nearest valid one is 'epochs'", 'epoch: 3\n'),
+    ("'lr' is 'fast'", 'lr: fast\n'),
+])
+def test_hparams_files(refused, tmp_path, value, text):
+    (tmp_path / 'bad.yaml').write_text(text)
+    refused(value, 'train.py', '--hparams', tmp_path / 'bad.yaml', '--output', tmp_path / 'out')
+
+
+def test_data_folders(refused, tmp_path, image_folder):
+    data = ['--dataset', '', '--data-dir', image_folder, '--output', tmp_path / 'out']
+    (image_folder / 'train' / 'dog').mkdir()
+    refused("Class 'dog'", 'train.py', *TINY, *data)
+    (tmp_path / 'empty').mkdir()
+    refused(tmp_path / 'empty', 'train.py', *TINY, *data, '--data-dir', tmp_path / 'empty')
+
+
+def test_damaged_cifar(refused, tmp_path, cifar_root):
+    folder = tmp_path / 'cifar-100-python'
+    folder.mkdir()
+    for name in ('train', 'meta'):
+        (folder / name).symlink_to((cifar_root / 'cifar-100-python' / name).resolve())
+    (folder / 'test').write_bytes(b'not the test images')
+    refused(
+        folder / 'test', 'train.py', *TINY, '--dataset', 'cifar100_lt', '--data-dir', tmp_path,
+        '--output', tmp_path / 'out')
+
+
+class Payload:
+    def __reduce__(self):
+        return os.abort, ()
+
+
+def test_checkpoints(refused, tmp_path, tiny_run):
+    good = tiny_run / 'stage_one' / 'last.pth.tar'
+    truncated, pickled, bare = tmp_path / 'truncated.pth.tar', tmp_path / 'pickled.pth.tar', tmp_path / 'bare.pth.tar'
+    truncated.write_bytes(good.read_bytes()[:100_000])
+    torch.save({'state_dict': {}, 'extra': Payload()}, pickled)
+    legacy = tmp_path / 'legacy.pth.tar'
+    legacy.write_bytes(pickle.dumps(Payload()))
+    torch.save({'state_dict': {}}, bare)
+    for path, value in ((truncated, 'truncated'), (pickled, 'pickled object'), (legacy, 'pickled object')):
+        for script in ('retrain_classifier.py', 'eval.py'):
+            extra = ['--output', tmp_path / 'out'] if script == 'retrain_classifier.py' else []
+            refused(f"'{path}' ", script, '--checkpoint', path, '--dataset', 'digits_lt', *extra)
+            refused(value, script, '--checkpoint', path, '--dataset', 'digits_lt', *extra)
+    refused('bare.pth.tar', 'eval.py', '--checkpoint', bare, '--dataset', 'digits_lt')
+    refused('gone.pth.tar', 'eval.py', '--checkpoint', tmp_path / 'gone.pth.tar', '--dataset', 'digits_lt')
+    refused(
+        "'experts.0.aligner.0.weight'", 'retrain_classifier.py', '--checkpoint', good, '--no-fusion',
+        '--output', tmp_path / 'out')
+
+
+def test_resuming_another_architecture(run_script, tmp_path, tiny_run):
+    import shutil
+    shutil.copytree(tiny_run / 'stage_one', tmp_path / 'run' / 'stage_one')
+    before = snapshot(tmp_path)
+    status, _, error = run_script('train.py', *TINY, '--resume', tmp_path / 'run', '--num-experts', '2')
+    assert status == 2 and 'another architecture' in error and len(error.strip().splitlines()) == 1
+    assert snapshot(tmp_path) == before
+
+
+def test_output_folders(run_script, tmp_path, tiny_run):
+    before = snapshot(tiny_run)
+    status, _, error = run_script('train.py', *TINY, '--output', tiny_run.parent)
+    assert status == 2 and f"'{tiny_run}' already holds a run" in error
+    assert snapshot(tiny_run) == before
+    (tmp_path / 'file').write_text('kept')
+    status, _, error = run_script('train.py', *TINY, '--output', tmp_path / 'file')
+    assert status == 2 and f"'{tmp_path / 'file' / 'run'}' cannot be written" in error
+    assert (tmp_path / 'file').read_text() == 'kept'
+
+
+@pytest.mark.parametrize('value, argv', [
+    ('either as --model or as --checkpoint', []),
+    ("model 'local-dir:/nowhere'", ['--model', 'local-dir:/nowhere']),
+    ("model 'resnet32_shike'", ['--model', 'resnet32_shike', '--pretrained']),
+    ("model 'resnet18'", ['--model', 'resnet18']),
+    ('100 classes', ['--model', 'resnet32_shike']),
+    ("results-file '/nowhere/x.json'", ['--model', 'resnet32_shike', '--results-file', '/nowhere/x.json']),
+])
+def test_eval_arguments(refused, value, argv):
+    refused(value, 'eval.py', '--dataset', 'digits_lt', '--workers', '0', '--device', 'cpu', *argv)
+
+
+def test_torchrun_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    refused('WORLD_SIZE is 4', 'train.py', *TINY, '--output', tmp_path / 'out')
+
+
+def test_status_of_a_process(tmp_path):
+    result = subprocess.run(
+        [sys.executable, ROOT / 'train.py', '--hparams', 'missing.yaml'], cwd=tmp_path, capture_output=True, text=True,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert result.returncode == 2
+    assert result.stderr == "train.py: error: hparams file 'missing.yaml' does not exist.\n"

@@ -1,0 +1,195 @@
+import pickle
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+from torchvision import transforms
+
+from shike_timm.data import create_eval_dataset, create_eval_loader, create_train_loader, load_training_data
+from shike_timm.data.long_tail import long_tailed_counts, long_tailed_indices
+from shike_timm.data.transforms import Cutout, create_train_transform
+from shike_timm.errors import InputError
+from shike_timm.evaluation import shot_divisions
+
+CPU = torch.device('cpu')
+
+
+@pytest.mark.parametrize('imb_factor, total, smallest', [(100, 10_847, 5), (50, 12_608, 10)])
+def test_cifar100_lt_is_the_published_subset(cifar_root, imb_factor, total, smallest):
+    data = load_training_data('cifar100_lt', str(cifar_root), imb_factor=imb_factor)
+    assert len(data.train) == sum(data.class_counts) == total
+    assert data.class_counts[0] == 500 and data.class_counts[-1] == smallest
+    assert len(data.test) == 10_000
+    assert data.class_names[0] == 'apple'
+    if imb_factor == 100:
+        sizes = [int(mask.sum()) for mask in shot_divisions(data.class_counts).values()]
+        assert sizes == [35, 35, 30]
+    # The first images of each class in file order.
+    raw = pickle.loads((cifar_root / 'cifar-100-python' / 'train').read_bytes(), encoding='latin1')
+    labels = np.array(raw['fine_labels'])
+    first = np.flatnonzero(labels == 99)[:smallest]
+    kept = np.flatnonzero(np.array(data.train.targets) == 99)
+    assert np.array_equal(data.train.data[kept], raw['data'][first].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+def test_cifar10_lt_counts():
+    assert sum(long_tailed_counts(5000, 10, 100)) == 12_406
+    assert sum(long_tailed_counts(5000, 10, 50)) == 13_996
+
+
+def test_step_profile():
+    assert long_tailed_counts(100, 4, 10, 'step') == [100, 100, 10, 10]
+
+
+def test_indices_keep_file_order():
+    assert long_tailed_indices([1, 0, 1, 0, 1, 0], [2, 1]).tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(imb_factor=0.5), 'imb-factor 0.5 is below 1'),
+    (dict(imb_factor=600), 'imb-factor 600 leaves class 97 with no training image'),
+    (dict(imb_factor=10, imb_type='flat'), "imb-type 'flat'"),
+])
+def test_bad_profiles(arguments, message):
+    with pytest.raises(InputError, match=message):
+        long_tailed_counts(500, 100, **arguments)
+
+
+def test_digits_test_split_is_fixed_and_balanced():
+    one, other = (load_training_data('digits_lt', imb_factor=factor) for factor in (10, 60))
+    assert Counter(one.test.targets) == {c: 50 for c in range(10)}
+    assert np.array_equal(one.test.data, other.test.data)
+    assert other.class_counts == [124, 78, 49, 31, 20, 12, 8, 5, 3, 2]
+    train = {image.tobytes() for image in one.train.data}
+    # scikit-learn's digits hold no two equal scans across these splits.
+    assert not train & {image.tobytes() for image in one.test.data}
+
+
+def test_folder(image_folder):
+    data = load_training_data('', str(image_folder))
+    assert data.class_counts == [24, 12, 6] and data.class_names == ['ant', 'bee', 'cat']
+    assert len(data.test) == 12
+
+
+def test_folder_classes_of_the_evaluation_split_follow_training(image_folder):
+    shutil.rmtree(image_folder / 'validation' / 'ant')
+    data = load_training_data('', str(image_folder))
+    assert {target for _, target in data.test.reader.samples} == {1, 2}
+    alone = create_eval_dataset('', str(image_folder), class_names=['cat', 'dog', 'bee'])
+    assert {target for _, target in alone.reader.samples} == {0, 2}
+
+
+def test_torchvision_dataset(cifar_root):
+    data = load_training_data('torch/cifar100', str(cifar_root))
+    assert data.class_counts == [500] * 100 and len(data.class_names) == 100
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda root: (root / 'train' / 'dog').mkdir(), "Class 'dog' has no training image"),
+    (lambda root: (root / 'train' / 'cat').rename(root / 'cats'), "Class 'cat' has no training image"),
+    (lambda root: shutil.rmtree(root / 'validation'), 'has no validation split'),
+    (lambda root: shutil.rmtree(root / 'train'), 'has no train split'),
+    (shutil.rmtree, 'does not exist'),
+])
+def test_bad_folders(image_folder, change, message):
+    change(image_folder)
+    with pytest.raises(InputError, match=message):
+        load_training_data('', str(image_folder))
+
+
+def test_empty_folder(tmp_path):
+    (tmp_path / 'train').mkdir()
+    with pytest.raises(InputError, match='Found 0 images'):
+        load_training_data('', str(tmp_path))
+
+
+def test_unknown_names(image_folder):
+    with pytest.raises(InputError, match="dataset 'cifar_lt' is unknown"):
+        load_training_data('cifar_lt')
+    with pytest.raises(InputError, match='No data was named'):
+        load_training_data('')
+    with pytest.raises(InputError, match="Class 'ant' .* not among the 2 of the model"):
+        create_eval_dataset('', str(image_folder), class_names=['bee', 'cat'])
+
+
+def test_cifar_errors_name_the_file(cifar_root, tmp_path):
+    with pytest.raises(InputError, match="has no folder 'cifar-100-python'"):
+        load_training_data('cifar100_lt', str(tmp_path))
+    folder = tmp_path / 'cifar-100-python'
+    shutil.copytree(cifar_root / 'cifar-100-python', folder)
+    with (folder / 'test').open('r+b') as file:
+        file.seek(1000)
+        file.write(b'x')
+    with pytest.raises(InputError, match="cifar-100-python/test' is damaged"):
+        load_training_data('cifar100_lt', str(tmp_path))
+    (folder / 'meta').unlink()
+    (folder / 'test').unlink()
+    with pytest.raises(InputError, match="lacks the file '.*test'"):
+        load_training_data('cifar100_lt', str(tmp_path))
+
+
+def test_cutout():
+    torch.manual_seed(0)
+    sizes, covered = Counter(), torch.zeros(32, 32)
+    for _ in range(2000):
+        hole = (Cutout(16)(torch.ones(3, 32, 32, dtype=torch.uint8)) == 0)
+        assert hole.any() and torch.equal(hole[0], hole[2])
+        rows, columns = int(hole[0].any(1).sum()), int(hole[0].any(0).sum())
+        assert int(hole[0].sum()) == rows * columns
+        sizes[rows] += 1
+        covered += hole[0]
+    assert min(sizes) == 8 and max(sizes) == 16
+    # 17 of the 32 centres leave the square whole.
+    assert sizes[16] / 2000 == pytest.approx(17 / 32, abs=0.04)
+    assert float(covered[16, 16]) / 2000 == pytest.approx(0.25, abs=0.04)
+
+
+def test_cifar_recipe():
+    transform = create_train_transform(
+        (3, 32, 32), train_crop_mode='pad', auto_augment='cifar10', cutout=16, hflip=0.5)
+    kinds = [type(step).__name__ for step in transform.transforms]
+    assert kinds == ['Resize', 'RandomCrop', 'RandomHorizontalFlip', 'AutoAugment', 'MaybePILToTensor', 'Cutout']
+    crop, policy = transform.transforms[1], transform.transforms[3]
+    assert crop.padding == [4, 4] and crop.fill == 0
+    assert policy.policy == transforms.AutoAugmentPolicy.CIFAR10 and policy.fill == [128] * 3
+    image = transform(Image.new('RGB', (32, 32), (200, 100, 50)))
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+
+
+@pytest.mark.parametrize('options', [
+    dict(auto_augment='original'),
+    dict(auto_augment='rand-m9-mstd0.5-inc1'),
+    dict(auto_augment='rand-m9-mstd0.5-inc1', train_crop_mode='pad', cutout=4),
+    dict(train_crop_mode='rkrc', vflip=0.5, color_jitter=0.4),
+    dict(no_aug=True, auto_augment='cifar10'),
+])
+def test_timm_augmentation(options):
+    transform = create_train_transform((3, 24, 24), **options)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8))
+    for _ in range(100):
+        assert torch.as_tensor(transform(image)).shape == (3, 24, 24)
+
+
+def test_loaders(image_folder):
+    data = load_training_data('', str(image_folder))
+    config = dict(resolve_data_config(dict(img_size=16)), mean=(0., 0., 0.), std=(1., 1., 1.))
+    loader = create_train_loader(data.train, config, 16, CPU, 0, re_prob=1., color_jitter=0.)
+    batches = list(loader)
+    assert len(batches) == 2
+    assert batches[0][0].shape == (16, 3, 16, 16) and batches[0][1].dtype == torch.int64
+    assert (batches[0][0] == 0).flatten(1).any(1).all()  # erased
+    total = sum(len(images) for images, _ in create_eval_loader(data.test, config, 5, CPU, 0))
+    assert total == 12
+    mixed = create_train_loader(
+        data.train, config, 16, CPU, 0, mixup=dict(mixup_alpha=1., num_classes=3, label_smoothing=0.))
+    _, target = next(iter(mixed))
+    assert target.shape == (16, 3) and torch.allclose(target.sum(1), torch.ones(16))
+    with pytest.raises(InputError, match='batch-size 64 exceeds the 42'):
+        create_train_loader(data.train, config, 64, CPU, 0)
+    with pytest.raises(InputError, match='augmentation cannot be made'):
+        create_train_loader(data.train, config, 16, CPU, 0, auto_augment='nonsense')

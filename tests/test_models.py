@@ -1,0 +1,168 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+import shike_timm  # noqa: F401
+from shike_timm.models.shike import bottleneck_aligner, conv_aligner
+
+NAMES = ['resnet32_shike', 'resnet50_shike', 'resnext50_shike', 'resnet152_shike']
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_names_are_registered():
+    assert set(timm.list_models(module='shike')) == set(NAMES)
+
+
+def test_resnet32_has_the_authors_parameters():
+    assert count(timm.create_model('resnet32_shike')) == 1_257_808
+
+
+@pytest.mark.parametrize('aligner, expected', [('conv', 122.7), ('bottleneck', 61.1)])
+def test_resnet50_has_the_parameters_counted_by_hand(aligner, expected):
+    with torch.device('meta'):
+        model = timm.create_model('resnet50_shike', aligner=aligner)
+    one_classifier = 2048 * 1000
+    assert (count(model) - 2 * one_classifier) / 1e6 == pytest.approx(expected, abs=0.05)
+
+
+def test_plain_network_is_timms():
+    with torch.device('meta'):
+        plain = timm.create_model('resnet50_shike', num_experts=1, fusion=False, classifier='linear')
+        assert count(plain) == count(timm.create_model('resnet50'))
+        wide = timm.create_model('resnet152_shike', num_experts=1, fusion=False, num_classes=0)
+        assert count(wide) == count(timm.create_model('resnet152', num_classes=0))
+
+
+@pytest.mark.parametrize('name', NAMES[:3])
+def test_forward(name):
+    size = 32 if name == 'resnet32_shike' else 64
+    model = timm.create_model(name, num_classes=7).eval()
+    images = torch.randn(2, 3, size, size)
+    with torch.inference_mode():
+        experts, averaged = model.forward_experts(images), model(images)
+        features = model.forward_features(images)
+    assert experts.shape == (2, 3, 7) and averaged.shape == (2, 7)
+    assert torch.equal(averaged, experts.mean(1))
+    assert features.shape[:2] == (2, model.num_features)
+    assert model.feature_info[-1]['num_chs'] == model.num_features
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    assert images.shape[-1] // features.shape[-1] == model.feature_info[-1]['reduction']
+    assert f"{model.default_cfg['first_conv']}.weight" in model.state_dict()
+    assert f"{model.default_cfg['classifier']}.weight" in model.state_dict()
+
+
+def test_every_parameter_gets_a_gradient():
+    model = timm.create_model('resnet32_shike', num_classes=5)
+    model(torch.randn(4, 3, 16, 16)).mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('num_experts, depths', [(1, (1,)), (2, (1, 2)), (3, (1, 2, 1)), (4, (1, 2, 1, 2))])
+def test_default_depths(num_experts, depths):
+    model = timm.create_model('resnet32_shike', num_experts=num_experts)
+    assert model.depths == depths
+    assert model.forward_experts(torch.randn(1, 3, 32, 32)).shape == (1, num_experts, 100)
+
+
+def test_an_expert_fuses_the_stage_it_names():
+    model = timm.create_model('resnet32_shike', depths=(2, 2, 2))
+    assert [expert.aligner[0].in_channels for expert in model.experts] == [32, 32, 32]
+    model = timm.create_model('resnet32_shike', fusion=False)
+    assert all(expert.aligner is None for expert in model.experts)
+
+
+def test_fusion_is_a_product():
+    model = timm.create_model('resnet32_shike', num_experts=1, num_classes=3).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        shallow = model.stages[0](model.stem(images))
+        expert = model.experts[0]
+        expected = expert.stage(model.stages[1](shallow)) * expert.aligner(shallow)
+        assert torch.equal(model.forward_features(images), expected)
+
+
+@pytest.mark.parametrize('halvings, kinds', [
+    (1, ['Conv2d', 'BatchNorm2d', 'ReLU']),
+    (2, ['Conv2d', 'BatchNorm2d', 'ReLU', 'Conv2d', 'BatchNorm2d']),
+    (3, ['Conv2d', 'BatchNorm2d', 'ReLU', 'Conv2d', 'BatchNorm2d', 'Conv2d', 'BatchNorm2d', 'ReLU']),
+])
+def test_conv_aligner_is_the_authors_chain(halvings, kinds):
+    aligner = conv_aligner(4, 4 * 2 ** halvings, halvings)
+    assert [type(layer).__name__ for layer in aligner] == kinds
+    assert aligner(torch.randn(1, 4, 16, 16)).shape == (1, 4 * 2 ** halvings, 16 >> halvings, 16 >> halvings)
+
+
+@pytest.mark.parametrize('aligner', [conv_aligner, bottleneck_aligner])
+def test_aligners_keep_the_resolution_where_asked(aligner):
+    assert aligner(4, 12, 0)(torch.randn(1, 4, 8, 8)).shape == (1, 12, 8, 8)
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    model = timm.create_model('resnet32_shike')
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000:
+            fan_in = module.weight[0].numel()
+            assert float(module.weight.detach().std()) == pytest.approx((2 / fan_in) ** 0.5, rel=0.06)
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+    first, second = (expert.stage[0].conv1.weight for expert in list(model.experts)[:2])
+    assert not torch.equal(first, second)
+
+
+def test_cosine_classifier():
+    model = timm.create_model('resnet32_shike', num_classes=5)
+    features = torch.randn(4, 3, 64)
+    cosine = nn.functional.cosine_similarity(features[:, :, None], model.classifier.weight, dim=-1)
+    assert torch.allclose(model.classifier(features), 30 * cosine, atol=1e-4)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert model.classifier(features).dtype == torch.float32
+
+
+def test_linear_classifier():
+    model = timm.create_model('resnet32_shike', num_classes=5, classifier='linear')
+    features = torch.randn(4, 3, 64)
+    for m in range(3):
+        expected = nn.functional.linear(features[:, m], model.classifier.weight[m], model.classifier.bias[m])
+        assert torch.allclose(model.classifier(features)[:, m], expected, atol=1e-5)
+
+
+def test_reset_classifier():
+    model = timm.create_model('resnet32_shike').eval()
+    images = torch.randn(2, 3, 32, 32)
+    before = model.classifier.weight
+    model.reset_classifier(100)
+    assert not torch.equal(before, model.get_classifier().weight)
+    model.reset_classifier(7)
+    assert model(images).shape == (2, 7)
+    model.reset_classifier(0)
+    assert model(images).shape == (2, 192)
+    model.reset_classifier(0, '')
+    assert model(images).shape == (2, 192, 8, 8)
+    assert timm.create_model('resnet32_shike', num_classes=0, global_pool='')(images).shape == (2, 192, 8, 8)
+
+
+def test_dropout_acts_in_training_only():
+    model = timm.create_model('resnet32_shike', drop_rate=0.5).eval()
+    features = torch.ones(2, 192, 4, 4)
+    assert (model.forward_head(features, pre_logits=True) == 1).all()
+    assert (model.train().forward_head(features, pre_logits=True) == 0).any()
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (dict(num_experts=0), 'num_experts must be at least 1, got 0'),
+    (dict(depths=(1, 3, 1)), r'between 1 and 2, .* got \(1, 3, 1\)'),
+    (dict(depths=(0, 1, 1)), r'got \(0, 1, 1\)'),
+    (dict(depths=(1, 2)), 'one shared stage for each of 3 experts'),
+    (dict(classifier='tree'), "cosine, linear, got 'tree'"),
+    (dict(aligner='none'), "conv, bottleneck, got 'none'"),
+    (dict(global_pool='catavgmax'), "got 'catavgmax'"),
+    (dict(global_pool=''), 'classifiers need pooling'),
+])
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('resnet32_shike', **arguments)

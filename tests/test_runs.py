@@ -1,0 +1,243 @@
+"""Whole runs: what a run folder holds, resuming, stopping, retraining, evaluation."""
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, TINY
+
+from shike_timm import engine
+from shike_timm.checkpoints import load_checkpoint
+from shike_timm.hparams import parse_retrain_args, parse_train_args
+from shike_timm.training import retrain, saved_args, train
+
+
+def without_seconds(path):
+    stages = json.loads((path / 'metrics.json').read_text())
+    return {stage: {key: value for key, value in result.items() if key != 'seconds'} for stage, result in stages.items()}
+
+
+def run(tmp_path, *extra):
+    metrics = train(parse_train_args([*TINY, '--output', str(tmp_path), *map(str, extra)]))
+    return tmp_path / 'run', metrics
+
+
+def test_run_folder(tiny_run):
+    metrics = json.loads((tiny_run / 'metrics.json').read_text())
+    assert list(metrics) == ['stage_one', 'stage_two']
+    for result in metrics.values():
+        assert set(result) == {'loss', 'top1', 'top5', 'many', 'medium', 'few', 'experts', 'seconds'}
+        assert len(result['experts']) == 3 and result['seconds'] > 0
+    with (tiny_run / 'summary.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row['epoch'] for row in rows] == ['0', '1', '2', '3']
+    assert float(rows[1]['eval_top1']) == metrics['stage_one']['top1']
+    assert float(rows[3]['eval_few']) == metrics['stage_two']['few']
+    assert all(float(row['lr']) >= 0 and math.isfinite(float(row['train_loss'])) for row in rows)
+    for stage in ('stage_one', 'stage_two'):
+        names = {path.name for path in (tiny_run / stage).iterdir()}
+        assert names == {'last.pth.tar', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar'}
+    assert {path.name for path in (tiny_run / 'model').iterdir()} == {'config.json', 'model.safetensors'}
+    assert not list(tiny_run.glob('*.tmp'))
+
+
+def test_exported_model_loads_in_timm(tiny_run):
+    model = timm.create_model(f'local-dir:{tiny_run}/model', pretrained=True)
+    assert model.num_classes == 10
+    assert model.pretrained_cfg['label_names'] == [str(digit) for digit in range(10)]
+    assert model.pretrained_cfg['input_size'] == (3, 8, 8)
+    config = json.loads((tiny_run / 'model' / 'config.json').read_text())
+    assert config['architecture'] == 'resnet32_shike' and len(config['class_counts']) == 10
+    stage_two = load_checkpoint(tiny_run / 'stage_two' / 'last.pth.tar')
+    assert all(torch.equal(stage_two['state_dict'][name], value) for name, value in model.state_dict().items())
+
+
+def test_stage_two_changes_classifiers_and_statistics_only(tiny_run):
+    one, two = (load_checkpoint(tiny_run / f'stage_{n}' / 'last.pth.tar')['state_dict'] for n in ('one', 'two'))
+    changed = {name for name in one if not torch.equal(one[name], two[name])}
+    assert 'classifier.weight' in changed
+    assert all(name == 'classifier.weight' or 'running_' in name or 'num_batches' in name for name in changed)
+
+
+def test_eval_reprints_the_metrics(tiny_run, run_script, tmp_path):
+    expected = without_seconds(tiny_run)
+    results = tmp_path / 'results.json'
+    digits = ['--dataset', 'digits_lt', '--workers', '0', '--device', 'cpu', '--results-file', results]
+    for source, stage in (
+            (['--model', f'local-dir:{tiny_run}/model'], 'stage_two'),
+            (['--checkpoint', tiny_run / 'stage_two' / 'last.pth.tar'], 'stage_two'),
+            (['--checkpoint', tiny_run / 'stage_one' / 'last.pth.tar'], 'stage_one')):
+        status, out, _ = run_script('eval.py', *source, *digits)
+        assert status == 0
+        assert json.loads(results.read_text()) == expected[stage]
+        assert out.splitlines()[-1].split()[:3] == [
+            'ensemble', f"{expected[stage]['loss']:.2f}", f"{expected[stage]['top1']:.2f}"]
+
+
+def test_retraining_repeats_stage_two(tiny_run, tmp_path):
+    for source in (tiny_run, tiny_run / 'stage_one' / 'checkpoint-1.pth.tar'):
+        args = parse_retrain_args(['--checkpoint', str(source), '--output', str(tmp_path)], saved_args)
+        retrain(args)
+        folder = tmp_path / args.experiment
+        assert without_seconds(folder)['stage_two'] == without_seconds(tiny_run)['stage_two']
+        assert (folder / 'model' / 'config.json').exists()
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize('stage, epoch', [(1, 0), (1, 1), (2, 0), (2, 1)])
+def test_resumed_run_equals_an_undisturbed_one(tiny_run, tmp_path, monkeypatch, stage, epoch):
+    original = engine._train_one_epoch
+
+    def dies(task, loader, optimizer, config, current, *rest):
+        if (config.stage, current) == (stage, epoch):
+            next(iter(loader))  # in mid-epoch
+            raise KeyboardInterrupt
+        return original(task, loader, optimizer, config, current, *rest)
+
+    monkeypatch.setattr(engine, '_train_one_epoch', dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(engine, '_train_one_epoch', original)
+    train(parse_train_args(['--resume', str(tmp_path / 'run')]))
+    assert without_seconds(tmp_path / 'run') == without_seconds(tiny_run)
+    with (tmp_path / 'run' / 'summary.csv').open() as file:
+        assert [row['epoch'] for row in csv.DictReader(file)] == ['0', '1', '2', '3']
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / 'run')
+    before = (tmp_path / 'run' / 'metrics.json').read_text()
+    train(parse_train_args(['--resume', str(tmp_path / 'run' / 'stage_two' / 'last.pth.tar')]))
+    assert (tmp_path / 'run' / 'metrics.json').read_text() == before
+
+
+def test_resume_alone_uses_the_experiment(tiny_run, tmp_path):
+    # Nothing saved yet: the run starts from its first epoch.
+    run(tmp_path, '--resume')
+    assert without_seconds(tmp_path / 'run') == without_seconds(tiny_run)
+
+
+def start(tmp_path, *extra):
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    return subprocess.Popen(
+        [sys.executable, ROOT / 'train.py', *TINY, '--output', tmp_path, *extra], env=environment,
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def wait_for_epoch(process, epoch):
+    for line in process.stderr:
+        if line.startswith(f'Train: {epoch} '):
+            return
+    raise AssertionError('the run ended early')
+
+
+LONGER = ['--epochs', '3', '--imb-factor', '5', '--batch-size', '32', '--log-interval', '1']
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    return without_seconds(run(tmp_path_factory.mktemp('undisturbed'), *LONGER)[0])
+
+
+@pytest.mark.parametrize('signum, epoch', [(signal.SIGKILL, 1), (signal.SIGTERM, 0), (signal.SIGINT, 1)])
+def test_signals_leave_a_run_that_resumes(tmp_path, undisturbed, signum, epoch):
+    process = start(tmp_path, *LONGER)
+    wait_for_epoch(process, epoch)
+    process.send_signal(signum)
+    error = process.communicate(timeout=60)[1]
+    last = tmp_path / 'run' / 'stage_one' / 'last.pth.tar'
+    assert load_checkpoint(last)['epoch'] == epoch - 1
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signum
+    else:
+        assert process.returncode == 128 + signum
+        assert f'stopped by signal {int(signum)}' in error and '--resume' in error
+    folder, _ = run(tmp_path, *LONGER, '--resume', tmp_path / 'run')
+    assert without_seconds(folder) == undisturbed
+
+
+def test_interrupt_between_processes_is_prompt(tmp_path):
+    process = start(tmp_path, '--epochs', '1000', '--warmup-epochs', '0', '--val-interval', '1000')
+    wait_for_epoch(process, 2)
+    process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    assert process.wait(timeout=30) == 143
+    assert time.monotonic() - started < 15
+    process.stderr.close()
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, run_script):
+    status, _, error = run_script(
+        'train.py', *TINY, '--output', tmp_path, '--lr', '1e30', '--warmup-lr', '0.01', '--epochs', '3',
+        '--classifier', 'linear', '--log-interval', '1')
+    assert status == 1
+    assert 'train.py: The ' in error and 'epoch 1 of stage one' in error
+    checkpoint = load_checkpoint(tmp_path / 'run' / 'stage_one' / 'last.pth.tar')
+    assert checkpoint['epoch'] == 0
+    assert all(value.isfinite().all() for value in checkpoint['state_dict'].values())
+
+
+def test_nan_names_its_first_step(tmp_path, monkeypatch):
+    from shike_timm.tasks import RepresentationTask
+    original, steps = RepresentationTask.forward, []
+
+    def forward(self, images, target):
+        result = original(self, images, target)
+        steps.append(1)
+        if len(steps) == 3:
+            result['loss'] = result['loss'] * float('nan')
+        return result
+
+    monkeypatch.setattr(RepresentationTask, 'forward', forward)
+    with pytest.raises(engine.NonFiniteError, match='at step 2 of epoch 0 of stage one'):
+        run(tmp_path, '--log-interval', '100')
+
+
+def test_stage_one_alone(tmp_path):
+    folder, metrics = run(tmp_path, '--crt-epochs', '0')
+    assert list(metrics) == ['stage_one'] and not (folder / 'stage_two').exists()
+    assert (folder / 'model' / 'model.safetensors').exists()
+
+
+@pytest.mark.parametrize('options', [
+    ['--amp', '--channels-last'],
+    ['--model-ema', '--model-ema-decay', '0.5', '--clip-grad', '1', '--val-interval', '5'],
+    ['--clip-grad', '0.1', '--clip-mode', 'agc', '--torchcompile', 'eager', '--detach-teacher'],
+    ['--mixup', '0.4', '--alpha', '0', '--beta', '0', '--no-fusion', '--num-experts', '2'],
+    ['--reprob', '0.5', '--no-aug', '--checkpoint-hist', '1', '--workers', '1', '--log-interval', '1'],
+], ids=lambda options: options[0])
+def test_options_run(tmp_path, options):
+    folder, metrics = run(tmp_path, *options)
+    assert math.isfinite(metrics['stage_two']['loss'])
+    if '--model-ema' in options:
+        one = load_checkpoint(folder / 'stage_one' / 'last.pth.tar')
+        two = load_checkpoint(folder / 'stage_two' / 'last.pth.tar')
+        name = 'experts.0.stage.0.conv1.weight'
+        assert not torch.equal(one['state_dict'][name], one['state_dict_ema'][name])
+        # Stage two starts from what was evaluated, the average.
+        assert torch.equal(two['state_dict'][name], one['state_dict_ema'][name])
+        with (folder / 'summary.csv').open() as file:
+            assert [bool(row['eval_top1']) for row in csv.DictReader(file)] == [False, True, False, True]
+    if '--checkpoint-hist' in options:
+        assert len(list((folder / 'stage_one').glob('checkpoint-*'))) == 1
+
+
+def test_folder_of_images(image_folder, tmp_path, run_script):
+    status, out, _ = run_script(
+        'train.py', '--model', 'resnet32_shike', '--data-dir', image_folder, '--img-size', '16', '--batch-size', '16',
+        '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs', '1', '--workers', '0', '--device', 'cpu',
+        '--output', tmp_path, '--experiment', 'run', '--aa', 'rand-m9-mstd0.5-inc1')
+    assert status == 0 and 'stage_two ensemble' in out
+    status, out, _ = run_script(
+        'eval.py', '--model', f'local-dir:{tmp_path}/run/model', '--data-dir', image_folder, '--workers', '0',
+        '--device', 'cpu')
+    few = json.loads((tmp_path / 'run' / 'metrics.json').read_text())['stage_two']['few']
+    assert status == 0 and out.splitlines()[-1].split()[-1] == f'{few:.2f}'

@@ -1,0 +1,134 @@
+import copy
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from shike_timm.losses import balanced_softmax, representation_loss
+from shike_timm.tasks import ClassifierRetrainingTask, RepresentationTask
+
+COUNTS = [50, 30, 10, 5, 2]
+
+
+def make_model():
+    torch.manual_seed(0)
+    return timm.create_model('resnet32_shike', num_classes=5)
+
+
+def batch(size=8):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) % 5
+
+
+def test_representation_task():
+    task = RepresentationTask(make_model(), alpha=0.5, beta=0.25, detach_teacher=True)
+    images, target = batch()
+    reference = copy.deepcopy(task.get_eval_model()).train()
+    result = task.train()(images, target)
+    expected = representation_loss(reference.forward_experts(images), target, 0.5, 0.25, detach_teacher=True)
+    assert torch.allclose(result['loss'], expected.total)
+    assert torch.allclose(result['nt'], expected.dkt) and not result['nt'].requires_grad
+    assert result['output'].shape == (8, 5)
+    result['loss'].backward()
+    assert all(parameter.grad is not None for parameter in task.parameters())
+
+
+def test_retraining_freezes_all_but_new_classifiers():
+    model = make_model()
+    old_weight = model.classifier.weight.detach().clone()
+    before = copy.deepcopy(model.state_dict())
+    task = ClassifierRetrainingTask(model, COUNTS).train()
+    assert not torch.equal(model.classifier.weight, old_weight)
+    images, target = batch()
+    reference = copy.deepcopy(model)
+    loss = task(images, target)['loss']
+    assert torch.allclose(loss, balanced_softmax(reference.forward_experts(images), target, torch.tensor(COUNTS)))
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ['classifier.weight']
+    torch.optim.SGD(model.get_classifier().parameters(), lr=1.).step()
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    # BatchNorm statistics keep updating.
+    assert 'classifier.weight' in changed and 'stem.1.running_mean' in changed
+    assert all(name == 'classifier.weight' or 'running_' in name or 'num_batches' in name for name in changed)
+
+
+def test_retraining_builds_no_graph_below_the_classifiers():
+    task = ClassifierRetrainingTask(make_model(), COUNTS).train()
+    features = []
+    task.get_eval_model().global_pool.register_forward_hook(lambda module, inputs, output: features.append(output))
+    task(*batch())
+    assert not features[0].requires_grad
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_ema_and_checkpoint_state(compiled):
+    task = RepresentationTask(make_model())
+    assert task.get_eval_model(ema=True) is None and not task.has_ema()
+    task.setup_ema(decay=0.5)
+    if compiled:
+        task.compile(backend='eager')
+    assert type(task.get_eval_model()).__name__ == type(task.get_eval_model(ema=True)).__name__ == 'Shike'
+    average = task.get_eval_model(ema=True).classifier.weight.clone()
+    with torch.no_grad():
+        task.get_eval_model().classifier.weight.add_(1.)
+    task.update_ema()
+    assert torch.allclose(task.get_eval_model(ema=True).classifier.weight, average + 0.5)
+    state = {**task.get_checkpoint_state(), **task.get_checkpoint_state(ema=True)}
+    assert set(state) == {'state_dict', 'state_dict_ema'}
+    assert set(state['state_dict']) == set(state['state_dict_ema']) == set(make_model().state_dict())
+    task.train()(*batch())['loss'].backward()
+
+
+def test_clipping_can_leave_out_the_classifiers():
+    task = RepresentationTask(make_model())
+    every = list(task.get_clip_parameters())
+    assert len(every) == len(list(task.parameters()))
+    assert len(list(task.get_clip_parameters(exclude_head=True))) == len(every) - 1
+
+
+def frozen_statistics(model):
+    """BatchNorm in eval mode, so that gradients do not depend on how a batch is split."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train(False)
+
+
+def gradients(task):
+    return {name: p.grad.clone() for name, p in task.get_eval_model().named_parameters() if p.grad is not None}
+
+
+def worker(rank, port, path):
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    results = {}
+    for name in ('one', 'two'):
+        model = make_model()
+        torch.manual_seed(2)
+        task = RepresentationTask(model) if name == 'one' else ClassifierRetrainingTask(model, COUNTS)
+        task.prepare_distributed()
+        frozen_statistics(task.trainable_module)
+        images, target = batch()
+        task(images[rank::2], target[rank::2])['loss'].backward()
+        results[name] = gradients(task)
+    if rank == 0:
+        torch.save(results, path)
+    dist.destroy_process_group()
+
+
+def test_distributed_gradients_are_those_of_the_whole_batch(tmp_path, unused_port):
+    mp.spawn(worker, args=(unused_port, str(tmp_path / 'gradients.pt')), nprocs=2)
+    results = torch.load(tmp_path / 'gradients.pt', weights_only=True)
+    for name in ('one', 'two'):
+        model = make_model()
+        torch.manual_seed(2)
+        task = RepresentationTask(model) if name == 'one' else ClassifierRetrainingTask(model, COUNTS)
+        frozen_statistics(task.trainable_module)
+        task(*batch())['loss'].backward()
+        expected = gradients(task)
+        assert set(results[name]) == set(expected)
+        for key, gradient in expected.items():
+            assert torch.allclose(results[name][key], gradient, rtol=1e-3, atol=1e-5), key
