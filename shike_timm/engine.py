@@ -161,16 +161,24 @@ def _train_one_epoch(
             if key != 'output':
                 sums[key] = sums.get(key, 0.) + value.detach() * batch_size
 
-        if step % config.log_interval == 0 or step == num_steps - 1:
+        last = step == num_steps - 1
+        if last or step % config.log_interval == 0:
             check_finite()
             now = time.perf_counter()
             means = {key: float(value) / num_images for key, value in sums.items()}
-            _logger.info(
-                f'Train: {epoch} [{step:>4d}/{num_steps} ({100 * (step + 1) / num_steps:>3.0f}%)]  '
+            status = (
                 f"Loss: {float(loss.detach()):#.3g} ({means.pop('loss'):#.3g})  "
                 + ''.join(f'{key.upper()}: {value:#.3g}  ' for key, value in means.items())
                 + f'Time: {images_since_log / (now - log_start):>7.2f}/s ({num_images / (now - start):>7.2f}/s)  '
-                f'LR: {lr:.3e}')
+                f'LR: {lr:.3e}'
+            )
+            if last:
+                progress.close()
+            if last or progress.disable:
+                done = 100 * (step + 1) / num_steps
+                _logger.info(f'Train: {epoch} [{step:>4d}/{num_steps} ({done:>3.0f}%)]  {status}')
+            else:
+                progress.set_postfix_str(status)
             log_start, images_since_log = now, 0
     return dict(
         loss=round(float(sums['loss']) / num_images, 6),

@@ -140,10 +140,7 @@ def _run_stage(
         model.load_state_dict(checkpoint['state_dict'])
         if args.model_ema:
             task.get_eval_model(ema=True).load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
-        try:
-            optimizer.load_state_dict(checkpoint['optimizer'])
-        except ValueError as error:
-            raise InputError(f'The checkpoint was made with another optimizer than {args.opt}: {error}.') from error
+        optimizer.load_state_dict(checkpoint['optimizer'])
         if loss_scaler is not None and loss_scaler.state_dict_key in checkpoint:
             loss_scaler.load_state_dict(checkpoint[loss_scaler.state_dict_key])
         start_epoch = checkpoint['epoch'] + 1
@@ -213,7 +210,7 @@ def _run_stages(
                 checkpoint = None
                 write_text(path, json.dumps(metrics, indent=2) + '\n')
         except (Interrupted, NonFiniteError):
-            _logger.error(f'Checkpoints are in {folder}; go on with --resume {folder}.')
+            _logger.error(f'The last checkpoint is kept; go on with train.py --resume {folder}')
             raise
     export_model(run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts)
     print(format_table(metrics))
@@ -242,6 +239,15 @@ def _resume_point(args: argparse.Namespace) -> Tuple[int, Optional[Path]]:
     return 1, None
 
 
+def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
+    checkpoint = load_checkpoint(path)
+    if not {'state_dict', 'optimizer', 'epoch', 'saver', 'args'} <= set(checkpoint):
+        raise InputError(f"checkpoint '{path}' holds no state to resume from: use one that train.py wrote.")
+    if checkpoint['args'].opt != args.opt:
+        raise InputError(f"checkpoint '{path}' was made with --opt {checkpoint['args'].opt}, not {args.opt}: keep it.")
+    return checkpoint
+
+
 def train(args: argparse.Namespace) -> Dict[str, Any]:
     """Run stage one and, unless `crt_epochs` is 0, stage two.
 
@@ -263,13 +269,15 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         folder = Path(run_folder(args))
         args.output, args.experiment = str(folder.parent), folder.name
         stage, path = _resume_point(args)
+        if stage not in stages:
+            raise InputError(f"Stage two of '{folder}' has begun, which --crt-epochs 0 leaves out: drop it.")
         stages = stages[stage - 1:]
-        checkpoint = load_checkpoint(path) if path else None
+        checkpoint = _load_to_resume(path, args) if path else None
     else:
         args.experiment = args.experiment or _default_experiment(args)
     run = _prepare(args, stages)
     if checkpoint is not None:
-        load_weights(run.model, checkpoint.get('state_dict', checkpoint), path)
+        load_weights(run.model, checkpoint['state_dict'], path)
     return _run_stages(run, stages, _create_run_folder(args, resumed), checkpoint)
 
 

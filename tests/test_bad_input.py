@@ -154,3 +154,15 @@ def test_status_of_a_process(tmp_path):
         env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert result.returncode == 2
     assert result.stderr == "train.py: error: hparams file 'missing.yaml' does not exist.\n"
+
+
+def test_resuming_with_other_options(refused, tmp_path, tiny_run):
+    refused('--opt momentum, not adamw', 'train.py', '--resume', tiny_run, '--opt', 'adamw')
+    refused('--crt-epochs 0', 'train.py', '--resume', tiny_run, '--crt-epochs', '0')
+    refused('is of stage one', 'train.py', '--resume', tiny_run / 'stage_one' / 'last.pth.tar')
+    torch.save({'state_dict': {}}, tmp_path / 'weights.pth.tar')
+    refused('not in the stage_one or stage_two of a run', 'train.py', '--resume', tmp_path / 'weights.pth.tar')
+    (tmp_path / 'stage_one').mkdir()
+    (tmp_path / 'weights.pth.tar').rename(tmp_path / 'stage_one' / 'last.pth.tar')
+    refused('no state to resume from', 'train.py', *TINY, '--resume', tmp_path)
+    refused('--crt-epochs 0', 'retrain_classifier.py', '--checkpoint', tiny_run, '--crt-epochs', '0')
