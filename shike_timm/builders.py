@@ -19,7 +19,11 @@ CRT_PREFIX = 'crt_'
 
 
 def resolve_device(name: Optional[str]) -> torch.device:
-    """The named device, or CUDA where there is one, else the CPU."""
+    """The named device, or CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: If the device is unknown or absent.
+    """
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
@@ -30,7 +34,11 @@ def resolve_device(name: Optional[str]) -> torch.device:
 
 
 def resolve_autocast(args: argparse.Namespace, device: torch.device) -> Optional[torch.dtype]:
-    """Data type of autocast, None without `--amp`; by default float16 on CUDA and bfloat16 elsewhere."""
+    """Data type of autocast, None without `--amp`; by default float16 on CUDA and bfloat16 elsewhere.
+
+    Raises:
+        InputError: If float16 is asked for where its loss scaling is not supported.
+    """
     if not args.amp:
         return None
     name = args.amp_dtype or ('float16' if device.type == 'cuda' else 'bfloat16')
@@ -41,7 +49,11 @@ def resolve_autocast(args: argparse.Namespace, device: torch.device) -> Optional
 
 
 def create_model(args: argparse.Namespace, num_classes: int) -> Shike:
-    """The SHIKE model that the arguments describe."""
+    """The SHIKE model that the arguments describe.
+
+    Raises:
+        InputError: If it is not one of the registered names, or an option of it is out of range.
+    """
     known = timm.list_models(module='shike')
     if get_arch_name(args.model) not in known:
         nearest = difflib.get_close_matches(args.model, known, n=1, cutoff=0)[0]
@@ -57,21 +69,30 @@ def create_model(args: argparse.Namespace, num_classes: int) -> Shike:
             aligner=args.aligner,
             drop_rate=args.drop,
         )
-    except ValueError as error:
-        raise InputError(f"model '{args.model}': {error}") from error
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"model '{args.model}' cannot be made: {error}") from error
 
 
 def create_optimizer(args: argparse.Namespace, stage: int, model: Shike) -> torch.optim.Optimizer:
-    """timm's optimizer for a stage: of the whole model in stage one, of its classifiers in stage two."""
+    """timm's optimizer of a stage, with the stage's peak learning rate.
+
+    Raises:
+        InputError: If the optimizer is unknown or takes no such option.
+    """
     options = dict(optimizer_kwargs(args), lr=args.lr if stage == 1 else args.crt_lr)
     try:
-        return create_optimizer_v2(model if stage == 1 else model.get_classifier(), **dict(options, **args.opt_kwargs))
+        # What stage two froze gets no gradient, so that the optimizer leaves it alone.
+        return create_optimizer_v2(model, **dict(options, **args.opt_kwargs))
     except (ValueError, TypeError, AssertionError) as error:
         raise InputError(f"optimizer '{args.opt}' cannot be made: {error}") from error
 
 
 def resolve_data_config(args: argparse.Namespace, model: Shike) -> Dict[str, Any]:
-    """Preprocessing: the model's own, overridden by the arguments."""
+    """Preprocessing: the model's own, overridden by the arguments.
+
+    Raises:
+        InputError: If there are not as many means or standard deviations as channels.
+    """
     for name in ('mean', 'std'):
         values = getattr(args, name)
         if values and len(values) not in (1, model.in_chans):
@@ -80,7 +101,11 @@ def resolve_data_config(args: argparse.Namespace, model: Shike) -> Dict[str, Any
 
 
 def load_data(args: argparse.Namespace) -> TrainingData:
-    """The data that the arguments name."""
+    """The data that the arguments name.
+
+    Raises:
+        InputError: If it cannot be read, or `--num-classes` contradicts it.
+    """
     data = load_training_data(
         args.dataset,
         args.data_dir,
@@ -125,7 +150,11 @@ def create_schedule(
 
 
 def mixup_options(args: argparse.Namespace, num_classes: int, stages: Sequence[int]) -> Optional[Dict[str, Any]]:
-    """Arguments of timm's Mixup, None where it is off; refused where one of the stages needs hard labels."""
+    """Arguments of `timm.data.FastCollateMixup`, None where it is off.
+
+    Raises:
+        InputError: If one of the stages needs hard labels, or a batch cannot be paired.
+    """
     if not (args.mixup or args.cutmix):
         return None
     flag = f'--mixup {args.mixup:g}' if args.mixup else f'--cutmix {args.cutmix:g}'

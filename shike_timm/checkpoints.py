@@ -4,12 +4,12 @@ import copy
 import os
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Union
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from timm.models import clean_state_dict
 from timm.models._hub import save_for_hf
 from timm.utils import CheckpointSaver
@@ -66,13 +66,16 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     try:
         if path.suffix == '.safetensors':
             return {'state_dict': safetensors.torch.load_file(path)}
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch doubts what is about to be refused
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"checkpoint '{path}' holds a pickled object other than tensors and plain values, "
-            'which could run any code and is not loaded: save its state_dict alone.') from error
-    except (RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # a damaged file can make the unpickler raise nearly anything
+        with path.open('rb') as file:
+            bare_pickle = file.read(1) == pickle.PROTO
+        if isinstance(error, pickle.UnpicklingError) and (bare_pickle or 'GLOBAL' in str(error)):
+            raise InputError(
+                f"checkpoint '{path}' holds a pickled object other than tensors and plain values, "
+                'which could run any code and is not loaded: save its state_dict alone.') from error
         raise InputError(f"checkpoint '{path}' is truncated or not a checkpoint: use another one.") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"checkpoint '{path}' holds a {type(checkpoint).__name__}, expected a dictionary of weights.")

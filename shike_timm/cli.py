@@ -30,6 +30,8 @@ def run_script(main: Callable[[], Any]) -> int:
     except NonFiniteError as error:
         print(f'{name}: {error}', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     except Interrupted as stop:
         print(f'{name}: stopped by signal {stop.signum}', file=sys.stderr)
         return 128 + stop.signum

@@ -30,7 +30,7 @@ class NonFiniteError(RuntimeError):
     """The loss or the weights stopped being finite; the message says where."""
 
 
-class Interrupted(Exception):
+class Interrupted(RuntimeError):
     """A signal asked the run to stop; `signum` says which."""
 
     def __init__(self, signum: int):

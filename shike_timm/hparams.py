@@ -3,7 +3,7 @@ import argparse
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, NoReturn, Optional, Sequence
+from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, Set
 
 import yaml
 from timm.utils import ParseKwargs
@@ -18,12 +18,18 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.nullable: Optional[Set[str]] = None  # options that are unset by default
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f'{message[0].upper()}{message[1:]}: see --help.')
 
     def parse(self, argv: Optional[Sequence[str]]) -> argparse.Namespace:
-        args, unknown = self.parse_known_args(argv)
+        try:
+            args, unknown = self.parse_known_args(argv)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f'An argument is not of the form KEY=VALUE ({error}): see --help.') from error
         if unknown:
             nearest = _nearest(unknown[0].split('=')[0], self._option_string_actions)
             raise InputError(f"Unknown argument '{unknown[0]}'{nearest}: see --help.")
@@ -32,12 +38,17 @@ class _Parser(argparse.ArgumentParser):
     def set_checked_defaults(self, values: Dict[Any, Any], source: str) -> None:
         """Override defaults with values from `source`, each of which must name an option and have its type."""
         actions = {action.dest: action for action in self._actions if action.dest not in ('help', 'hparams')}
+        if self.nullable is None:
+            self.nullable = {name for name, action in actions.items() if action.default is None}
         checked = {}
         for key, value in values.items():
             name = str(key).replace('-', '_')
             if name not in actions:
                 raise InputError(f"{source} has an unknown key '{key}'{_nearest(name, actions)}.")
-            checked[name] = _check_value(actions[name], value, f"{source}: '{key}'")
+            where = f"{source}: '{key}'"
+            if value is None and name not in self.nullable:
+                raise InputError(f'{where} is empty, expected a value.')
+            checked[name] = None if value is None else _check_value(actions[name], value, where)
         self.set_defaults(**checked)
 
 
@@ -47,8 +58,6 @@ def _nearest(name: str, valid) -> str:
 
 
 def _check_value(action: argparse.Action, value: Any, where: str) -> Any:
-    if value is None:
-        return None
     if isinstance(action, (argparse.BooleanOptionalAction, argparse._StoreTrueAction)):
         if not isinstance(value, bool):
             raise InputError(f'{where} is {value!r}, expected true or false.')
@@ -57,9 +66,10 @@ def _check_value(action: argparse.Action, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise InputError(f'{where} is {value!r}, expected a mapping of names to values.')
         return value
-    if action.nargs == '+':
-        if not isinstance(value, list):
-            raise InputError(f'{where} is {value!r}, expected a list.')
+    if action.nargs == '+' or isinstance(action.nargs, int):
+        if not isinstance(value, list) or len(value) not in (action.nargs, len(value) * (action.nargs == '+')):
+            length = '' if action.nargs == '+' else f' of {action.nargs}'
+            raise InputError(f'{where} is {value!r}, expected a list{length}.')
         return [_check_scalar(action, item, where) for item in value]
     return _check_scalar(action, value, where)
 
@@ -71,7 +81,7 @@ def _check_scalar(action: argparse.Action, value: Any, where: str) -> Any:
     try:
         # A YAML string is converted as a command line would, since YAML reads 5e-4 as text.
         converted = kind(value)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         wrong = True
     if wrong:
         raise InputError(f'{where} is {value!r}, expected {expected}.')
@@ -87,10 +97,10 @@ def _read_hparams(path: str) -> Dict[Any, Any]:
         raise InputError(f"hparams file '{path}' does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"hparams file '{path}' cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, 'problem_mark', None)
         line = f' at line {mark.line + 1}' if mark else ''
-        problem = getattr(error, 'problem', error)
+        problem = ' '.join(str(getattr(error, 'problem', error)).split())
         raise InputError(f"hparams file '{path}' is not valid YAML{line}: {problem}.") from error
     if not isinstance(values or {}, dict):
         raise InputError(f"hparams file '{path}' holds a {type(values).__name__}, expected lines of 'name: value'.")
@@ -114,7 +124,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--crop-pct', type=float, metavar='N', help='centre crop at evaluation')
     group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='channel means, of images in 0..1')
     group.add_argument('--std', type=float, nargs='+', metavar='STD', help='channel standard deviations')
-    group.add_argument('--interpolation', default='', metavar='NAME', help='resize interpolation at evaluation')
+    group.add_argument(
+        '--interpolation', choices=['nearest', 'bilinear', 'bicubic', 'lanczos'], help='interpolation at evaluation')
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -179,8 +190,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--train-crop-mode', choices=['rrc', 'rkrc', 'rkrr', 'pad'],
         help="timm's crop modes, or pad: a random crop after padding by 1/8 of the side")
-    group.add_argument('--scale', type=float, nargs='+', default=[0.08, 1.], metavar='PCT', help='area of rrc')
-    group.add_argument('--ratio', type=float, nargs='+', default=[3 / 4, 4 / 3], metavar='R', help='aspect of rrc')
+    group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.], metavar='PCT', help='area of rrc')
+    group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='R', help='aspect of rrc')
     group.add_argument('--hflip', type=float, default=0.5, metavar='P', help='horizontal flip probability')
     group.add_argument('--vflip', type=float, default=0., metavar='P', help='vertical flip probability')
     group.add_argument('--color-jitter', type=float, default=0.4, metavar='N', help='colour jitter, off with --aa')
@@ -196,7 +207,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--mixup-switch-prob', type=float, default=0.5, metavar='P', help='probability of CutMix where both are on')
     group.add_argument('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='how to mix')
-    group.add_argument('--train-interpolation', default='random', metavar='NAME', help='interpolation in training')
+    group.add_argument(
+        '--train-interpolation', default='random', choices=['random', 'bilinear', 'bicubic'],
+        help='interpolation in training')
 
     group = parser.add_argument_group('Run')
     group.add_argument('--seed', type=int, default=42, metavar='N', help='random seed')
@@ -227,11 +240,14 @@ def _parser(description: str) -> _Parser:
 def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
     at_least = dict(
         batch_size=1, validation_batch_size=1, epochs=1, crt_epochs=0, warmup_epochs=0, crt_warmup_epochs=0,
-        log_interval=1, val_interval=1, checkpoint_hist=1, workers=0, seed=0, num_classes=1, img_size=1, cutout=0)
+        log_interval=1, val_interval=1, checkpoint_hist=1, workers=0, seed=0, num_classes=1, img_size=1, cutout=0,
+        lr=0, crt_lr=0, warmup_lr=0, crt_warmup_lr=0, min_lr=0, weight_decay=0, drop=0, decay_epochs=1, crop_pct=0.01)
     for name, low in at_least.items():
         value = getattr(args, name, None)
-        if value is not None and value < low:
-            raise InputError(f"--{name.replace('_', '-')} {value} is too small: give at least {low}.")
+        if value is not None and not value >= low:
+            raise InputError(f"--{name.replace('_', '-')} {value} is out of range: give at least {low}.")
+    if getattr(args, 'drop', None) and args.drop >= 1:
+        raise InputError(f'--drop {args.drop} is out of range: give less than 1.')
     for prefix in ('', 'crt_'):
         epochs, warmup = getattr(args, prefix + 'epochs', 0), getattr(args, prefix + 'warmup_epochs', 0)
         if epochs and warmup >= epochs:

@@ -24,6 +24,7 @@ class ExpertLogits(nn.Module):
         self.freeze_features = freeze_features
 
     def forward(self, x: Tensor) -> Tensor:
+        """Expert logits [B, M, C] from images [B, in_chans, H, W]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_features):
             x = self.model.forward_features(x)
         return self.model.forward_expert_head(x)

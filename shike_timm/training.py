@@ -27,7 +27,7 @@ from .builders import (
 )
 from .checkpoints import StageSaver, export_model, load_checkpoint, load_weights, model_weights, write_text
 from .data import TrainingData, create_eval_loader, create_train_loader
-from .engine import Interrupted, LoopConfig, NonFiniteError, StopFlag, fit, seed_all, stop_signals
+from .engine import Interrupted, LoopConfig, StopFlag, fit, seed_all, stop_signals
 from .errors import InputError
 from .evaluation import evaluate, format_table
 from .hparams import run_folder
@@ -66,7 +66,8 @@ def _prepare(args: argparse.Namespace, stages: Sequence[int]) -> _Run:
     data = load_data(args)
     seed_all(args.seed, 1, -1)
     model = create_model(args, data.num_classes).to(device)
-    create_optimizer(args, 1, model)  # a wrong option shows here
+    for stage in stages:  # a wrong option shows here rather than after stage one
+        create_schedule(create_optimizer(args, stage, model), args, stage)
     if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
         raise InputError(f"--torchcompile '{args.torchcompile}' is not a backend of torch.compile: leave the name out.")
     data_config = resolve_data_config(args, model)
@@ -111,7 +112,8 @@ def _create_run_folder(args: argparse.Namespace, resumed: bool) -> Path:
 
 
 def _default_experiment(args: argparse.Namespace) -> str:
-    return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), args.dataset or 'folder'])
+    dataset = (args.dataset or 'folder').replace('/', '_')
+    return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), dataset])
 
 
 def _run_stage(
@@ -209,8 +211,10 @@ def _run_stages(
                 metrics[STAGES[stage - 1]] = _run_stage(run, stage, folder, stop, checkpoint)
                 checkpoint = None
                 write_text(path, json.dumps(metrics, indent=2) + '\n')
-        except (Interrupted, NonFiniteError):
+        except RuntimeError as error:
             _logger.error(f'The last checkpoint is kept; go on with train.py --resume {folder}')
+            if stop.signum and not isinstance(error, Interrupted):
+                raise Interrupted(stop.signum) from error  # a loader whose workers got the signal too
             raise
     export_model(run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts)
     print(format_table(metrics))
@@ -241,10 +245,18 @@ def _resume_point(args: argparse.Namespace) -> Tuple[int, Optional[Path]]:
 
 def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
     checkpoint = load_checkpoint(path)
-    if not {'state_dict', 'optimizer', 'epoch', 'saver', 'args'} <= set(checkpoint):
+    wanted = {'state_dict', 'optimizer', 'epoch', 'saver'}
+    if not wanted <= set(checkpoint) or not isinstance(checkpoint.get('args'), argparse.Namespace):
         raise InputError(f"checkpoint '{path}' holds no state to resume from: use one that train.py wrote.")
-    if checkpoint['args'].opt != args.opt:
-        raise InputError(f"checkpoint '{path}' was made with --opt {checkpoint['args'].opt}, not {args.opt}: keep it.")
+    # What may differ without changing the epochs that are left: where things are, and how the run is watched.
+    free = {
+        'data_dir', 'dataset_download', 'device', 'workers', 'output', 'experiment', 'resume', 'hparams',
+        'log_interval', 'val_interval', 'checkpoint_hist', 'crt_epochs',
+    }
+    for key, old in vars(checkpoint['args']).items():
+        new = getattr(args, key, old)
+        if key not in free and new != old:
+            raise InputError(f"--{key.replace('_', '-')} {new} differs from the resumed run's {old}: leave it out.")
     return checkpoint
 
 
@@ -287,7 +299,8 @@ def _stage_one_checkpoint(path: str) -> Path:
 
 def saved_args(path: str) -> Dict[str, Any]:
     """Arguments that a checkpoint, or the stage one of a run folder, was trained with; empty if it has none."""
-    return vars(load_checkpoint(_stage_one_checkpoint(path)).get('args', argparse.Namespace()))
+    saved = load_checkpoint(_stage_one_checkpoint(path)).get('args')
+    return vars(saved) if isinstance(saved, argparse.Namespace) else {}
 
 
 def retrain(args: argparse.Namespace) -> Dict[str, Any]:

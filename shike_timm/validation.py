@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import timm
-from safetensors import SafetensorError
 from torch import nn
 
 from .builders import create_model, resolve_data_config, resolve_device
@@ -28,12 +27,11 @@ def _load_eval_model(args: argparse.Namespace) -> Tuple[nn.Module, Optional[List
     if args.checkpoint:
         checkpoint = load_checkpoint(args.checkpoint)
         saved = checkpoint.get('args')
-        if not hasattr(saved, 'class_counts'):
+        if not isinstance(saved, argparse.Namespace) or not hasattr(saved, 'class_counts'):
             raise InputError(f"checkpoint '{args.checkpoint}' does not say what model it is of: use one of train.py.")
-        for key in ('img_size', 'mean', 'std', 'crop_pct'):
+        for key in ('img_size', 'mean', 'std', 'crop_pct', 'interpolation'):
             if getattr(args, key) is None:
                 setattr(args, key, getattr(saved, key))
-        args.interpolation = args.interpolation or saved.interpolation
         model = create_model(saved, len(saved.class_counts))
         load_weights(model, model_weights(checkpoint), args.checkpoint)
         return model, saved.class_counts, saved.class_names
@@ -41,7 +39,7 @@ def _load_eval_model(args: argparse.Namespace) -> Tuple[nn.Module, Optional[List
     try:
         model = timm.create_model(args.model, pretrained=args.pretrained or ':' in args.model)
         counts = _load_local_counts(args.model) if local else None
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+    except Exception as error:  # whatever a damaged folder makes timm, torch or safetensors raise
         raise InputError(f"model '{args.model}' cannot be loaded: {' '.join(str(error).split())}") from error
     if not isinstance(model, Shike):
         raise InputError(f"model '{args.model}' is a {type(model).__name__}, expected a SHIKE model.")

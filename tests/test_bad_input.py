@@ -1,6 +1,7 @@
 """Bad input: status 2, one sentence that names the value at fault, and earlier files as they were."""
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -50,7 +51,12 @@ def refused(run_script, tmp_path):
     ("optimizer 'sdg'", ['--opt', 'sdg']),
     ("--torchcompile 'gcc'", ['--torchcompile', 'gcc']),
     ('--mean has 2', ['--mean', '0.5', '0.5']),
-    ("'auto_augment': 'wild'", ['--aa', 'wild']),
+    ("aa 'wild'", ['--aa', 'wild']),
+    ("model 'resnet32_shike.foo'", ['--model', 'resnet32_shike.foo']),
+    ('--crt-lr -1', ['--crt-lr', '-1']),
+    ('--drop 1.5', ['--drop', '1.5']),
+    ('KEY=VALUE', ['--opt-kwargs', 'eps']),
+    ("'sharp'", ['--interpolation', 'sharp']),
     ("'/nowhere' holds no run", ['--resume', '/nowhere']),
 ])
 def test_train_arguments(refused, tmp_path, value, argv):
@@ -111,12 +117,11 @@ def test_checkpoints(refused, tmp_path, tiny_run):
         '--output', tmp_path / 'out')
 
 
-def test_resuming_another_architecture(run_script, tmp_path, tiny_run):
-    import shutil
+def test_resuming_with_another_model(run_script, tmp_path, tiny_run):
     shutil.copytree(tiny_run / 'stage_one', tmp_path / 'run' / 'stage_one')
     before = snapshot(tmp_path)
     status, _, error = run_script('train.py', *TINY, '--resume', tmp_path / 'run', '--num-experts', '2')
-    assert status == 2 and 'another architecture' in error and len(error.strip().splitlines()) == 1
+    assert status == 2 and '--num-experts 2 differs' in error and len(error.strip().splitlines()) == 1
     assert snapshot(tmp_path) == before
 
 
@@ -137,9 +142,14 @@ def test_output_folders(run_script, tmp_path, tiny_run):
     ("model 'resnet32_shike'", ['--model', 'resnet32_shike', '--pretrained']),
     ("model 'resnet18'", ['--model', 'resnet18']),
     ('100 classes', ['--model', 'resnet32_shike']),
+    ("model 'local-dir:", ['--model', 'local-dir:PICKLED']),
     ("results-file '/nowhere/x.json'", ['--model', 'resnet32_shike', '--results-file', '/nowhere/x.json']),
 ])
-def test_eval_arguments(refused, value, argv):
+def test_eval_arguments(refused, value, argv, tmp_path):
+    if argv[-1:] == ['local-dir:PICKLED']:
+        (tmp_path / 'config.json').write_text('{"architecture": "resnet32_shike", "pretrained_cfg": {}}')
+        (tmp_path / 'pytorch_model.bin').write_bytes(pickle.dumps(Payload()))
+        argv = ['--model', f'local-dir:{tmp_path}']
     refused(value, 'eval.py', '--dataset', 'digits_lt', '--workers', '0', '--device', 'cpu', *argv)
 
 
@@ -157,7 +167,12 @@ def test_status_of_a_process(tmp_path):
 
 
 def test_resuming_with_other_options(refused, tmp_path, tiny_run):
-    refused('--opt momentum, not adamw', 'train.py', '--resume', tiny_run, '--opt', 'adamw')
+    tiny_run = shutil.copytree(tiny_run, tmp_path / 'run')
+    refused('--opt adamw differs', 'train.py', '--resume', tiny_run, '--opt', 'adamw')
+    refused('--weight-decay 0.0 differs', 'train.py', '--resume', tiny_run, '--weight-decay', '0')
+    text = tmp_path / 'text.pth.tar'
+    text.write_text('aa: null')
+    refused('truncated or not a checkpoint', 'retrain_classifier.py', '--checkpoint', text)
     refused('--crt-epochs 0', 'train.py', '--resume', tiny_run, '--crt-epochs', '0')
     refused('is of stage one', 'train.py', '--resume', tiny_run / 'stage_one' / 'last.pth.tar')
     torch.save({'state_dict': {}}, tmp_path / 'weights.pth.tar')

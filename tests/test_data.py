@@ -51,6 +51,7 @@ def test_indices_keep_file_order():
 
 @pytest.mark.parametrize('arguments, message', [
     (dict(imb_factor=0.5), 'imb-factor 0.5 is below 1'),
+    (dict(imb_factor=float('nan')), 'imb-factor nan'),
     (dict(imb_factor=600), 'imb-factor 600 leaves class 97 with no training image'),
     (dict(imb_factor=10, imb_type='flat'), "imb-type 'flat'"),
 ])
@@ -88,8 +89,13 @@ def test_torchvision_dataset(cifar_root):
     assert data.class_counts == [500] * 100 and len(data.class_names) == 100
 
 
+def leave_a_stray_file(folder):
+    folder.mkdir()
+    (folder / 'Thumbs.db').write_text('')
+
+
 @pytest.mark.parametrize('change, message', [
-    (lambda root: (root / 'train' / 'dog').mkdir(), "Class 'dog' has no training image"),
+    (lambda root: leave_a_stray_file(root / 'train' / 'dog'), "Class 'dog' has no training image"),
     (lambda root: (root / 'train' / 'cat').rename(root / 'cats'), "Class 'cat' has no training image"),
     (lambda root: shutil.rmtree(root / 'validation'), 'has no validation split'),
     (lambda root: shutil.rmtree(root / 'train'), 'has no train split'),
@@ -103,14 +109,18 @@ def test_bad_folders(image_folder, change, message):
 
 def test_empty_folder(tmp_path):
     (tmp_path / 'train').mkdir()
-    with pytest.raises(InputError, match='Found 0 images'):
+    with pytest.raises(InputError, match='holds no images for the train split'):
         load_training_data('', str(tmp_path))
 
 
 def test_unknown_names(image_folder):
     with pytest.raises(InputError, match="dataset 'cifar_lt' is unknown"):
         load_training_data('cifar_lt')
-    with pytest.raises(InputError, match='No data was named'):
+    with pytest.raises(InputError, match="dataset 'foo/bar' is unknown"):
+        load_training_data('foo/bar', str(image_folder))
+    with pytest.raises(InputError, match="named for dataset 'torch/cifar100'"):
+        load_training_data('torch/cifar100')
+    with pytest.raises(InputError, match='No folder of data was named'):
         load_training_data('')
     with pytest.raises(InputError, match="Class 'ant' .* not among the 2 of the model"):
         create_eval_dataset('', str(image_folder), class_names=['bee', 'cat'])
@@ -191,5 +201,5 @@ def test_loaders(image_folder):
     assert target.shape == (16, 3) and torch.allclose(target.sum(1), torch.ones(16))
     with pytest.raises(InputError, match='batch-size 64 exceeds the 42'):
         create_train_loader(data.train, config, 64, CPU, 0)
-    with pytest.raises(InputError, match='augmentation cannot be made'):
+    with pytest.raises(InputError, match="aa 'nonsense' is not a policy"):
         create_train_loader(data.train, config, 16, CPU, 0, auto_augment='nonsense')

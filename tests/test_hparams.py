@@ -85,6 +85,12 @@ def test_precedence(tmp_path):
     ('depths: 1', "'depths' is 1, expected a list"),
     ('depths: [1, two]', "'depths' is 'two', expected a whole number"),
     ('opt_kwargs: 3', "'opt_kwargs' is 3, expected a mapping"),
+    ('epochs:', "'epochs' is empty, expected a value"),
+    ('epochs: .inf', "'epochs' is inf, expected a whole number"),
+    ('seed: 2024-01-01', 'expected a whole number'),
+    ('x: 2024-13-45', 'is not valid YAML'),
+    ('depths: [1, null]', "'depths' is None, expected a whole number"),
+    ('scale: [0.5]', "'scale' is [0.5], expected a list of 2"),
     ('sched: linear', "'sched' is 'linear', expected one of cosine, tanh, step, poly"),
     ('lr: [0.1', 'is not valid YAML at line 1'),
     ('- lr', 'holds a list, expected lines'),
@@ -98,7 +104,7 @@ def test_bad_hparams(tmp_path, text, message):
     (['--hparams', 'nowhere.yaml'], "hparams file 'nowhere.yaml' does not exist"),
     (['--epoch', '3'], "Unknown argument '--epoch', the nearest valid one is '--epochs'"),
     (['--epochs', 'ten'], "invalid int value: 'ten'"),
-    (['--epochs', '0'], '--epochs 0 is too small: give at least 1'),
+    (['--epochs', '0'], '--epochs 0 is out of range: give at least 1'),
     (['--epochs', '5'], '--warmup-epochs 5 leaves nothing of --epochs 5'),
     (['--crt-epochs', '2', '--crt-warmup-epochs', '3'], '--crt-warmup-epochs 3 leaves nothing'),
     (['--resume'], '--resume without a path needs --experiment'),
@@ -127,8 +133,6 @@ def test_optimizer_options():
     model = create_model(args, 10)
     optimizer = create_optimizer(args, 2, model)
     assert type(optimizer).__name__ == 'AdamW' and optimizer.defaults['eps'] == 0.5
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
-    assert len(parameters) == 1 and parameters[0] is model.classifier.weight
     assert optimizer.param_groups[-1]['lr'] == 0.02 and optimizer.param_groups[-1]['weight_decay'] == 0.3
     for extra in (['--opt', 'best'], ['--opt-kwargs', 'speed=3']):
         with pytest.raises(InputError, match='optimizer .* cannot be made'):

@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 import shike_timm  # noqa: F401
@@ -50,6 +51,11 @@ def test_forward(name):
     assert features.shape[:2] == (2, model.num_features)
     assert model.feature_info[-1]['num_chs'] == model.num_features
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    with torch.inference_mode():
+        x = images
+        for info, stage in zip(model.feature_info, [model.stem, *model.stages]):
+            x = stage(x)
+            assert x.shape[1] == info['num_chs'] and size // x.shape[2] == info['reduction']
     assert images.shape[-1] // features.shape[-1] == model.feature_info[-1]['reduction']
     assert f"{model.default_cfg['first_conv']}.weight" in model.state_dict()
     assert f"{model.default_cfg['classifier']}.weight" in model.state_dict()
@@ -121,6 +127,17 @@ def test_cosine_classifier():
     assert torch.allclose(model.classifier(features), 30 * cosine, atol=1e-4)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert model.classifier(features).dtype == torch.float32
+
+
+def test_traces_and_scripts_exactly():
+    model = timm.create_model('resnet32_shike', num_classes=5).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model(images)
+    traced = create_feature_extractor(model, ['classifier'])
+    assert torch.equal(traced(images)['classifier'].mean(1), expected)
+    features = torch.randn(2, 3, 64)
+    assert torch.equal(torch.jit.script(model.classifier)(features), model.classifier(features))
 
 
 def test_linear_classifier():

@@ -69,6 +69,24 @@ def test_stage_two_changes_classifiers_and_statistics_only(tiny_run):
     assert all(name == 'classifier.weight' or 'running_' in name or 'num_batches' in name for name in changed)
 
 
+def test_eval_reprints_the_metrics_of_another_layout(tmp_path, run_script):
+    folder, _ = run(
+        tmp_path, '--channels-last', '--amp', '--amp-dtype', 'bfloat16', '--no-fusion', '--num-experts', '2')
+    status, _, _ = run_script(
+        'eval.py', '--model', f'local-dir:{folder}/model', '--dataset', 'digits_lt', '--workers', '0',
+        '--device', 'cpu', '--results-file', tmp_path / 'results.json')
+    assert status == 0
+    assert json.loads((tmp_path / 'results.json').read_text()) == without_seconds(folder)['stage_two']
+
+
+def test_resuming_with_workers(tmp_path, monkeypatch):
+    expected = without_seconds(run(tmp_path / 'whole', '--workers', '1')[0])
+    run(tmp_path, '--workers', '1', '--crt-epochs', '0')
+    (tmp_path / 'run' / 'metrics.json').unlink()
+    train(parse_train_args(['--resume', str(tmp_path / 'run'), '--crt-epochs', '2']))
+    assert without_seconds(tmp_path / 'run') == expected
+
+
 def test_eval_reprints_the_metrics(tiny_run, run_script, tmp_path):
     expected = without_seconds(tiny_run)
     results = tmp_path / 'results.json'
@@ -131,7 +149,8 @@ def start(tmp_path, *extra):
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     return subprocess.Popen(
         [sys.executable, ROOT / 'train.py', *TINY, '--output', tmp_path, *extra], env=environment,
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        start_new_session=True)
 
 
 def wait_for_epoch(process, epoch):
@@ -166,10 +185,10 @@ def test_signals_leave_a_run_that_resumes(tmp_path, undisturbed, signum, epoch):
     assert without_seconds(folder) == undisturbed
 
 
-def test_interrupt_between_processes_is_prompt(tmp_path):
-    process = start(tmp_path, '--epochs', '1000', '--warmup-epochs', '0', '--val-interval', '1000')
+def test_a_signal_to_the_whole_group_is_an_orderly_stop(tmp_path):
+    process = start(tmp_path, '--epochs', '1000', '--val-interval', '1000', '--workers', '2')
     wait_for_epoch(process, 2)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     started = time.monotonic()
     assert process.wait(timeout=30) == 143
     assert time.monotonic() - started < 15

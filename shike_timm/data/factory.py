@@ -12,6 +12,9 @@ from ..errors import InputError
 from .long_tail import create_long_tailed, is_long_tailed
 from .transforms import create_train_transform
 
+# What `timm.data.create_dataset` reads beside folders and archives.
+TIMM_PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+
 __all__ = ['TrainingData', 'create_eval_dataset', 'create_eval_loader', 'create_train_loader', 'load_training_data']
 
 
@@ -49,22 +52,25 @@ def _create_dataset(
     if is_long_tailed(name):
         return create_long_tailed(
             name, root, train, imb_factor=imb_factor, imb_type=imb_type, download=download)
-    if '/' not in name:
-        if name:
-            raise InputError(
-                f"dataset '{name}' is unknown: choose cifar10_lt, cifar100_lt, digits_lt, a name of timm's such as "
-                "torch/cifar100, or none for a folder of images.")
+    prefix = name.split('/')[0].lower() if '/' in name else ''
+    if name and prefix not in TIMM_PREFIXES:
+        raise InputError(
+            f"dataset '{name}' is unknown: choose cifar10_lt, cifar100_lt, digits_lt, a name of timm's such as "
+            "torch/cifar100, or none for a folder of images.")
+    if prefix in ('', 'torch'):
         if not root:
-            raise InputError('No data was named: give --data-dir FOLDER, or a --dataset.')
-        if not os.path.exists(root):
+            raise InputError(f"No folder of data was named for dataset '{name}': give it as --data-dir.")
+        if not prefix and not os.path.exists(root):
             raise InputError(f"data-dir '{root}' does not exist: give a folder with a sub-folder of images per class.")
     try:
         dataset = timm.data.create_dataset(
             name, root=root, split=split, is_training=train, download=download, class_map=class_map)
     except (RuntimeError, ValueError, OSError, AssertionError, ImportError) as error:
+        if 'Found 0 images' in str(error):
+            raise InputError(f"data-dir '{root}' holds no images for the {split} split: add some.") from error
         reason = ' '.join(str(error).split())
         raise InputError(f"The {split} split of '{name or root}' cannot be read: {reason}") from error
-    if '/' not in name and os.path.isdir(root) and dataset.reader.root == root:
+    if not prefix and os.path.isdir(root) and dataset.reader.root == root:
         raise InputError(f"data-dir '{root}' has no {split} split: expected a folder '{os.path.join(root, split)}'.")
     if isinstance(dataset, IterableDataset):
         raise InputError(f"dataset '{name}' is streamed, so its classes cannot be counted: use a folder of images.")
@@ -89,11 +95,12 @@ def _class_map(dataset: Dataset) -> Optional[Dict[str, int]]:
     return getattr(reader, 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
 
 
-def _empty_class_folders(dataset: Dataset) -> List[str]:
+def _empty_class_folders(dataset: Dataset, class_map: Optional[Dict[str, int]]) -> List[str]:
     root = getattr(getattr(dataset, 'reader', None), 'root', None)
     if root is None or not os.path.isdir(root):
         return []
-    return [os.path.basename(folder) for folder, subfolders, files in os.walk(root) if not subfolders and not files]
+    leaves = [os.path.basename(folder) for folder, subfolders, _ in os.walk(root) if not subfolders and folder != root]
+    return [name for name in leaves if name not in (class_map or ()) and not name.startswith('.')]
 
 
 def load_training_data(
@@ -131,12 +138,14 @@ def load_training_data(
     counts = np.bincount(targets, minlength=num_classes)
 
     test = _create_dataset(split=val_split, train=False, **options)
-    test_classes = set(_class_map(test) or ()) - set(class_map or ())
-    missing = sorted(test_classes) + _empty_class_folders(train) + [names[c] for c in np.flatnonzero(counts == 0)]
+    missing = sorted(set(_class_map(test) or ()) - set(class_map or ()))
+    missing += _empty_class_folders(train, class_map) + [names[c] for c in np.flatnonzero(counts == 0)]
     if missing:
         raise InputError(f"Class '{missing[0]}' has no training image: add some, or remove the class.")
     if class_map and _class_map(test) != class_map:
         test = _create_dataset(split=val_split, train=False, class_map=class_map, **options)
+        if _class_map(test) != class_map:
+            raise InputError(f"The classes of the {val_split} split of '{name or root}' are not those of training.")
     return TrainingData(train, test, counts.tolist(), names)
 
 
@@ -224,7 +233,7 @@ def create_train_loader(
         dataset.transform = create_train_transform(
             data_config['input_size'], mean=data_config['mean'], std=data_config['std'], **augmentation)
     except (AssertionError, KeyError, ValueError) as error:
-        raise InputError(f"The augmentation cannot be made from {augmentation}: {error!r}.") from error
+        raise InputError(f"aa '{augmentation.get('auto_augment')}' is not a policy that timm knows.") from error
     return loader
 
 

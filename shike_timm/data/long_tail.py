@@ -29,7 +29,7 @@ def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_
     Raises:
         InputError: If imb_factor is below 1, imb_type is unknown, or a class is left without images.
     """
-    if imb_factor < 1:
+    if not imb_factor >= 1:
         raise InputError(f'imb-factor {imb_factor:g} is below 1: give the size of the largest class over the smallest.')
     if imb_type == 'exp':
         ratios = [(1 / imb_factor) ** (i / max(num_classes - 1, 1)) for i in range(num_classes)]

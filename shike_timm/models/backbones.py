@@ -39,8 +39,8 @@ def timm_resnet(name: str, in_chans: int = 3) -> Backbone:
     """A model of timm's ResNet family by name, without its head."""
     model = timm.create_model(name, num_classes=0, in_chans=in_chans)
     return Backbone(
-        stem=nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool),
-        stages=[model.layer1, model.layer2, model.layer3, model.layer4],
+        stem=nn.Sequential(model.conv1, model.bn1, model.act1),
+        stages=[nn.Sequential(model.maxpool, *model.layer1), model.layer2, model.layer3, model.layer4],
         channels=tuple(info['num_chs'] for info in model.feature_info),
         reductions=tuple(info['reduction'] for info in model.feature_info),
     )

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import SelectAdaptivePool2d, register_notrace_function
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -79,10 +79,20 @@ class Expert(nn.Module):
         self.aligner = aligner
 
     def forward(self, x: Tensor, shallow: Tensor) -> Tensor:
+        """Fused features [B, D, h, w] from the last and the chosen shared stage's features."""
         x = self.stage(x)
         if self.aligner is not None:
             x = x * self.aligner(shallow)
         return x
+
+
+@register_notrace_function
+def product_without_autocast(x: Tensor, weight: Tensor) -> Tensor:
+    """Products of features [B, M, D] with class weights [M, C, D], one expert at a time: [B, M, C]."""
+    if torch.jit.is_scripting():
+        return torch.einsum('bmd,mcd->bmc', x, weight)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.einsum('bmd,mcd->bmc', x, weight)
 
 
 class LinearClassifier(nn.Module):
@@ -113,9 +123,8 @@ class CosineClassifier(nn.Module):
         self.weight = nn.Parameter(F.normalize(torch.randn(num_experts, num_classes, in_features), dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            x = F.normalize(x.to(self.weight.dtype), dim=-1)
-            return self.scale * torch.einsum('bmd,mcd->bmc', x, F.normalize(self.weight, dim=-1))
+        x = F.normalize(x.to(self.weight.dtype), dim=-1)
+        return self.scale * product_without_autocast(x, F.normalize(self.weight, dim=-1))
 
 
 CLASSIFIERS = {'cosine': CosineClassifier, 'linear': LinearClassifier}
