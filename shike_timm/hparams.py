@@ -67,7 +67,7 @@ def _check_value(action: argparse.Action, value: Any, where: str) -> Any:
             raise InputError(f'{where} is {value!r}, expected a mapping of names to values.')
         return value
     if action.nargs == '+' or isinstance(action.nargs, int):
-        if not isinstance(value, list) or len(value) not in (action.nargs, len(value) * (action.nargs == '+')):
+        if not isinstance(value, list) or not value or action.nargs not in ('+', len(value)):
             length = '' if action.nargs == '+' else f' of {action.nargs}'
             raise InputError(f'{where} is {value!r}, expected a list{length}.')
         return [_check_scalar(action, item, where) for item in value]

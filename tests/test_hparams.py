@@ -90,6 +90,8 @@ def test_precedence(tmp_path):
     ('seed: 2024-01-01', 'expected a whole number'),
     ('x: 2024-13-45', 'is not valid YAML'),
     ('depths: [1, null]', "'depths' is None, expected a whole number"),
+    ('depths: []', "'depths' is [], expected a list"),
+    ('scale: []', "'scale' is [], expected a list of 2"),
     ('scale: [0.5]', "'scale' is [0.5], expected a list of 2"),
     ('sched: linear', "'sched' is 'linear', expected one of cosine, tanh, step, poly"),
     ('lr: [0.1', 'is not valid YAML at line 1'),
