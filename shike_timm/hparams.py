@@ -140,6 +140,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images a training batch')
     group.add_argument(
         '-vb', '--validation-batch-size', type=int, default=256, metavar='N', help='images an evaluation batch')
+    group.add_argument(
+        '--device-data', action=argparse.BooleanOptionalAction,
+        help='keep the data on the device and augment it there in large batches rather than in worker processes; '
+        'by default where the data set (*_lt, torch/cifar*) and the augmentation allow it')
 
     group = parser.add_argument_group('Model')
     group.add_argument('--model', default='resnet50_shike', metavar='NAME', help='registered SHIKE model')
@@ -213,13 +217,18 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group('Run')
     group.add_argument('--seed', type=int, default=42, metavar='N', help='random seed')
-    group.add_argument('--amp', action='store_true', help='mixed precision')
+    group.add_argument('--amp', action=argparse.BooleanOptionalAction, default=False, help='mixed precision')
     group.add_argument(
-        '--amp-dtype', choices=['float16', 'bfloat16'], help='float16 on CUDA and bfloat16 on a CPU by default')
-    group.add_argument('--channels-last', action='store_true', help='channels_last memory layout')
+        '--amp-dtype', choices=['float16', 'bfloat16'],
+        help='by default float16 on CUDA, and bfloat16 on a CPU that has instructions for it, else float32')
+    group.add_argument(
+        '--channels-last', action=argparse.BooleanOptionalAction, default=False, help='channels_last memory layout')
     group.add_argument(
         '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
         help='compile the model, with inductor or the named backend')
+    group.add_argument(
+        '--torchcompile-mode', metavar='MODE',
+        help='mode of torch.compile: reduce-overhead (CUDA graphs), max-autotune, ...')
     group.add_argument('--model-ema', action='store_true', help='keep and evaluate an average of the weights')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D', help='decay of the average')
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='steps between log lines')

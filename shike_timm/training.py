@@ -31,6 +31,7 @@ from .engine import Interrupted, LoopConfig, StopFlag, fit, seed_all, stop_signa
 from .errors import InputError
 from .evaluation import evaluate, format_table
 from .hparams import run_folder
+from .memory import keep_freed_memory
 from .models import Shike
 from .tasks import ClassifierRetrainingTask, RepresentationTask
 
@@ -62,6 +63,8 @@ def _prepare(args: argparse.Namespace, stages: Sequence[int]) -> _Run:
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a run is one process: do not use torchrun.")
     device = resolve_device(args.device)
+    if device.type == 'cpu':
+        keep_freed_memory()
     autocast = resolve_autocast(args, device)
     data = load_data(args)
     seed_all(args.seed, 1, -1)
@@ -81,6 +84,7 @@ def _prepare(args: argparse.Namespace, stages: Sequence[int]) -> _Run:
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
+        device_data=args.device_data,
         train_crop_mode=args.train_crop_mode,
         auto_augment=args.aa,
         cutout=args.cutout,
@@ -92,7 +96,8 @@ def _prepare(args: argparse.Namespace, stages: Sequence[int]) -> _Run:
         color_jitter=args.color_jitter,
         interpolation=args.train_interpolation,
     )
-    test_loader = create_eval_loader(data.test, data_config, args.validation_batch_size, device, args.workers)
+    test_loader = create_eval_loader(
+        data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
     return _Run(args, device, autocast, data, data_config, model, train_loader, test_loader)
 
 
@@ -147,8 +152,8 @@ def _run_stage(
             loss_scaler.load_state_dict(checkpoint[loss_scaler.state_dict_key])
         start_epoch = checkpoint['epoch'] + 1
         _logger.info(f'Resuming {name} at epoch {start_epoch}.')
-    if args.torchcompile:
-        task.compile(backend=args.torchcompile)
+    if args.torchcompile and stage == 1:  # stage two is over before compiling it would pay
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
 
     (folder / name).mkdir(exist_ok=True)
     saver = StageSaver(

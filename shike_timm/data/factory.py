@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import InputError
+from .device_loader import DeviceLoader, batch_augment_gap, create_batch_augment, device_data_gap, in_memory_images
 from .long_tail import create_long_tailed, is_long_tailed
 from .transforms import create_train_transform
 
@@ -180,6 +181,31 @@ def create_eval_dataset(
     return dataset
 
 
+def _create_device_loader(
+        dataset: Dataset,
+        data_config: Dict[str, Any],
+        batch_size: int,
+        device: torch.device,
+        gap: Optional[str],
+        device_data: Optional[bool],
+        augment=None,
+) -> Optional[DeviceLoader]:
+    """A loader over the data on the device, or None where that is not wanted or, unless asked for, not possible."""
+    if device_data and gap:
+        raise InputError(f'--device-data cannot be had with this data set: {gap}; leave it out.')
+    if device_data is False or gap:
+        return None
+    return DeviceLoader(
+        in_memory_images(dataset),
+        dataset.targets,
+        data_config['mean'],
+        data_config['std'],
+        batch_size,
+        device,
+        augment,
+    )
+
+
 def create_train_loader(
         dataset: Dataset,
         data_config: Dict[str, Any],
@@ -190,11 +216,14 @@ def create_train_loader(
         re_prob: float = 0.,
         re_mode: str = 'const',
         re_count: int = 1,
+        device_data: Optional[bool] = None,
         **augmentation: Any,
 ):
-    """timm's prefetching loader over a training set; incomplete last batches are dropped.
+    """Loader over a training set; incomplete last batches are dropped.
 
-    Workers start anew each epoch, so an epoch's augmentation depends on nothing but the seed at its start.
+    Small data sets that are in memory lie on the device as one tensor and are augmented there; others go through
+    timm's prefetching loader, whose workers start anew each epoch. Either way an epoch's augmentation depends on
+    nothing but the seed at its start.
 
     Args:
         dataset: Training set that gives PIL images.
@@ -206,13 +235,22 @@ def create_train_loader(
         re_prob: Random erasing probability.
         re_mode: Random erasing fill: 'const', 'rand' or 'pixel'.
         re_count: Random erasing regions.
+        device_data: Whether the data lies on the device; where None, if data and augmentation allow it.
         **augmentation: Arguments of `create_train_transform`.
 
     Raises:
-        InputError: If there are fewer images than a batch holds, or the augmentation is not known.
+        InputError: If there are fewer images than a batch holds, the augmentation is not known, or `device_data` is
+            asked for where it cannot be had.
     """
     if len(dataset) < batch_size:
         raise InputError(f'batch-size {batch_size} exceeds the {len(dataset)} training images: choose a smaller one.')
+    gap = device_data_gap(dataset, data_config, is_training=True)
+    option = batch_augment_gap(mixup=mixup, re_prob=re_prob, **augmentation)
+    gap = gap or option and f'{option} works on one image at a time'
+    loader = _create_device_loader(
+        dataset, data_config, batch_size, device, gap, device_data, create_batch_augment(**augmentation))
+    if loader is not None:
+        return loader
     loader = timm.data.create_loader(
         dataset,
         input_size=data_config['input_size'],
@@ -243,8 +281,9 @@ def create_eval_loader(
         batch_size: int,
         device: torch.device,
         num_workers: int = 4,
+        device_data: Optional[bool] = None,
 ):
-    """timm's prefetching loader over an evaluation split, in order and whole.
+    """Loader over an evaluation split, in order and whole: from the device or timm's, as in `create_train_loader`.
 
     Args:
         dataset: Evaluation split that gives PIL images.
@@ -252,7 +291,12 @@ def create_eval_loader(
         batch_size: Images a batch.
         device: Device of the batches.
         num_workers: Worker processes.
+        device_data: Whether the data lies on the device; where None, if its images need no resizing.
     """
+    gap = device_data_gap(dataset, data_config, is_training=False)
+    loader = _create_device_loader(dataset, data_config, batch_size, device, gap, device_data)
+    if loader is not None:
+        return loader
     return timm.data.create_loader(
         dataset,
         batch_size=batch_size,

@@ -1,0 +1,118 @@
+"""The CIFAR recipe's augmentation of many images at once, drawn per image, where the images lie."""
+from dataclasses import dataclass
+from typing import List
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+
+from .batch_ops import OPS
+
+__all__ = ['BatchAugment', 'auto_augment', 'crop', 'cutout']
+
+NUM_MAGNITUDES = 10  # of torchvision's AutoAugment
+
+
+def crop(images: Tensor, top: Tensor, left: Tensor, padding: List[int]) -> Tensor:
+    """Crop each image, padded with black, back to its size.
+
+    Args:
+        images: uint8 images [N, C, H, W].
+        top: First row of each crop [N], in padded rows.
+        left: First column of each crop [N], in padded columns.
+        padding: Rows above and below, columns left and right.
+    """
+    rows, columns = padding
+    padded = F.pad(images, (columns, columns, rows, rows))
+    windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
+    return windows[torch.arange(len(images), device=images.device), :, top, left]
+
+
+def cutout(images: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
+    """Blacken a square of each image, clipped at the borders (DeVries and Taylor, 2017).
+
+    Args:
+        images: uint8 images [N, C, H, W].
+        row: Row of each centre [N].
+        column: Column of each centre [N].
+        size: Side in pixels.
+    """
+    def covered(centre: Tensor, length: int) -> Tensor:
+        offset = torch.arange(length, device=images.device) - (centre - size // 2)[:, None]
+        return (offset >= 0) & (offset < size)
+
+    mask = covered(row, images.shape[2])[:, :, None] & covered(column, images.shape[3])[:, None, :]
+    return images.masked_fill(mask[:, None], 0)
+
+
+def auto_augment(images: Tensor) -> Tensor:
+    """torchvision's AutoAugment CIFAR-10 policy with grey (128) as fill, drawn for each image of [N, 3, H, W].
+
+    Each image draws one of 25 pairs of operations and, for each of the two, whether it is applied and its sign.
+    Draws are made on the CPU: the same on every device, and no device waits for them.
+    """
+    transform = AutoAugment(AutoAugmentPolicy.CIFAR10)
+    space = transform._augmentation_space(NUM_MAGNITUDES, tuple(images.shape[-2:]))
+    names = list(OPS)
+    num_images = len(images)
+    policy = torch.randint(len(transform.policies), (num_images,))
+    draw = torch.rand(num_images, 2)
+    negative = torch.randint(2, (num_images, 2)) == 0
+    images = images.clone()
+    for slot, steps in enumerate(zip(*transform.policies)):
+        magnitudes, signed = zip(*(space[name] for name, _, _ in steps))
+        magnitudes = [
+            0. if index is None else float(values[index]) for values, (_, _, index) in zip(magnitudes, steps)]
+        op = torch.tensor([names.index(name) for name, _, _ in steps])[policy]
+        applied = draw[:, slot] <= torch.tensor([probability for _, probability, _ in steps])[policy]
+        magnitude = torch.tensor(magnitudes, dtype=torch.float64)[policy]
+        magnitude = torch.where(torch.tensor(signed)[policy] & negative[:, slot], -magnitude, magnitude)
+        for i in op[applied].unique().tolist():
+            chosen = ((op == i) & applied).nonzero()[:, 0]
+            there = chosen.to(images.device, non_blocking=True)
+            images[there] = OPS[names[i]](images[there], magnitude[chosen].to(images.device, non_blocking=True))
+    return images
+
+
+@dataclass
+class BatchAugment:
+    """Random crop, flips, AutoAugment and Cutout, in that order: `create_train_transform` for a batch.
+
+    Attributes:
+        pad_crop: Crop after padding by 1/8 of the side.
+        hflip: Horizontal flip probability.
+        vflip: Vertical flip probability.
+        auto_augment: Apply the AutoAugment CIFAR-10 policy.
+        cutout: Side in pixels of a square to blacken; 0 for none.
+    """
+
+    pad_crop: bool = False
+    hflip: float = 0.
+    vflip: float = 0.
+    auto_augment: bool = False
+    cutout: int = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Augment uint8 images [N, 3, H, W]; every random number comes from torch's generator on the CPU."""
+        num_images, _, height, width = images.shape
+        device = images.device
+
+        def draw_integers(high: int) -> Tensor:
+            return torch.randint(high, (num_images,)).to(device, non_blocking=True)
+
+        def draw_flips(probability: float) -> Tensor:
+            return (torch.rand(num_images) < probability).to(device, non_blocking=True)[:, None, None, None]
+
+        if self.pad_crop:
+            padding = [height // 8, width // 8]
+            images = crop(images, *(draw_integers(2 * side + 1) for side in padding), padding)
+        if self.hflip:
+            images = torch.where(draw_flips(self.hflip), images.flip(3), images)
+        if self.vflip:
+            images = torch.where(draw_flips(self.vflip), images.flip(2), images)
+        if self.auto_augment:
+            images = auto_augment(images)
+        if self.cutout:
+            images = cutout(images, draw_integers(height), draw_integers(width), self.cutout)
+        return images
