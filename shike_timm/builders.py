@@ -3,6 +3,9 @@ import argparse
 import difflib
 import inspect
 import logging
+import os
+import shutil
+import sys
 from typing import Any, Dict, Optional, Sequence
 
 import timm
@@ -62,6 +65,24 @@ def resolve_autocast(args: argparse.Namespace, device: torch.device) -> Optional
     return getattr(torch, name)
 
 
+def check_compiler(backend: str, mode: Optional[str], device: torch.device) -> None:
+    """Check that a model can be compiled, before the first step would find out.
+
+    Raises:
+        InputError: If there is no such backend or mode, or the C++ compiler that inductor needs is missing.
+    """
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        raise InputError(f"--torchcompile '{backend}' is not a backend of torch.compile: leave the name out.")
+    modes = torch._inductor.list_mode_options()
+    if mode is not None and (backend != 'inductor' or mode not in modes):
+        raise InputError(
+            f"--torchcompile-mode '{mode}' is unknown to '{backend}': choose {', '.join(modes)} of inductor.")
+    compiler = os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')
+    if backend == 'inductor' and device.type == 'cpu' and not shutil.which(compiler):
+        raise InputError(
+            f"--torchcompile needs a C++ compiler and there is no '{compiler}': install one or add --no-torchcompile.")
+
+
 def create_model(args: argparse.Namespace, num_classes: int) -> Shike:
     """The SHIKE model that the arguments describe.
 
@@ -99,7 +120,7 @@ def create_optimizer(args: argparse.Namespace, stage: int, model: Shike) -> torc
             options['fused'] = True  # one kernel for all parameters
         # What stage two froze gets no gradient, so that the optimizer leaves it alone.
         return create_optimizer_v2(model, **dict(options, **args.opt_kwargs))
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise InputError(f"optimizer '{args.opt}' cannot be made: {error}") from error
 
 

@@ -224,8 +224,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--channels-last', action=argparse.BooleanOptionalAction, default=False, help='channels_last memory layout')
     group.add_argument(
+        '--no-torchcompile', dest='torchcompile', action='store_const', const=None, help='do not compile')
+    group.add_argument(
         '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
-        help='compile the model, with inductor or the named backend')
+        help='compile the forward and backward of stage one, with inductor or the named backend')
     group.add_argument(
         '--torchcompile-mode', metavar='MODE',
         help='mode of torch.compile: reduce-overhead (CUDA graphs), max-autotune, ...')

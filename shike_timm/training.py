@@ -16,6 +16,7 @@ from torch import nn
 
 from .builders import (
     CRT_PREFIX,
+    check_compiler,
     create_model,
     create_optimizer,
     create_schedule,
@@ -71,8 +72,8 @@ def _prepare(args: argparse.Namespace, stages: Sequence[int]) -> _Run:
     model = create_model(args, data.num_classes).to(device)
     for stage in stages:  # a wrong option shows here rather than after stage one
         create_schedule(create_optimizer(args, stage, model), args, stage)
-    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
-        raise InputError(f"--torchcompile '{args.torchcompile}' is not a backend of torch.compile: leave the name out.")
+    if args.torchcompile:
+        check_compiler(args.torchcompile, args.torchcompile_mode, device)
     data_config = resolve_data_config(args, model)
     train_loader = create_train_loader(
         data.train,
