@@ -83,16 +83,25 @@ def check_compiler(backend: str, mode: Optional[str], device: torch.device) -> N
             f"--torchcompile needs a C++ compiler and there is no '{compiler}': install one or add --no-torchcompile.")
 
 
+def check_model_name(name: str) -> None:
+    """Check that a model is one of the registered SHIKE models.
+
+    Raises:
+        InputError: If it is not; the message names the nearest.
+    """
+    known = timm.list_models(module='shike')
+    if get_arch_name(name) not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise InputError(f"model '{name}' is not a SHIKE model, the nearest one is '{nearest}'.")
+
+
 def create_model(args: argparse.Namespace, num_classes: int) -> Shike:
     """The SHIKE model that the arguments describe.
 
     Raises:
         InputError: If it is not one of the registered names, or an option of it is out of range.
     """
-    known = timm.list_models(module='shike')
-    if get_arch_name(args.model) not in known:
-        nearest = difflib.get_close_matches(args.model, known, n=1, cutoff=0)[0]
-        raise InputError(f"model '{args.model}' is not a SHIKE model, the nearest one is '{nearest}'.")
+    check_model_name(args.model)
     try:
         return timm.create_model(
             args.model,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .checkpoints import StageSaver
 from .evaluation import METRICS
 
-__all__ = ['Interrupted', 'LoopConfig', 'NonFiniteError', 'StopFlag', 'fit', 'seed_all', 'stop_signals']
+__all__ = ['Interrupted', 'LoopConfig', 'NonFiniteError', 'StopFlag', 'fit', 'seed_all', 'stop_signals', 'train_step']
 
 _logger = logging.getLogger(__name__)
 
@@ -106,6 +106,45 @@ def seed_all(seed: int, stage: int, epoch: int) -> None:
     random_seed(int(np.random.SeedSequence((seed, stage, epoch + 1)).generate_state(1)[0]))
 
 
+def train_step(
+        task: TrainingTask,
+        images: torch.Tensor,
+        target: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+        config: LoopConfig,
+        loss_scaler: Optional[NativeScaler] = None,
+) -> Dict[str, torch.Tensor]:
+    """Train on one batch, without waiting for the device.
+
+    Args:
+        task: What to train.
+        images: Images [B, C, H, W].
+        target: What the task takes as target.
+        optimizer: Optimizer of the task's parameters.
+        config: Settings.
+        loss_scaler: Loss scaling, for float16.
+
+    Returns:
+        What the task returns, `loss` among it.
+    """
+    autocast = torch.autocast(task.device.type, dtype=config.autocast) if config.autocast else nullcontext()
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    with autocast:
+        result = task(images.contiguous(memory_format=memory_format), target)
+    clipped = task.get_clip_parameters(exclude_head='agc' in config.clip_mode) if config.clip_grad else None
+    if loss_scaler is not None:
+        loss_scaler(
+            result['loss'], optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode, parameters=clipped)
+    else:
+        result['loss'].backward()
+        if config.clip_grad:
+            dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
+        optimizer.step()
+    optimizer.zero_grad()
+    task.update_ema()
+    return result
+
+
 def _train_one_epoch(
         task: TrainingTask,
         loader,
@@ -116,10 +155,7 @@ def _train_one_epoch(
         stop: StopFlag,
 ) -> Dict[str, float]:
     task.train()
-    device = task.device
-    autocast = torch.autocast(device.type, dtype=config.autocast) if config.autocast else nullcontext()
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+    first_bad_step = torch.full((), -1, dtype=torch.int64, device=task.device)
     sums: Dict[str, torch.Tensor] = {}
     num_steps, num_images, images_since_log = len(loader), 0, 0
     lr = optimizer.param_groups[0]['lr']
@@ -138,21 +174,9 @@ def _train_one_epoch(
         if stop.signum:
             progress.close()
             raise Interrupted(stop.signum)
-        with autocast:
-            result = task(images.contiguous(memory_format=memory_format), target)
-        loss = result['loss']
-        first_bad_step = torch.where((first_bad_step < 0) & ~loss.detach().isfinite(), step, first_bad_step)
-        clipped = task.get_clip_parameters(exclude_head='agc' in config.clip_mode) if config.clip_grad else None
-        if loss_scaler is not None:
-            loss_scaler(
-                loss, optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode, parameters=clipped)
-        else:
-            loss.backward()
-            if config.clip_grad:
-                dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
-            optimizer.step()
-        optimizer.zero_grad()
-        task.update_ema()
+        result = train_step(task, images, target, optimizer, config, loss_scaler)
+        loss = result['loss'].detach()
+        first_bad_step = torch.where((first_bad_step < 0) & ~loss.isfinite(), step, first_bad_step)
 
         batch_size = len(images)
         num_images += batch_size
@@ -167,7 +191,7 @@ def _train_one_epoch(
             now = time.perf_counter()
             means = {key: float(value) / num_images for key, value in sums.items()}
             status = (
-                f"Loss: {float(loss.detach()):#.3g} ({means.pop('loss'):#.3g})  "
+                f"Loss: {float(loss):#.3g} ({means.pop('loss'):#.3g})  "
                 + ''.join(f'{key.upper()}: {value:#.3g}  ' for key, value in means.items())
                 + f'Time: {images_since_log / (now - log_start):>7.2f}/s ({num_images / (now - start):>7.2f}/s)  '
                 f'LR: {lr:.3e}'

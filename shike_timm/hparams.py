@@ -10,7 +10,7 @@ from timm.utils import ParseKwargs
 
 from .errors import InputError
 
-__all__ = ['parse_eval_args', 'parse_retrain_args', 'parse_train_args']
+__all__ = ['parse_benchmark_args', 'parse_eval_args', 'parse_retrain_args', 'parse_train_args']
 
 
 class _Parser(argparse.ArgumentParser):
@@ -251,6 +251,7 @@ def _parser(description: str) -> _Parser:
 def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
     at_least = dict(
         batch_size=1, validation_batch_size=1, epochs=1, crt_epochs=0, warmup_epochs=0, crt_warmup_epochs=0,
+        num_warm_iter=1, num_bench_iter=1, num_rounds=1,
         log_interval=1, val_interval=1, checkpoint_hist=1, workers=0, seed=0, num_classes=1, img_size=1, cutout=0,
         lr=0, crt_lr=0, warmup_lr=0, crt_warmup_lr=0, min_lr=0, weight_decay=0, drop=0, decay_epochs=1, crop_pct=0.01)
     for name, low in at_least.items():
@@ -355,6 +356,30 @@ def parse_eval_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('-b', '--batch-size', type=int, default=256, metavar='N', help='images a batch')
     parser.add_argument('--results-file', metavar='FILE', help='JSON file to write the metrics to')
     _add_data(parser)
+    _add_device(parser)
+    first = parser.parse(argv)
+    return _parse(parser, argv, first.hparams)
+
+
+def parse_benchmark_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of benchmark.py: those of train.py, which decide what is timed, and a few of its own.
+
+    Raises:
+        InputError: If an argument or a line of the hparams file is wrong.
+    """
+    parser = _parser('Time training and inference; without a data set, on noise.')
+    parser.add_argument(
+        '--bench', default='both', choices=['both', 'train', 'inference'], help='what to time')
+    parser.add_argument('--stage', type=int, default=1, choices=[1, 2], help='stage whose training step is timed')
+    parser.add_argument(
+        '--compare', nargs='+', default=[], metavar='NAME',
+        help="timm's models to time beside it, turn by turn, on noise of the same size")
+    parser.add_argument('--num-warm-iter', type=int, default=10, metavar='N', help='steps before timing')
+    parser.add_argument('--num-bench-iter', type=int, default=40, metavar='N', help='steps of a round')
+    parser.add_argument('--num-rounds', type=int, default=5, metavar='N', help='rounds, of which the median counts')
+    parser.add_argument('--results-file', metavar='FILE', help='JSON file to write the figures to')
+    _add_data(parser)
+    _add_training(parser)
     _add_device(parser)
     first = parser.parse(argv)
     return _parse(parser, argv, first.hparams)

@@ -3,103 +3,24 @@ import argparse
 import json
 import logging
 import os
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple
 
-import torch
 import yaml
 from timm.models import safe_model_name
-from timm.utils import NativeScaler
-from torch import nn
 
-from .builders import (
-    CRT_PREFIX,
-    check_compiler,
-    create_model,
-    create_optimizer,
-    create_schedule,
-    load_data,
-    mixup_options,
-    resolve_autocast,
-    resolve_data_config,
-    resolve_device,
-)
+from .builders import create_optimizer, create_schedule
 from .checkpoints import StageSaver, export_model, load_checkpoint, load_weights, model_weights, write_text
-from .data import TrainingData, create_eval_loader, create_train_loader
-from .engine import Interrupted, LoopConfig, StopFlag, fit, seed_all, stop_signals
+from .engine import Interrupted, StopFlag, fit, stop_signals
 from .errors import InputError
-from .evaluation import evaluate, format_table
+from .evaluation import format_table
 from .hparams import run_folder
-from .memory import keep_freed_memory
-from .models import Shike
-from .tasks import ClassifierRetrainingTask, RepresentationTask
+from .stages import STAGES, Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
 
 __all__ = ['retrain', 'saved_args', 'train']
 
 _logger = logging.getLogger(__name__)
-
-STAGES = ('stage_one', 'stage_two')
-
-
-@dataclass
-class _Run:
-    """What both stages of a run share, made and checked before anything is written."""
-
-    args: argparse.Namespace
-    device: torch.device
-    autocast: Optional[torch.dtype]
-    data: TrainingData
-    data_config: Dict[str, Any]
-    model: Shike
-    train_loader: Any
-    test_loader: Any
-
-    def evaluate(self, model: nn.Module) -> Dict[str, Any]:
-        return evaluate(model, self.test_loader, self.data.class_counts, self.device)
-
-
-def _prepare(args: argparse.Namespace, stages: Sequence[int]) -> _Run:
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a run is one process: do not use torchrun.")
-    device = resolve_device(args.device)
-    if device.type == 'cpu':
-        keep_freed_memory()
-    autocast = resolve_autocast(args, device)
-    data = load_data(args)
-    seed_all(args.seed, 1, -1)
-    model = create_model(args, data.num_classes).to(device)
-    for stage in stages:  # a wrong option shows here rather than after stage one
-        create_schedule(create_optimizer(args, stage, model), args, stage)
-    if args.torchcompile:
-        check_compiler(args.torchcompile, args.torchcompile_mode, device)
-    data_config = resolve_data_config(args, model)
-    train_loader = create_train_loader(
-        data.train,
-        data_config,
-        args.batch_size,
-        device,
-        args.workers,
-        mixup=mixup_options(args, data.num_classes, stages),
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        device_data=args.device_data,
-        train_crop_mode=args.train_crop_mode,
-        auto_augment=args.aa,
-        cutout=args.cutout,
-        no_aug=args.no_aug,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        interpolation=args.train_interpolation,
-    )
-    test_loader = create_eval_loader(
-        data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
-    return _Run(args, device, autocast, data, data_config, model, train_loader, test_loader)
 
 
 def _create_run_folder(args: argparse.Namespace, resumed: bool) -> Path:
@@ -123,7 +44,7 @@ def _default_experiment(args: argparse.Namespace) -> str:
 
 
 def _run_stage(
-        run: _Run,
+        run: Run,
         stage: int,
         folder: Path,
         stop: StopFlag,
@@ -131,18 +52,11 @@ def _run_stage(
 ) -> Dict[str, Any]:
     """Run a stage from its start, or from a checkpoint of it, and give its metrics; the run's model is left trained."""
     args, model, name = run.args, run.model, STAGES[stage - 1]
-    prefix = CRT_PREFIX if stage == 2 else ''
-    if stage == 1:
-        task = RepresentationTask(model, args.alpha, args.beta, args.detach_teacher, device=run.device)
-    else:
-        seed_all(args.seed, stage, -1)
-        task = ClassifierRetrainingTask(model, run.data.class_counts, device=run.device)
-    if args.channels_last:
-        task.to(memory_format=torch.channels_last)
+    task = create_task(run, stage)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay)
     optimizer = create_optimizer(args, stage, model)
-    loss_scaler = NativeScaler(run.device.type) if run.autocast == torch.float16 else None
+    loss_scaler = create_loss_scaler(run)
     start_epoch = 0
     if checkpoint is not None:
         model.load_state_dict(checkpoint['state_dict'])
@@ -153,8 +67,7 @@ def _run_stage(
             loss_scaler.load_state_dict(checkpoint[loss_scaler.state_dict_key])
         start_epoch = checkpoint['epoch'] + 1
         _logger.info(f'Resuming {name} at epoch {start_epoch}.')
-    if args.torchcompile and stage == 1:  # stage two is over before compiling it would pay
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    compile_task(task, args, stage)
 
     (folder / name).mkdir(exist_ok=True)
     saver = StageSaver(
@@ -171,19 +84,6 @@ def _run_stage(
         saver.save_initial()
     else:
         saver.load_state_dict(checkpoint['saver'])
-    config = LoopConfig(
-        name=name.replace('_', ' '),
-        epochs=getattr(args, prefix + 'epochs'),
-        seed=args.seed,
-        stage=stage,
-        first_row=args.epochs if stage == 2 else 0,
-        log_interval=args.log_interval,
-        val_interval=args.val_interval,
-        clip_grad=args.clip_grad,
-        clip_mode=args.clip_mode,
-        autocast=run.autocast,
-        channels_last=args.channels_last,
-    )
     metrics = fit(
         task,
         run.train_loader,
@@ -192,7 +92,7 @@ def _run_stage(
         saver,
         run.evaluate,
         folder / 'summary.csv',
-        config,
+        loop_config(run, stage),
         start_epoch,
         loss_scaler,
         stop,
@@ -203,7 +103,7 @@ def _run_stage(
 
 
 def _run_stages(
-        run: _Run,
+        run: Run,
         stages: Sequence[int],
         folder: Path,
         checkpoint: Optional[Dict[str, Any]] = None,
@@ -293,7 +193,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         checkpoint = _load_to_resume(path, args) if path else None
     else:
         args.experiment = args.experiment or _default_experiment(args)
-    run = _prepare(args, stages)
+    run = prepare(args, stages)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path)
     return _run_stages(run, stages, _create_run_folder(args, resumed), checkpoint)
@@ -328,6 +228,6 @@ def retrain(args: argparse.Namespace) -> Dict[str, Any]:
     path = _stage_one_checkpoint(args.checkpoint)
     weights = model_weights(load_checkpoint(path))
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
-    run = _prepare(args, [2])
+    run = prepare(args, [2])
     load_weights(run.model, weights, path)
     return _run_stages(run, [2], _create_run_folder(args, resumed=False))

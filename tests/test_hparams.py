@@ -155,7 +155,6 @@ def test_model_options():
 def test_autocast_defaults():
     cpu, cuda = torch.device('cpu'), torch.device('cuda')
     assert resolve_autocast(parse_train_args([]), cpu) is None
-    assert resolve_autocast(parse_train_args(['--amp']), cpu) == torch.bfloat16
     assert resolve_autocast(parse_train_args(['--amp']), cuda) == torch.float16
     assert resolve_autocast(parse_train_args(['--amp', '--amp-dtype', 'bfloat16']), cuda) == torch.bfloat16
     with pytest.raises(InputError, match='--amp-dtype float16 needs loss scaling'):

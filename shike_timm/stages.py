@@ -1,0 +1,139 @@
+"""What the two stages of a run are made of, put together from parsed arguments."""
+import argparse
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+from timm.task import TrainingTask
+from timm.utils import NativeScaler
+from torch import nn
+
+from .builders import (
+    check_compiler,
+    create_model,
+    create_optimizer,
+    create_schedule,
+    load_data,
+    mixup_options,
+    resolve_autocast,
+    resolve_data_config,
+    resolve_device,
+)
+from .data import TrainingData, create_eval_loader, create_train_loader
+from .engine import LoopConfig, seed_all
+from .errors import InputError
+from .evaluation import evaluate
+from .memory import keep_freed_memory
+from .models import Shike
+from .tasks import ClassifierRetrainingTask, RepresentationTask
+
+__all__ = ['STAGES', 'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'loop_config', 'prepare']
+
+STAGES = ('stage_one', 'stage_two')
+
+
+@dataclass
+class Run:
+    """What both stages of a run share, made and checked before anything is written."""
+
+    args: argparse.Namespace
+    device: torch.device
+    autocast: Optional[torch.dtype]
+    data: TrainingData
+    data_config: Dict[str, Any]
+    model: Shike
+    train_loader: Any
+    test_loader: Any
+
+    def evaluate(self, model: nn.Module) -> Dict[str, Any]:
+        return evaluate(model, self.test_loader, self.data.class_counts, self.device)
+
+
+def prepare(args: argparse.Namespace, stages: Sequence[int]) -> Run:
+    """Make and check what the stages of a run share; nothing is written.
+
+    Raises:
+        InputError: If anything given cannot work.
+    """
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a run is one process: do not use torchrun.")
+    device = resolve_device(args.device)
+    if device.type == 'cpu':
+        keep_freed_memory()
+    autocast = resolve_autocast(args, device)
+    data = load_data(args)
+    seed_all(args.seed, 1, -1)
+    model = create_model(args, data.num_classes).to(device)
+    for stage in stages:  # a wrong option shows here rather than after stage one
+        create_schedule(create_optimizer(args, stage, model), args, stage)
+    if args.torchcompile:
+        check_compiler(args.torchcompile, args.torchcompile_mode, device)
+    data_config = resolve_data_config(args, model)
+    train_loader = create_train_loader(
+        data.train,
+        data_config,
+        args.batch_size,
+        device,
+        args.workers,
+        mixup=mixup_options(args, data.num_classes, stages),
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        device_data=args.device_data,
+        train_crop_mode=args.train_crop_mode,
+        auto_augment=args.aa,
+        cutout=args.cutout,
+        no_aug=args.no_aug,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        interpolation=args.train_interpolation,
+    )
+    test_loader = create_eval_loader(
+        data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
+    return Run(args, device, autocast, data, data_config, model, train_loader, test_loader)
+
+
+def create_task(run: Run, stage: int) -> TrainingTask:
+    """The training task of a stage, on the run's device and in its memory layout; stage two gets new classifiers."""
+    args = run.args
+    if stage == 1:
+        task = RepresentationTask(run.model, args.alpha, args.beta, args.detach_teacher, device=run.device)
+    else:
+        seed_all(args.seed, stage, -1)
+        task = ClassifierRetrainingTask(run.model, run.data.class_counts, device=run.device)
+    if args.channels_last:
+        task.to(memory_format=torch.channels_last)
+    return task
+
+
+def compile_task(task: TrainingTask, args: argparse.Namespace, stage: int) -> None:
+    """Compile a task where that is asked for; stage two is over before it would pay."""
+    if args.torchcompile and stage == 1:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+
+
+def create_loss_scaler(run: Run) -> Optional[NativeScaler]:
+    """Loss scaling for float16, None for other data types."""
+    return NativeScaler(run.device.type) if run.autocast == torch.float16 else None
+
+
+def loop_config(run: Run, stage: int) -> LoopConfig:
+    """Settings of the training loop for a stage."""
+    args = run.args
+    return LoopConfig(
+        name=STAGES[stage - 1].replace('_', ' '),
+        epochs=args.crt_epochs if stage == 2 else args.epochs,
+        seed=args.seed,
+        stage=stage,
+        first_row=args.epochs if stage == 2 else 0,
+        log_interval=args.log_interval,
+        val_interval=args.val_interval,
+        clip_grad=args.clip_grad,
+        clip_mode=args.clip_mode,
+        autocast=run.autocast,
+        channels_last=args.channels_last,
+    )

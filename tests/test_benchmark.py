@@ -1,0 +1,123 @@
+"""benchmark.py: what it counts is known, what it times adds up."""
+import json
+
+import pytest
+import timm
+import torch
+
+from shike_timm.benchmark import benchmark, format_report, measure_ceilings, peak_memory, time_parts
+from shike_timm.builders import resolve_autocast
+from shike_timm.engine import LoopConfig, train_step
+from shike_timm.hparams import parse_benchmark_args
+from shike_timm.tasks import RepresentationTask
+
+QUICK = ['--device', 'cpu', '--num-warm-iter', '1', '--num-bench-iter', '1', '--num-rounds', '3', '--batch-size', '4']
+CPU = torch.device('cpu')
+
+
+@pytest.fixture(scope='module')
+def report():
+    return benchmark(parse_benchmark_args([*QUICK, '--model', 'resnet32_shike', '--compare', 'resnet18']))
+
+
+def test_report(report):
+    assert [(r['model'], r['bench']) for r in report['results']] == [
+        ('resnet32_shike', 'train, stage 1'), ('resnet18', 'train'),
+        ('resnet32_shike', 'inference'), ('resnet18', 'inference'),
+    ]
+    for r in report['results']:
+        assert len(r['rounds']) == 3 and r['images_per_second'] == sorted(r['rounds'])[1] > 0
+        assert r['achieved_gflops'] == pytest.approx(r['images_per_second'] * r['gflops'], rel=1e-2)
+        assert r['share_of_matmul'] == pytest.approx(
+            r['achieved_gflops'] / report['ceilings']['matmul_gflops'], abs=2e-3)
+        assert ('part_ms' in r) == r['bench'].startswith('train')
+    assert report['data'] == 'noise' and report['dtype'] == 'float32'
+
+
+def test_counted_work_is_known(report):
+    train, plain_train, inference, plain = report['results']
+    # ResNet-18 on 32x32 images: 37.2 MMACs by timm's own table, 1.8 GMACs at 224 px.
+    assert plain['gflops'] == pytest.approx(2 * 0.0372, rel=0.02)
+    assert plain['parameters'] == sum(p.numel() for p in timm.create_model('resnet18', num_classes=100).parameters())
+    assert inference['parameters'] == train['parameters'] == 1_257_808
+    # A step is a forward and twice as much backward, the gradient of the images apart.
+    assert 2.9 < train['gflops'] / inference['gflops'] <= 3
+    assert 2.5 < plain_train['gflops'] / plain['gflops'] <= 3
+
+
+def test_table(report):
+    lines = format_report(report).splitlines()
+    assert lines[1].split()[0] == 'model' and lines[2].startswith('resnet32_shike')
+    assert sum('resnet32_shike over resnet18' in line for line in lines) == 2
+    ratio = report['results'][2]['images_per_second'] / report['results'][3]['images_per_second']
+    assert f'{ratio:.3f} of its images a second' in lines[-1]
+
+
+def test_real_data_and_stage_two(tmp_path, cifar_root):
+    path = tmp_path / 'figures.json'
+    report = benchmark(parse_benchmark_args([
+        *QUICK, '--hparams', 'hparams/cifar100_lt_if100_short.yaml', '--data-dir', str(cifar_root), '--no-torchcompile',
+        '--bench', 'train', '--stage', '2', '--amp-dtype', 'bfloat16', '--results-file', str(path)]))
+    assert json.loads(path.read_text()) == report
+    assert report['data'] == 'cifar100_lt' and report['dtype'] == 'bfloat16'
+    assert [r['bench'] for r in report['results']] == ['train, stage 2']
+
+
+def test_peak_memory_of_a_known_step():
+    def step():
+        first = torch.zeros(1000)
+        second = torch.zeros(2000)
+        del first
+        return second + 1
+
+    assert peak_memory(step, CPU) == 4 * 4000
+    layer = torch.nn.Linear(100, 50)
+    assert peak_memory(lambda: layer(torch.zeros(10, 100)), CPU, layer) == 4 * (100 * 50 + 50 + 10 * 100 + 10 * 50)
+
+
+def test_parts_add_up_to_the_step():
+    model = timm.create_model('resnet32_shike')
+    task = RepresentationTask(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    images, target = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    with time_parts(task, optimizer, CPU) as seconds:
+        train_step(task, images, target, optimizer, LoopConfig('stage one', 1))
+    assert set(seconds) == {'data', 'forward', 'losses', 'backward', 'optimizer'}
+    assert all(value > 0 for value in seconds.values()) and seconds['backward'] > seconds['losses']
+    before = dict(seconds)
+    train_step(task, images, target, optimizer, LoopConfig('stage one', 1))
+    assert seconds == before  # nothing is timed outside
+
+
+def test_ceilings_are_positive():
+    ceilings = measure_ceilings(CPU, torch.float32)
+    assert ceilings['matmul_gflops'] > 1 and ceilings['copy_gb'] > 0.1
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--model', 'resnet32_shik'], "model 'resnet32_shik' is not a SHIKE model, the nearest one is 'resnet32_shike'"),
+    (['--model', 'resnet32_shike', '--compare', 'resnet999'], "model 'resnet999' cannot be made"),
+    (['--num-rounds', '0'], '--num-rounds 0 is out of range'),
+    (['--torchcompile', 'nonsense'], "--torchcompile 'nonsense' is not a backend"),
+    (['--torchcompile', '--torchcompile-mode', 'fastest'], "--torchcompile-mode 'fastest' is unknown to 'inductor'"),
+    (['--results-file', 'nowhere/figures.json'], "results-file 'nowhere/figures.json' is in a folder"),
+    (['--stage', '3'], 'invalid choice: 3'),
+])
+def test_bad_input(run_script, options, message):
+    status, _, err = run_script('benchmark.py', *QUICK, *options)
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_compiling_needs_a_compiler(run_script, monkeypatch):
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    status, _, err = run_script('benchmark.py', *QUICK, '--torchcompile')
+    assert status == 2 and "there is no 'no-such-compiler': install one or add --no-torchcompile" in err
+
+
+@pytest.mark.parametrize('capable, dtype', [(True, torch.bfloat16), (False, None)])
+def test_bfloat16_is_the_default_only_where_the_cpu_computes_it(monkeypatch, capable, dtype):
+    for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
+        monkeypatch.setattr(torch.cpu, name, lambda: capable)
+    assert resolve_autocast(parse_benchmark_args(['--amp']), CPU) == dtype
+    assert resolve_autocast(parse_benchmark_args(['--amp', '--amp-dtype', 'bfloat16']), CPU) == torch.bfloat16
+    assert resolve_autocast(parse_benchmark_args(['--no-amp']), CPU) is None

@@ -1,0 +1,141 @@
+"""The fast ways to train against the plain ones: the same logits, the same gradients."""
+import importlib.util
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT
+
+from shike_timm.engine import LoopConfig, train_step
+from shike_timm.losses import balanced_softmax, representation_loss
+from shike_timm.memory import keep_freed_memory
+from shike_timm.models.backbones import cifar_resnet
+from shike_timm.models.shike import Shike
+from shike_timm.tasks import ClassifierRetrainingTask, RepresentationTask
+
+CLASSES = 20
+
+
+def small_model():
+    torch.manual_seed(0)
+    return Shike(partial(cifar_resnet, 1), num_classes=CLASSES, aligner='conv')
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(32, 3, 16, 16, generator=generator), torch.randint(CLASSES, (32,), generator=generator)
+
+
+def logits_and_gradients(channels_last=False, compiled=False):
+    model = small_model()
+    task = RepresentationTask(model)
+    images, target = batch()
+    if channels_last:
+        task.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    if compiled:
+        task.compile()
+    logits = task.trainable_module(images)
+    representation_loss(logits, target).total.backward()
+    return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_equal_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.linalg.vector_norm(found[name] - gradient) <= 1e-5 * torch.linalg.vector_norm(gradient), name
+
+
+@pytest.mark.parametrize('fast', [dict(channels_last=True), dict(channels_last=True, compiled=True)])
+def test_logits_and_gradients_equal_the_plain_ones(fast):
+    logits, gradients = logits_and_gradients()
+    fast_logits, fast_gradients = logits_and_gradients(**fast)
+    torch.testing.assert_close(fast_logits, logits, rtol=1e-5, atol=1e-5)
+    assert_equal_gradients(fast_gradients, gradients)
+
+
+def test_bfloat16_gradients_point_the_same_way():
+    _, gradients = logits_and_gradients(channels_last=True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        logits, rough = logits_and_gradients(channels_last=True)
+    assert logits.dtype == torch.float32
+    plain, rough = (torch.cat([g.flatten() for g in side.values()]) for side in (gradients, rough))
+    assert torch.cosine_similarity(plain, rough, dim=0) > 0.99
+
+
+def test_fused_optimizer_takes_the_same_steps():
+    weights = []
+    for fused in (False, True):
+        model = small_model()
+        task = RepresentationTask(model)
+        optimizer = torch.optim.SGD(
+            model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, foreach=False, fused=fused)
+        config = LoopConfig('stage one', 1, channels_last=True)
+        for seed in range(3):
+            train_step(task, *batch(seed), optimizer, config)
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_stage_two_keeps_nothing_of_the_trunk_for_backward():
+    task = ClassifierRetrainingTask(small_model(), [5] * CLASSES)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    images, target = batch()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = task(images, target)['loss']
+    loss.backward()
+    assert kept and all(len(shape) < 4 for shape in kept)  # no feature map among them
+    trained = [name for name, parameter in task.named_parameters() if parameter.grad is not None]
+    assert trained == ['trainable_module.model.classifier.weight']
+
+
+def test_a_step_does_not_read_from_the_device(monkeypatch):
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    task = RepresentationTask(model)
+
+    def refuse(*_, **__):
+        raise AssertionError('a value was read on the host')
+
+    for name in ('item', '__float__', '__int__', '__bool__', 'tolist', 'cpu', 'numpy'):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    train_step(task, *batch(), optimizer, LoopConfig('stage one', 1))
+
+
+def test_freed_memory_is_kept_where_the_library_is_glibc():
+    import platform
+    assert keep_freed_memory() == (platform.libc_ver()[0] == 'glibc')
+
+
+@pytest.fixture(scope='module')
+def baseline():
+    spec = importlib.util.spec_from_file_location('baseline', ROOT / 'benchmarks' / 'baseline.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_baseline_has_the_same_losses(baseline):
+    torch.manual_seed(0)
+    target = torch.randint(CLASSES, (16,))
+    counts = torch.arange(1., CLASSES + 1)
+    results = []
+    for ours in (True, False):
+        torch.manual_seed(1)
+        logits = (3 * torch.randn(16, 3, CLASSES)).requires_grad_()
+        if ours:
+            losses = representation_loss(logits, target).total, balanced_softmax(logits, target, counts)
+        else:
+            per_expert = list(logits.unbind(1))
+            losses = (
+                baseline.stage_one_loss(per_expert, target), baseline.stage_two_loss(per_expert, target, counts))
+        results.append([(loss.detach(), torch.autograd.grad(loss, logits, retain_graph=True)[0]) for loss in losses])
+    for (loss, gradient), (plain, plain_gradient) in zip(*results):
+        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradient, plain_gradient, rtol=1e-5, atol=1e-7)
