@@ -3,11 +3,12 @@ import argparse
 import json
 import statistics
 import time
+import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 import timm
@@ -16,7 +17,8 @@ import torch
 from timm.task import ClassificationTask, TrainingTask
 from timm.utils import NativeScaler
 from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .builders import check_compiler, check_model_name, create_model, create_optimizer, resolve_autocast, resolve_device
@@ -110,24 +112,50 @@ def time_parts(task: TrainingTask, optimizer: torch.optim.Optimizer, device: tor
             hook.remove()
 
 
-def peak_memory(step: Callable[[], Any], device: torch.device, *held: Any) -> int:
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors that live at once; those of `held` from the start."""
+
+    def __init__(self, held: Iterable[Tensor]):
+        super().__init__()
+        self.known: Set[int] = set()
+        self.live = self.peak = 0
+        for tensor in held:
+            self._add(tensor)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() and storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+
+    def _remove(self, key: int, num_bytes: int) -> None:
+        self.known.discard(key)
+        self.live -= num_bytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._add, result)
+        return result
+
+
+def peak_memory(step: Callable[[], Any], device: torch.device, held: Iterable[Tensor] = ()) -> int:
     """Most bytes that tensors take at once during a step.
 
     Args:
         step: Runs one step, not compiled.
-        device: On CUDA the allocator is asked; elsewhere the tensors are tracked, the library's scratch space is not.
-        *held: Models and optimizers whose tensors exist before.
+        device: On CUDA the allocator is asked; elsewhere the tensors are tracked, a library's scratch space is not.
+        held: Tensors that exist before, such as weights.
     """
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         step()
         _synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    tracker = MemTracker()
-    tracker.track_external(*held)
-    with tracker:
+    with _LiveTensors(held) as tensors:
         step()
-    return tracker.get_tracker_snapshot('peak')[device]['Total']
+    return tensors.peak
 
 
 @dataclass
@@ -204,10 +232,12 @@ def _training(args: argparse.Namespace, name: str, with_data: bool) -> _Contesta
         train_step(task, images, target, optimizer, config, scaler)
 
     step()  # the optimizer's state exists from here on
+    held = [*run.model.parameters(), *run.model.buffers()]
+    held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     result = dict(
         parameters=sum(p.numel() for p in run.model.parameters()),
         gflops=_count_flops(step) / args.batch_size / 1e9,
-        peak_memory_mb=round(peak_memory(step, run.device, run.model, optimizer) / 2 ** 20, 1),
+        peak_memory_mb=round(peak_memory(step, run.device, held) / 2 ** 20, 1),
     )
     if isinstance(run.model, Shike):
         compile_task(task, args, stage)
@@ -237,7 +267,7 @@ def _inference(args: argparse.Namespace, name: str) -> _Contestant:
     result = dict(
         parameters=sum(p.numel() for p in model.parameters()),
         gflops=_count_flops(step) / args.batch_size / 1e9,
-        peak_memory_mb=round(peak_memory(step, run.device, model) / 2 ** 20, 1),
+        peak_memory_mb=round(peak_memory(step, run.device, model.parameters()) / 2 ** 20, 1),
     )
     if args.torchcompile:
         network = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)

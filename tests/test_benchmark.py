@@ -72,7 +72,9 @@ def test_peak_memory_of_a_known_step():
 
     assert peak_memory(step, CPU) == 4 * 4000
     layer = torch.nn.Linear(100, 50)
-    assert peak_memory(lambda: layer(torch.zeros(10, 100)), CPU, layer) == 4 * (100 * 50 + 50 + 10 * 100 + 10 * 50)
+    weights, images, output = 100 * 50 + 50, 10 * 100, 10 * 50
+    peak = peak_memory(lambda: layer(torch.zeros(10, 100)), CPU, layer.parameters())
+    assert peak == 4 * (weights + images + output)
 
 
 def test_parts_add_up_to_the_step():

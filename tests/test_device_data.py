@@ -47,7 +47,7 @@ def assert_follows(counts, probabilities):
     """Counts of outcomes are a sample of a distribution, by a chi-square test; rare outcomes are pooled."""
     assert set(counts) <= set(probabilities)
     num = sum(counts.values())
-    common = [key for key, p in probabilities.items() if p * num >= 10]
+    common = [key for key, p in probabilities.items() if p * num >= 5]
     observed = [counts[key] for key in common]
     expected = [probabilities[key] * num for key in common]
     rest = num - sum(expected)

@@ -1,4 +1,6 @@
 """What the README's first command promises."""
+import statistics
+
 import pytest
 from conftest import ROOT
 
@@ -16,3 +18,21 @@ def test_stage_two_lifts_few_shot_classes_and_the_total(tmp_path, capsys, seed):
     assert two['top1'] > one['top1']
     table = capsys.readouterr().out
     assert table.count('ensemble') == 2 and table.count('expert') == 6
+
+
+@pytest.mark.slow
+def test_fast_paths_reach_the_accuracy_of_the_plain_ones(tmp_path):
+    """Three seeds each: data on the device in channels_last, against one image at a time, contiguous."""
+    sides = {'fast': ['--device-data', '--channels-last'], 'plain': ['--no-device-data', '--no-channels-last']}
+    top1 = {
+        name: [
+            train(parse_train_args([
+                '--hparams', str(ROOT / 'hparams' / 'quickstart.yaml'), '--output', str(tmp_path),
+                '--experiment', f'{name}-{seed}', '--seed', str(seed), *options,
+            ]))['stage_two']['top1']
+            for seed in range(3)
+        ]
+        for name, options in sides.items()
+    }
+    spread = max(max(values) - min(values) for values in top1.values())
+    assert abs(statistics.mean(top1['fast']) - statistics.mean(top1['plain'])) <= max(spread, 2), top1
