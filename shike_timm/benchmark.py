@@ -1,171 +1,42 @@
 """Throughput, time per part, peak memory and achieved FLOP/s of models, side by side in one run."""
 import argparse
+import copy
 import json
 import statistics
-import time
-import weakref
-from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import timm
 import timm.data
 import torch
-from timm.task import ClassificationTask, TrainingTask
-from timm.utils import NativeScaler
+from timm.task import ClassificationTask
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
-from .builders import check_compiler, check_model_name, create_model, create_optimizer, resolve_autocast, resolve_device
+from .builders import check_compiler, check_model_name, create_model, create_optimizer, resolve_autocast
 from .checkpoints import write_text
 from .data import TrainingData
 from .data.device_loader import DeviceLoader
-from .engine import LoopConfig, train_step
+from .devices import resolve_device, tune_device
+from .engine import train_step
 from .errors import InputError
-from .memory import keep_freed_memory
+from .measure import PARTS, count_flops, measure_ceilings, peak_memory, seconds_per_call, time_parts
 from .models import Shike
 from .stages import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
 
-__all__ = ['benchmark', 'format_report', 'measure_ceilings', 'peak_memory', 'time_parts']
+__all__ = ['benchmark', 'format_report']
 
-PARTS = ('data', 'forward', 'losses', 'backward', 'optimizer')
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
-def _seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    _synchronize(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Dict[str, float]:
-    """What the device reaches at best: the fastest of several matrix products, and a copy in memory.
-
-    Args:
-        device: Device to measure.
-        dtype: Data type of the matrices.
-
-    Returns:
-        `matmul_gflops`, 10^9 floating-point operations a second, and `copy_gb`, 10^9 bytes read and written a second.
-    """
-    sizes = (1024, 2048, 4096) if device.type == 'cpu' else (4096, 8192)
-    products = []
-    for size in sizes:
-        left, right, out = (torch.rand(size, size, device=device).to(dtype) for _ in range(3))
-        times = [_seconds(lambda: torch.mm(left, right, out=out), device, 3) for _ in range(4)]  # noqa: B023
-        products.append(2 * size ** 3 / min(times[1:]))
-    source = torch.zeros(2 ** 26, device=device)
-    target = torch.zeros_like(source)
-    copies = [_seconds(lambda: target.copy_(source), device, 3) for _ in range(4)]
-    return dict(
-        matmul_gflops=round(max(products) / 1e9, 1),
-        copy_gb=round(2 * source.nbytes / min(copies[1:]) / 1e9, 1),
-    )
-
-
-@contextmanager
-def time_parts(task: TrainingTask, optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[Counter]:
-    """Time the parts of the training steps inside the context, by waiting for the device after each.
-
-    Args:
-        task: Task whose `trainable_module` is the forward; the rest of its own forward are the losses.
-        optimizer: Its step ends the backward.
-        device: Device to wait for.
-
-    Yields:
-        Seconds by part, summed over steps; what lies between two steps counts as data.
-    """
-    seconds: Counter = Counter()
-    _synchronize(device)
-    last = time.perf_counter()
-
-    def mark(part: str) -> None:
-        nonlocal last
-        _synchronize(device)
-        now = time.perf_counter()
-        seconds[part] += now - last
-        last = now
-
-    hooks = [
-        task.trainable_module.register_forward_pre_hook(lambda *_: mark('data')),
-        task.trainable_module.register_forward_hook(lambda *_: mark('forward')),
-        task.register_forward_hook(lambda *_: mark('losses')),
-        optimizer.register_step_pre_hook(lambda *_: mark('backward')),
-        optimizer.register_step_post_hook(lambda *_: mark('optimizer')),
-    ]
-    try:
-        yield seconds
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that live at once; those of `held` from the start."""
-
-    def __init__(self, held: Iterable[Tensor]):
-        super().__init__()
-        self.known: Set[int] = set()
-        self.live = self.peak = 0
-        for tensor in held:
-            self._add(tensor)
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() and storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
-
-    def _remove(self, key: int, num_bytes: int) -> None:
-        self.known.discard(key)
-        self.live -= num_bytes
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._add, result)
-        return result
-
-
-def peak_memory(step: Callable[[], Any], device: torch.device, held: Iterable[Tensor] = ()) -> int:
-    """Most bytes that tensors take at once during a step.
-
-    Args:
-        step: Runs one step, not compiled.
-        device: On CUDA the allocator is asked; elsewhere the tensors are tracked, a library's scratch space is not.
-        held: Tensors that exist before, such as weights.
-    """
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        _synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    with _LiveTensors(held) as tensors:
-        step()
-    return tensors.peak
+NUM_BENCH_ITER = 40  # steps of a round on noise
 
 
 @dataclass
 class _Contestant:
-    """A model ready to be timed; `step` works on one batch."""
+    """A model ready to be timed; `step` works on one batch, `num_iter` of them make a round."""
 
-    model: str
-    bench: str
-    batch_size: int
     step: Callable[[], Any]
+    num_iter: int
     result: Dict[str, Any]
     rates: List[float] = field(default_factory=list)
 
@@ -175,13 +46,7 @@ def _cycle(loader: Any) -> Iterator[Tuple[Tensor, Tensor]]:
         yield from loader
 
 
-def _count_flops(step: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def _synthetic_run(args: argparse.Namespace, model: nn.Module) -> Run:
+def _noise_run(args: argparse.Namespace, model: nn.Module) -> Run:
     """A run over one batch of noise."""
     device = resolve_device(args.device)
     data_config = timm.data.resolve_data_config(vars(args), model=model)
@@ -189,41 +54,55 @@ def _synthetic_run(args: argparse.Namespace, model: nn.Module) -> Run:
     rng = np.random.default_rng(args.seed)
     loader = DeviceLoader(
         rng.integers(0, 256, (args.batch_size, height, width, channels), dtype=np.uint8),
-        rng.integers(0, args.num_classes, args.batch_size),
+        rng.integers(0, model.num_classes, args.batch_size),
         data_config['mean'],
         data_config['std'],
         args.batch_size,
         device,
     )
-    data = TrainingData(None, None, [1] * args.num_classes, [str(c) for c in range(args.num_classes)])
+    names = [str(c) for c in range(model.num_classes)]
+    data = TrainingData(None, None, [1] * model.num_classes, names)
     return Run(args, device, resolve_autocast(args, device), data, data_config, model.to(device), loader, loader)
 
 
-def _plain_task(run: Run) -> TrainingTask:
-    task = ClassificationTask(run.model, device=run.device, verbose=False)
-    if run.args.channels_last:
-        task.to(memory_format=torch.channels_last)
-    return task
-
-
-def _create_run(args: argparse.Namespace, name: str, with_data: bool) -> Run:
-    if name == args.model and with_data:
+def _shike_run(args: argparse.Namespace) -> Run:
+    if args.dataset or args.data_dir:
         return prepare(args, [args.stage])
-    if name == args.model:
-        return _synthetic_run(args, create_model(args, args.num_classes))
+    return _noise_run(args, create_model(
+        args, args.num_classes or timm.get_pretrained_cfg_value(args.model, 'num_classes')))
+
+
+def _plain_run(args: argparse.Namespace, name: str, like: Run) -> Run:
+    """A plain timm model on noise of the size, and with the classes, of the SHIKE model's run."""
+    args = copy.copy(args)
+    args.img_size = like.data_config['input_size'][-1]
     try:
-        return _synthetic_run(args, timm.create_model(name, num_classes=args.num_classes))
+        return _noise_run(args, timm.create_model(name, num_classes=like.data.num_classes))
     except (ValueError, RuntimeError) as error:
         raise InputError(f"model '{name}' cannot be made: {' '.join(str(error).split())}") from error
 
 
-def _training(args: argparse.Namespace, name: str, with_data: bool) -> _Contestant:
-    run = _create_run(args, name, with_data)
-    stage = args.stage
-    task = create_task(run, stage) if isinstance(run.model, Shike) else _plain_task(run)
+def _describe(step: Callable[[], Any], run: Run, held: Iterable[Tensor], **result: Any) -> Dict[str, Any]:
+    batch_size = run.args.batch_size
+    return dict(
+        **result,
+        batch_size=batch_size,
+        parameters=sum(p.numel() for p in run.model.parameters()),
+        gflops=count_flops(step) / batch_size / 1e9,
+        peak_memory_mb=round(peak_memory(step, run.device, held) / 2 ** 20, 1),
+    )
+
+
+def _training(run: Run, name: str) -> _Contestant:
+    args, stage = run.args, run.args.stage
+    shike = isinstance(run.model, Shike)
+    if shike:
+        task = create_task(run, stage)
+    else:
+        task = ClassificationTask(run.model, device=run.device, verbose=False)
+        task.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     optimizer = create_optimizer(args, stage, run.model)
-    scaler: Optional[NativeScaler] = create_loss_scaler(run)
-    config: LoopConfig = loop_config(run, stage)
+    scaler, config = create_loss_scaler(run), loop_config(run, stage)
     batches = _cycle(run.train_loader)
     task.train()
 
@@ -234,50 +113,43 @@ def _training(args: argparse.Namespace, name: str, with_data: bool) -> _Contesta
     step()  # the optimizer's state exists from here on
     held = [*run.model.parameters(), *run.model.buffers()]
     held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    result = dict(
-        parameters=sum(p.numel() for p in run.model.parameters()),
-        gflops=_count_flops(step) / args.batch_size / 1e9,
-        peak_memory_mb=round(peak_memory(step, run.device, held) / 2 ** 20, 1),
-    )
-    if isinstance(run.model, Shike):
-        compile_task(task, args, stage)
-    elif args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    result = _describe(step, run, held, model=name, bench=f'train, stage {stage}' if shike else 'train')
+    result['compiled'] = compile_task(task, args, stage if shike else 1)
+    # With data a round is an epoch: augmentation comes in rounds of many batches.
+    num_iter = args.num_bench_iter or max(len(run.train_loader), 1 if args.dataset or args.data_dir else NUM_BENCH_ITER)
     for _ in range(args.num_warm_iter):
         step()
     with time_parts(task, optimizer, run.device) as seconds:
-        for _ in range(args.num_bench_iter):
+        for _ in range(num_iter):
             step()
-    result['part_ms'] = {part: round(1000 * seconds[part] / args.num_bench_iter, 3) for part in PARTS}
-    return _Contestant(name, f'train, stage {stage}' if name == args.model else 'train', args.batch_size, step, result)
+    result['part_ms'] = {part: round(1000 * seconds[part] / num_iter, 3) for part in PARTS}
+    return _Contestant(step, num_iter, result)
 
 
-def _inference(args: argparse.Namespace, name: str) -> _Contestant:
-    run = _create_run(args, name, with_data=False)
+def _inference(run: Run, name: str) -> _Contestant:
+    args = run.args
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = run.model.eval().to(memory_format=memory_format)
-    images = next(iter(run.test_loader))[0].contiguous(memory_format=memory_format)
-    autocast = torch.autocast(run.device.type, dtype=run.autocast) if run.autocast else nullcontext()
-    network: Callable[[Tensor], Tensor] = model
+    model: Callable[[Tensor], Tensor] = run.model.eval().to(memory_format=memory_format)
+    images = next(iter(run.train_loader))[0].contiguous(memory_format=memory_format)
 
     def step() -> None:
-        with torch.inference_mode(), autocast:
-            network(images)
+        with torch.autocast(run.device.type, dtype=run.autocast) if run.autocast else nullcontext():
+            with torch.inference_mode():
+                model(images)
 
-    result = dict(
-        parameters=sum(p.numel() for p in model.parameters()),
-        gflops=_count_flops(step) / args.batch_size / 1e9,
-        peak_memory_mb=round(peak_memory(step, run.device, model.parameters()) / 2 ** 20, 1),
-    )
+    result = _describe(step, run, run.model.parameters(), model=name, bench='inference')
+    result['compiled'] = bool(args.torchcompile)
     if args.torchcompile:
-        network = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+        model = torch.compile(run.model, backend=args.torchcompile, mode=args.torchcompile_mode)
     for _ in range(args.num_warm_iter):
         step()
-    return _Contestant(name, 'inference', args.batch_size, step, result)
+    return _Contestant(step, args.num_bench_iter or NUM_BENCH_ITER, result)
 
 
 def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
     """Time the model that the arguments describe, and those it is compared with, turn by turn.
+
+    A training step is the one of train.py, without its logs.
 
     Args:
         args: What `shike_timm.hparams.parse_benchmark_args` gives.
@@ -292,34 +164,27 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
     """
     if args.results_file and not Path(args.results_file).absolute().parent.is_dir():
         raise InputError(f"results-file '{args.results_file}' is in a folder that does not exist: make it first.")
+    check_model_name(args.model)
     device = resolve_device(args.device)
-    if device.type == 'cpu':
-        keep_freed_memory()
-    if args.torchcompile:
-        check_compiler(args.torchcompile, args.torchcompile_mode, device)
-    with_data = bool(args.dataset or args.data_dir)
+    tune_device(device)
+    check_compiler(args.torchcompile, args.torchcompile_mode, device)
     dtype = resolve_autocast(args, device) or torch.float32
     ceilings = measure_ceilings(device, dtype)
-    check_model_name(args.model)
-    # What is compared gets the same images and classes.
-    args.img_size = args.img_size or timm.get_pretrained_cfg_value(args.model, 'input_size')[-1]
-    args.num_classes = args.num_classes or timm.get_pretrained_cfg_value(args.model, 'num_classes')
-    names = [args.model, *args.compare]
     contestants = []
-    if args.bench in ('train', 'both'):
-        contestants += [_training(args, name, with_data) for name in names]
-    if args.bench in ('inference', 'both'):
-        contestants += [_inference(args, name) for name in names]
+    for name, kind in (('train', _training), ('inference', _inference)):
+        if args.bench in (name, 'both'):
+            run = _shike_run(args)
+            contestants.append(kind(run, args.model))
+            contestants += [kind(_plain_run(args, other, run), other) for other in args.compare]
     for _ in range(args.num_rounds):
         for one in contestants:
-            one.rates.append(args.batch_size / _seconds(one.step, device, args.num_bench_iter))
+            one.rates.append(args.batch_size / seconds_per_call(one.step, device, one.num_iter))
     report = dict(
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device),
         threads=torch.get_num_threads(),
         dtype=str(dtype).split('.')[1],
         channels_last=args.channels_last,
-        torchcompile=args.torchcompile,
-        data=(args.dataset or args.data_dir) if with_data else 'noise',
+        data=args.dataset or args.data_dir or 'noise',
         ceilings=ceilings,
         results=[],
     )
@@ -327,14 +192,12 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
         rate = statistics.median(one.rates)
         achieved = rate * one.result['gflops']
         report['results'].append(dict(
-            model=one.model,
-            bench=one.bench,
-            batch_size=one.batch_size,
+            one.result,
+            gflops=round(one.result['gflops'], 4),
             images_per_second=round(rate, 2),
             rounds=[round(r, 2) for r in one.rates],
             achieved_gflops=round(achieved, 1),
             share_of_matmul=round(achieved / ceilings['matmul_gflops'], 3),
-            **dict(one.result, gflops=round(one.result['gflops'], 4)),
         ))
     print(format_report(report))
     if args.results_file:
@@ -348,12 +211,12 @@ def format_report(report: Dict[str, Any]) -> str:
     Args:
         report: What `benchmark` returns.
     """
-    ceilings = report['ceilings']
+    ceilings, results = report['ceilings'], report['results']
     rows = [('model', 'bench', 'params M', 'GFLOP', 'img/s', 'GFLOP/s', 'of peak', 'MiB')]
     rows += [
         (
             r['model'],
-            r['bench'],
+            r['bench'] + ('*' if r['compiled'] else ''),
             f"{r['parameters'] / 1e6:.2f}",
             f"{r['gflops']:.3f}",
             f"{r['images_per_second']:.1f}",
@@ -361,25 +224,26 @@ def format_report(report: Dict[str, Any]) -> str:
             f"{r['share_of_matmul']:.1%}",
             f"{r['peak_memory_mb']:.1f}",
         )
-        for r in report['results']
+        for r in results
     ]
     lines = [
-        f"{report['device']}, {report['threads']} threads, {report['dtype']}, data: {report['data']}; matrix product "
-        f"{ceilings['matmul_gflops']:g} GFLOP/s, copy {ceilings['copy_gb']:g} GB/s",
-        *(f'{model:24}{bench:16}' + ''.join(f'{cell:>10}' for cell in cells) for model, bench, *cells in rows),
+        f"{report['device']}, {report['threads']} threads, {report['dtype']}, data: {report['data']}, * compiled; "
+        f"matrix product {ceilings['matmul_gflops']:g} GFLOP/s, copy {ceilings['copy_gb']:g} GB/s",
+        *(f'{model:24}{bench:17}' + ''.join(f'{cell:>10}' for cell in cells) for model, bench, *cells in rows),
     ]
-    for r in report['results']:
+    for r in results:
         if 'part_ms' in r:
             parts = ', '.join(f'{part} {ms:.1f}' for part, ms in r['part_ms'].items())
             lines.append(f"{r['model']}, ms a step: {parts}")
-    first = None
-    for r in report['results']:
-        if r['model'] == report['results'][0]['model']:
+    first: Optional[Dict[str, Any]] = None
+    for r in results:
+        if r['model'] == results[0]['model']:
             first = r  # what is compared with it follows
-        else:
-            ratio = first['images_per_second'] / r['images_per_second']
-            predicted = r['gflops'] / first['gflops']
-            lines.append(
-                f"{first['model']} over {r['model']}, {r['bench']}: {ratio:.3f} of its images a second, by their FLOPs "
-                f'{predicted:.3f}: {ratio / predicted:.3f}; memory {first["peak_memory_mb"] / r["peak_memory_mb"]:.2f}')
+            continue
+        ratio = first['images_per_second'] / r['images_per_second']
+        predicted = r['gflops'] / first['gflops']
+        memory = first['peak_memory_mb'] / r['peak_memory_mb']
+        lines.append(
+            f"{first['model']} over {r['model']}, {r['bench']}: {ratio:.3f} of its images a second, by their FLOPs "
+            f'{predicted:.3f}: {ratio / predicted:.3f}; {memory:.2f} of its memory')
     return '\n'.join(lines)

@@ -1,6 +1,7 @@
 """From parsed arguments to devices, models, optimizers, schedules and data, each checked with a clear error."""
 import argparse
 import difflib
+import importlib.util
 import inspect
 import logging
 import os
@@ -15,8 +16,10 @@ from timm.models import get_arch_name
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from torch import nn
 
 from .data import TrainingData, load_training_data
+from .devices import computes_bfloat16
 from .errors import InputError
 from .models import Shike
 
@@ -25,38 +28,19 @@ CRT_PREFIX = 'crt_'
 _logger = logging.getLogger(__name__)
 
 
-def resolve_device(name: Optional[str]) -> torch.device:
-    """The named device, or CUDA where there is one, else the CPU.
-
-    Raises:
-        InputError: If the device is unknown or absent.
-    """
-    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _cpu_computes_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def resolve_autocast(args: argparse.Namespace, device: torch.device) -> Optional[torch.dtype]:
     """Data type of autocast, None without `--amp`.
 
-    By default it is float16 on CUDA and bfloat16 elsewhere, but None on a CPU without instructions for bfloat16,
-    which is a hundred times slower there than float32.
+    By default it is float16 on CUDA and bfloat16 elsewhere, but None on a CPU without instructions for bfloat16, where
+    that takes many times as long as float32.
 
     Raises:
         InputError: If float16 is asked for where its loss scaling is not supported.
     """
     if not args.amp:
         return None
-    if device.type == 'cpu' and not args.amp_dtype and not _cpu_computes_bfloat16():
-        _logger.warning('This CPU has no instructions for bfloat16: training in float32 instead of --amp.')
+    if not args.amp_dtype and not computes_bfloat16(device):
+        _logger.warning('This CPU is not known to have instructions for bfloat16: float32 is used in spite of --amp.')
         return None
     name = args.amp_dtype or ('float16' if device.type == 'cuda' else 'bfloat16')
     if name == 'float16' and device.type != 'cuda':
@@ -65,22 +49,33 @@ def resolve_autocast(args: argparse.Namespace, device: torch.device) -> Optional
     return getattr(torch, name)
 
 
-def check_compiler(backend: str, mode: Optional[str], device: torch.device) -> None:
+def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.device) -> None:
     """Check that a model can be compiled, before the first step would find out.
 
     Raises:
-        InputError: If there is no such backend or mode, or the C++ compiler that inductor needs is missing.
+        InputError: If there is no such backend or mode, or the compiler that inductor needs is missing.
     """
+    if not backend:
+        if mode:
+            raise InputError(f'--torchcompile-mode {mode} goes with --torchcompile, which is not given: add it.')
+        return
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         raise InputError(f"--torchcompile '{backend}' is not a backend of torch.compile: leave the name out.")
     modes = torch._inductor.list_mode_options()
-    if mode is not None and (backend != 'inductor' or mode not in modes):
+    if mode and (backend != 'inductor' or mode not in modes):
         raise InputError(
             f"--torchcompile-mode '{mode}' is unknown to '{backend}': choose {', '.join(modes)} of inductor.")
-    compiler = os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')
-    if backend == 'inductor' and device.type == 'cpu' and not shutil.which(compiler):
+    if backend != 'inductor':
+        return
+    if device.type == 'cpu':
+        compilers = [os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')]
+    else:
+        compilers = [os.environ['CC']] if 'CC' in os.environ else ['gcc', 'clang']
+    if not any(shutil.which(name) for name in compilers):
         raise InputError(
-            f"--torchcompile needs a C++ compiler and there is no '{compiler}': install one or add --no-torchcompile.")
+            f"--torchcompile needs a compiler and there is no '{compilers[0]}': install one or add --no-torchcompile.")
+    if device.type == 'cuda' and not importlib.util.find_spec('triton'):
+        raise InputError('--torchcompile needs Triton on CUDA: pip install triton, or add --no-torchcompile.')
 
 
 def check_model_name(name: str) -> None:
@@ -117,20 +112,38 @@ def create_model(args: argparse.Namespace, num_classes: int) -> Shike:
         raise InputError(f"model '{args.model}' cannot be made: {error}") from error
 
 
-def create_optimizer(args: argparse.Namespace, stage: int, model: Shike) -> torch.optim.Optimizer:
-    """timm's optimizer of a stage, with the stage's peak learning rate.
+def _takes_fused(args: argparse.Namespace) -> bool:
+    """Whether the optimizer has a fused form, one kernel for all parameters, and the user did not choose another."""
+    if {'fused', 'foreach'} & set(args.opt_kwargs):
+        return False
+    try:
+        opt_class = get_optimizer_info(args.opt).opt_class
+    except ValueError:  # unknown, or a lookahead_ one
+        return False
+    return inspect.isclass(opt_class) and 'fused' in inspect.signature(opt_class).parameters
+
+
+def create_optimizer(args: argparse.Namespace, stage: int, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer of a stage, fused where it can be, with the stage's peak learning rate.
 
     Raises:
         InputError: If the optimizer is unknown or takes no such option.
     """
     options = dict(optimizer_kwargs(args), lr=args.lr if stage == 1 else args.crt_lr)
+    if _takes_fused(args):
+        options['fused'] = True
     try:
-        if 'fused' in inspect.signature(get_optimizer_info(args.opt).opt_class).parameters:
-            options['fused'] = True  # one kernel for all parameters
         # What stage two froze gets no gradient, so that the optimizer leaves it alone.
-        return create_optimizer_v2(model, **dict(options, **args.opt_kwargs))
+        optimizer = create_optimizer_v2(model, **dict(options, **args.opt_kwargs))
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise InputError(f"optimizer '{args.opt}' cannot be made: {error}") from error
+    if isinstance(optimizer, torch.optim.SGD) and 'fused' in options:
+        # Fused SGD leaves its first momentum unset where loss scaling skips the first step.
+        for group in optimizer.param_groups:
+            for parameter in group['params'] if group['momentum'] and not group['dampening'] else ():
+                if parameter.requires_grad:
+                    optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def resolve_data_config(args: argparse.Namespace, model: Shike) -> Dict[str, Any]:

@@ -114,7 +114,7 @@ def train_step(
         config: LoopConfig,
         loss_scaler: Optional[NativeScaler] = None,
 ) -> Dict[str, torch.Tensor]:
-    """Train on one batch, without waiting for the device.
+    """Train on one batch without waiting for the device, unless an optimizer that is not fused meets loss scaling.
 
     Args:
         task: What to train.

@@ -375,7 +375,8 @@ def parse_benchmark_args(argv: Optional[Sequence[str]] = None) -> argparse.Names
         '--compare', nargs='+', default=[], metavar='NAME',
         help="timm's models to time beside it, turn by turn, on noise of the same size")
     parser.add_argument('--num-warm-iter', type=int, default=10, metavar='N', help='steps before timing')
-    parser.add_argument('--num-bench-iter', type=int, default=40, metavar='N', help='steps of a round')
+    parser.add_argument(
+        '--num-bench-iter', type=int, metavar='N', help='steps of a round; an epoch of data or 40 on noise by default')
     parser.add_argument('--num-rounds', type=int, default=5, metavar='N', help='rounds, of which the median counts')
     parser.add_argument('--results-file', metavar='FILE', help='JSON file to write the figures to')
     _add_data(parser)

@@ -18,13 +18,12 @@ from .builders import (
     mixup_options,
     resolve_autocast,
     resolve_data_config,
-    resolve_device,
 )
 from .data import TrainingData, create_eval_loader, create_train_loader
+from .devices import resolve_device, tune_device
 from .engine import LoopConfig, seed_all
 from .errors import InputError
 from .evaluation import evaluate
-from .memory import keep_freed_memory
 from .models import Shike
 from .tasks import ClassifierRetrainingTask, RepresentationTask
 
@@ -59,15 +58,14 @@ def prepare(args: argparse.Namespace, stages: Sequence[int]) -> Run:
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a run is one process: do not use torchrun.")
     device = resolve_device(args.device)
-    if device.type == 'cpu':
-        keep_freed_memory()
+    tune_device(device)
     autocast = resolve_autocast(args, device)
     data = load_data(args)
     seed_all(args.seed, 1, -1)
     model = create_model(args, data.num_classes).to(device)
     for stage in stages:  # a wrong option shows here rather than after stage one
         create_schedule(create_optimizer(args, stage, model), args, stage)
-    if args.torchcompile:
+    if 1 in stages:
         check_compiler(args.torchcompile, args.torchcompile_mode, device)
     data_config = resolve_data_config(args, model)
     train_loader = create_train_loader(
@@ -98,7 +96,7 @@ def prepare(args: argparse.Namespace, stages: Sequence[int]) -> Run:
 
 
 def create_task(run: Run, stage: int) -> TrainingTask:
-    """The training task of a stage, on the run's device and in its memory layout; stage two gets new classifiers."""
+    """The training task of a stage, in the run's memory layout; stage two gets new classifiers."""
     args = run.args
     if stage == 1:
         task = RepresentationTask(run.model, args.alpha, args.beta, args.detach_teacher, device=run.device)
@@ -107,13 +105,17 @@ def create_task(run: Run, stage: int) -> TrainingTask:
         task = ClassifierRetrainingTask(run.model, run.data.class_counts, device=run.device)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
+    if args.model_ema:
+        task.setup_ema(decay=args.model_ema_decay)
     return task
 
 
-def compile_task(task: TrainingTask, args: argparse.Namespace, stage: int) -> None:
-    """Compile a task where that is asked for; stage two is over before it would pay."""
+def compile_task(task: TrainingTask, args: argparse.Namespace, stage: int) -> bool:
+    """Compile a task where that is asked for, and say whether; stage two is over before it would pay."""
     if args.torchcompile and stage == 1:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        return True
+    return False
 
 
 def create_loss_scaler(run: Run) -> Optional[NativeScaler]:

@@ -53,8 +53,6 @@ def _run_stage(
     """Run a stage from its start, or from a checkpoint of it, and give its metrics; the run's model is left trained."""
     args, model, name = run.args, run.model, STAGES[stage - 1]
     task = create_task(run, stage)
-    if args.model_ema:
-        task.setup_ema(decay=args.model_ema_decay)
     optimizer = create_optimizer(args, stage, model)
     loss_scaler = create_loss_scaler(run)
     start_epoch = 0

@@ -7,9 +7,10 @@ from typing import Any, Dict, List, Optional, Tuple
 import timm
 from torch import nn
 
-from .builders import create_model, resolve_data_config, resolve_device
+from .builders import create_model, resolve_data_config
 from .checkpoints import load_checkpoint, load_weights, model_weights, write_text
 from .data import create_eval_dataset, create_eval_loader, load_training_data
+from .devices import resolve_device, tune_device
 from .errors import InputError
 from .evaluation import evaluate, format_table
 from .models import Shike
@@ -63,6 +64,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     if args.results_file and not Path(args.results_file).absolute().parent.is_dir():
         raise InputError(f"results-file '{args.results_file}' is in a folder that does not exist: make it first.")
     device = resolve_device(args.device)
+    tune_device(device)
     model, counts, names = _load_eval_model(args)
     if counts is None:
         data = load_training_data(

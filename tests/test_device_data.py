@@ -154,8 +154,15 @@ def test_augmentation_depends_on_the_seed_alone_and_rounds_join(cifar, monkeypat
     assert torch.equal(first, torch.cat([images for images, _ in loader]))
     assert len(first) == 10_800 < AUGMENTED_AT_ONCE
     monkeypatch.setattr('shike_timm.data.device_loader.AUGMENTED_AT_ONCE', 950)
-    sizes = [len(images) for images, _ in loader]
-    assert sizes == [100] * 108
+    assert [len(images) for images, _ in loader] == [100] * 108
+
+    plain = create_train_loader(cifar.train, CIFAR, 100, CPU, 0, no_aug=True)
+    epochs = []
+    for at_once in (950, 16384):
+        monkeypatch.setattr('shike_timm.data.device_loader.AUGMENTED_AT_ONCE', at_once)
+        torch.manual_seed(5)
+        epochs.append(torch.cat([images for images, _ in plain]))
+    assert torch.equal(*epochs)
 
 
 def test_workers_take_what_has_no_batched_form(cifar, image_folder):

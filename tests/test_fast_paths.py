@@ -1,14 +1,18 @@
 """The fast ways to train against the plain ones: the same logits, the same gradients."""
+import copy
 import importlib.util
+import platform
 from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT
 
+from shike_timm.builders import create_optimizer
+from shike_timm.devices import keep_freed_memory
 from shike_timm.engine import LoopConfig, train_step
+from shike_timm.hparams import parse_train_args
 from shike_timm.losses import balanced_softmax, representation_loss
-from shike_timm.memory import keep_freed_memory
 from shike_timm.models.backbones import cifar_resnet
 from shike_timm.models.shike import Shike
 from shike_timm.tasks import ClassifierRetrainingTask, RepresentationTask
@@ -63,19 +67,41 @@ def test_bfloat16_gradients_point_the_same_way():
     assert torch.cosine_similarity(plain, rough, dim=0) > 0.99
 
 
+def optimizer_of(model, *options):
+    args = parse_train_args(['--lr', '0.05', '--opt-kwargs', 'filter_bias_and_bn=False', *options])
+    return create_optimizer(args, 1, model)
+
+
 def test_fused_optimizer_takes_the_same_steps():
     weights = []
-    for fused in (False, True):
+    for options in ([], ['fused=False']):
         model = small_model()
         task = RepresentationTask(model)
-        optimizer = torch.optim.SGD(
-            model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, foreach=False, fused=fused)
-        config = LoopConfig('stage one', 1, channels_last=True)
+        optimizer = optimizer_of(model, *options)
+        assert bool(optimizer.defaults['fused']) != bool(options)
         for seed in range(3):
-            train_step(task, *batch(seed), optimizer, config)
+            train_step(task, *batch(seed), optimizer, LoopConfig('stage one', 1, channels_last=True))
         weights.append(model.state_dict())
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_first_step_that_loss_scaling_skips_leaves_no_trace():
+    model = small_model()
+    optimizer = optimizer_of(model)
+    before = copy.deepcopy(model.state_dict())
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float('inf'))
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.), torch.tensor(1.)
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(not state['momentum_buffer'].any() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize('opt', ['lookahead_momentum', 'lamb', 'adamw'])
+def test_other_optimizers_can_be_made(opt):
+    model = small_model()
+    train_step(RepresentationTask(model), *batch(), optimizer_of(model, '--opt', opt), LoopConfig('stage one', 1))
 
 
 def test_stage_two_keeps_nothing_of_the_trunk_for_backward():
@@ -95,7 +121,7 @@ def test_stage_two_keeps_nothing_of_the_trunk_for_backward():
     assert trained == ['trainable_module.model.classifier.weight']
 
 
-def test_a_step_does_not_read_from_the_device(monkeypatch):
+def test_a_step_reads_no_value_on_the_host(monkeypatch):
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     task = RepresentationTask(model)
@@ -109,7 +135,6 @@ def test_a_step_does_not_read_from_the_device(monkeypatch):
 
 
 def test_freed_memory_is_kept_where_the_library_is_glibc():
-    import platform
     assert keep_freed_memory() == (platform.libc_ver()[0] == 'glibc')
 
 

@@ -152,6 +152,12 @@ def test_model_options():
     assert plain.experts[0].aligner is None
 
 
+def test_compiling_can_be_switched_off_again(tmp_path):
+    path = write(tmp_path, 'torchcompile: inductor\n')
+    assert parse_train_args(['--hparams', str(path)]).torchcompile == 'inductor'
+    assert parse_train_args(['--hparams', str(path), '--no-torchcompile']).torchcompile is None
+
+
 def test_autocast_defaults():
     cpu, cuda = torch.device('cpu'), torch.device('cuda')
     assert resolve_autocast(parse_train_args([]), cpu) is None

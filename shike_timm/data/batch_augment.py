@@ -1,6 +1,6 @@
 """The CIFAR recipe's augmentation of many images at once, drawn per image, where the images lie."""
 from dataclasses import dataclass
-from typing import List
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -46,19 +46,22 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
     return images.masked_fill(mask[:, None], 0)
 
 
-def auto_augment(images: Tensor) -> Tensor:
-    """torchvision's AutoAugment CIFAR-10 policy with grey (128) as fill, drawn for each image of [N, 3, H, W].
+def auto_augment(images: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
+    """torchvision's AutoAugment CIFAR-10 policy with grey (128) as fill, drawn for each image.
 
     Each image draws one of 25 pairs of operations and, for each of the two, whether it is applied and its sign.
-    Draws are made on the CPU: the same on every device, and no device waits for them.
+
+    Args:
+        images: uint8 images [N, 3, H, W].
+        generator: Source of random numbers, on the CPU: draws are the same for every device, and none waits for them.
     """
     transform = AutoAugment(AutoAugmentPolicy.CIFAR10)
     space = transform._augmentation_space(NUM_MAGNITUDES, tuple(images.shape[-2:]))
     names = list(OPS)
     num_images = len(images)
-    policy = torch.randint(len(transform.policies), (num_images,))
-    draw = torch.rand(num_images, 2)
-    negative = torch.randint(2, (num_images, 2)) == 0
+    policy = torch.randint(len(transform.policies), (num_images,), generator=generator)
+    draw = torch.rand(num_images, 2, generator=generator)
+    negative = torch.randint(2, (num_images, 2), generator=generator) == 0
     images = images.clone()
     for slot, steps in enumerate(zip(*transform.policies)):
         magnitudes, signed = zip(*(space[name] for name, _, _ in steps))
@@ -93,16 +96,17 @@ class BatchAugment:
     auto_augment: bool = False
     cutout: int = 0
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Augment uint8 images [N, 3, H, W]; every random number comes from torch's generator on the CPU."""
+    def __call__(self, images: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
+        """Augment uint8 images [N, 3, H, W] with random numbers from a generator on the CPU."""
         num_images, _, height, width = images.shape
         device = images.device
 
         def draw_integers(high: int) -> Tensor:
-            return torch.randint(high, (num_images,)).to(device, non_blocking=True)
+            return torch.randint(high, (num_images,), generator=generator).to(device, non_blocking=True)
 
         def draw_flips(probability: float) -> Tensor:
-            return (torch.rand(num_images) < probability).to(device, non_blocking=True)[:, None, None, None]
+            flips = torch.rand(num_images, generator=generator) < probability
+            return flips.to(device, non_blocking=True)[:, None, None, None]
 
         if self.pad_crop:
             padding = [height // 8, width // 8]
@@ -112,7 +116,7 @@ class BatchAugment:
         if self.vflip:
             images = torch.where(draw_flips(self.vflip), images.flip(2), images)
         if self.auto_augment:
-            images = auto_augment(images)
+            images = auto_augment(images, generator)
         if self.cutout:
             images = cutout(images, draw_integers(height), draw_integers(width), self.cutout)
         return images

@@ -80,7 +80,8 @@ class DeviceLoader:
     """Batches of normalised images and their labels from tensors on the device.
 
     With `augment` it is a training loader: a new order each time, augmented in rounds of many images, and an
-    incomplete last batch is dropped. Without, batches come in order and whole.
+    incomplete last batch is dropped; torch's generator seeds each pass at its start. Without, batches come in order
+    and whole.
 
     Args:
         images: uint8 images [N, H, W, C].
@@ -89,7 +90,7 @@ class DeviceLoader:
         std: Standard deviation of each channel.
         batch_size: Images a batch.
         device: Where everything lies and happens.
-        augment: From uint8 images [n, C, H, W] to uint8 images.
+        augment: From uint8 images [n, C, H, W] and a generator to uint8 images.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class DeviceLoader:
             std: Tuple[float, ...],
             batch_size: int,
             device: torch.device,
-            augment: Optional[Callable[[Tensor], Tensor]] = None,
+            augment: Optional[Callable[[Tensor, torch.Generator], Tensor]] = None,
     ):
         self.images = torch.as_tensor(images).to(device).permute(0, 3, 1, 2).contiguous()
         self.targets = torch.as_tensor(targets, dtype=torch.int64).to(device)
@@ -121,9 +122,11 @@ class DeviceLoader:
         if self.augment is None:
             yield self.images, self.targets
             return
-        order = torch.randperm(len(self.images))[:len(self) * self.batch_size].to(self.images.device)
+        generator = torch.Generator().manual_seed(int(torch.randint(2 ** 62, ())))
+        order = torch.randperm(len(self.images), generator=generator)
+        order = order[:len(self) * self.batch_size].to(self.images.device)
         for chosen in order.split(max(AUGMENTED_AT_ONCE // self.batch_size, 1) * self.batch_size):
-            yield self.augment(self.images[chosen]), self.targets[chosen]
+            yield self.augment(self.images[chosen], generator), self.targets[chosen]
 
     def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
         for images, targets in self._rounds():

@@ -1,0 +1,60 @@
+"""Devices: which one, what it computes, and the settings of the process that make it fast."""
+import ctypes
+import sys
+from typing import Optional
+
+import torch
+
+from .errors import InputError
+
+__all__ = ['computes_bfloat16', 'keep_freed_memory', 'resolve_device', 'tune_device']
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_KEPT = (2 ** 30, 2 ** 25)  # bytes; older releases of glibc take no more than the second
+
+
+def resolve_device(name: Optional[str]) -> torch.device:
+    """The named device, or CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: If the device is unknown or absent.
+    """
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device is known to have instructions for bfloat16; of CPUs, x86 ones with AVX-512 BF16 or AMX."""
+    return device.type != 'cpu' or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep freed tensors for the next step rather than hand their pages back to the kernel.
+
+    By default every tensor of more than a few hundred KiB is mapped afresh and cleared page by page: on two CPU cores
+    up to a fifth of a training step. The process stays as large as its largest step.
+
+    Returns:
+        Whether the C library took the settings; another one than glibc is left as it is.
+    """
+    if not sys.platform.startswith('linux'):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    return bool(
+        mallopt
+        and any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_KEPT)
+        and mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+    )
+
+
+def tune_device(device: torch.device) -> None:
+    """Set the process up for many steps of equal shapes on a device."""
+    if device.type == 'cpu':
+        keep_freed_memory()
+    elif device.type == 'cuda':
+        torch.backends.cudnn.benchmark = True

@@ -1,0 +1,153 @@
+"""Measuring instruments: device ceilings, floating-point operations, time by part, peak memory."""
+import time
+import weakref
+from collections import Counter
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterable, Iterator, Set
+
+import torch
+from timm.task import TrainingTask
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ['PARTS', 'count_flops', 'measure_ceilings', 'peak_memory', 'seconds_per_call', 'time_parts']
+
+PARTS = ('data', 'forward', 'losses', 'backward', 'optimizer')
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def seconds_per_call(function: Callable[[], Any], device: torch.device, num_calls: int) -> float:
+    """Seconds that a call takes on average, the device's work included."""
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(num_calls):
+        function()
+    _synchronize(device)
+    return (time.perf_counter() - start) / num_calls
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Dict[str, float]:
+    """What the device reaches at best: the fastest of several matrix products, and a copy in memory.
+
+    Args:
+        device: Device to measure.
+        dtype: Data type of the matrices; on CUDA float32 means what it means for convolutions, TF32 by default.
+
+    Returns:
+        `matmul_gflops`, 10^9 floating-point operations a second, and `copy_gb`, 10^9 bytes read and written a second.
+    """
+    sizes = (1024, 2048, 4096) if device.type == 'cpu' else (4096, 8192)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    products = []
+    for size in sizes:
+        left, right, out = (torch.rand(size, size, device=device).to(dtype) for _ in range(3))
+        times = [seconds_per_call(lambda: torch.mm(left, right, out=out), device, 3) for _ in range(4)]  # noqa: B023
+        products.append(2 * size ** 3 / min(times[1:]))
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    source = torch.zeros(2 ** 26, device=device)
+    target = torch.zeros_like(source)
+    copies = [seconds_per_call(lambda: target.copy_(source), device, 3) for _ in range(4)]
+    return dict(
+        matmul_gflops=round(max(products) / 1e9, 1),
+        copy_gb=round(2 * source.nbytes / min(copies[1:]) / 1e9, 1),
+    )
+
+
+def count_flops(step: Callable[[], Any]) -> int:
+    """Floating-point operations of the convolutions and matrix products of a step, two for each multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@contextmanager
+def time_parts(task: TrainingTask, optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[Counter]:
+    """Time the parts of the training steps inside the context, by waiting for the device after each.
+
+    Args:
+        task: Task whose `trainable_module` is the forward; the rest of its own forward are the losses.
+        optimizer: Its step ends the backward.
+        device: Device to wait for.
+
+    Yields:
+        Seconds by part, summed over steps; what lies between two steps counts as data.
+    """
+    seconds: Counter = Counter()
+    _synchronize(device)
+    last = time.perf_counter()
+
+    def mark(part: str) -> None:
+        nonlocal last
+        _synchronize(device)
+        now = time.perf_counter()
+        seconds[part] += now - last
+        last = now
+
+    hooks = [
+        task.trainable_module.register_forward_pre_hook(lambda *_: mark('data')),
+        task.trainable_module.register_forward_hook(lambda *_: mark('forward')),
+        task.register_forward_hook(lambda *_: mark('losses')),
+        optimizer.register_step_pre_hook(lambda *_: mark('backward')),
+        optimizer.register_step_post_hook(lambda *_: mark('optimizer')),
+    ]
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors that live at once; those of `held` from the start."""
+
+    def __init__(self, held: Iterable[Tensor]):
+        super().__init__()
+        self.known: Set[int] = set()
+        self.live = self.peak = 0
+        for tensor in held:
+            self._add(tensor)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() and storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+
+    def _remove(self, key: int, num_bytes: int) -> None:
+        self.known.discard(key)
+        self.live -= num_bytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._add, result)
+        return result
+
+
+def peak_memory(step: Callable[[], Any], device: torch.device, held: Iterable[Tensor] = ()) -> int:
+    """Most bytes that a step's tensors take at once.
+
+    Args:
+        step: Runs one step, not compiled.
+        device: On CUDA the allocator is asked; elsewhere the tensors are tracked, a library's scratch space is not.
+        held: Tensors that exist before and count, such as weights; nothing else that exists before does.
+    """
+    held = list(held)
+    if device.type != 'cuda':
+        with _LiveTensors(held) as tensors:
+            step()
+        return tensors.peak
+    _synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    _synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before + sum(tensor.nbytes for tensor in held)
