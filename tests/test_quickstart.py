@@ -1,4 +1,5 @@
 """What the README's first command promises."""
+import math
 import statistics
 
 import pytest
@@ -7,6 +8,7 @@ from conftest import ROOT
 from shike_timm.hparams import parse_train_args
 from shike_timm.training import train
 
+SEED_STD = 5.  # points of top-1 between seeds, over six of each side
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1])
@@ -33,5 +35,5 @@ def test_fast_paths_reach_the_accuracy_of_the_plain_ones(tmp_path):
         ]
         for name, options in sides.items()
     }
-    spread = max(max(values) - min(values) for values in top1.values())
-    assert abs(statistics.mean(top1['fast']) - statistics.mean(top1['plain'])) <= max(spread, 2), top1
+    difference = statistics.mean(top1['fast']) - statistics.mean(top1['plain'])
+    assert abs(difference) <= 3 * SEED_STD * math.sqrt(2 / 3), top1
