@@ -10,6 +10,7 @@ from shike_timm.training import train
 
 SEED_STD = 5.  # points of top-1 between seeds, over six of each side
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1])
 def test_stage_two_lifts_few_shot_classes_and_the_total(tmp_path, capsys, seed):
