@@ -115,8 +115,8 @@ def _training(run: Run, name: str) -> _Contestant:
     held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     result = _describe(step, run, held, model=name, bench=f'train, stage {stage}' if shike else 'train')
     result['compiled'] = compile_task(task, args, stage if shike else 1)
-    # With data a round is an epoch: augmentation comes in rounds of many batches.
-    num_iter = args.num_bench_iter or max(len(run.train_loader), 1 if args.dataset or args.data_dir else NUM_BENCH_ITER)
+    # With data a round is an epoch, since many batches are augmented at once.
+    num_iter = args.num_bench_iter or (NUM_BENCH_ITER if run.data.train is None else len(run.train_loader))
     for _ in range(args.num_warm_iter):
         step()
     with time_parts(task, optimizer, run.device) as seconds:

@@ -24,7 +24,6 @@ from .devices import resolve_device, tune_device
 from .engine import LoopConfig, seed_all
 from .errors import InputError
 from .evaluation import evaluate
-from .models import Shike
 from .tasks import ClassifierRetrainingTask, RepresentationTask
 
 __all__ = ['STAGES', 'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'loop_config', 'prepare']
@@ -41,7 +40,7 @@ class Run:
     autocast: Optional[torch.dtype]
     data: TrainingData
     data_config: Dict[str, Any]
-    model: Shike
+    model: nn.Module
     train_loader: Any
     test_loader: Any
 

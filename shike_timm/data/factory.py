@@ -24,14 +24,14 @@ class TrainingData:
     """A training set, the set it is evaluated on, and what the training set says of the classes.
 
     Attributes:
-        train: Training set.
-        test: Evaluation split.
+        train: Training set, None where there is only noise to measure on.
+        test: Evaluation split, None likewise.
         class_counts: Training images of each class, all positive.
         class_names: Names of the classes in label order.
     """
 
-    train: Dataset
-    test: Dataset
+    train: Optional[Dataset]
+    test: Optional[Dataset]
     class_counts: List[int]
     class_names: List[str]
 
