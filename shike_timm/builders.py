@@ -90,26 +90,43 @@ def check_model_name(name: str) -> None:
         raise InputError(f"model '{name}' is not a SHIKE model, the nearest one is '{nearest}'.")
 
 
-def create_model(args: argparse.Namespace, num_classes: int) -> Shike:
+def create_model(args: argparse.Namespace, num_classes: int, pretrained_backbone: Optional[str] = None) -> Shike:
     """The SHIKE model that the arguments describe.
+
+    Args:
+        args: Arguments of train.py.
+        num_classes: Classes.
+        pretrained_backbone: Weights of the backbone to start from: 'default', a tag or a file; none by default,
+            whatever the arguments say.
 
     Raises:
         InputError: If it is not one of the registered names, or an option of it is out of range.
     """
     check_model_name(args.model)
+    if bool(args.backbone) != (get_arch_name(args.model) == 'shike'):
+        raise InputError(
+            f"--backbone '{args.backbone}' goes with --model shike, not with '{args.model}': change one of them."
+            if args.backbone else '--model shike needs --backbone, the name of a network of timm: add it.')
     try:
-        return timm.create_model(
+        model = timm.create_model(
             args.model,
             num_classes=num_classes,
+            backbone=args.backbone,
             num_experts=args.num_experts,
             depths=args.depths,
             fusion=args.fusion,
             classifier=args.classifier,
             aligner=args.aligner,
             drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            pretrained_backbone=True if pretrained_backbone == 'default' else pretrained_backbone,
         )
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"model '{args.model}' cannot be made: {error}") from error
+    except (ValueError, RuntimeError, OSError) as error:  # the Hub's are of the last kind
+        raise InputError(f"model '{args.model}' cannot be made: {' '.join(str(error).split())}") from error
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    if args.freeze_trunk:
+        model.freeze_trunk()
+    return model
 
 
 def _takes_fused(args: argparse.Namespace) -> bool:

@@ -20,7 +20,8 @@ def run_script(main: Callable[[], Any]) -> int:
         when stopped by one.
     """
     setup_default_logging()
-    logging.getLogger('timm').setLevel(logging.WARNING)
+    for name in ('timm', 'httpx', 'httpx2'):  # the last two tell of every request to the Hub
+        logging.getLogger(name).setLevel(logging.WARNING)
     name = Path(sys.argv[0]).name
     try:
         main()

@@ -158,7 +158,7 @@ def _train_one_epoch(
     first_bad_step = torch.full((), -1, dtype=torch.int64, device=task.device)
     sums: Dict[str, torch.Tensor] = {}
     num_steps, num_images, images_since_log = len(loader), 0, 0
-    lr = optimizer.param_groups[0]['lr']
+    lr = max(group['lr'] for group in optimizer.param_groups)  # layer-wise rates are below it
     start = log_start = time.perf_counter()
 
     def check_finite() -> None:
@@ -264,7 +264,7 @@ def fit(
     for epoch in range(start_epoch, config.epochs):
         seed_all(config.seed, config.stage, epoch)
         scheduler.step(epoch)
-        lr = optimizer.param_groups[0]['lr']
+        lr = max(group['lr'] for group in optimizer.param_groups)
         train_metrics = _train_one_epoch(task, loader, optimizer, config, epoch, loss_scaler, stop)
         _check_weights(task, config, epoch)
         metrics = None

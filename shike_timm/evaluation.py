@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['METRICS', 'SHOTS', 'ExpertEvaluator', 'evaluate', 'format_table', 'shot_divisions']
+__all__ = ['METRICS', 'SHOTS', 'ExpertEvaluator', 'evaluate', 'format_subsets', 'format_table', 'shot_divisions']
 
 SHOTS = ('many', 'medium', 'few')
 METRICS = ('loss', 'top1', 'top5', *SHOTS)
@@ -70,7 +70,13 @@ class ExpertEvaluator:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader, class_counts: Sequence[int], device: torch.device) -> Dict[str, Any]:
+def evaluate(
+        model: nn.Module,
+        loader,
+        class_counts: Sequence[int],
+        device: torch.device,
+        subsets: Sequence[Sequence[int]] = (),
+) -> Dict[str, Any]:
     """Evaluate a SHIKE model in float32.
 
     Args:
@@ -78,9 +84,11 @@ def evaluate(model: nn.Module, loader, class_counts: Sequence[int], device: torc
         loader: Gives batches of images [B, in_chans, H, W] and class indices [B] on `device`.
         class_counts: Training images of each class.
         device: Device of the model.
+        subsets: Choices of experts to judge as ensembles of their own.
 
     Returns:
-        The ensemble's metrics (see `ExpertEvaluator.compute`), and under `experts` those of each expert.
+        The ensemble's metrics (see `ExpertEvaluator.compute`), under `experts` those of each expert and, if subsets
+        are given, under `subsets` those of each, with its `experts`.
     """
     was_training = model.training
     model.eval()
@@ -88,13 +96,19 @@ def evaluate(model: nn.Module, loader, class_counts: Sequence[int], device: torc
     for images, target in loader:
         # One layout whatever the model's own, so that the same weights always give the same figures.
         experts = model.forward_experts(images.contiguous(memory_format=torch.channels_last))
-        logits = torch.cat([experts.mean(1, keepdim=True), experts], dim=1)
+        chosen = [experts[:, list(subset)].mean(1, keepdim=True) for subset in subsets]
+        logits = torch.cat([experts.mean(1, keepdim=True), experts, *chosen], dim=1)
         if evaluator is None:
             evaluator = ExpertEvaluator(logits.shape[1], class_counts, device)
         evaluator.update(logits, target)
     model.train(was_training)
-    ensemble, *experts = evaluator.compute()
-    return dict(ensemble, experts=experts)
+    ensemble, *rest = evaluator.compute()
+    num_experts = len(rest) - len(subsets)
+    metrics = dict(ensemble, experts=rest[:num_experts])
+    if subsets:
+        metrics['subsets'] = [
+            dict(one, experts=list(subset)) for subset, one in zip(subsets, rest[num_experts:])]
+    return metrics
 
 
 def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
@@ -108,6 +122,31 @@ def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
         for m, expert in enumerate(result['experts']):
             rows.append((f'{stage} expert {m}'.strip(), *(expert[key] for key in METRICS)))
         rows.append((f'{stage} ensemble'.strip(), *(result[key] for key in METRICS)))
+    return _format_rows(rows)
+
+
+def format_subsets(subsets: Sequence[Dict[str, Any]]) -> str:
+    """A text table of accuracy against cost, a row for each choice of experts.
+
+    Args:
+        subsets: `subsets` of what `evaluate` returns, each with its `parameters`, `gmacs` and `images_per_second`.
+    """
+    shares = METRICS[1:]
+    rows = [('experts', *shares, 'params M', 'GMACs', 'img/s')]
+    rows += [
+        (
+            ' '.join(map(str, one['experts'])),
+            *(one[key] for key in shares),
+            one['parameters'] / 1e6,
+            f"{one['gmacs']:.4f}",
+            f"{one['images_per_second']:.0f}",
+        )
+        for one in subsets
+    ]
+    return _format_rows(rows)
+
+
+def _format_rows(rows: Sequence[Sequence[Any]]) -> str:
     def text(cell: Any) -> str:
         return '-' if cell is None else cell if isinstance(cell, str) else f'{cell:.2f}'
 

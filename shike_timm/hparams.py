@@ -10,7 +10,10 @@ from timm.utils import ParseKwargs
 
 from .errors import InputError
 
-__all__ = ['parse_benchmark_args', 'parse_eval_args', 'parse_retrain_args', 'parse_train_args']
+__all__ = [
+    'parse_benchmark_args', 'parse_eval_args', 'parse_export_args', 'parse_publish_args', 'parse_retrain_args',
+    'parse_train_args',
+]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,6 +150,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group('Model')
     group.add_argument('--model', default='resnet50_shike', metavar='NAME', help='registered SHIKE model')
+    group.add_argument('--backbone', metavar='NAME', help="timm's network to split, for --model shike")
+    group.add_argument(
+        '--pretrained-backbone', nargs='?', const='default', metavar='TAG|FILE',
+        help="start trunk and experts from timm's weights: its default ones, those of a tag, or a file")
+    group.add_argument(
+        '--freeze-trunk', action='store_true', help='keep the shared stages as they are, BatchNorm in eval mode')
     group.add_argument('--num-classes', type=int, metavar='N', help='classes, those of the data by default')
     group.add_argument('--num-experts', type=int, metavar='N', help='experts')
     group.add_argument(
@@ -156,6 +165,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--classifier', choices=['cosine', 'linear'], help='kind of classifier')
     group.add_argument('--aligner', choices=['conv', 'bottleneck'], help='kind of aligner')
     group.add_argument('--drop', type=float, metavar='RATE', help='dropout rate')
+    group.add_argument('--drop-path', type=float, metavar='RATE', help='stochastic depth rate')
+    group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
 
     group = parser.add_argument_group('Loss of stage one')
     group.add_argument('--alpha', type=float, default=0.1, help='weight of dynamic knowledge transfer')
@@ -169,6 +180,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
         help='further arguments of timm.optim.create_optimizer_v2')
+    group.add_argument('--layer-decay', type=float, metavar='D', help='factor of the learning rate from layer to layer')
     group.add_argument('--clip-grad', type=float, metavar='N', help='clip gradients')
     group.add_argument('--clip-mode', default='norm', choices=['norm', 'value', 'agc'], help='how to clip')
 
@@ -241,6 +253,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         '--experiment', default='', metavar='NAME', help='name of the run folder; time and model by default')
 
 
+def _add_checkpoint(parser: _Parser) -> None:
+    parser.add_argument('--checkpoint', metavar='FILE', help="checkpoint of train.py, or of the authors' CIFAR code")
+    parser.add_argument(
+        '--authors-classifiers', default='rt_classifiers', choices=['rt_classifiers', 'classifiers'],
+        help="which of the two sets in a checkpoint of the authors' code: the retrained ones or those of stage one")
+    parser.add_argument('--experts', type=int, nargs='+', metavar='N', help='experts to keep, counted from 0')
+
+
 def _parser(description: str) -> _Parser:
     parser = _Parser(description=description)
     parser.add_argument(
@@ -253,13 +273,15 @@ def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
         batch_size=1, validation_batch_size=1, epochs=1, crt_epochs=0, warmup_epochs=0, crt_warmup_epochs=0,
         num_warm_iter=1, num_bench_iter=1, num_rounds=1,
         log_interval=1, val_interval=1, checkpoint_hist=1, workers=0, seed=0, num_classes=1, img_size=1, cutout=0,
-        lr=0, crt_lr=0, warmup_lr=0, crt_warmup_lr=0, min_lr=0, weight_decay=0, drop=0, decay_epochs=1, crop_pct=0.01)
+        lr=0, crt_lr=0, warmup_lr=0, crt_warmup_lr=0, min_lr=0, weight_decay=0, drop=0, drop_path=0,
+        layer_decay=0, decay_epochs=1, crop_pct=0.01)
     for name, low in at_least.items():
         value = getattr(args, name, None)
         if value is not None and not value >= low:
             raise InputError(f"--{name.replace('_', '-')} {value} is out of range: give at least {low}.")
-    if getattr(args, 'drop', None) and args.drop >= 1:
-        raise InputError(f'--drop {args.drop} is out of range: give less than 1.')
+    for name in ('drop', 'drop_path'):
+        if getattr(args, name, None) and getattr(args, name) >= 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: give less than 1.")
     for prefix in ('', 'crt_'):
         epochs, warmup = getattr(args, prefix + 'epochs', 0), getattr(args, prefix + 'warmup_epochs', 0)
         if epochs and warmup >= epochs:
@@ -352,7 +374,9 @@ def parse_eval_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--model', metavar='NAME', help='local-dir:RUN/model, hf-hub:USER/NAME, or a registered name')
     parser.add_argument('--pretrained', action='store_true', help="load a registered name's published weights")
-    parser.add_argument('--checkpoint', metavar='FILE', help='checkpoint of train.py to evaluate')
+    _add_checkpoint(parser)
+    parser.add_argument(
+        '--expert-subsets', action='store_true', help='also tell accuracy and cost of every choice of experts')
     parser.add_argument('-b', '--batch-size', type=int, default=256, metavar='N', help='images a batch')
     parser.add_argument('--results-file', metavar='FILE', help='JSON file to write the metrics to')
     _add_data(parser)
@@ -382,5 +406,39 @@ def parse_benchmark_args(argv: Optional[Sequence[str]] = None) -> argparse.Names
     _add_data(parser)
     _add_training(parser)
     _add_device(parser)
+    first = parser.parse(argv)
+    return _parse(parser, argv, first.hparams)
+
+
+def parse_publish_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of publish.py.
+
+    Raises:
+        InputError: If an argument is wrong.
+    """
+    parser = _Parser(description='Publish a trained model and its card to the Hugging Face Hub.')
+    parser.add_argument('model', metavar='RUN', help='run folder of train.py, or a model folder such as RUN/model')
+    parser.add_argument('--repo-id', required=True, metavar='USER/NAME', help='name on the Hub')
+    parser.add_argument('--private', action='store_true', help='make the repository private')
+    parser.add_argument('--update', action='store_true', help='replace the model that is already published there')
+    return parser.parse(argv)
+
+
+def parse_export_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of export.py.
+
+    Raises:
+        InputError: If an argument or a line of the hparams file is wrong.
+    """
+    parser = _parser('Export a model to a file that runs without this package.')
+    parser.add_argument(
+        '--model', metavar='NAME', help='local-dir:RUN/model, hf-hub:USER/NAME, or a registered name')
+    parser.add_argument('--pretrained', action='store_true', help="load a registered name's published weights")
+    _add_checkpoint(parser)
+    parser.add_argument(
+        '--format', default='onnx', choices=['onnx', 'torchscript', 'torch-export'], help='format to write')
+    parser.add_argument('--opset', type=int, metavar='N', help="version of ONNX's operators, torch's choice by default")
+    parser.add_argument('--img-size', type=int, metavar='N', help="side of the images, the model's own by default")
+    parser.add_argument('--output', metavar='DIR', help='folder to write, exported/NAME-FORMAT by default')
     first = parser.parse(argv)
     return _parse(parser, argv, first.hparams)

@@ -1,18 +1,21 @@
 """Measuring instruments: device ceilings, floating-point operations, time by part, peak memory."""
+import statistics
 import time
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, Set
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Set
 
 import torch
 from timm.task import TrainingTask
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['PARTS', 'count_flops', 'measure_ceilings', 'peak_memory', 'seconds_per_call', 'time_parts']
+__all__ = [
+    'PARTS', 'count_flops', 'inference_costs', 'measure_ceilings', 'peak_memory', 'seconds_per_call', 'time_parts',
+]
 
 PARTS = ('data', 'forward', 'losses', 'backward', 'optimizer')
 
@@ -58,6 +61,37 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Dict[str, floa
         matmul_gflops=round(max(products) / 1e9, 1),
         copy_gb=round(2 * source.nbytes / min(copies[1:]) / 1e9, 1),
     )
+
+
+@torch.inference_mode()
+def inference_costs(
+        models: Dict[str, nn.Module],
+        images: Tensor,
+        num_iter: int = 10,
+        num_rounds: int = 5,
+) -> Dict[str, Dict[str, float]]:
+    """What models cost at inference, timed turn by turn so that the machine's moods fall on all of them.
+
+    Args:
+        models: Models in eval mode by name, all on the device of the images.
+        images: A batch [B, C, H, W].
+        num_iter: Batches of a turn.
+        num_rounds: Turns of each model, of which the median counts.
+
+    Returns:
+        By name the `parameters`, the `gmacs` of one image (10^9 multiply-adds) and the `images_per_second`.
+    """
+    rates: Dict[str, List[float]] = {name: [] for name in models}
+    costs = {}
+    for name, model in models.items():
+        costs[name] = dict(
+            parameters=sum(p.numel() for p in model.parameters()),
+            gmacs=count_flops(lambda: model(images)) / 2e9 / len(images),  # noqa: B023
+        )
+    for _ in range(num_rounds):
+        for name, model in models.items():
+            rates[name].append(len(images) / seconds_per_call(lambda: model(images), images.device, num_iter))  # noqa: B023
+    return {name: dict(cost, images_per_second=statistics.median(rates[name])) for name, cost in costs.items()}
 
 
 def count_flops(step: Callable[[], Any]) -> int:

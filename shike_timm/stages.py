@@ -48,8 +48,13 @@ class Run:
         return evaluate(model, self.test_loader, self.data.class_counts, self.device)
 
 
-def prepare(args: argparse.Namespace, stages: Sequence[int]) -> Run:
+def prepare(args: argparse.Namespace, stages: Sequence[int], fresh: bool = True) -> Run:
     """Make and check what the stages of a run share; nothing is written.
+
+    Args:
+        args: Arguments of train.py.
+        stages: Stages to come.
+        fresh: Whether the model begins here; otherwise a checkpoint brings its weights.
 
     Raises:
         InputError: If anything given cannot work.
@@ -61,7 +66,7 @@ def prepare(args: argparse.Namespace, stages: Sequence[int]) -> Run:
     autocast = resolve_autocast(args, device)
     data = load_data(args)
     seed_all(args.seed, 1, -1)
-    model = create_model(args, data.num_classes).to(device)
+    model = create_model(args, data.num_classes, args.pretrained_backbone if fresh else None).to(device)
     for stage in stages:  # a wrong option shows here rather than after stage one
         create_schedule(create_optimizer(args, stage, model), args, stage)
     if 1 in stages:

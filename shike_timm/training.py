@@ -191,7 +191,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         checkpoint = _load_to_resume(path, args) if path else None
     else:
         args.experiment = args.experiment or _default_experiment(args)
-    run = prepare(args, stages)
+    run = prepare(args, stages, fresh=checkpoint is None)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path)
     return _run_stages(run, stages, _create_run_folder(args, resumed), checkpoint)
@@ -226,6 +226,6 @@ def retrain(args: argparse.Namespace) -> Dict[str, Any]:
     path = _stage_one_checkpoint(args.checkpoint)
     weights = model_weights(load_checkpoint(path))
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
-    run = prepare(args, [2])
+    run = prepare(args, [2], fresh=False)
     load_weights(run.model, weights, path)
     return _run_stages(run, [2], _create_run_folder(args, resumed=False))

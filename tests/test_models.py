@@ -5,9 +5,9 @@ from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 import shike_timm  # noqa: F401
-from shike_timm.models.shike import bottleneck_aligner, conv_aligner
+from shike_timm.models.aligners import bottleneck_aligner, conv_aligner
 
-NAMES = ['resnet32_shike', 'resnet50_shike', 'resnext50_shike', 'resnet152_shike']
+NAMES = ['resnet32_shike', 'resnet50_shike', 'resnext50_shike', 'resnet152_shike', 'shike']
 
 
 def count(model):

@@ -1,10 +1,18 @@
-"""Backbones as SHIKE sees them: a stem, the shared stages, and a last stage that every expert owns a copy of."""
+"""Backbones as SHIKE sees them: a stem, the shared stages, and last stages, one for every expert."""
+import copy
+import os
 from dataclasses import dataclass
-from typing import Callable, List, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Union
 
 import timm
+import torch
+from timm.models import load_state_dict
 from timm.models.resnet import BasicBlock, make_blocks
-from torch import nn
+from torch import Tensor, nn
+
+__all__ = ['Backbone', 'BackboneFn', 'cifar_resnet', 'timm_backbone']
+
+_MIN_REDUCTION = 4  # what comes before, at a higher resolution, is the stem
 
 
 @dataclass
@@ -12,35 +20,209 @@ class Backbone:
     """A convolutional network cut into stages.
 
     Attributes:
-        stem: Everything before the first stage.
-        stages: All stages in order; the last one is what experts copy.
-        channels: Output channels of the stem and of each stage.
-        reductions: Input resolution over output resolution, of the stem's activation and of each stage.
+        stem: Everything before the first shared stage.
+        stages: The shared stages in order.
+        last_stages: The last stage, once per expert.
+        feature_info: Channels `num_chs` and `reduction` (input resolution over the activation's) of the stem, if that
+            is one of the network's feature levels, of each shared stage and of the last stage.
+        first_conv: The convolutions that see the images.
+        initialised: Whether the parameters have the values to start from, or any will do.
     """
 
     stem: nn.Module
     stages: List[nn.Module]
-    channels: Tuple[int, ...]
-    reductions: Tuple[int, ...]
+    last_stages: List[nn.Module]
+    feature_info: List[Dict[str, int]]
+    first_conv: List[nn.Module]
+    initialised: bool
 
 
 BackboneFn = Callable[..., Backbone]
 
 
-def cifar_resnet(blocks_per_stage: int, in_chans: int = 3) -> Backbone:
-    """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem and three stages of n basic blocks with 16, 32 and 64 channels."""
+def cifar_resnet(
+        blocks_per_stage: int,
+        num_experts: int,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.,
+        output_stride: int = 32,
+        pretrained: Union[bool, str] = False,
+        **dd: Any,
+) -> Backbone:
+    """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem and three stages of n basic blocks with 16, 32 and 64 channels.
+
+    Args:
+        blocks_per_stage: Blocks n of each stage.
+        num_experts: Last stages to make.
+        in_chans: Channels of the input images.
+        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
+        output_stride: Only 32, which leaves the strides as they are.
+        pretrained: Only False, since timm has no such network.
+        **dd: Device and data type of the parameters.
+
+    Raises:
+        ValueError: If pretrained weights or another output stride are asked for.
+    """
+    if pretrained:
+        raise ValueError('pretrained_backbone: there are no weights of the CIFAR ResNet, leave it out.')
+    if output_stride != 32:
+        raise ValueError(f'output_stride of the CIFAR ResNet cannot be changed, got {output_stride}: leave it out.')
     channels = (16, 32, 64)
-    stem = nn.Sequential(nn.Conv2d(in_chans, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
-    stages, _ = make_blocks((BasicBlock,) * 3, channels, (blocks_per_stage,) * 3, inplanes=16)
-    return Backbone(stem, [stage for _, stage in stages], (16, *channels), (1, 1, 2, 4))
-
-
-def timm_resnet(name: str, in_chans: int = 3) -> Backbone:
-    """A model of timm's ResNet family by name, without its head."""
-    model = timm.create_model(name, num_classes=0, in_chans=in_chans)
+    conv = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **dd)
+    stages, _ = make_blocks(
+        (BasicBlock,) * 3, channels, (blocks_per_stage,) * 3, inplanes=16, drop_path_rate=drop_path_rate, **dd)
+    *shared, last = [stage for _, stage in stages]
     return Backbone(
-        stem=nn.Sequential(model.conv1, model.bn1, model.act1),
-        stages=[nn.Sequential(model.maxpool, *model.layer1), model.layer2, model.layer3, model.layer4],
-        channels=tuple(info['num_chs'] for info in model.feature_info),
-        reductions=tuple(info['reduction'] for info in model.feature_info),
+        stem=nn.Sequential(conv, nn.BatchNorm2d(16, **dd), nn.ReLU(inplace=True)),
+        stages=shared,
+        last_stages=[last] + [copy.deepcopy(last) for _ in range(num_experts - 1)],
+        feature_info=[dict(num_chs=chs, reduction=red) for chs, red in zip((16, *channels), (1, 1, 2, 4))],
+        first_conv=[conv],
+        initialised=False,
+    )
+
+
+def _pieces(net: nn.Module, levels: Sequence[str], prefix: str = ''):
+    """Modules of a network, by name, opened up only where a feature level lies inside."""
+    for name, child in net.named_children():
+        path = prefix + name
+        if any(level.startswith(path + '.') for level in levels):
+            yield from _pieces(child, levels, path + '.')
+        else:
+            yield path, child
+
+
+@torch.no_grad()
+def _chain(net: nn.Module, name: str, in_chans: int) -> List[str]:
+    """Names of the modules that make up `net.forward_features`, each called on what the one before returned.
+
+    Args:
+        net: A timm model on the meta device.
+        name: Its name, for messages.
+        in_chans: Channels of its input.
+
+    Raises:
+        ValueError: If the model is anything but such a chain of convolutional feature maps; one sentence says why.
+    """
+    levels = [info['module'] for info in getattr(net, 'feature_info', None) or []]
+    if not hasattr(net, 'forward_features') or len(levels) < 2:
+        raise ValueError(f"backbone '{name}' cannot be split: timm knows no feature levels of it, choose another.")
+    if getattr(net, 'output_fmt', 'NCHW') != 'NCHW':
+        raise ValueError(
+            f"backbone '{name}' cannot be split: its feature maps are {net.output_fmt} and experts fuse NCHW ones, "
+            'choose a convolutional network.')
+    calls = []
+    for path, module in _pieces(net, levels):
+        module.register_forward_hook(
+            lambda _, args, kwargs, output, path=path: calls.append((path, args, kwargs, output)), with_kwargs=True)
+    value = torch.empty(1, in_chans, *net.default_cfg['input_size'][1:], device='meta', dtype=torch.float32)
+    output = net.eval().forward_features(value)
+    outputs = {}
+    for path, args, kwargs, result in calls:
+        if len(args) != 1 or kwargs or args[0] is not value or path in outputs:
+            raise ValueError(
+                f"backbone '{name}' cannot be split: more than a chain of modules happens before '{path}', "
+                'choose a convolutional network.')
+        value = outputs[path] = result
+    missing = [level for level in levels if level not in outputs]
+    if missing or output is not value:
+        raise ValueError(
+            f"backbone '{name}' cannot be split: its features are not the output of a chain of modules "
+            f"('{missing[0] if missing else levels[-1]}' is left out), choose a convolutional network.")
+    for info in net.feature_info[:-1]:
+        if not isinstance(outputs[info['module']], Tensor) or outputs[info['module']].ndim != 4:
+            raise ValueError(
+                f"backbone '{name}' cannot be split: '{info['module']}' gives no feature map [B, C, h, w], "
+                'choose a convolutional network.')
+    return list(outputs)
+
+
+def _sequence(net: nn.Module, paths: Sequence[str]) -> nn.Sequential:
+    modules = []
+    for path in paths:
+        module = net.get_submodule(path)
+        modules += list(module) if type(module) is nn.Sequential else [module]
+    return nn.Sequential(*modules)
+
+
+def _create_pretrained(name: str, source: Union[bool, str], **kwargs: Any) -> nn.Module:
+    if source is True:
+        return timm.create_model(name, pretrained=True, **kwargs)
+    if not (os.path.exists(source) or os.sep in source or '.' in source):
+        return timm.create_model(f"{name.split('.')[0]}.{source}", pretrained=True, **kwargs)
+    try:
+        weights = load_state_dict(source)
+    except FileNotFoundError:
+        raise ValueError(f"pretrained_backbone '{source}' is neither a file nor a tag of '{name}'.") from None
+    # timm would load what fits and stay silent about the rest, since the classifier is left out.
+    own = timm.create_model(name, num_classes=0, device='meta').state_dict()
+    missing = [key for key in own if key not in weights and not key.endswith('num_batches_tracked')]
+    if missing:
+        raise ValueError(
+            f"pretrained_backbone '{source}' has no '{missing[0]}': expected a state dict of timm's '{name}'.")
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights), **kwargs)
+
+
+def timm_backbone(
+        name: str,
+        num_experts: int,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.,
+        output_stride: int = 32,
+        pretrained: Union[bool, str] = False,
+        **dd: Any,
+) -> Backbone:
+    """A convolutional network of timm, cut where its own feature information says that the last stage begins.
+
+    Args:
+        name: Name of timm's model, tag included if need be.
+        num_experts: Last stages to make: copies of the pretrained one, or each with initial values of its own.
+        in_chans: Channels of the input images.
+        drop_path_rate: Stochastic depth rate, for networks that have one.
+        output_stride: Input over output resolution, for networks that can be dilated.
+        pretrained: False for timm's initial values, True for timm's default weights, the tag of others, or the path of
+            a state dict in timm's layout.
+        **dd: Device and data type of the parameters.
+
+    Raises:
+        ValueError: If there is no such network, it cannot be split, or it lacks an option; the message says which.
+    """
+    if not timm.is_model(name.split('.')[0]):
+        raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
+    kwargs = dict(num_classes=0, in_chans=in_chans)
+    kwargs.update(drop_path_rate=drop_path_rate or None)
+    kwargs.update(output_stride=output_stride if output_stride != 32 else None)
+    try:
+        skeleton = timm.create_model(name, **kwargs, device='meta')
+    except TypeError as error:
+        raise ValueError(f"backbone '{name}' cannot be made: {str(error).split('__init__() ')[-1]}.") from error
+    chain = _chain(skeleton, name, in_chans)
+    *levels, last = skeleton.feature_info
+    shared = [level for level in levels if level['reduction'] >= _MIN_REDUCTION]
+    if not shared:
+        raise ValueError(f"backbone '{name}' cannot be split: no stage comes before its last one, choose another.")
+    stem = [level for level in levels if level['reduction'] < _MIN_REDUCTION][-1:]
+    ends = [chain.index(level['module']) + 1 for level in shared]
+    # A network without a level of high resolution has its stem end where its first stage begins.
+    start = chain.index(stem[0]['module']) + 1 if stem else ends[0] - 1
+
+    if pretrained:
+        nets = [_create_pretrained(name, pretrained, **kwargs, **dd)]
+    else:
+        nets = [timm.create_model(name, **kwargs, **dd) for _ in range(num_experts)]
+    last_stages = [_sequence(net, chain[ends[-1]:]) for net in nets]
+    last_stages += [copy.deepcopy(last_stages[0]) for _ in range(num_experts - len(nets))]
+    trunk = nets[0]
+    first_conv = trunk.default_cfg['first_conv']
+    first_conv = [first_conv] if isinstance(first_conv, str) else first_conv
+    return Backbone(
+        stem=_sequence(trunk, chain[:start]),
+        stages=[_sequence(trunk, chain[a:b]) for a, b in zip([start, *ends], ends)],
+        last_stages=last_stages,
+        feature_info=[
+            *(dict(num_chs=level['num_chs'], reduction=level['reduction']) for level in [*stem, *shared]),
+            dict(num_chs=trunk.num_features, reduction=last['reduction']),
+        ],
+        first_conv=[trunk.get_submodule(path) for path in first_conv],
+        initialised=True,
     )

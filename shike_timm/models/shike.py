@@ -3,79 +3,44 @@
 Paper: `Long-Tailed Visual Recognition via Self-Heterogeneous Integration with Knowledge Excavation`,
 Jin et al., CVPR 2023.
 """
-import copy
 import math
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import SelectAdaptivePool2d, register_notrace_function
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import SelectAdaptivePool2d
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .backbones import BackboneFn, cifar_resnet, timm_resnet
+from .aligners import ALIGNERS
+from .authors import CLASSIFIER_SETS, is_authors_layout, translate_authors_weights
+from .backbones import BackboneFn, cifar_resnet, timm_backbone
+from .classifiers import CLASSIFIERS
 
-__all__ = ['Shike', 'CosineClassifier', 'LinearClassifier', 'conv_aligner', 'bottleneck_aligner']
+__all__ = ['Shike']
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
 
 
-def _conv_norm(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1) -> List[nn.Module]:
-    conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding=kernel_size // 2, bias=False)
-    return [conv, nn.BatchNorm2d(out_chs)]
-
-
-def conv_aligner(in_chs: int, out_chs: int, num_halvings: int) -> nn.Sequential:
-    """The authors' aligner: a chain of strided 3x3 convolutions, each doubling the channels.
-
-    Args:
-        in_chs: Channels of the shared stage.
-        out_chs: Channels of the expert's own output, reached by the last convolution.
-        num_halvings: How often the resolution is halved; where it is 0, one convolution keeps it.
-
-    Returns:
-        Convolution and BatchNorm per link, ReLU after each link except the one at index 1.
-    """
-    layers = []
-    num_links = max(num_halvings, 1)
-    for k in range(num_links):
-        width = out_chs if k == num_links - 1 else in_chs * 2
-        layers += _conv_norm(in_chs, width, 3, stride=2 if num_halvings else 1)
-        if k != 1:
-            layers.append(nn.ReLU(inplace=True))
-        in_chs = width
-    return nn.Sequential(*layers)
-
-
-def bottleneck_aligner(in_chs: int, out_chs: int, num_halvings: int, width: int = 256) -> nn.Sequential:
-    """An aligner of a bottleneck's shape: 1x1 convolution to `width`, strided 3x3 at that width, 1x1 out.
-
-    A three-expert ResNet-50 has half the parameters with it that it has with `conv_aligner`.
-
-    Args:
-        in_chs: Channels of the shared stage.
-        out_chs: Channels of the expert's own output.
-        num_halvings: How often the resolution is halved; where it is 0, one 3x3 convolution keeps it.
-        width: Channels inside.
-    """
-    layers = _conv_norm(in_chs, width, 1) + [nn.ReLU(inplace=True)]
-    for _ in range(max(num_halvings, 1)):
-        layers += _conv_norm(width, width, 3, stride=2 if num_halvings else 1) + [nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, *_conv_norm(width, out_chs, 1))
-
-
-ALIGNERS = {'conv': conv_aligner, 'bottleneck': bottleneck_aligner}
-
-
 class Expert(nn.Module):
     """The last stage, and the aligner that brings a shared stage's features to its shape (Eq. 3)."""
 
-    def __init__(self, stage: nn.Module, aligner: Optional[nn.Module] = None):
+    def __init__(self, stage: nn.Module, depth: int, aligner: Optional[nn.Module] = None):
         super().__init__()
         self.stage = stage
+        self.depth = depth
         self.aligner = aligner
 
     def forward(self, x: Tensor, shallow: Tensor) -> Tensor:
@@ -86,55 +51,22 @@ class Expert(nn.Module):
         return x
 
 
-@register_notrace_function
-def product_without_autocast(x: Tensor, weight: Tensor) -> Tensor:
-    """Products of features [B, M, D] with class weights [M, C, D], one expert at a time: [B, M, C]."""
-    if torch.jit.is_scripting():
-        return torch.einsum('bmd,mcd->bmc', x, weight)
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.einsum('bmd,mcd->bmc', x, weight)
-
-
-class LinearClassifier(nn.Module):
-    """One linear classifier per expert, stacked: [B, M, D] features to [B, M, C] logits."""
-
-    def __init__(self, num_experts: int, in_features: int, num_classes: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, num_classes, in_features))
-        self.bias = nn.Parameter(torch.empty(num_experts, num_classes))
-        bound = 1 / math.sqrt(in_features)
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum('bmd,mcd->bmc', x, self.weight) + self.bias
-
-
-class CosineClassifier(nn.Module):
-    """One cosine classifier per expert, stacked: [B, M, D] features to [B, M, C] logits.
-
-    Logits are `scale` times the cosine between features and class weights, without bias. They are computed in
-    float32 also under autocast: at a scale of 30, bfloat16 would round them to steps of 1/8.
-    """
-
-    def __init__(self, num_experts: int, in_features: int, num_classes: int, scale: float = 30.):
-        super().__init__()
-        self.scale = scale
-        self.weight = nn.Parameter(F.normalize(torch.randn(num_experts, num_classes, in_features), dim=-1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.normalize(x.to(self.weight.dtype), dim=-1)
-        return self.scale * product_without_autocast(x, F.normalize(self.weight, dim=-1))
-
-
-CLASSIFIERS = {'cosine': CosineClassifier, 'linear': LinearClassifier}
+def _init_convolutions(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 class Shike(nn.Module):
     """SHIKE network: a trunk of shared stages and, per expert, the last stage, an aligner and a classifier.
 
+    It also loads state dicts in the layout of the authors' code, wherever weights are loaded.
+
     Args:
-        backbone: Builds the network to split; called with `in_chans`.
+        backbone: Builds the network to split; called with `num_experts` and the arguments it shares with this class.
         num_classes: Classes; 0 leaves the classifiers out.
         in_chans: Channels of the input images.
         num_experts: Experts M.
@@ -145,10 +77,20 @@ class Shike(nn.Module):
         aligner: 'conv' (the authors') or 'bottleneck' (far smaller on wide backbones).
         global_pool: 'avg', 'max', 'avgmax', or '' for unpooled features, which needs `num_classes=0`.
         drop_rate: Dropout on the pooled features.
+        drop_path_rate: Stochastic depth in the backbone, where it has one.
+        output_stride: 8 or 16 to dilate the backbone, where it can be.
+        pretrained_backbone: Start from weights of the backbone: True for timm's default ones, the tag of others, or a
+            file. The experts' last stages are copies, aligners and classifiers fresh.
+        authors_classifiers: Which classifiers to take from a checkpoint in the authors' layout, which holds two sets:
+            'rt_classifiers', the retrained ones, or 'classifiers', those of stage one.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
 
     Raises:
-        ValueError: If an argument is out of range; the message names it.
+        ValueError: If an argument is out of range or the backbone cannot be split; the message names it.
     """
+
+    __jit_unused_properties__ = ['depths']
 
     def __init__(
             self,
@@ -162,39 +104,68 @@ class Shike(nn.Module):
             aligner: str = 'bottleneck',
             global_pool: str = 'avg',
             drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            output_stride: int = 32,
+            pretrained_backbone: Union[bool, str] = False,
+            authors_classifiers: str = 'rt_classifiers',
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f'num_experts must be at least 1, got {num_experts}.')
-        if classifier not in CLASSIFIERS:
-            raise ValueError(f"classifier must be one of {', '.join(CLASSIFIERS)}, got '{classifier}'.")
-        if aligner not in ALIGNERS:
-            raise ValueError(f"aligner must be one of {', '.join(ALIGNERS)}, got '{aligner}'.")
-        net = backbone(in_chans=in_chans)
-        *shared, last = net.stages
-        self.depths = self._resolve_depths(depths, num_experts, len(shared))
+        for name, value, known in (
+                ('classifier', classifier, CLASSIFIERS),
+                ('aligner', aligner, ALIGNERS),
+                ('authors_classifiers', authors_classifiers, CLASSIFIER_SETS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got '{value}'.")
+        dd = dict(device=device, dtype=dtype)
+        net = backbone(
+            num_experts=num_experts,
+            in_chans=in_chans,
+            drop_path_rate=drop_path_rate,
+            output_stride=output_stride,
+            pretrained=pretrained_backbone,
+            **dd,
+        )
+        depths = self._resolve_depths(depths, num_experts, len(net.stages))
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_experts = num_experts
         self.classifier_type = classifier
+        self.authors_classifiers = authors_classifiers
         self.drop_rate = drop_rate
-        self.feature_info = [
-            dict(num_chs=chs, reduction=reduction, module=module) for chs, reduction, module in
-            zip(net.channels, net.reductions, ['stem'] + [f'stages.{i}' for i in range(len(shared))])
-        ]
+        self.grad_checkpointing = False
+        self.trunk_frozen = False
 
         self.stem = net.stem
-        self.stages = nn.ModuleList(shared)
-        out_chs, out_reduction = net.channels[-1], net.reductions[-1]
+        self.stages = nn.ModuleList(net.stages)
+        # Not every network has its stem among the feature levels; the stages follow.
+        *levels, last = net.feature_info
+        self.num_stem_levels = len(levels) - len(net.stages)
         self.experts = nn.ModuleList()
-        for depth in self.depths:
-            num_halvings = round(math.log2(out_reduction / net.reductions[depth]))
-            align = ALIGNERS[aligner](net.channels[depth], out_chs, num_halvings) if fusion else None
-            self.experts.append(Expert(copy.deepcopy(last), align))
-        self.num_features = num_experts * out_chs
-        self.feature_info.append(dict(num_chs=self.num_features, reduction=out_reduction, module='experts'))
-        self.init_weights()
+        for stage, depth in zip(net.last_stages, depths):
+            align = None
+            if fusion:
+                shallow = levels[self.num_stem_levels + depth - 1]
+                num_halvings = round(math.log2(last['reduction'] / shallow['reduction']))
+                align = ALIGNERS[aligner](shallow['num_chs'], last['num_chs'], num_halvings, **dd)
+                if net.initialised:
+                    _init_convolutions(align)
+            self.experts.append(Expert(stage, depth, align))
+        if not net.initialised:
+            _init_convolutions(self)
+        modules = ['stem'] * self.num_stem_levels + [f'stages.{i}' for i in range(len(self.stages))]
+        self.feature_info = [dict(info, module=module) for info, module in zip(levels, modules)]
+        self.feature_info.append(dict(last, num_chs=num_experts * last['num_chs'], module='experts'))
+        self.num_features = self.feature_info[-1]['num_chs']
+        first_conv = tuple(name for name, module in self.named_modules() if module in net.first_conv)
+        # Where timm looks for the convolutions to adapt to other image channels.
+        self._traits = dict(first_conv=first_conv if len(first_conv) > 1 else first_conv[0])
         self.reset_classifier(num_classes, global_pool)
+        self.register_load_state_dict_pre_hook(_translate_on_load)
 
     @staticmethod
     def _resolve_depths(depths: Optional[Sequence[int]], num_experts: int, num_shared: int) -> Tuple[int, ...]:
@@ -207,34 +178,72 @@ class Shike(nn.Module):
             raise ValueError(f'depths must lie between 1 and {num_shared}, the stages of the trunk, got {depths}.')
         return depths
 
+    @property
+    def depths(self) -> Tuple[int, ...]:
+        """Shared stage that each expert fuses, counted from 1."""
+        return tuple(expert.depth for expert in self.experts)
+
     @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Kaiming normal values for every convolution; BatchNorm starts as the identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns that sort parameters by depth, for layer-wise learning rates: stem, shared stages, experts."""
+        if coarse:
+            return dict(stem=r'^stem', blocks=r'^stages\.(\d+)', experts=r'^experts')
+        block = r'(?:\.[a-z_]+)*\.(\d+)'
+        return dict(
+            stem=r'^stem',
+            blocks=[(r'^stages\.(\d+)' + block, None), (r'^stages\.(\d+)', None)],
+            experts=[(r'^experts\.\d+\.stage' + block, None), (r'^experts', None)],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each stage in the backward instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def freeze_trunk(self) -> None:
+        """Keep the shared part, stem and stages, as it is: no gradients, BatchNorm always in eval mode."""
+        self.trunk_frozen = True
+        self.stem.requires_grad_(False)
+        self.stages.requires_grad_(False)
+        self.train(self.training)
+
+    @torch.jit.ignore
+    def train(self, mode: bool = True) -> 'Shike':
+        """Set training or eval mode; a frozen trunk stays in eval mode."""
+        super().train(mode)
+        if self.trunk_frozen:
+            self.stem.eval()
+            self.stages.eval()
+        return self
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The module that holds the classifiers of all experts."""
         return self.classifier
 
+    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Give every expert a new classifier with fresh initial values.
 
         Args:
             num_classes: Classes; 0 leaves the classifiers out.
-            global_pool: Pooling type; the present one is kept where None.
+            global_pool: Pooling type; where None the present one is kept, or 'avg' if classifiers come back to
+                unpooled features.
+
+        Raises:
+            ValueError: If there is no such pooling, or '' is to go with classifiers.
         """
+        if global_pool is None and num_classes and not self.global_pool.pool_type:
+            global_pool = 'avg'
         if global_pool is not None:
             if global_pool not in ('', 'avg', 'max', 'avgmax'):
                 raise ValueError(f"global_pool must be 'avg', 'max', 'avgmax' or '', got '{global_pool}'.")
+            if num_classes and not global_pool:
+                raise ValueError(
+                    f"global_pool '' goes with num_classes=0, got {num_classes}: classifiers need pooling.")
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        if num_classes and not self.global_pool.pool_type:
-            raise ValueError(f"global_pool '' goes with num_classes=0, got {num_classes}: classifiers need pooling.")
+            self.global_pool.train(self.training)
         self.num_classes = num_classes
         self.head_hidden_size = self.num_features
         if num_classes:
@@ -243,16 +252,121 @@ class Shike(nn.Module):
                 self.num_experts, self.num_features // self.num_experts, num_classes)
             self.classifier = classifier.to(parameter.device, parameter.dtype).train(self.training)
         else:
-            self.classifier = nn.Identity()
+            self.classifier = nn.Identity().train(self.training)
+
+    @torch.jit.ignore
+    def set_experts(self, experts: Sequence[int]) -> None:
+        """Keep some of the experts and drop the others for good, which trades accuracy for speed.
+
+        Args:
+            experts: Indices of the experts to keep, in the order they are to have.
+
+        Raises:
+            ValueError: If an index is out of range or comes twice, or none is given.
+        """
+        experts = list(experts)
+        if not experts or len(set(experts)) < len(experts) or not all(0 <= m < self.num_experts for m in experts):
+            raise ValueError(
+                f'experts must be different numbers from 0 to {self.num_experts - 1}, the experts of the model, '
+                f'got {experts}.')
+        self.num_features = self.num_features // self.num_experts * len(experts)
+        self.experts = nn.ModuleList([self.experts[m] for m in experts])
+        self.num_experts = len(experts)
+        self.head_hidden_size = self.num_features
+        self.feature_info[-1] = dict(self.feature_info[-1], num_chs=self.num_features)
+        if self.num_classes:
+            self.classifier.keep_experts(experts)
+        # What timm writes into the configuration of a saved model.
+        self._model_args = dict(
+            getattr(self, '_model_args', {}), num_experts=len(experts), depths=list(self.depths))
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Drop what the chosen feature levels do not need.
+
+        Args:
+            indices: Levels to keep, or how many of the last.
+            prune_norm: Without effect, as there is no norm after the last level.
+            prune_head: Drop the classifiers too.
+
+        Returns:
+            The levels kept, as indices from 0.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        if max_index < len(self.feature_info) - 1:
+            self.feature_info = self.feature_info[:max_index + 1]
+            self.stages = self.stages[:max_index + 1 - self.num_stem_levels]
+            self.experts = nn.ModuleList()
+            self.num_experts = 1  # the classifier's view of plain features
+            self.num_features = self.feature_info[-1]['num_chs']
+            prune_head = True
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def _forward_trunk(self, x: Tensor) -> List[Tensor]:
+        """Feature maps of the stem and of each shared stage."""
+        x = self.stem(x)
+        shared = [x]
+        for stage in self.stages:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(stage, x)
+            else:
+                x = stage(x)
+            shared.append(x)
+        return shared
+
+    def _forward_fused(self, shared: List[Tensor]) -> Tensor:
+        """Feature maps of all experts from those of the trunk."""
+        fused = []
+        for expert in self.experts:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                fused.append(checkpoint(expert, shared[-1], shared[expert.depth]))
+            else:
+                fused.append(expert(shared[-1], shared[expert.depth]))
+        return torch.cat(fused, dim=1) if len(fused) else shared[-1]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Feature maps of all experts, [B, num_features, h, w], expert after expert along the channels."""
-        x = self.stem(x)
-        shared = []
-        for stage in self.stages:
-            x = stage(x)
-            shared.append(x)
-        return torch.cat([expert(x, shared[depth - 1]) for expert, depth in zip(self.experts, self.depths)], dim=1)
+        return self._forward_fused(self._forward_trunk(x))
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Feature maps of chosen levels, those of `feature_info`.
+
+        Args:
+            x: Images [B, in_chans, H, W].
+            indices: Levels to give; how many of the last, or all where None.
+            norm: Without effect, as there is no norm after the last level.
+            stop_early: Leave the experts out where no chosen level needs them.
+            output_fmt: Only 'NCHW'.
+            intermediates_only: Give the intermediate features alone.
+
+        Returns:
+            The final features and a list of the intermediate ones, or that list alone.
+        """
+        assert output_fmt == 'NCHW', 'Output format must be NCHW.'
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        shared = self._forward_trunk(x)
+        levels = shared[1 - self.num_stem_levels:]
+        if len(self.experts) and not (stop_early and max_index < len(levels)):
+            levels.append(self._forward_fused(shared))
+        intermediates = [levels[i] for i in take_indices]
+        if intermediates_only:
+            return intermediates
+        return levels[-1], intermediates
 
     def forward_expert_head(self, x: Tensor) -> Tensor:
         """Logits of each expert, [B, M, num_classes], from the feature maps of `forward_features`."""
@@ -260,10 +374,12 @@ class Shike(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooled features [B, num_features] where pre_logits or without classifiers, else averaged logits."""
+        x = self.global_pool(x)
+        if self.drop_rate > 0.:
+            x = F.dropout(x, self.drop_rate, self.training)
         if pre_logits or self.num_classes == 0:
-            x = self.global_pool(x)
-            return F.dropout(x, self.drop_rate, self.training) if self.drop_rate else x
-        return self.forward_expert_head(x).mean(1)
+            return x
+        return self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1)
 
     def forward_experts(self, x: Tensor) -> Tensor:
         """Logits of each expert, [B, M, num_classes], from images [B, in_chans, H, W]."""
@@ -274,8 +390,43 @@ class Shike(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _create_shike(variant: str, backbone: BackboneFn, pretrained: bool = False, **kwargs) -> Shike:
-    return build_model_with_cfg(Shike, variant, pretrained, backbone=backbone, **kwargs)
+def _translate_on_load(model: Shike, state_dict: Dict[str, Tensor], prefix: str, *_: Any) -> None:
+    own = {name[len(prefix):]: value for name, value in state_dict.items() if name.startswith(prefix)}
+    if is_authors_layout(own):
+        translated = translate_authors_weights(own, model.state_dict(), model.authors_classifiers)
+        for name in own:
+            del state_dict[prefix + name]
+        state_dict.update({prefix + name: value for name, value in translated.items()})
+
+
+def _check_published(variant: str, kwargs: Dict[str, Any]) -> None:
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    if not cfg.has_weights:
+        raise RuntimeError(
+            f"No weights are published for '{variant}': leave pretrained out and train it with train.py, or load a "
+            "trained model as 'hf-hub:USER/NAME' or 'local-dir:FOLDER'.")
+
+
+def _create_shike(
+        variant: str,
+        backbone: BackboneFn,
+        pretrained: bool = False,
+        pretrained_model_args: Optional[Dict[str, Any]] = None,
+        **kwargs: Any,
+) -> Shike:
+    if pretrained:
+        _check_published(variant, kwargs)
+    if pretrained or pretrained_model_args:
+        kwargs.pop('pretrained_backbone', None)  # a saved model brings weights of its own
+    return build_model_with_cfg(
+        Shike,
+        variant,
+        pretrained,
+        backbone=backbone,
+        pretrained_model_args=pretrained_model_args,
+        feature_cfg=dict(feature_cls='getter', out_indices=None),
+        **kwargs,
+    )
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:
@@ -290,11 +441,12 @@ def _cfg(**kwargs) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'resnet32_shike': _cfg(
+    'resnet32_shike.cifar100_lt_if100': _cfg(
         num_classes=100, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR_MEAN, std=CIFAR_STD),
-    'resnet50_shike': _cfg(),
-    'resnext50_shike': _cfg(),
-    'resnet152_shike': _cfg(),
+    'resnet50_shike.untrained': _cfg(),
+    'resnext50_shike.untrained': _cfg(),
+    'resnet152_shike.untrained': _cfg(),
+    'shike.untrained': _cfg(),
 })
 
 
@@ -308,16 +460,41 @@ def resnet32_shike(pretrained: bool = False, **kwargs) -> Shike:
 @register_model
 def resnet50_shike(pretrained: bool = False, **kwargs) -> Shike:
     """SHIKE on ResNet-50."""
-    return _create_shike('resnet50_shike', partial(timm_resnet, 'resnet50'), pretrained=pretrained, **kwargs)
+    return _create_shike('resnet50_shike', partial(timm_backbone, 'resnet50'), pretrained=pretrained, **kwargs)
 
 
 @register_model
 def resnext50_shike(pretrained: bool = False, **kwargs) -> Shike:
     """SHIKE on ResNeXt-50 32x4d."""
-    return _create_shike('resnext50_shike', partial(timm_resnet, 'resnext50_32x4d'), pretrained=pretrained, **kwargs)
+    return _create_shike('resnext50_shike', partial(timm_backbone, 'resnext50_32x4d'), pretrained=pretrained, **kwargs)
 
 
 @register_model
 def resnet152_shike(pretrained: bool = False, **kwargs) -> Shike:
     """SHIKE on ResNet-152."""
-    return _create_shike('resnet152_shike', partial(timm_resnet, 'resnet152'), pretrained=pretrained, **kwargs)
+    return _create_shike('resnet152_shike', partial(timm_backbone, 'resnet152'), pretrained=pretrained, **kwargs)
+
+
+def _backbone_cfg(backbone: str) -> Dict[str, Any]:
+    """A configuration with the preprocessing of the backbone's own."""
+    cfg = get_pretrained_cfg(backbone, allow_unregistered=True)
+    names = ('input_size', 'pool_size', 'crop_pct', 'interpolation', 'mean', 'std')
+    return _cfg(**{name: getattr(cfg, name) for name in names if getattr(cfg, name, None) is not None})
+
+
+@register_model
+def shike(pretrained: bool = False, backbone: str = 'resnet50', **kwargs) -> Shike:
+    """SHIKE on any convolutional network of timm, split where its last stage begins.
+
+    Args:
+        pretrained: Load weights of the whole model, which only a saved model has.
+        backbone: Name of timm's network.
+        **kwargs: Arguments of `Shike`.
+    """
+    own_cfg = not isinstance(kwargs.get('pretrained_cfg'), dict) and timm.is_model(backbone.split('.')[0])
+    if own_cfg:
+        kwargs['pretrained_cfg'] = _backbone_cfg(backbone)
+    model = _create_shike('shike', partial(timm_backbone, backbone), pretrained=pretrained, **kwargs)
+    if own_cfg:
+        model.pretrained_cfg['first_conv'] = timm.models.get_model_traits(model)['first_conv']
+    return model

@@ -1,0 +1,113 @@
+"""Trained models by name or by checkpoint, with what is known of the data they were trained on."""
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import timm
+from huggingface_hub import hf_hub_download
+from timm.models import parse_model_name
+from torch import Tensor
+
+from .builders import create_model
+from .checkpoints import load_checkpoint, load_weights, model_weights
+from .errors import InputError
+from .hparams import parse_train_args
+from .models import Shike
+from .models.authors import is_authors_layout, num_classes_and_experts
+
+__all__ = ['TrainedModel', 'load_trained_model']
+
+
+@dataclass
+class TrainedModel:
+    """A trained model and what is known of its data.
+
+    Attributes:
+        model: The model.
+        class_counts: Training images of each class, None where the source does not say.
+        class_names: Names of the classes in label order, None where the source does not say.
+        data_args: Preprocessing options the model was trained with that differ from its configuration.
+    """
+
+    model: Shike
+    class_counts: Optional[List[int]] = None
+    class_names: Optional[List[str]] = None
+    data_args: Dict[str, Any] = field(default_factory=dict)
+
+
+def _read_config(name: str) -> Dict[str, Any]:
+    source, model_id = parse_model_name(name)
+    if source == 'local-dir':
+        path = Path(model_id, 'config.json')
+    else:
+        repo_id, _, revision = model_id.partition('@')
+        path = Path(hf_hub_download(repo_id, 'config.json', revision=revision or None))
+    return json.loads(path.read_text())
+
+
+def _load_by_name(name: str, pretrained: bool) -> TrainedModel:
+    try:
+        model = timm.create_model(name, pretrained=pretrained or ':' in name)
+        counts = _read_config(name).get('class_counts') if ':' in name else None
+    except Exception as error:  # whatever a damaged folder makes timm, torch or safetensors raise
+        raise InputError(f"model '{name}' cannot be loaded: {' '.join(str(error).split())}") from error
+    if not isinstance(model, Shike):
+        raise InputError(f"model '{name}' is a {type(model).__name__}, expected a SHIKE model.")
+    return TrainedModel(model, counts, model.pretrained_cfg.get('label_names'))
+
+
+def _load_authors(weights: Dict[str, Tensor], classifiers: str) -> TrainedModel:
+    num_classes, num_experts = num_classes_and_experts(weights)
+    model = timm.create_model(
+        'resnet32_shike', num_classes=num_classes, num_experts=num_experts, authors_classifiers=classifiers)
+    model.load_state_dict(weights)
+    return TrainedModel(model)
+
+
+def _load_checkpoint(path: str, authors_classifiers: str) -> TrainedModel:
+    checkpoint = load_checkpoint(path)
+    weights = model_weights(checkpoint)
+    if is_authors_layout(weights):
+        return _load_authors(weights, authors_classifiers)
+    saved = checkpoint.get('args')
+    if not isinstance(saved, argparse.Namespace) or not hasattr(saved, 'class_counts'):
+        raise InputError(f"checkpoint '{path}' does not say what model it is of: use one of train.py.")
+    # What an older version did not know of has its default.
+    saved = argparse.Namespace(**{**vars(parse_train_args([])), **vars(saved)})
+    model = create_model(saved, len(saved.class_counts))
+    load_weights(model, weights, path)
+    data_args = {key: getattr(saved, key) for key in ('img_size', 'mean', 'std', 'crop_pct', 'interpolation')}
+    return TrainedModel(model, saved.class_counts, saved.class_names, data_args)
+
+
+def load_trained_model(
+        name: Optional[str] = None,
+        checkpoint: Optional[str] = None,
+        pretrained: bool = False,
+        experts: Optional[Sequence[int]] = None,
+        authors_classifiers: str = 'rt_classifiers',
+) -> TrainedModel:
+    """Load a trained model, on the CPU.
+
+    Args:
+        name: A registered name, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
+        checkpoint: A checkpoint of train.py or of the authors' CIFAR code, instead of a name.
+        pretrained: Load the published weights of a registered name.
+        experts: Experts to keep, all by default.
+        authors_classifiers: Which classifiers to take from a checkpoint of the authors' code: 'rt_classifiers' or
+            'classifiers'.
+
+    Raises:
+        InputError: If not exactly one of name and checkpoint is given, or it cannot be loaded.
+    """
+    if bool(name) == bool(checkpoint):
+        raise InputError('Give the model, either as --model or as --checkpoint.')
+    trained = _load_by_name(name, pretrained) if name else _load_checkpoint(checkpoint, authors_classifiers)
+    if experts is not None:
+        try:
+            trained.model.set_experts(experts)
+        except ValueError as error:
+            raise InputError(f'--experts: {error}') from error
+    return trained

@@ -1,0 +1,213 @@
+"""Checkpoints of the authors' CIFAR code: a file in their layout, and their network written out as functions."""
+import re
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import shike_timm  # noqa: F401
+from shike_timm.errors import InputError
+from shike_timm.loading import load_trained_model
+from shike_timm.models.authors import is_authors_layout
+
+SETS = ('rt_classifiers', 'classifiers')
+
+
+def authors_weights(num_classes=100, num_experts=3, first_link=0):
+    """A state dict with the authors' names and shapes and random values."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+
+    def conv(name, in_chs, out_chs, size):
+        weights[f'{name}.weight'] = torch.randn(
+            out_chs, in_chs, size, size, generator=generator) * (2 / (in_chs * size ** 2)) ** 0.5
+
+    def norm(name, chs):
+        for key, value in (('weight', 1), ('bias', 0), ('running_mean', 0), ('running_var', 1)):
+            noise = torch.rand(chs, generator=generator) * 0.2
+            weights[f'{name}.{key}'] = value + noise
+        weights[f'{name}.num_batches_tracked'] = torch.tensor(7)
+
+    def layer(name, in_chs, out_chs):
+        for i in range(5):
+            conv(f'{name}.{i}.conv1', in_chs if i == 0 else out_chs, out_chs, 3)
+            norm(f'{name}.{i}.bn1', out_chs)
+            conv(f'{name}.{i}.conv2', out_chs, out_chs, 3)
+            norm(f'{name}.{i}.bn2', out_chs)
+            if i == 0 and in_chs != out_chs:
+                conv(f'{name}.0.shortcut.0', in_chs, out_chs, 1)
+                norm(f'{name}.0.shortcut.1', out_chs)
+
+    conv('conv1', 3, 16, 3)
+    norm('bn1', 16)
+    layer('layer1', 16, 16)
+    layer('layer2', 16, 32)
+    for m in range(num_experts):
+        layer(f'layer3s.{m}', 32, 64)
+        width = (16, 32)[m % 2]
+        for k in range((2, 1)[m % 2]):
+            link = f'shallow_exps.{m}.convs.StridedConv{k + first_link}.conv'
+            conv(f'{link}.0', width, 2 * width, 3)
+            norm(f'{link}.1', 2 * width)
+            width *= 2
+    for name in SETS[::-1]:
+        for m in range(num_experts):
+            weights[f'{name}.{m}.weight'] = torch.randn(64, num_classes, generator=generator)
+    return weights
+
+
+def authors_logits(w, x, classifiers, num_experts=3):
+    """Their network, evaluated from the state dict alone, straight from its description."""
+
+    def norm(x, name):
+        return F.batch_norm(x, *(w[f'{name}.{key}'] for key in ('running_mean', 'running_var', 'weight', 'bias')))
+
+    def layer(x, name, stride):
+        for i in range(5):
+            step = stride if i == 0 else 1
+            out = F.relu(norm(F.conv2d(x, w[f'{name}.{i}.conv1.weight'], stride=step, padding=1), f'{name}.{i}.bn1'))
+            out = norm(F.conv2d(out, w[f'{name}.{i}.conv2.weight'], padding=1), f'{name}.{i}.bn2')
+            if f'{name}.{i}.shortcut.0.weight' in w:
+                x = norm(F.conv2d(x, w[f'{name}.{i}.shortcut.0.weight'], stride=step), f'{name}.{i}.shortcut.1')
+            x = F.relu(out + x)
+        return x
+
+    x = F.relu(norm(F.conv2d(x, w['conv1.weight'], padding=1), 'bn1'))
+    first = layer(x, 'layer1', 1)
+    second = layer(first, 'layer2', 2)
+    logits = []
+    for m in range(num_experts):
+        shallow = (first, second)[m % 2]
+        for k in range((2, 1)[m % 2]):
+            link = f'shallow_exps.{m}.convs.StridedConv{k}.conv'
+            shallow = norm(F.conv2d(shallow, w[f'{link}.0.weight'], stride=2, padding=1), f'{link}.1')
+            if k != 1:
+                shallow = F.relu(shallow)
+        features = (shallow * layer(second, f'layer3s.{m}', 2)).mean((2, 3))
+        head = w[f'{classifiers}.{m}.weight']
+        logits.append(30 * F.normalize(features, dim=1) @ F.normalize(head, dim=0))
+    return torch.stack(logits, dim=1)
+
+
+@pytest.fixture(scope='module')
+def weights():
+    return authors_weights()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def save(tmp_path, weights, prefix=''):
+    path = tmp_path / 'theirs.pth.tar'
+    torch.save({'epoch': 200, 'state_dict': {prefix + name: value for name, value in weights.items()}}, path)
+    return path
+
+
+@pytest.mark.parametrize('classifiers', SETS)
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@torch.inference_mode()
+def test_checkpoint_path_gives_the_authors_logits(tmp_path, weights, images, classifiers, prefix):
+    path = save(tmp_path, weights, prefix)
+    model = timm.create_model('resnet32_shike', checkpoint_path=path, authors_classifiers=classifiers).eval()
+    expected = authors_logits(weights, images, classifiers)
+    assert (model.forward_experts(images) - expected).abs().max() <= 1e-5
+    assert (model(images) - expected.mean(1)).abs().max() <= 1e-5
+
+
+@torch.inference_mode()
+def test_retrained_classifiers_are_the_default(tmp_path, weights, images):
+    model = timm.create_model('resnet32_shike', checkpoint_path=save(tmp_path, weights)).eval()
+    assert (model(images) - authors_logits(weights, images, 'rt_classifiers').mean(1)).abs().max() <= 1e-5
+
+
+def test_every_way_of_loading_translates(tmp_path, weights, images):
+    expected = timm.create_model('resnet32_shike', checkpoint_path=save(tmp_path, weights)).state_dict()
+    by_file = timm.create_model('resnet32_shike', pretrained=True, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'theirs.pth.tar')))
+    direct = timm.create_model('resnet32_shike')
+    direct.load_state_dict(weights)
+    wrapped = torch.nn.ModuleDict({'net': timm.create_model('resnet32_shike')})
+    wrapped.load_state_dict({f'net.{name}': value for name, value in weights.items()})
+    trained = load_trained_model(checkpoint=str(tmp_path / 'theirs.pth.tar')).model
+    for model in (by_file, direct, wrapped['net'], trained):
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_links_may_be_numbered_from_one(weights):
+    one, other = timm.create_model('resnet32_shike'), timm.create_model('resnet32_shike')
+    one.load_state_dict(weights)
+    other.load_state_dict(authors_weights(first_link=1))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_own_layout_is_left_alone(tmp_path):
+    model = timm.create_model('resnet32_shike')
+    assert not is_authors_layout(model.state_dict())
+    with pytest.raises(RuntimeError, match='Missing key'):
+        model.load_state_dict({})
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda w: w.pop('layer2.3.bn1.bias'), "nothing for 'stages.1.3.bn1.bias'"),
+    (lambda w: w.pop('rt_classifiers.1.weight'), "no 'rt_classifiers.1.weight': choose the other set"),
+    (lambda w: w.update({'conv1.weight': torch.zeros(16, 3, 5, 5)}), r"'conv1.weight' with the shape \(16, 3, 5, 5\)"),
+    (lambda w: w.update({'rt_classifiers.0.weight': torch.zeros(64, 9)}), '3 experts and 9 classes'),
+    (lambda w: w.update({'rt_classifiers.2.weight': torch.zeros(64, 9)}), 'of different shapes'),
+    (lambda w: w.update({'rt_classifiers.3.weight': torch.zeros(64, 100)}), 'has 4 experts .* num_experts=4'),
+    (lambda w: w.update({'layer4.0.conv1.weight': torch.zeros(1)}), "'layer4.0.conv1.weight', which that code does"),
+    (lambda w: w.update({'layer1.5.conv1.weight': torch.zeros(1)}), "'layer1.5.conv1.weight', for which the model"),
+    (lambda w: w.update({'shallow_exps.0.convs.StridedConv9.conv.1.bias': torch.zeros(1)}), 'StridedConv9'),
+])
+def test_a_file_that_does_not_fit_is_one_sentence(weights, change, message):
+    changed = dict(weights)
+    change(changed)
+    model = timm.create_model('resnet32_shike')
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=message) as raised:
+        model.load_state_dict(changed)
+    assert '\n' not in str(raised.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_other_numbers_of_classes_and_experts(tmp_path, images):
+    weights = authors_weights(num_classes=7, num_experts=2)
+    with pytest.raises(InputError, match='create it with num_experts=2, num_classes=7'):
+        timm.create_model('resnet32_shike', checkpoint_path=save(tmp_path, weights))
+    model = load_trained_model(checkpoint=str(tmp_path / 'theirs.pth.tar'), authors_classifiers='classifiers').model
+    with torch.inference_mode():
+        logits = model.eval().forward_experts(images)
+    assert (logits - authors_logits(weights, images, 'classifiers', 2)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize('classifiers', SETS)
+def test_eval_reads_them(tmp_path, weights, run_script, classifiers):
+    shrunk = {
+        name: value[:, :10].contiguous() if re.match('(rt_)?classifiers', name) else value
+        for name, value in weights.items()
+    }
+    path = save(tmp_path, shrunk)
+    status, out, err = run_script(
+        'eval.py', '--checkpoint', path, '--authors-classifiers', classifiers, '--dataset', 'digits_lt',
+        '--img-size', '8', '--workers', '0', '--device', 'cpu')
+    assert status == 0, err
+    assert out.splitlines()[-1].startswith('ensemble')
+    del shrunk['layer1.0.bn2.running_var']
+    status, out, err = run_script(
+        'eval.py', '--checkpoint', save(tmp_path, shrunk), '--dataset', 'digits_lt', '--workers', '0')
+    assert status == 2 and err.count('\n') == 1 and "nothing for 'stages.0.0.bn2.running_var'" in err
+
+
+def test_the_file_is_never_unpickled(tmp_path, weights):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / 'executed'), 'w'))
+
+    torch.save({'state_dict': weights, 'best': Payload()}, tmp_path / 'theirs.pth.tar')
+    with pytest.raises(RuntimeError, match='weights_only=True'):
+        timm.create_model('resnet32_shike', checkpoint_path=tmp_path / 'theirs.pth.tar')
+    with pytest.raises(InputError, match='could run any code'):
+        load_trained_model(checkpoint=str(tmp_path / 'theirs.pth.tar'))
+    assert not (tmp_path / 'executed').exists()
