@@ -1,0 +1,208 @@
+"""The card of a published model, every number of which comes from the files of its run."""
+import re
+from typing import Any, Dict, List, Optional
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .data.long_tail import is_long_tailed
+from .evaluation import METRICS, shot_divisions
+from .models import Shike
+
+__all__ = ['model_card']
+
+METRIC_NAMES = {
+    'top1': 'Top-1 accuracy',
+    'top5': 'Top-5 accuracy',
+    'many': 'Many-shot accuracy',
+    'medium': 'Medium-shot accuracy',
+    'few': 'Few-shot accuracy',
+}
+STAGE_NAMES = {'stage_one': 'one', 'stage_two': 'two'}
+
+# Options that make the model what it is. Folders, devices and the like are the trainer's own and stay out.
+RECIPE = (
+    'model', 'backbone', 'pretrained_backbone', 'freeze_trunk', 'num_experts', 'depths', 'fusion', 'aligner',
+    'classifier', 'drop', 'drop_path',
+    'dataset', 'train_split', 'val_split', 'imb_factor', 'imb_type', 'img_size',
+    'batch_size', 'opt', 'momentum', 'weight_decay', 'layer_decay', 'clip_grad', 'sched',
+    'epochs', 'lr', 'warmup_epochs', 'crt_epochs', 'crt_lr', 'crt_warmup_epochs',
+    'alpha', 'beta', 'detach_teacher',
+    'no_aug', 'train_crop_mode', 'hflip', 'vflip', 'color_jitter', 'aa', 'cutout', 'reprob', 'mixup', 'cutmix',
+    'amp', 'model_ema', 'seed',
+)
+
+CITATION = """@inproceedings{jin2023shike,
+  title     = {Long-Tailed Visual Recognition via Self-Heterogeneous Integration with Knowledge Excavation},
+  author    = {Jin, Yan and Li, Mengke and Lu, Yang and Cheung, Yiu-ming and Wang, Hanzi},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2023}
+}"""
+
+
+def _table(header: List[str], rows: List[List[Any]]) -> str:
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join('| ' + ' | '.join(map(str, cells)) + ' |' for cells in lines)
+
+
+def _data_name(args: Dict[str, Any]) -> str:
+    name = args.get('dataset')
+    if not name:
+        return 'a folder of images'
+    if is_long_tailed(name):
+        return f"{name}, imbalance factor {args['imb_factor']:g} ({args['imb_type']})"
+    return name
+
+
+def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalResult]:
+    """The ensemble's accuracies after the last stage."""
+    name = args.get('dataset') or 'imagefolder'
+    result = list(metrics.values())[-1]
+    return [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type=name,
+            dataset_name=_data_name(args),
+            dataset_split='test' if is_long_tailed(name) else args.get('val_split'),
+            metric_type='accuracy',
+            metric_name=label,
+            metric_value=result[key],
+        )
+        for key, label in METRIC_NAMES.items() if result[key] is not None
+    ]
+
+
+def _data_section(config: Dict[str, Any], args: Dict[str, Any]) -> str:
+    counts = config.get('class_counts')
+    rows = [['data set', _data_name(args)]] if args else []
+    rows.append(['classes', config['num_classes']])
+    if counts:
+        divisions = {shot: int(mask.sum()) for shot, mask in shot_divisions(counts).items()}
+        rows += [
+            ['training images', sum(counts)],
+            ['images of the largest class', max(counts)],
+            ['images of the smallest class', min(counts)],
+            ['many-shot classes (more than 100 images)', divisions['many']],
+            ['medium-shot classes (20 to 100)', divisions['medium']],
+            ['few-shot classes (fewer than 20)', divisions['few']],
+        ]
+    return '## Training data\n\n' + _table(['', ''], rows)
+
+
+def _recipe_section(args: Dict[str, Any]) -> str:
+    if not args:
+        return ''
+    unused = ('train_split', 'val_split') if is_long_tailed(args.get('dataset')) else ('imb_factor', 'imb_type')
+    recipe = {key: args[key] for key in RECIPE if key not in unused and args.get(key) is not None}
+    if 'pretrained_backbone' in recipe:  # a tag, or a file, whose folder is the trainer's own
+        recipe['pretrained_backbone'] = re.split(r'[/\\]', recipe['pretrained_backbone'])[-1]
+    return (
+        "## Recipe\n\nOptions of shike-timm's `train.py`; names with `crt_` are of stage two, `alpha` and `beta` weigh "
+        f'the distillation terms.\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```'
+    )
+
+
+def _results_section(metrics: Dict[str, Any]) -> str:
+    title = '## Results\n\n'
+    if not metrics:
+        return title + 'No metrics are at hand for this model: evaluate it before use.'
+    keys = [key for key in METRICS if key in METRIC_NAMES]
+    rows = []
+    for stage, result in metrics.items():
+        outputs = {'ensemble': result, **{f'expert {m}': expert for m, expert in enumerate(result['experts'])}}
+        for name, output in outputs.items():
+            cells = ['-' if output[key] is None else f'{output[key]:.2f}' for key in keys]
+            rows.append([STAGE_NAMES.get(stage, stage), name, *cells])
+    return title + (
+        'Percent on the evaluation split, after the last epoch of each stage; many, medium and few average over the '
+        'classes of that division.\n\n'
+        + _table(['stage', 'output', 'top-1', 'top-5', 'many', 'medium', 'few'], rows)
+    )
+
+
+def _usage_section(repo_id: str) -> str:
+    return f"""## Use
+
+With the package shike-timm installed, which registers the architecture in timm:
+
+```python
+import shike_timm, timm, torch
+from PIL import Image
+
+model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
+config = timm.data.resolve_model_data_config(model)
+transform = timm.data.create_transform(**config, is_training=False)
+images = transform(Image.open('image.png').convert('RGB'))[None]
+with torch.inference_mode():
+    logits = model(images)                   # [1, num_classes], averaged over experts
+    experts = model.forward_experts(images)  # [1, num_experts, num_classes]
+label = model.pretrained_cfg['label_names'][int(logits.argmax())]
+```"""
+
+
+def _limits_section(config: Dict[str, Any], metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
+    counts = config.get('class_counts')
+    lines = []
+    if counts:
+        lines.append(
+            f'Few-shot classes were learned from few images, the smallest from {min(counts)}: the model is less sure '
+            'of them and more easily wrong than its total accuracy suggests.')
+    if metrics:
+        seed = f", seed {args['seed']}," if args.get('seed') is not None else ''
+        lines.append(
+            f'The figures are of the last epoch of one run{seed} on the evaluation split; another seed gives others, '
+            'and where the recipe was chosen on that split they flatter the model.')
+    lines += [
+        f"Every image gets one of the {config['num_classes']} classes, also one that shows none of them; the scores "
+        'are not calibrated probabilities.',
+        'Nothing is known of it on images unlike those it was trained on.',
+        'It is not meant for decisions about people.',
+    ]
+    return '## Limits\n\n' + '\n'.join(f'- {line}' for line in lines)
+
+
+def model_card(
+        repo_id: str,
+        model: Shike,
+        config: Dict[str, Any],
+        metrics: Optional[Dict[str, Any]] = None,
+        args: Optional[Dict[str, Any]] = None,
+) -> ModelCard:
+    """Make the card of a model.
+
+    Args:
+        repo_id: Name on the Hub, `USER/NAME`.
+        model: The model.
+        config: Its `config.json`.
+        metrics: The run's `metrics.json`, results by stage.
+        args: The run's `args.yaml`; folders in it are left out.
+
+    Returns:
+        The card, with the last stage's metrics of the ensemble as model-index.
+    """
+    metrics, args = metrics or {}, args or {}
+    name = repo_id.split('/')[-1]
+    data = ModelCardData(
+        model_name=name if metrics else None,
+        library_name='timm',
+        license='apache-2.0',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'long-tailed', 'shike'],
+        metrics=['accuracy'] if metrics else None,
+        eval_results=_eval_results(metrics, args) if metrics else None,
+    )
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    sections = [
+        f'# {name}',
+        f"An image classifier for long-tailed data: SHIKE (CVPR 2023) as timm model `{config['architecture']}`, "
+        f'{model.num_experts} experts on a shared trunk, {num_parameters:,} parameters. Its output is the average of '
+        'the experts.',
+        _data_section(config, args),
+        _results_section(metrics),
+        _usage_section(repo_id),
+        _recipe_section(args),
+        _limits_section(config, metrics, args),
+        f'## Citation\n\n```bibtex\n{CITATION}\n```',
+    ]
+    text = '\n\n'.join(section for section in sections if section)
+    return ModelCard(f'---\n{data.to_yaml()}\n---\n\n{text}\n')
