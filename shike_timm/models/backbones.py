@@ -2,7 +2,7 @@
 import copy
 import os
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Sequence, Union
+from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -92,6 +92,23 @@ def _pieces(net: nn.Module, levels: Sequence[str], prefix: str = ''):
             yield path, child
 
 
+class _Call:
+    """A module's call: what it took and gave, and how often its input had been written to before and after."""
+
+    def __init__(self, path: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]):
+        self.path = path
+        self.inputs = (*args, *kwargs.values())
+        self.version_before = getattr(self.inputs[0], '_version', None)
+
+    def finish(self, output: Any) -> None:
+        self.output = output
+        self.version_after = getattr(self.inputs[0], '_version', None)
+        self.output_version = getattr(output, '_version', None)
+
+    def takes(self, value: Any) -> bool:
+        return len(self.inputs) == 1 and self.inputs[0] is value
+
+
 @torch.no_grad()
 def _chain(net: nn.Module, name: str, in_chans: int) -> List[str]:
     """Names of the modules that make up `net.forward_features`, each called on what the one before returned.
@@ -111,19 +128,26 @@ def _chain(net: nn.Module, name: str, in_chans: int) -> List[str]:
         raise ValueError(
             f"backbone '{name}' cannot be split: its feature maps are {net.output_fmt} and experts fuse NCHW ones, "
             'choose a convolutional network.')
-    calls = []
+    calls: List[_Call] = []
     for path, module in _pieces(net, levels):
-        module.register_forward_hook(
-            lambda _, args, kwargs, output, path=path: calls.append((path, args, kwargs, output)), with_kwargs=True)
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, path=path: calls.append(_Call(path, args, kwargs)), with_kwargs=True)
+        module.register_forward_hook(lambda _, args, output: calls[-1].finish(output))
     value = torch.empty(1, in_chans, *net.default_cfg['input_size'][1:], device='meta', dtype=torch.float32)
     output = net.eval().forward_features(value)
-    outputs = {}
-    for path, args, kwargs, result in calls:
-        if len(args) != 1 or kwargs or args[0] is not value or path in outputs:
+    outputs: Dict[str, Any] = {}
+    previous, version = '', value._version
+    for call in calls:
+        if not call.takes(value) or call.version_before != version or call.path in outputs:
             raise ValueError(
-                f"backbone '{name}' cannot be split: more than a chain of modules happens before '{path}', "
+                f"backbone '{name}' cannot be split: more than a chain of modules happens before '{call.path}', "
                 'choose a convolutional network.')
-        value = outputs[path] = result
+        if previous in levels and call.version_after != version:
+            raise ValueError(
+                f"backbone '{name}' cannot be split: '{call.path}' overwrites the features of '{previous}', which "
+                'experts share, choose another.')
+        value = outputs[call.path] = call.output
+        previous, version = call.path, call.output_version
     missing = [level for level in levels if level not in outputs]
     if missing or output is not value:
         raise ValueError(

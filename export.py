@@ -1,0 +1,10 @@
+#!/usr/bin/env python3
+"""Export a SHIKE model to ONNX, TorchScript or torch.export."""
+import sys
+
+from shike_timm.cli import run_script
+from shike_timm.exporting import export
+from shike_timm.hparams import parse_export_args
+
+if __name__ == '__main__':
+    sys.exit(run_script(lambda: export(parse_export_args())))

