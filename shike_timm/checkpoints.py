@@ -134,7 +134,11 @@ def export_model(
     save_for_hf(
         copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format),
         temporary,
-        model_config=dict(label_names=list(class_names), class_counts=list(class_counts)),
+        model_config=dict(
+            label_names=list(class_names),
+            class_counts=list(class_counts),
+            pretrained_cfg=dict(tag=''),  # these weights are not those of the name's default tag
+        ),
         safe_serialization=True,
         data_config=data_config,
     )

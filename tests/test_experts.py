@@ -1,0 +1,103 @@
+"""Fewer experts at inference: what is left, what is saved, what it costs."""
+import itertools
+import json
+
+import pytest
+import timm
+import torch
+from timm.models._hub import save_for_hf
+
+import shike_timm  # noqa: F401
+from shike_timm.measure import inference_costs
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 32, 32)
+
+
+@pytest.mark.parametrize('classifier', ['cosine', 'linear'])
+@pytest.mark.parametrize('experts', [[0], [2, 0], [0, 1, 2]])
+@torch.inference_mode()
+def test_chosen_experts_are_as_they_were(images, experts, classifier):
+    model = timm.create_model('resnet32_shike', num_classes=5, classifier=classifier).eval()
+    before = model.forward_experts(images)
+    model.set_experts(experts)
+    after = model.forward_experts(images)
+    torch.testing.assert_close(after, before[:, experts])
+    torch.testing.assert_close(model(images), before[:, experts].mean(1))
+    assert model.num_experts == len(experts) and model.num_features == model.head_hidden_size == 64 * len(experts)
+    assert model.feature_info[-1]['num_chs'] == model.forward_features(images).shape[1] == model.num_features
+    assert model.depths == tuple((1, 2, 1)[m] for m in experts)
+    model.reset_classifier(4)
+    assert model(images).shape == (3, 4)
+
+
+def test_chosen_experts_still_train(images):
+    model = timm.create_model('resnet32_shike', num_classes=5)
+    model.set_experts([1, 2])
+    model(images).mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize('experts', [[], [3], [-1], [1, 1]])
+def test_a_wrong_choice_is_refused(experts):
+    model = timm.create_model('resnet32_shike')
+    with pytest.raises(ValueError, match=r'different numbers from 0 to 2, .* got \['):
+        model.set_experts(experts)
+    assert model.num_experts == 3
+
+
+def test_a_saved_model_carries_only_the_chosen(tmp_path, images):
+    model = timm.create_model('resnet32_shike', num_classes=5).eval()
+    model.set_experts([2, 1])
+    save_for_hf(model, tmp_path / 'model', safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True).eval()
+    assert loaded.num_experts == 2 and loaded.depths == (1, 2)
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), model(images))
+
+
+def test_without_classifiers(images):
+    model = timm.create_model('resnet32_shike', num_classes=0)
+    model.set_experts([1])
+    assert model(images).shape == (3, 64)
+
+
+def test_costs_are_counted():
+    linear = torch.nn.Linear(8, 4)
+    models = {'linear': linear, 'twice': torch.nn.Sequential(torch.nn.Linear(8, 8), linear)}
+    costs = inference_costs(models, torch.randn(16, 8), num_iter=2, num_rounds=3)
+    assert costs['linear']['parameters'] == 36 and costs['linear']['gmacs'] == 32e-9
+    assert costs['twice']['gmacs'] == 96e-9 and all(cost['images_per_second'] > 0 for cost in costs.values())
+
+
+def evaluate(run_script, tiny_run, results, *options):
+    status, out, err = run_script(
+        'eval.py', '--model', f'local-dir:{tiny_run}/model', '--dataset', 'digits_lt', '--workers', '0',
+        '--device', 'cpu', '--results-file', results, *options)
+    return status, out, err, json.loads(results.read_text()) if status == 0 else None
+
+
+def test_eval_tells_accuracy_against_cost(tmp_path, run_script, tiny_run):
+    status, out, err, metrics = evaluate(run_script, tiny_run, tmp_path / 'results.json', '--expert-subsets')
+    assert status == 0, err
+    subsets = {tuple(one['experts']): one for one in metrics['subsets']}
+    assert list(subsets) == [s for size in (1, 2, 3) for s in itertools.combinations(range(3), size)]
+    shares = ('top1', 'top5', 'many', 'medium', 'few')
+    for m, expert in enumerate(metrics['experts']):
+        assert all(subsets[m,][key] == expert[key] for key in shares)
+    assert all(subsets[0, 1, 2][key] == metrics[key] for key in shares)
+    assert subsets[0,]['parameters'] < subsets[0, 1]['parameters'] < subsets[0, 1, 2]['parameters']
+    assert subsets[0,]['gmacs'] < subsets[0, 2]['gmacs'] < subsets[0, 1, 2]['gmacs']
+    lines = out[out.index('experts'):].splitlines()
+    assert lines[0].split() == ['experts', 'top1', 'top5', 'many', 'medium', 'few', 'params', 'M', 'GMACs', 'img/s']
+    assert len(lines) == 8 and lines[-1].startswith('0 1 2')
+
+    _, _, _, two = evaluate(run_script, tiny_run, tmp_path / 'two.json', '--experts', '0', '2')
+    assert all(two[key] == subsets[0, 2][key] for key in shares) and len(two['experts']) == 2
+
+
+def test_eval_refuses_experts_that_are_not_there(tmp_path, run_script, tiny_run):
+    status, _, err, _ = evaluate(run_script, tiny_run, tmp_path / 'results.json', '--experts', '3')
+    assert status == 2 and '--experts: experts must be different numbers from 0 to 2' in err and err.count('\n') == 1
