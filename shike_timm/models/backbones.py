@@ -109,6 +109,7 @@ class _Call:
         return len(self.inputs) == 1 and self.inputs[0] is value
 
 
+@torch.inference_mode(False)  # where tensors do not count how often they are written to
 @torch.no_grad()
 def _chain(net: nn.Module, name: str, in_chans: int) -> List[str]:
     """Names of the modules that make up `net.forward_features`, each called on what the one before returned.
