@@ -110,6 +110,20 @@ def _read_hparams(path: str) -> Dict[Any, Any]:
     return values or {}
 
 
+def _read_hparams_chain(path: str) -> Dict[str, Dict[Any, Any]]:
+    """Values by hparams file: those of the file that `base` names first, then the file's own, which override them."""
+    chain: Dict[str, Dict[Any, Any]] = {}
+    while path:
+        if os.path.normpath(path) in map(os.path.normpath, chain):
+            raise InputError(f"hparams file '{path}' has itself among its bases: name another as 'base'.")
+        values = chain[path] = _read_hparams(path)
+        base = values.pop('base', None)
+        if base is not None and not (isinstance(base, str) and base):
+            raise InputError(f"hparams file '{path}': 'base' is {base!r}, expected the path of another hparams file.")
+        path = os.path.join(os.path.dirname(path), base) if base else ''
+    return dict(reversed(chain.items()))
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Data')
     group.add_argument('--data-dir', metavar='DIR', help='folder of the data')
@@ -264,7 +278,8 @@ def _add_checkpoint(parser: _Parser) -> None:
 def _parser(description: str) -> _Parser:
     parser = _Parser(description=description)
     parser.add_argument(
-        '-c', '--config', '--hparams', dest='hparams', metavar='FILE', help='YAML file of defaults for these arguments')
+        '-c', '--config', '--hparams', dest='hparams', metavar='FILE',
+        help="YAML file of defaults for these arguments, over those of the file it names as 'base'")
     return parser
 
 
@@ -293,8 +308,8 @@ def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _parse(parser: _Parser, argv: Optional[Sequence[str]], hparams: Optional[str]) -> argparse.Namespace:
-    if hparams:
-        parser.set_checked_defaults(_read_hparams(hparams), f"hparams file '{hparams}'")
+    for path, values in _read_hparams_chain(hparams).items() if hparams else ():
+        parser.set_checked_defaults(values, f"hparams file '{path}'")
     return _check_ranges(parser.parse(argv))
 
 

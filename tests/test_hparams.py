@@ -11,7 +11,7 @@ from shike_timm.builders import create_model, create_optimizer, create_schedule,
 from shike_timm.errors import InputError
 from shike_timm.hparams import parse_eval_args, parse_retrain_args, parse_train_args
 
-HPARAMS = sorted((ROOT / 'hparams').glob('*.yaml'))
+HPARAMS = sorted((ROOT / 'hparams').rglob('*.yaml'))
 
 
 def write(tmp_path, text):
@@ -56,7 +56,22 @@ def test_short_recipe_learning_rates():
 def test_published_hparams_parse(path):
     args = parse_train_args(['--hparams', str(path)])
     for key, value in read_yaml(path).items():
-        assert getattr(args, key) == value
+        assert key == 'base' or getattr(args, key) == value
+
+
+def test_ablation_rows_differ_in_their_part_alone():
+    base = vars(parse_train_args(['--hparams', str(ROOT / 'hparams' / 'cifar100_lt_if100.yaml')]))
+    off = dict(fusion=False, alpha=0., beta=0.)
+    differences = [
+        {
+            key: value
+            for key, value in vars(parse_train_args(['--hparams', str(path)])).items()
+            if value != base[key] and key != 'hparams'
+        }
+        for path in sorted((ROOT / 'hparams' / 'ablation').glob('*.yaml'))
+    ]
+    assert differences == [
+        dict(off, num_experts=1), off, dict(alpha=0., beta=0.), dict(alpha=0.), dict(beta=0.), dict(fusion=False), {}]
 
 
 def test_recipe_optimizer_decays_every_parameter_without_nesterov():
@@ -72,6 +87,27 @@ def test_precedence(tmp_path):
     args = parse_train_args(['--hparams', path, '--batch-size', '9'])
     assert (args.lr, args.batch_size, args.amp, args.depths, args.epochs) == (0.3, 9, True, [1, 2, 2], 180)
     assert args.weight_decay == 5e-4
+
+
+def test_a_file_overrides_its_base(tmp_path):
+    (tmp_path / 'a.yaml').write_text('epochs: 30\nlr: 0.3\nopt_kwargs: {nesterov: true}\n')
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'sub' / 'b.yaml').write_text('base: ../a.yaml\nlr: 0.2\n')
+    args = parse_train_args(['--hparams', write(tmp_path, 'base: sub/b.yaml\nbatch_size: 9'), '--seed', '3'])
+    assert (args.epochs, args.lr, args.batch_size, args.seed) == (30, 0.2, 9, 3)
+    assert args.opt_kwargs == {'nesterov': True}
+
+
+@pytest.mark.parametrize('text, message', [
+    ('base: nowhere.yaml', "nowhere.yaml' does not exist"),
+    ('base: hparams.yaml', "hparams.yaml' has itself among its bases"),
+    ('base: [a.yaml]', "'base' is ['a.yaml'], expected the path of another hparams file"),
+    ('base: sub.yaml', "sub.yaml' has an unknown key 'epoch', the nearest valid one is 'epochs'"),
+])
+def test_bad_bases(tmp_path, text, message):
+    (tmp_path / 'sub.yaml').write_text('epoch: 3')
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_train_args(['--hparams', write(tmp_path, text)])
 
 
 @pytest.mark.parametrize('text, message', [
