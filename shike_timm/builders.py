@@ -90,14 +90,13 @@ def check_model_name(name: str) -> None:
         raise InputError(f"model '{name}' is not a SHIKE model, the nearest one is '{nearest}'.")
 
 
-def create_model(args: argparse.Namespace, num_classes: int, pretrained_backbone: Optional[str] = None) -> Shike:
+def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False) -> Shike:
     """The SHIKE model that the arguments describe.
 
     Args:
         args: Arguments of train.py.
         num_classes: Classes.
-        pretrained_backbone: Weights of the backbone to start from: 'default', a tag or a file; none by default,
-            whatever the arguments say.
+        fresh: Load the weights of the backbone that the arguments name; otherwise a checkpoint brings weights.
 
     Raises:
         InputError: If it is not one of the registered names, or an option of it is out of range.
@@ -107,6 +106,9 @@ def create_model(args: argparse.Namespace, num_classes: int, pretrained_backbone
         raise InputError(
             f"--backbone '{args.backbone}' goes with --model shike, not with '{args.model}': change one of them."
             if args.backbone else '--model shike needs --backbone, the name of a network of timm: add it.')
+    if args.freeze_trunk and not args.pretrained_backbone:
+        raise InputError('--freeze-trunk would keep random shared stages: add --pretrained-backbone.')
+    source = True if args.pretrained_backbone == 'default' else args.pretrained_backbone
     try:
         model = timm.create_model(
             args.model,
@@ -119,10 +121,13 @@ def create_model(args: argparse.Namespace, num_classes: int, pretrained_backbone
             aligner=args.aligner,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
-            pretrained_backbone=True if pretrained_backbone == 'default' else pretrained_backbone,
+            pretrained_backbone=source,
+            # Says that other weights follow, while the preprocessing is still that of the backbone's.
+            pretrained_model_args=None if fresh else dict(pretrained_backbone=source),
         )
     except (ValueError, RuntimeError, OSError) as error:  # the Hub's are of the last kind
         raise InputError(f"model '{args.model}' cannot be made: {' '.join(str(error).split())}") from error
+    model._model_args.pop('pretrained_backbone', None)  # of no use to who loads the model, and perhaps a path of ours
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.freeze_trunk:
         model.freeze_trunk()

@@ -82,12 +82,25 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     return checkpoint
 
 
-def model_weights(checkpoint: Dict[str, Any]) -> Dict[str, Tensor]:
-    """The model's weights in a checkpoint, its moving average where there is one, as timm chooses."""
-    for key in ('state_dict_ema', 'state_dict', 'model'):
-        if checkpoint.get(key) is not None:
-            return clean_state_dict(checkpoint[key])
-    return clean_state_dict(checkpoint)
+def model_weights(checkpoint: Dict[str, Any], path: Union[str, Path]) -> Dict[str, Tensor]:
+    """The model's weights in a checkpoint, its moving average where there is one, as timm chooses.
+
+    Args:
+        checkpoint: What `load_checkpoint` gives.
+        path: Where it comes from, for the message.
+
+    Raises:
+        InputError: If it holds no weights.
+    """
+    weights = next(
+        (checkpoint[key] for key in ('state_dict_ema', 'state_dict', 'model') if checkpoint.get(key) is not None),
+        checkpoint)
+    if not weights or not isinstance(weights, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
+        raise InputError(
+            f"checkpoint '{path}' holds no state dict of names and tensors: use one of train.py or of the authors' "
+            'CIFAR code.')
+    return clean_state_dict(weights)
 
 
 def load_weights(model: nn.Module, weights: Dict[str, Tensor], path: Union[str, Path]) -> None:

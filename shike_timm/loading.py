@@ -68,7 +68,7 @@ def _load_authors(weights: Dict[str, Tensor], classifiers: str) -> TrainedModel:
 
 def _load_checkpoint(path: str, authors_classifiers: str) -> TrainedModel:
     checkpoint = load_checkpoint(path)
-    weights = model_weights(checkpoint)
+    weights = model_weights(checkpoint, path)
     if is_authors_layout(weights):
         return _load_authors(weights, authors_classifiers)
     saved = checkpoint.get('args')

@@ -66,7 +66,7 @@ def prepare(args: argparse.Namespace, stages: Sequence[int], fresh: bool = True)
     autocast = resolve_autocast(args, device)
     data = load_data(args)
     seed_all(args.seed, 1, -1)
-    model = create_model(args, data.num_classes, args.pretrained_backbone if fresh else None).to(device)
+    model = create_model(args, data.num_classes, fresh).to(device)
     for stage in stages:  # a wrong option shows here rather than after stage one
         create_schedule(create_optimizer(args, stage, model), args, stage)
     if 1 in stages:

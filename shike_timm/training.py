@@ -224,7 +224,7 @@ def retrain(args: argparse.Namespace) -> Dict[str, Any]:
     if not args.crt_epochs:
         raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1.')
     path = _stage_one_checkpoint(args.checkpoint)
-    weights = model_weights(load_checkpoint(path))
+    weights = model_weights(load_checkpoint(path), path)
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
     run = prepare(args, [2], fresh=False)
     load_weights(run.model, weights, path)

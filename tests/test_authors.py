@@ -131,9 +131,28 @@ def test_every_way_of_loading_translates(tmp_path, weights, images):
     direct.load_state_dict(weights)
     wrapped = torch.nn.ModuleDict({'net': timm.create_model('resnet32_shike')})
     wrapped.load_state_dict({f'net.{name}': value for name, value in weights.items()})
+    parallel = timm.create_model('resnet32_shike')
+    parallel.load_state_dict({f'module.{name}': value for name, value in weights.items()})
+    by_value = timm.create_model('resnet32_shike', pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights))
     trained = load_trained_model(checkpoint=str(tmp_path / 'theirs.pth.tar')).model
-    for model in (by_file, direct, wrapped['net'], trained):
+    for model in (by_file, direct, wrapped['net'], parallel, by_value, trained):
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_pretrained_weights_adapt_to_other_channels_and_classes(tmp_path, weights):
+    overlay = dict(file=str(save(tmp_path, weights)))
+    expected = timm.create_model('resnet32_shike', pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
+    adapted = timm.create_model(
+        'resnet32_shike', pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=7).state_dict()
+    torch.testing.assert_close(adapted['stem.0.weight'], expected['stem.0.weight'].sum(1, keepdim=True))
+    assert adapted['classifier.weight'].shape == (3, 7, 64)
+    assert all(torch.equal(value, expected[name]) for name, value in adapted.items() if name.startswith('experts'))
+    features = timm.create_model('resnet32_shike', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
+    assert all(torch.equal(value, expected[name]) for name, value in features.state_dict().items())
+    with pytest.raises(InputError, match='has 3 experts .* create it with num_experts=3, num_classes=100'):
+        timm.create_model('resnet32_shike', checkpoint_path=overlay['file'], num_classes=7)
+    with pytest.raises(InputError, match="'layer3s.2.*', for which the model has no place"):
+        timm.create_model('resnet32_shike', pretrained=True, pretrained_cfg_overlay=overlay, num_experts=2)
 
 
 def test_links_may_be_numbered_from_one(weights):
@@ -152,11 +171,15 @@ def test_own_layout_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize('change, message', [
     (lambda w: w.pop('layer2.3.bn1.bias'), "nothing for 'stages.1.3.bn1.bias'"),
-    (lambda w: w.pop('rt_classifiers.1.weight'), "no 'rt_classifiers.1.weight': choose the other set"),
+    (lambda w: w.pop('rt_classifiers.1.weight'), "no 'rt_classifiers.1.weight': use a whole file, or choose the other set"),
     (lambda w: w.update({'conv1.weight': torch.zeros(16, 3, 5, 5)}), r"'conv1.weight' with the shape \(16, 3, 5, 5\)"),
-    (lambda w: w.update({'rt_classifiers.0.weight': torch.zeros(64, 9)}), '3 experts and 9 classes'),
+    (lambda w: w.update({f'rt_classifiers.{m}.weight': torch.zeros(64, 9) for m in range(3)}), '3 experts and 9 classes'),
     (lambda w: w.update({'rt_classifiers.2.weight': torch.zeros(64, 9)}), 'of different shapes'),
     (lambda w: w.update({'rt_classifiers.3.weight': torch.zeros(64, 100)}), 'has 4 experts .* num_experts=4'),
+    (lambda w: w.update({'rt_classifiers.0.weight': torch.zeros(64)}), r"'rt_classifiers.0.weight' with the shape \(64,"),
+    (lambda w: w.update({'rt_classifiers.x.weight': torch.zeros(64, 100)}), "holds 'rt_classifiers.x.weight'"),
+    (lambda w: w.update({'bn1.bias': 3}), "holds a int as 'bn1.bias', expected a tensor"),
+    (lambda w: [w.pop(name) for name in list(w) if re.match(r'[a-z_3]+s\.0\.', name)], "no 'rt_classifiers.0.weight'"),
     (lambda w: w.update({'layer4.0.conv1.weight': torch.zeros(1)}), "'layer4.0.conv1.weight', which that code does"),
     (lambda w: w.update({'layer1.5.conv1.weight': torch.zeros(1)}), "'layer1.5.conv1.weight', for which the model"),
     (lambda w: w.update({'shallow_exps.0.convs.StridedConv9.conv.1.bias': torch.zeros(1)}), 'StridedConv9'),
@@ -182,21 +205,22 @@ def test_other_numbers_of_classes_and_experts(tmp_path, images):
     assert (logits - authors_logits(weights, images, 'classifiers', 2)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize('classifiers', SETS)
-def test_eval_reads_them(tmp_path, weights, run_script, classifiers):
+def test_eval_reads_them(tmp_path, weights, run_script):
     shrunk = {
         name: value[:, :10].contiguous() if re.match('(rt_)?classifiers', name) else value
         for name, value in weights.items()
     }
     path = save(tmp_path, shrunk)
-    status, out, err = run_script(
-        'eval.py', '--checkpoint', path, '--authors-classifiers', classifiers, '--dataset', 'digits_lt',
-        '--img-size', '8', '--workers', '0', '--device', 'cpu')
-    assert status == 0, err
-    assert out.splitlines()[-1].startswith('ensemble')
+    command = ['eval.py', '--dataset', 'digits_lt', '--img-size', '8', '--workers', '0', '--device', 'cpu']
+    tables = {}
+    for classifiers in SETS:
+        status, tables[classifiers], err = run_script(
+            *command, '--checkpoint', path, '--authors-classifiers', classifiers)
+        assert status == 0, err
+        assert tables[classifiers].splitlines()[-1].startswith('ensemble')
+    assert tables['classifiers'] != tables['rt_classifiers'] == run_script(*command, '--checkpoint', path)[1]
     del shrunk['layer1.0.bn2.running_var']
-    status, out, err = run_script(
-        'eval.py', '--checkpoint', save(tmp_path, shrunk), '--dataset', 'digits_lt', '--workers', '0')
+    status, out, err = run_script(*command, '--checkpoint', save(tmp_path, shrunk))
     assert status == 2 and err.count('\n') == 1 and "nothing for 'stages.0.0.bn2.running_var'" in err
 
 

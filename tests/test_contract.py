@@ -203,6 +203,7 @@ def test_scripts(name):
     scripted = torch.jit.script(model)
     with torch.no_grad():
         torch.testing.assert_close(scripted(images), model(images), rtol=1e-4, atol=1e-5)
+    assert scripted.train().stem.training and not scripted.eval().stem.training
 
 
 def traced(model):

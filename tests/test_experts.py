@@ -40,12 +40,13 @@ def test_chosen_experts_still_train(images):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize('experts', [[], [3], [-1], [1, 1]])
+@pytest.mark.parametrize('experts', [[], [3], [-1], [1, 1], [True, False], [0., 2.], torch.tensor([0, 2])])
 def test_a_wrong_choice_is_refused(experts):
     model = timm.create_model('resnet32_shike')
     with pytest.raises(ValueError, match=r'different numbers from 0 to 2, .* got \['):
         model.set_experts(experts)
-    assert model.num_experts == 3
+    assert model.num_experts == 3 and model.num_features == 192
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 100)
 
 
 def test_a_saved_model_carries_only_the_chosen(tmp_path, images):

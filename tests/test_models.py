@@ -148,6 +148,14 @@ def test_linear_classifier():
         assert torch.allclose(model.classifier(features)[:, m], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize('num_classes', [-1, 3.5, '7', True])
+def test_a_wrong_number_of_classes_changes_nothing(num_classes):
+    model = timm.create_model('resnet32_shike', num_classes=4)
+    with pytest.raises(ValueError, match='num_classes must be a whole number'):
+        model.reset_classifier(num_classes)
+    assert model.num_classes == 4 and model(torch.randn(1, 3, 32, 32)).shape == (1, 4)
+
+
 def test_reset_classifier():
     model = timm.create_model('resnet32_shike').eval()
     images = torch.randn(2, 3, 32, 32)

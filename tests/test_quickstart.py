@@ -23,6 +23,7 @@ def test_stage_two_lifts_few_shot_classes_and_the_total(tmp_path, capsys, seed):
     assert table.count('ensemble') == 2 and table.count('expert') == 6
 
 
+@pytest.mark.slow
 def test_fast_paths_reach_the_accuracy_of_the_plain_ones(tmp_path):
     """Three seeds each: bfloat16 where the CPU has it, channels_last and data on the device, against none of these."""
     sides = {'fast': ['--device-data', '--channels-last', '--amp'], 'plain': ['--no-device-data']}

@@ -1,8 +1,9 @@
 """Checkpoints of the authors' CIFAR code, translated to the names and shapes of a SHIKE model on ResNet-32."""
 import re
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import torch
+from timm.models import clean_state_dict
 from torch import Tensor
 
 from ..errors import InputError
@@ -12,15 +13,16 @@ __all__ = ['CLASSIFIER_SETS', 'is_authors_layout', 'num_classes_and_experts', 't
 CLASSIFIER_SETS = ('rt_classifiers', 'classifiers')
 
 _BLOCK = r'\.(\d+)\.(conv1|bn1|conv2|bn2|shortcut\.[01])\.(\w+)$'
+_HEAD = rf"({'|'.join(CLASSIFIER_SETS)})\.(\d+)\.weight$"
 _LINK = r'shallow_exps\.(\d+)\.convs\.StridedConv(\d+)\.conv\.'
 _WHERE = "The checkpoint in the authors' layout"
 _SHORTCUT = {'shortcut.0': 'downsample.0', 'shortcut.1': 'downsample.1'}
 
 
-def is_authors_layout(weights: Dict[str, Tensor]) -> bool:
-    """Whether a state dict has the names of the authors' code."""
-    prefixes = ('layer3s.', 'shallow_exps.', *(f'{key}.' for key in CLASSIFIER_SETS))
-    return any(name.startswith(prefixes) for name in weights)
+def is_authors_layout(weights: Mapping[str, Any]) -> bool:
+    """Whether a state dict has the names of the authors' code, with or without the prefix of parallel training."""
+    starts = '|'.join(('layer3s', 'shallow_exps', *CLASSIFIER_SETS))
+    return any(re.match(rf'(module\.)?({starts})\.', name) for name in weights)
 
 
 def num_classes_and_experts(weights: Dict[str, Tensor]) -> Tuple[int, int]:
@@ -29,11 +31,10 @@ def num_classes_and_experts(weights: Dict[str, Tensor]) -> Tuple[int, int]:
     Raises:
         InputError: If it holds no classifier.
     """
-    pattern = re.compile(rf"(?:{'|'.join(CLASSIFIER_SETS)})\.(\d+)\.weight$")
-    found = {int(match[1]): weights[name] for name in weights if (match := pattern.match(name))}
-    if not found:
-        raise InputError("The checkpoint in the authors' layout holds no classifier: use a complete one.")
-    return next(iter(found.values())).shape[-1], max(found) + 1
+    heads = [(int(match[2]), weights[name]) for name in weights if (match := re.match(_HEAD, name))]
+    if not heads:
+        raise InputError(f'{_WHERE} holds no classifier: use a complete one.')
+    return heads[0][1].shape[-1], max(heads, key=lambda head: head[0])[0] + 1
 
 
 def _translate_name(name: str, links: Dict[int, List[int]]) -> str:
@@ -54,36 +55,52 @@ def _translate_name(name: str, links: Dict[int, List[int]]) -> str:
     return ''
 
 
-def _stack_classifiers(weights: Dict[str, Tensor], like: Tensor, classifiers: str) -> Tensor:
-    """One set of classifiers, stacked to the shape [M, C, features] of `like`."""
-    heads = {int(name.split('.')[1]): value for name, value in weights.items() if name.startswith(f'{classifiers}.')}
+def _stack_classifiers(weights: Dict[str, Tensor], classifiers: str) -> Tensor:
+    """One set of classifiers, stacked: [M, C, features]."""
+    found = {name: re.match(_HEAD, name) for name in weights if name.split('.')[0] in CLASSIFIER_SETS}
+    wrong = [name for name, match in found.items() if not match or weights[name].ndim != 2]
+    if wrong:
+        raise InputError(
+            f"{_WHERE} holds '{wrong[0]}' with the shape {tuple(weights[wrong[0]].shape)}, expected "
+            "'classifiers.M.weight' of the shape (features, classes): use its checkpoint unchanged.")
+    heads = {int(match[2]): weights[name] for name, match in found.items() if match[1] == classifiers}
     held = {int(match[1]) for name in weights if (match := re.match(r'layer3s\.(\d+)\.', name))} | set(heads)
-    missing = [m for m in sorted(held) if m not in heads]
-    if missing or not heads:
+    missing = [m for m in range(max(held, default=0) + 1) if m not in heads]
+    if missing:
         raise InputError(
-            f"{_WHERE} has no '{classifiers}.{min(missing, default=0)}.weight': choose the other set of classifiers.")
-    num_experts, num_classes, _ = like.shape
-    if len(heads) != num_experts or heads[0].shape[-1] != num_classes:
-        raise InputError(
-            f'{_WHERE} has {len(heads)} experts and {heads[0].shape[-1]} classes, the model {num_experts} and '
-            f'{num_classes}: create it with num_experts={len(heads)}, num_classes={heads[0].shape[-1]}.')
+            f"{_WHERE} has no '{classifiers}.{missing[0]}.weight': use a whole file, or choose the other set of "
+            'classifiers.')
     shapes = {tuple(head.shape) for head in heads.values()}
     if len(shapes) > 1:
         raise InputError(f"{_WHERE} has '{classifiers}' of different shapes, {sorted(shapes)}: use a whole file.")
-    return torch.stack([heads[m].t() for m in range(num_experts)])
+    return torch.stack([heads[m].t() for m in range(len(heads))])
 
 
-def _check_fit(translated: Dict[str, Tensor], own: Dict[str, Tensor], theirs: Dict[str, str]) -> None:
+def _check_fit(
+        translated: Dict[str, Tensor],
+        own: Dict[str, Tensor],
+        theirs: Dict[str, str],
+        flexible: Sequence[str],
+) -> None:
+    if 'classifier.weight' in own and 'classifier.weight' not in flexible:
+        given, expected = (state['classifier.weight'].shape[:2] for state in (translated, own))
+        if given != expected:
+            raise InputError(
+                f'{_WHERE} has {given[0]} experts and {given[1]} classes, the model {expected[0]} and {expected[1]}: '
+                f'create it with num_experts={given[0]}, num_classes={given[1]}.')
     for name, value in own.items():
+        if name in flexible:
+            continue
         if name not in translated:
             raise InputError(
                 f"{_WHERE} has nothing for '{name}' of the model: it is incomplete, or of another network than "
                 'resnet32_shike.')
-        if translated[name].shape != value.shape:
+        shape = tuple(translated[name].shape)
+        if shape != value.shape:
             raise InputError(
-                f"{_WHERE} holds '{theirs[name]}' with the shape {tuple(translated[name].shape)}, expected "
+                f"{_WHERE} holds '{theirs[name]}' with the shape {shape}, expected "
                 f'{tuple(value.shape)}: it is of another network than resnet32_shike.')
-    unknown = next((name for name in translated if name not in own), None)
+    unknown = next((name for name in translated if name not in own and name not in flexible), None)
     if unknown:
         raise InputError(
             f"{_WHERE} holds '{theirs[unknown]}', for which the model has no place: it is of another network or has "
@@ -94,20 +111,26 @@ def translate_authors_weights(
         weights: Dict[str, Tensor],
         own: Dict[str, Tensor],
         classifiers: str = 'rt_classifiers',
+        flexible: Sequence[str] = (),
 ) -> Dict[str, Tensor]:
     """Translate a state dict of the authors' code.
 
     Args:
-        weights: Their state dict, without the prefix of parallel training.
+        weights: Their state dict.
         own: State dict of the model it is meant for, for names and shapes.
         classifiers: Which of their two sets of classifiers [features, C] to take.
+        flexible: Names in `own` that may have another shape.
 
     Returns:
-        State dict with the names and shapes of `own`.
+        State dict with the names of `own` and, but for the flexible ones, its shapes.
 
     Raises:
         InputError: If a parameter is missing, is not known, or has another shape.
     """
+    weights = clean_state_dict(weights)
+    wrong = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise InputError(f"{_WHERE} holds a {type(weights[wrong[0]]).__name__} as '{wrong[0]}', expected a tensor.")
     links: Dict[int, List[int]] = {}
     for name in weights:
         if match := re.match(_LINK + r'0\.weight$', name):
@@ -121,8 +144,8 @@ def translate_authors_weights(
         if not ours:
             raise InputError(f"{_WHERE} holds '{name}', which that code does not have: use its checkpoint unchanged.")
         translated[ours], theirs[ours] = value, name
-    if 'classifier.weight' in own:
+    if 'classifier.weight' in own or 'classifier.weight' in flexible:
         theirs['classifier.weight'] = f'{classifiers}.0.weight'
-        translated['classifier.weight'] = _stack_classifiers(weights, own['classifier.weight'], classifiers)
-    _check_fit(translated, own, theirs)
+        translated['classifier.weight'] = _stack_classifiers(weights, classifiers)
+    _check_fit(translated, own, theirs, flexible)
     return translated

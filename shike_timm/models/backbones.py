@@ -2,7 +2,7 @@
 import copy
 import os
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -10,7 +10,7 @@ from timm.models import load_state_dict
 from timm.models.resnet import BasicBlock, make_blocks
 from torch import Tensor, nn
 
-__all__ = ['Backbone', 'BackboneFn', 'cifar_resnet', 'timm_backbone']
+__all__ = ['Backbone', 'BackboneFn', 'cifar_resnet', 'tagged_name', 'timm_backbone']
 
 _MIN_REDUCTION = 4  # what comes before, at a higher resolution, is the stem
 
@@ -44,7 +44,7 @@ def cifar_resnet(
         blocks_per_stage: int,
         num_experts: int,
         in_chans: int = 3,
-        drop_path_rate: float = 0.,
+        drop_path_rate: Optional[float] = None,
         output_stride: int = 32,
         pretrained: Union[bool, str] = False,
         **dd: Any,
@@ -55,7 +55,7 @@ def cifar_resnet(
         blocks_per_stage: Blocks n of each stage.
         num_experts: Last stages to make.
         in_chans: Channels of the input images.
-        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0.
+        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0. None is 0.
         output_stride: Only 32, which leaves the strides as they are.
         pretrained: Only False, since timm has no such network.
         **dd: Device and data type of the parameters.
@@ -70,7 +70,7 @@ def cifar_resnet(
     channels = (16, 32, 64)
     conv = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **dd)
     stages, _ = make_blocks(
-        (BasicBlock,) * 3, channels, (blocks_per_stage,) * 3, inplanes=16, drop_path_rate=drop_path_rate, **dd)
+        (BasicBlock,) * 3, channels, (blocks_per_stage,) * 3, inplanes=16, drop_path_rate=drop_path_rate or 0., **dd)
     *shared, last = [stage for _, stage in stages]
     return Backbone(
         stem=nn.Sequential(conv, nn.BatchNorm2d(16, **dd), nn.ReLU(inplace=True)),
@@ -93,7 +93,7 @@ def _pieces(net: nn.Module, levels: Sequence[str], prefix: str = ''):
 
 
 class _Call:
-    """A module's call: what it took and gave, and how often its input had been written to before and after."""
+    """A module's call: what it took and gave, and how often either had been written to by then."""
 
     def __init__(self, path: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]):
         self.path = path
@@ -102,7 +102,6 @@ class _Call:
 
     def finish(self, output: Any) -> None:
         self.output = output
-        self.version_after = getattr(self.inputs[0], '_version', None)
         self.output_version = getattr(output, '_version', None)
 
     def takes(self, value: Any) -> bool:
@@ -136,29 +135,33 @@ def _chain(net: nn.Module, name: str, in_chans: int) -> List[str]:
         module.register_forward_hook(lambda _, args, output: calls[-1].finish(output))
     value = torch.empty(1, in_chans, *net.default_cfg['input_size'][1:], device='meta', dtype=torch.float32)
     output = net.eval().forward_features(value)
-    outputs: Dict[str, Any] = {}
-    previous, version = '', value._version
+    outputs: Dict[str, _Call] = {}
+    version = value._version
     for call in calls:
         if not call.takes(value) or call.version_before != version or call.path in outputs:
             raise ValueError(
                 f"backbone '{name}' cannot be split: more than a chain of modules happens before '{call.path}', "
                 'choose a convolutional network.')
-        if previous in levels and call.version_after != version:
-            raise ValueError(
-                f"backbone '{name}' cannot be split: '{call.path}' overwrites the features of '{previous}', which "
-                'experts share, choose another.')
-        value = outputs[call.path] = call.output
-        previous, version = call.path, call.output_version
+        outputs[call.path] = call
+        value, version = call.output, call.output_version
     missing = [level for level in levels if level not in outputs]
     if missing or output is not value:
         raise ValueError(
             f"backbone '{name}' cannot be split: its features are not the output of a chain of modules "
             f"('{missing[0] if missing else levels[-1]}' is left out), choose a convolutional network.")
-    for info in net.feature_info[:-1]:
-        if not isinstance(outputs[info['module']], Tensor) or outputs[info['module']].ndim != 4:
+    for level in levels[:-1]:
+        if not isinstance(outputs[level].output, Tensor) or outputs[level].output.ndim != 4:
             raise ValueError(
-                f"backbone '{name}' cannot be split: '{info['module']}' gives no feature map [B, C, h, w], "
+                f"backbone '{name}' cannot be split: '{level}' gives no feature map [B, C, h, w], "
                 'choose a convolutional network.')
+        if outputs[level].output._version != outputs[level].output_version:
+            raise ValueError(
+                f"backbone '{name}' cannot be split: a later module overwrites the features of '{level}', which "
+                'experts share, choose another.')
+    if value.ndim != 4 or value.shape[1] != net.num_features:
+        raise ValueError(
+            f"backbone '{name}' cannot be split: its last stage gives no feature map [B, {net.num_features}, h, w], "
+            'choose a convolutional network.')
     return list(outputs)
 
 
@@ -170,31 +173,59 @@ def _sequence(net: nn.Module, paths: Sequence[str]) -> nn.Sequential:
     return nn.Sequential(*modules)
 
 
-def _create_pretrained(name: str, source: Union[bool, str], **kwargs: Any) -> nn.Module:
-    if source is True:
-        return timm.create_model(name, pretrained=True, **kwargs)
-    if not (os.path.exists(source) or os.sep in source or '.' in source):
-        return timm.create_model(f"{name.split('.')[0]}.{source}", pretrained=True, **kwargs)
+def _is_file(source: str) -> bool:
+    return os.path.isfile(source) or os.sep in source or '.' in source
+
+
+def tagged_name(name: str, source: Union[None, bool, str]) -> str:
+    """Name of the timm model whose weights a pretrained source stands for: with its tag, if it is one."""
+    return f"{name.split('.')[0]}.{source}" if isinstance(source, str) and not _is_file(source) else name
+
+
+def _read_weights(name: str, source: str) -> Dict[str, Tensor]:
     try:
         weights = load_state_dict(source)
+        keys = [key for key, value in weights.items() if isinstance(value, Tensor)]
     except FileNotFoundError:
         raise ValueError(f"pretrained_backbone '{source}' is neither a file nor a tag of '{name}'.") from None
+    except Exception as error:  # a damaged file can make torch or safetensors raise nearly anything
+        raise ValueError(
+            f"pretrained_backbone '{source}' cannot be read: expected a state dict of timm's '{name}', saved by "
+            'torch or safetensors with nothing but tensors and plain values in it.') from error
     # timm would load what fits and stay silent about the rest, since the classifier is left out.
     own = timm.create_model(name, num_classes=0, device='meta').state_dict()
-    missing = [key for key in own if key not in weights and not key.endswith('num_batches_tracked')]
+    missing = [key for key in own if key not in keys and not key.endswith('num_batches_tracked')]
     if missing:
         raise ValueError(
             f"pretrained_backbone '{source}' has no '{missing[0]}': expected a state dict of timm's '{name}'.")
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights), **kwargs)
+    return weights
+
+
+def _create_pretrained(name: str, source: Union[bool, str], **kwargs: Any) -> nn.Module:
+    if source is True or not _is_file(source):
+        return timm.create_model(tagged_name(name, source), pretrained=True, **kwargs)
+    overlay = dict(state_dict=_read_weights(name, source))
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def _create_skeleton(name: str, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **kwargs, device='meta')
+    except (TypeError, ValueError, AssertionError) as error:
+        reason = str(error).split('__init__() ')[-1].rstrip('.')
+        given = ', '.join(
+            f'{key}={value}' for key, value in kwargs.items() if value is not None and key != 'num_classes')
+        raise ValueError(f"backbone '{name}' cannot be made with {given}{reason and f': {reason}'}.") from error
 
 
 def timm_backbone(
         name: str,
         num_experts: int,
         in_chans: int = 3,
-        drop_path_rate: float = 0.,
+        drop_path_rate: Optional[float] = None,
         output_stride: int = 32,
         pretrained: Union[bool, str] = False,
+        cache_dir: Optional[str] = None,
         **dd: Any,
 ) -> Backbone:
     """A convolutional network of timm, cut where its own feature information says that the last stage begins.
@@ -203,10 +234,11 @@ def timm_backbone(
         name: Name of timm's model, tag included if need be.
         num_experts: Last stages to make: copies of the pretrained one, or each with initial values of its own.
         in_chans: Channels of the input images.
-        drop_path_rate: Stochastic depth rate, for networks that have one.
+        drop_path_rate: Stochastic depth rate, for networks that have one; None leaves them theirs.
         output_stride: Input over output resolution, for networks that can be dilated.
         pretrained: False for timm's initial values, True for timm's default weights, the tag of others, or the path of
             a state dict in timm's layout.
+        cache_dir: Folder that downloaded weights are kept in.
         **dd: Device and data type of the parameters.
 
     Raises:
@@ -214,32 +246,37 @@ def timm_backbone(
     """
     if not timm.is_model(name.split('.')[0]):
         raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
-    kwargs = dict(num_classes=0, in_chans=in_chans)
-    kwargs.update(drop_path_rate=drop_path_rate or None)
+    kwargs = dict(num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate)  # timm leaves out what is None
     kwargs.update(output_stride=output_stride if output_stride != 32 else None)
     try:
-        skeleton = timm.create_model(name, **kwargs, device='meta')
-    except TypeError as error:
-        raise ValueError(f"backbone '{name}' cannot be made: {str(error).split('__init__() ')[-1]}.") from error
+        skeleton = _create_skeleton(name, **kwargs)
+    except ValueError:
+        if drop_path_rate != 0:
+            raise
+        kwargs.update(drop_path_rate=None)  # a network without stochastic depth has a rate of 0
+        skeleton = _create_skeleton(name, **kwargs)
     chain = _chain(skeleton, name, in_chans)
     *levels, last = skeleton.feature_info
     shared = [level for level in levels if level['reduction'] >= _MIN_REDUCTION]
     if not shared:
         raise ValueError(f"backbone '{name}' cannot be split: no stage comes before its last one, choose another.")
     stem = [level for level in levels if level['reduction'] < _MIN_REDUCTION][-1:]
+    first_conv = skeleton.default_cfg['first_conv']
+    first_conv = [first_conv] if isinstance(first_conv, str) else first_conv
+    if not first_conv:
+        raise ValueError(
+            f"backbone '{name}' cannot be split: timm does not say which convolution sees the images, choose another.")
     ends = [chain.index(level['module']) + 1 for level in shared]
     # A network without a level of high resolution has its stem end where its first stage begins.
     start = chain.index(stem[0]['module']) + 1 if stem else ends[0] - 1
 
     if pretrained:
-        nets = [_create_pretrained(name, pretrained, **kwargs, **dd)]
+        nets = [_create_pretrained(name, pretrained, cache_dir=cache_dir, **kwargs, **dd)]
     else:
         nets = [timm.create_model(name, **kwargs, **dd) for _ in range(num_experts)]
     last_stages = [_sequence(net, chain[ends[-1]:]) for net in nets]
     last_stages += [copy.deepcopy(last_stages[0]) for _ in range(num_experts - len(nets))]
     trunk = nets[0]
-    first_conv = trunk.default_cfg['first_conv']
-    first_conv = [first_conv] if isinstance(first_conv, str) else first_conv
     return Backbone(
         stem=_sequence(trunk, chain[:start]),
         stages=[_sequence(trunk, chain[a:b]) for a, b in zip([start, *ends], ends)],

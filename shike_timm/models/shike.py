@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .aligners import ALIGNERS
 from .authors import CLASSIFIER_SETS, is_authors_layout, translate_authors_weights
-from .backbones import BackboneFn, cifar_resnet, timm_backbone
+from .backbones import BackboneFn, cifar_resnet, tagged_name, timm_backbone
 from .classifiers import CLASSIFIERS
 
 __all__ = ['Shike']
@@ -47,7 +47,9 @@ class Expert(nn.Module):
         """Fused features [B, D, h, w] from the last and the chosen shared stage's features."""
         x = self.stage(x)
         if self.aligner is not None:
-            x = x * self.aligner(shallow)
+            aligned = self.aligner(shallow)
+            # Aligners round odd sizes up; a backbone that rounds them down drops the last row and column.
+            x = x * aligned[:, :, :x.shape[2], :x.shape[3]]
         return x
 
 
@@ -77,7 +79,7 @@ class Shike(nn.Module):
         aligner: 'conv' (the authors') or 'bottleneck' (far smaller on wide backbones).
         global_pool: 'avg', 'max', 'avgmax', or '' for unpooled features, which needs `num_classes=0`.
         drop_rate: Dropout on the pooled features.
-        drop_path_rate: Stochastic depth in the backbone, where it has one.
+        drop_path_rate: Stochastic depth in the backbone, where it has one; None leaves the backbone its own rate.
         output_stride: 8 or 16 to dilate the backbone, where it can be.
         pretrained_backbone: Start from weights of the backbone: True for timm's default ones, the tag of others, or a
             file. The experts' last stages are copies, aligners and classifiers fresh.
@@ -104,7 +106,7 @@ class Shike(nn.Module):
             aligner: str = 'bottleneck',
             global_pool: str = 'avg',
             drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
+            drop_path_rate: Optional[float] = None,
             output_stride: int = 32,
             pretrained_backbone: Union[bool, str] = False,
             authors_classifiers: str = 'rt_classifiers',
@@ -188,11 +190,13 @@ class Shike(nn.Module):
         """Patterns that sort parameters by depth, for layer-wise learning rates: stem, shared stages, experts."""
         if coarse:
             return dict(stem=r'^stem', blocks=r'^stages\.(\d+)', experts=r'^experts')
+        # A stage is a sequence of blocks, or of a module that holds them under one of timm's usual names.
         block = r'(?:\.[a-z_]+)*\.(\d+)'
+        inner = block + r'\.(?:blocks\.|layers\.|b|denselayer)(\d+)'
         return dict(
             stem=r'^stem',
-            blocks=[(r'^stages\.(\d+)' + block, None), (r'^stages\.(\d+)', None)],
-            experts=[(r'^experts\.\d+\.stage' + block, None), (r'^experts', None)],
+            blocks=[(r'^stages\.(\d+)' + part, None) for part in (inner, block, '')],
+            experts=[(r'^experts' + part, None) for part in (r'\.\d+\.stage' + inner, r'\.\d+\.stage' + block, '')],
         )
 
     @torch.jit.ignore
@@ -208,7 +212,6 @@ class Shike(nn.Module):
         self.stages.requires_grad_(False)
         self.train(self.training)
 
-    @torch.jit.ignore
     def train(self, mode: bool = True) -> 'Shike':
         """Set training or eval mode; a frozen trunk stays in eval mode."""
         super().train(mode)
@@ -234,6 +237,8 @@ class Shike(nn.Module):
         Raises:
             ValueError: If there is no such pooling, or '' is to go with classifiers.
         """
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f'num_classes must be a whole number of at least 0, got {num_classes!r}.')
         if global_pool is None and num_classes and not self.global_pool.pool_type:
             global_pool = 'avg'
         if global_pool is not None:
@@ -265,9 +270,10 @@ class Shike(nn.Module):
             ValueError: If an index is out of range or comes twice, or none is given.
         """
         experts = list(experts)
-        if not experts or len(set(experts)) < len(experts) or not all(0 <= m < self.num_experts for m in experts):
+        known = range(len(self.experts))
+        if not experts or len(set(experts)) < len(experts) or not all(type(m) is int and m in known for m in experts):
             raise ValueError(
-                f'experts must be different numbers from 0 to {self.num_experts - 1}, the experts of the model, '
+                f'experts must be different numbers from 0 to {len(known) - 1}, the experts of the model, '
                 f'got {experts}.')
         self.num_features = self.num_features // self.num_experts * len(experts)
         self.experts = nn.ModuleList([self.experts[m] for m in experts])
@@ -399,9 +405,18 @@ def _translate_on_load(model: Shike, state_dict: Dict[str, Tensor], prefix: str,
         state_dict.update({prefix + name: value for name, value in translated.items()})
 
 
+def _translate_pretrained(state_dict: Dict[str, Tensor], model: Shike) -> Dict[str, Tensor]:
+    """Translate before timm adapts weights to other image channels and another number of classes."""
+    if not is_authors_layout(state_dict):
+        return state_dict
+    first_conv = model._traits['first_conv']
+    return translate_authors_weights(
+        state_dict, model.state_dict(), model.authors_classifiers, (f'{first_conv}.weight', 'classifier.weight'))
+
+
 def _check_published(variant: str, kwargs: Dict[str, Any]) -> None:
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    if not cfg.has_weights:
+    if not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(
             f"No weights are published for '{variant}': leave pretrained out and train it with train.py, or load a "
             "trained model as 'hf-hub:USER/NAME' or 'local-dir:FOLDER'.")
@@ -424,6 +439,7 @@ def _create_shike(
         pretrained,
         backbone=backbone,
         pretrained_model_args=pretrained_model_args,
+        pretrained_filter_fn=_translate_pretrained,
         feature_cfg=dict(feature_cls='getter', out_indices=None),
         **kwargs,
     )
@@ -435,7 +451,6 @@ def _cfg(**kwargs) -> Dict[str, Any]:
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.0', 'classifier': 'classifier',
-        'license': 'apache-2.0',
         **kwargs,
     }
 
@@ -450,6 +465,29 @@ default_cfgs = generate_default_cfgs({
 })
 
 
+def _backbone_cfg(name: str, pretrained: Union[None, bool, str]) -> Dict[str, Any]:
+    """A configuration with the preprocessing that a backbone's weights expect, and their license if they are used."""
+    cfg = get_pretrained_cfg(tagged_name(name, pretrained), allow_unregistered=True)
+    keys = ['input_size', 'pool_size', 'crop_pct', 'interpolation', 'mean', 'std']
+    if pretrained is True or tagged_name(name, pretrained) != name:
+        keys.append('license')
+    return _cfg(**{key: getattr(cfg, key) for key in keys if getattr(cfg, key, None) is not None})
+
+
+def _create_on_timm(variant: str, backbone: str, pretrained: bool = False, **kwargs: Any) -> Shike:
+    source = kwargs.get('pretrained_backbone')
+    # A tag as configuration says no more than the name does.
+    given = kwargs.get('pretrained_cfg') is not None and not isinstance(kwargs['pretrained_cfg'], str)
+    follow = not given and (variant == 'shike' or source and not pretrained) and timm.is_model(backbone.split('.')[0])
+    if follow:
+        kwargs['pretrained_cfg'] = _backbone_cfg(backbone, source)
+    make_backbone = partial(timm_backbone, backbone, cache_dir=kwargs.get('cache_dir'))
+    model = _create_shike(variant, make_backbone, pretrained=pretrained, **kwargs)
+    if follow:
+        model.pretrained_cfg['first_conv'] = timm.models.get_model_traits(model)['first_conv']
+    return model
+
+
 @register_model
 def resnet32_shike(pretrained: bool = False, **kwargs) -> Shike:
     """SHIKE on the CIFAR ResNet-32, 32x32 images, with the authors' aligner."""
@@ -460,26 +498,19 @@ def resnet32_shike(pretrained: bool = False, **kwargs) -> Shike:
 @register_model
 def resnet50_shike(pretrained: bool = False, **kwargs) -> Shike:
     """SHIKE on ResNet-50."""
-    return _create_shike('resnet50_shike', partial(timm_backbone, 'resnet50'), pretrained=pretrained, **kwargs)
+    return _create_on_timm('resnet50_shike', 'resnet50', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def resnext50_shike(pretrained: bool = False, **kwargs) -> Shike:
     """SHIKE on ResNeXt-50 32x4d."""
-    return _create_shike('resnext50_shike', partial(timm_backbone, 'resnext50_32x4d'), pretrained=pretrained, **kwargs)
+    return _create_on_timm('resnext50_shike', 'resnext50_32x4d', pretrained=pretrained, **kwargs)
 
 
 @register_model
 def resnet152_shike(pretrained: bool = False, **kwargs) -> Shike:
     """SHIKE on ResNet-152."""
-    return _create_shike('resnet152_shike', partial(timm_backbone, 'resnet152'), pretrained=pretrained, **kwargs)
-
-
-def _backbone_cfg(backbone: str) -> Dict[str, Any]:
-    """A configuration with the preprocessing of the backbone's own."""
-    cfg = get_pretrained_cfg(backbone, allow_unregistered=True)
-    names = ('input_size', 'pool_size', 'crop_pct', 'interpolation', 'mean', 'std')
-    return _cfg(**{name: getattr(cfg, name) for name in names if getattr(cfg, name, None) is not None})
+    return _create_on_timm('resnet152_shike', 'resnet152', pretrained=pretrained, **kwargs)
 
 
 @register_model
@@ -491,10 +522,4 @@ def shike(pretrained: bool = False, backbone: str = 'resnet50', **kwargs) -> Shi
         backbone: Name of timm's network.
         **kwargs: Arguments of `Shike`.
     """
-    own_cfg = not isinstance(kwargs.get('pretrained_cfg'), dict) and timm.is_model(backbone.split('.')[0])
-    if own_cfg:
-        kwargs['pretrained_cfg'] = _backbone_cfg(backbone)
-    model = _create_shike('shike', partial(timm_backbone, backbone), pretrained=pretrained, **kwargs)
-    if own_cfg:
-        model.pretrained_cfg['first_conv'] = timm.models.get_model_traits(model)['first_conv']
-    return model
+    return _create_on_timm('shike', backbone, pretrained=pretrained, **kwargs)
