@@ -34,7 +34,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('families', nargs='*', default=list(FAMILIES), metavar='NAME', help=', '.join(FAMILIES))
     parser.add_argument('--batch-size', type=int, default=16, help='images a batch')
-    parser.add_argument('--num-iter', type=int, default=4, help='batches of a turn')
+    parser.add_argument('--seconds', type=float, default=2., help='seconds of a turn, about')
     parser.add_argument('--rounds', type=int, default=5, help='turns of each model, of which the median counts')
     args = parser.parse_args()
 
@@ -52,7 +52,7 @@ def main():
             models[f"{name}, {num_experts} expert{'s' if num_experts > 1 else ''}"] = model
         models = {key: model.eval().to(memory_format=torch.channels_last) for key, model in models.items()}
         images = torch.randn(args.batch_size, *size).contiguous(memory_format=torch.channels_last)
-        costs = inference_costs(models, images, args.num_iter, args.rounds)
+        costs = inference_costs(models, images, args.rounds, args.seconds)
         plain = next(iter(costs.values()))['images_per_second']
         for key, cost in costs.items():
             print(

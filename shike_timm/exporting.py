@@ -2,11 +2,13 @@
 import argparse
 import importlib.util
 import logging
+import os
 import tempfile
 import warnings
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
 
 import torch
 from timm.data import resolve_input_data_config
@@ -36,8 +38,27 @@ def _check_packages() -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_symlink() or folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"output '{folder}' exists already: choose another folder, or remove it.")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"output '{folder}' cannot be made in '{above}': choose another folder.")
+
+
+@contextmanager
+def _new_parents(folder: Path) -> Iterator[None]:
+    """Make the folders above one, and remove those that were made if what happens inside fails."""
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"output '{folder}' cannot be written ({error.strerror}): choose another.") from error
+        raise
 
 
 def _export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
@@ -56,6 +77,7 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: Optional[in
     program = torch.onnx.export(
         _export_program(model, images),
         dynamo=True,
+        dynamic_shapes=({0: 'batch'},),  # the name that the axis gets in the file
         input_names=['images'],
         output_names=['logits'],
         opset_version=opset,
@@ -168,8 +190,8 @@ def save_exported(
     if format == 'onnx':
         _check_packages()
     known = dict(label_names=class_names and list(class_names), class_counts=class_counts and list(class_counts))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
+    with _new_parents(folder), tempfile.TemporaryDirectory(
+            prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
         inside = Path(temporary, folder.name)  # which, unlike the temporary folder, others may read
         inside.mkdir()
         path = inside / FILES[format]

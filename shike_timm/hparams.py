@@ -435,7 +435,9 @@ def parse_publish_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespa
     parser.add_argument('model', metavar='RUN', help='run folder of train.py, or a model folder such as RUN/model')
     parser.add_argument('--repo-id', required=True, metavar='USER/NAME', help='name on the Hub')
     parser.add_argument('--private', action='store_true', help='make the repository private')
-    parser.add_argument('--update', action='store_true', help='replace the model that is already published there')
+    parser.add_argument('--update', action='store_true', help='replace what is already published there')
+    parser.add_argument(
+        '--license', metavar='ID', help="license on the card, such as mit; by default that of the backbone's weights")
     return parser.parse(argv)
 
 

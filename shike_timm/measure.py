@@ -69,30 +69,33 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Dict[str, floa
 def inference_costs(
         models: Dict[str, nn.Module],
         images: Tensor,
-        num_iter: int = 10,
         num_rounds: int = 5,
+        seconds_per_turn: float = 0.5,
 ) -> Dict[str, Dict[str, float]]:
     """What models cost at inference, timed turn by turn so that the machine's moods fall on all of them.
 
     Args:
         models: Models in eval mode by name, all on the device of the images.
         images: A batch [B, C, H, W].
-        num_iter: Batches of a turn.
         num_rounds: Turns of each model, of which the median counts.
+        seconds_per_turn: What a turn takes, about: it has one batch at least.
 
     Returns:
         By name the `parameters`, the `gmacs` of one image (10^9 multiply-adds) and the `images_per_second`.
     """
     rates: Dict[str, List[float]] = {name: [] for name in models}
-    costs = {}
+    costs, num_iter = {}, {}
     for name, model in models.items():
         costs[name] = dict(
             parameters=sum(p.numel() for p in model.parameters()),
             gmacs=count_flops(lambda: model(images)) / 2e9 / len(images),  # noqa: B023
         )
+        seconds = seconds_per_call(lambda: model(images), images.device, 1)  # noqa: B023
+        num_iter[name] = max(round(seconds_per_turn / seconds), 1)
     for _ in range(num_rounds):
         for name, model in models.items():
-            rates[name].append(len(images) / seconds_per_call(lambda: model(images), images.device, num_iter))  # noqa: B023
+            seconds = seconds_per_call(lambda: model(images), images.device, num_iter[name])  # noqa: B023
+            rates[name].append(len(images) / seconds)
     return {name: dict(cost, images_per_second=statistics.median(rates[name])) for name, cost in costs.items()}
 
 

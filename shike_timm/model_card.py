@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .data.long_tail import is_long_tailed
 from .evaluation import METRICS, shot_divisions
+from .hparams import parse_train_args
 from .models import Shike
 
 __all__ = ['model_card']
@@ -25,11 +26,18 @@ RECIPE = (
     'model', 'backbone', 'pretrained_backbone', 'freeze_trunk', 'num_experts', 'depths', 'fusion', 'aligner',
     'classifier', 'drop', 'drop_path',
     'dataset', 'train_split', 'val_split', 'imb_factor', 'imb_type', 'img_size',
-    'batch_size', 'opt', 'momentum', 'weight_decay', 'layer_decay', 'clip_grad', 'sched',
-    'epochs', 'lr', 'warmup_epochs', 'crt_epochs', 'crt_lr', 'crt_warmup_epochs',
+    'batch_size', 'opt', 'momentum', 'weight_decay', 'opt_kwargs', 'layer_decay', 'clip_grad', 'sched',
+    'epochs', 'lr', 'warmup_epochs', 'warmup_lr', 'min_lr',
+    'crt_epochs', 'crt_lr', 'crt_warmup_epochs', 'crt_warmup_lr',
     'alpha', 'beta', 'detach_teacher',
     'no_aug', 'train_crop_mode', 'hflip', 'vflip', 'color_jitter', 'aa', 'cutout', 'reprob', 'mixup', 'cutmix',
     'amp', 'model_ema', 'seed',
+)
+# Of these, what differs from the default.
+FINE_PRINT = (
+    'num_classes', 'mean', 'std', 'crop_pct', 'interpolation', 'clip_mode', 'decay_epochs', 'decay_rate',
+    'scale', 'ratio', 'remode', 'recount', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'train_interpolation',
+    'device_data', 'amp_dtype', 'grad_checkpointing', 'model_ema_decay',
 )
 
 CITATION = """@inproceedings{jin2023shike,
@@ -63,7 +71,7 @@ def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalRes
             task_type='image-classification',
             dataset_type=name,
             dataset_name=_data_name(args),
-            dataset_split='test' if is_long_tailed(name) else args.get('val_split'),
+            dataset_split='test' if is_long_tailed(name) else re.split(r'[/\\]', args.get('val_split', ''))[-1],
             metric_type='accuracy',
             metric_name=label,
             metric_value=result[key],
@@ -89,13 +97,17 @@ def _data_section(config: Dict[str, Any], args: Dict[str, Any]) -> str:
     return '## Training data\n\n' + _table(['', ''], rows)
 
 
-def _recipe_section(args: Dict[str, Any]) -> str:
+def _recipe_section(metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
     if not args:
         return ''
-    unused = ('train_split', 'val_split') if is_long_tailed(args.get('dataset')) else ('imb_factor', 'imb_type')
-    recipe = {key: args[key] for key in RECIPE if key not in unused and args.get(key) is not None}
-    if 'pretrained_backbone' in recipe:  # a tag, or a file, whose folder is the trainer's own
-        recipe['pretrained_backbone'] = re.split(r'[/\\]', recipe['pretrained_backbone'])[-1]
+    default = vars(parse_train_args([]))
+    keys = [*RECIPE, *(key for key in FINE_PRINT if args.get(key) != default[key])]
+    unused = {'train_split', 'val_split'} if is_long_tailed(args.get('dataset')) else {'imb_factor', 'imb_type'}
+    if 'stage_two' not in metrics:
+        unused |= {key for key in RECIPE if key.startswith('crt_')}
+    recipe = {key: args[key] for key in keys if key not in unused and args.get(key) not in (None, {})}
+    for key in {'pretrained_backbone', 'train_split', 'val_split'} & set(recipe):
+        recipe[key] = re.split(r'[/\\]', recipe[key])[-1]  # of a file, whose folder is the trainer's own
     return (
         "## Recipe\n\nOptions of shike-timm's `train.py`; names with `crt_` are of stage two, `alpha` and `beta` weigh "
         f'the distillation terms.\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```'
@@ -167,6 +179,7 @@ def model_card(
         config: Dict[str, Any],
         metrics: Optional[Dict[str, Any]] = None,
         args: Optional[Dict[str, Any]] = None,
+        license: Optional[str] = None,
 ) -> ModelCard:
     """Make the card of a model.
 
@@ -176,6 +189,7 @@ def model_card(
         config: Its `config.json`.
         metrics: The run's `metrics.json`, results by stage.
         args: The run's `args.yaml`; folders in it are left out.
+        license: License of the weights; where None, that of the pretrained ones they started from, if there is one.
 
     Returns:
         The card, with the last stage's metrics of the ensemble as model-index.
@@ -185,7 +199,7 @@ def model_card(
     data = ModelCardData(
         model_name=name if metrics else None,
         library_name='timm',
-        license='apache-2.0',
+        license=license or config.get('pretrained_cfg', {}).get('license'),
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'long-tailed', 'shike'],
         metrics=['accuracy'] if metrics else None,
@@ -200,7 +214,7 @@ def model_card(
         _data_section(config, args),
         _results_section(metrics),
         _usage_section(repo_id),
-        _recipe_section(args),
+        _recipe_section(metrics, args),
         _limits_section(config, metrics, args),
         f'## Citation\n\n```bibtex\n{CITATION}\n```',
     ]

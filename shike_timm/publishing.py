@@ -106,8 +106,9 @@ def _explain(error: Exception, doing: str, repo_id: str, endpoint: str, outcome:
     if known is not None:
         status, message = known.response.status_code, known.server_message or known.response.reason_phrase
         message = f'{status}: {_one_line(message)}'
-    about_room = re.search(r'\b(storage|quota|space)\b', message, re.IGNORECASE)
-    if status in (402, 413, 507) or about_room and status < 500:
+    about_room = status in (400, 403, 409) and re.search(
+        r'\b(storage|quota|(disk|of|no|free) space)\b', message, re.IGNORECASE)
+    if status in (402, 413, 507) or about_room:
         return PublishError(
             f'The Hub has no room for the model ({message}): {outcome}; free some storage there or choose another '
             '--repo-id, and repeat the command.')
@@ -184,13 +185,13 @@ def _create_repo(api: HfApi, args: argparse.Namespace) -> Optional[str]:
         if error.response.status_code != 409 and not (args.update and error.response.status_code == 403):
             raise
     taken = InputError(
-        f"'{args.repo_id}' already holds a model: add --update to replace it, or choose another --repo-id.")
+        f"'{args.repo_id}' already holds files: add --update to replace them, or choose another --repo-id.")
     try:
         info = api.model_info(args.repo_id, timeout=_patience())
     except RepositoryNotFoundError as error:
         raise taken from error
-    # What an attempt leaves that failed before its commit.
-    if not args.update and {file.rfilename for file in info.siblings or []} - {'.gitattributes', CARD}:
+    # .gitattributes is what an attempt leaves that failed before its commit.
+    if not args.update and {file.rfilename for file in info.siblings or []} - {'.gitattributes'}:
         raise taken
     if args.private and info.private is False:
         raise InputError(
@@ -230,13 +231,18 @@ def publish(args: argparse.Namespace) -> str:
     model = load_trained_model(f'local-dir:{folder}').model
     config = (folder / CONFIG).read_bytes()
     try:
-        card = str(model_card(args.repo_id, model, json.loads(config), metrics, run_args))
+        card = str(model_card(args.repo_id, model, json.loads(config), metrics, run_args, args.license))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"The files beside '{folder}' are not those of train.py ({type(error).__name__}: {_one_line(error)}): "
             'restore them, or move the model away.') from error
-    if not get_token():
+    token = get_token()
+    if not token:
         raise InputError("There is no token for the Hub: log in with 'hf auth login', or set HF_TOKEN.")
+    if not re.fullmatch('[!-~]+', token):
+        raise InputError(
+            'The token for the Hub holds blanks or other characters that no token has: copy it anew, and give it with '
+            "'hf auth login --force' or as HF_TOKEN.")
 
     api = HfApi(endpoint=constants.ENDPOINT)
     url = f'{api.endpoint}/{args.repo_id}'

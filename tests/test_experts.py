@@ -68,7 +68,7 @@ def test_without_classifiers(images):
 def test_costs_are_counted():
     linear = torch.nn.Linear(8, 4)
     models = {'linear': linear, 'twice': torch.nn.Sequential(torch.nn.Linear(8, 8), linear)}
-    costs = inference_costs(models, torch.randn(16, 8), num_iter=2, num_rounds=3)
+    costs = inference_costs(models, torch.randn(16, 8), num_rounds=3, seconds_per_turn=0.01)
     assert costs['linear']['parameters'] == 36 and costs['linear']['gmacs'] == 32e-9
     assert costs['twice']['gmacs'] == 96e-9 and all(cost['images_per_second'] > 0 for cost in costs.values())
 
@@ -97,6 +97,12 @@ def test_eval_tells_accuracy_against_cost(tmp_path, run_script, tiny_run):
 
     _, _, _, two = evaluate(run_script, tiny_run, tmp_path / 'two.json', '--experts', '0', '2')
     assert all(two[key] == subsets[0, 2][key] for key in shares) and len(two['experts']) == 2
+
+
+def test_subsets_of_a_subset_are_refused(tmp_path, run_script, tiny_run):
+    status, _, err, _ = evaluate(
+        run_script, tiny_run, tmp_path / 'results.json', '--experts', '0', '2', '--expert-subsets')
+    assert status == 2 and 'leave one of them out' in err and err.count('\n') == 1
 
 
 def test_eval_refuses_experts_that_are_not_there(tmp_path, run_script, tiny_run):

@@ -126,6 +126,11 @@ def test_file_names_no_path_of_this_machine(format, exported_to):
     assert not any(str(place).encode() in content for place in (ROOT, sys.prefix) for content in contents)
 
 
+def test_the_batch_axis_has_a_name(exported_to):
+    graph = onnx.load(exported_to('onnx') / 'model.onnx').graph
+    assert {value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)} == {'batch'}
+
+
 def test_real_images_have_the_same_top_1(exported_to, model, cifar_root):
     folder = exported_to('onnx')
     preprocessing = json.loads((folder / 'config.json').read_text())['pretrained_cfg']
@@ -232,6 +237,26 @@ def test_missing_package_is_named(name, run_script, tmp_path, monkeypatch):
 @pytest.fixture
 def small_network():
     return nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten())
+
+
+@pytest.mark.parametrize('place', ['file/new', 'file/new/er', 'link'])
+def test_a_folder_that_cannot_be_made_is_refused_first(place, run_script, tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'empty')
+    before = sorted(tmp_path.rglob('*'))
+    status, out, error = run_script('export.py', '--model', 'local-dir:nowhere', '--output', tmp_path / place)
+    assert status == 2 and not out and f"output '{tmp_path / place}'" in error and len(error.splitlines()) == 1
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_new_folders_go_when_the_export_fails(small_network, tmp_path):
+    for error in (RuntimeError('no'), OSError(28, 'No space left on device')):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exporting, '_write', lambda *args: (_ for _ in ()).throw(error))  # noqa: B023
+            with pytest.raises(InputError, match='no; choose another|No space left on device'):
+                save_exported(small_network, tmp_path / 'a' / 'b' / 'c', 'torchscript', dict(input_size=(3, 8, 8)))
+        assert not list(tmp_path.iterdir())
 
 
 def test_unknown_opset_is_refused(small_network, tmp_path):

@@ -19,14 +19,14 @@ from timm.models._hub import save_for_hf
 
 from shike_timm import publishing
 from shike_timm.hparams import parse_train_args
-from shike_timm.model_card import METRIC_NAMES, model_card
+from shike_timm.model_card import FINE_PRINT, METRIC_NAMES, RECIPE, model_card
 from shike_timm.training import train
 
 # huggingface_hub passes files that way.
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')
 
 NAME = 'tester/digits'
-TAKEN = 'add --update to replace it, or choose another --repo-id.'
+TAKEN = 'add --update to replace them, or choose another --repo-id.'
 
 
 @pytest.fixture(scope='module')
@@ -86,7 +86,7 @@ def test_card_says_what_the_files_say(tiny_run, tmp_path):
     text = str(tiny_card(tiny_run, metrics, args))
     card = ModelCard(text)
 
-    assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'
+    assert card.data.library_name == 'timm' and card.data.license is None
     assert card.data.pipeline_tag == 'image-classification' and {'shike', 'long-tailed'} <= set(card.data.tags)
     results = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert results == {
@@ -111,13 +111,47 @@ def test_card_says_what_the_files_say(tiny_run, tmp_path):
 
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(block(text, 'yaml'))
-    again = vars(parse_train_args(['--hparams', str(recipe)]))
     told = yaml.safe_load(recipe.read_text())
     assert told.pop('pretrained_backbone') == 'weights.pth'
     assert {'epochs', 'lr', 'batch_size', 'train_crop_mode', 'alpha', 'beta', 'seed'} <= set(told)
-    assert all(args[key] == value == again[key] for key, value in told.items())
+    assert all(args[key] == value for key, value in told.items())
     for secret in ('/home/me', str(tiny_run.parent), 'data_dir', 'output:'):
         assert secret not in text
+
+
+THE_TRAINERS_OWN = {
+    'hparams', 'resume', 'data_dir', 'dataset_download', 'output', 'experiment', 'device', 'workers',
+    'validation_batch_size', 'log_interval', 'val_interval', 'checkpoint_hist', 'channels_last', 'torchcompile',
+    'torchcompile_mode',
+}
+
+
+@pytest.mark.parametrize('options', [
+    ['--hparams', str(ROOT / 'hparams' / 'cifar100_lt_if100.yaml')],
+    ['--hparams', str(ROOT / 'hparams' / 'quickstart.yaml'), '--clip-grad', '1', '--clip-mode', 'agc'],
+    ['--dataset', 'torch/cifar100', '--train-split', 'train', '--sched', 'step', '--decay-rate', '0.2', '--scale',
+     '0.5', '1', '--mean', '0.5', '--drop-path', '0', '--mixup', '0.2', '--alpha', '0', '--mixup-mode', 'elem'],
+])
+def test_the_recipe_on_the_card_is_that_of_the_run(tiny_run, tmp_path, options):
+    args = vars(parse_train_args(options))
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(block(str(tiny_card(tiny_run, read_files(tiny_run)[1], args)), 'yaml'))
+    again = vars(parse_train_args(['--hparams', str(recipe)]))
+    assert {key for key, value in args.items() if again[key] != value} <= THE_TRAINERS_OWN
+
+
+def test_every_option_is_on_the_card_or_the_trainers_own():
+    assert set(vars(parse_train_args([]))) == {*RECIPE, *FINE_PRINT} | THE_TRAINERS_OWN
+
+
+def test_license(hub, run_script, run_copy):
+    path = run_copy / 'model' / 'config.json'
+    config = json.loads(path.read_text())
+    config['pretrained_cfg']['license'] = 'cc-by-nc-4.0'  # of weights it started from
+    path.write_text(json.dumps(config))
+    for options, expected in (([], 'cc-by-nc-4.0'), (['--license', 'mit', '--update'], 'mit')):
+        assert run_script('publish.py', run_copy, '--repo-id', NAME, *options)[0] == 0
+        assert ModelCard(hub.files(NAME)['README.md'].decode()).data.license == expected
 
 
 def test_the_code_on_the_card_runs(tiny_run, tmp_path, monkeypatch):
@@ -135,7 +169,9 @@ def test_cards_of_other_runs(tiny_run):
     bare = tiny_card(tiny_run)
     assert 'No metrics are at hand' in bare.text and 'Recipe' not in bare.text
     assert bare.data.eval_results is None and 'model-index' not in str(bare)
+    two = block(str(tiny_card(tiny_run, metrics, args)), 'yaml')
     del metrics['stage_two']
+    assert 'crt_' in two and 'crt_' not in block(str(tiny_card(tiny_run, metrics, args)), 'yaml')
     card = ModelCard(str(tiny_card(tiny_run, metrics, dict(args, dataset=''))))
     assert card.data.eval_results[0].metric_value == metrics['stage_one']['top1']
     assert card.data.eval_results[0].dataset_type == 'imagefolder'
@@ -194,7 +230,7 @@ def test_update(hub, run_script, run_copy):
     before = hub.files(NAME)
     status, out, error = run_script(*publish)
     assert status == 2 and not out
-    assert error == f"publish.py: error: '{NAME}' already holds a model: {TAKEN}\n"
+    assert error == f"publish.py: error: '{NAME}' already holds files: {TAKEN}\n"
     assert hub.files(NAME) == before and len(hub.repos[NAME].commits) == 2
 
     metrics = json.loads((run_copy / 'metrics.json').read_text())
@@ -210,6 +246,15 @@ def test_update(hub, run_script, run_copy):
     hub.failures.clear()
 
     assert run_script(*publish[:-1], 'tester/new', '--update')[0] == 0  # nothing to replace
+
+
+def test_a_card_of_ones_own_is_not_replaced(hub, run_script, tiny_run):
+    api = HfApi(endpoint=hub.endpoint, token=hub.token)
+    api.create_repo(NAME)
+    mine = b'---\nlicense: mit\n---\n# mine'
+    api.upload_file(path_or_fileobj=mine, path_in_repo='README.md', repo_id=NAME)
+    status, _, error = run_script('publish.py', tiny_run, '--repo-id', NAME)
+    assert status == 2 and TAKEN in error and hub.files(NAME) == {'README.md': mine}
 
 
 def test_a_name_that_is_taken_unseen(hub, run_script, tiny_run):
@@ -241,6 +286,9 @@ FAILURES = [
     ('create', dict(status=400, message='Bad name.'), 1,
      'The Hub refused the creation of the repository (400: Bad name): nothing was published'),
     ('create', dict(status=429, message='Slow down', headers=LATER), 1, 'had too many requests (429: Slow down)'),
+    ('create', dict(status=429, message='You exceeded your quota'), 1, 'had too many requests (429: You exceeded'),
+    ('create', dict(status=401, message='No access to storage'), 2, 'The Hub refused the token (401: No access'),
+    ('create', dict(status=403, message='No write access to this Space'), 2, f"The token may not write to '{NAME}'"),
     ('create', dict(status=200), 1, 'gave an answer to the creation of the repository that makes no sense (KeyError'),
     ('create', dict(delay=30), 1, f'gave no answer to the creation of the repository in 1.5 seconds: {AGAIN}'),
     ('preupload', dict(status=503, message='Busy', headers=LATER), 1, f'failed at the upload (503: Busy): {AGAIN}'),
@@ -325,6 +373,10 @@ def test_nobody_there(hub, run_script, tiny_run, unused_port, monkeypatch):
 def test_others_names_and_tokens(hub, run_script, tiny_run, monkeypatch):
     status, _, error = run_script('publish.py', tiny_run, '--repo-id', 'other/digits')
     assert status == 2 and "The token may not write to 'other/digits' (403: You don't have the rights" in error
+    for token in ('hf_sec\x0bret', 'hf_s\u00e9cret'):
+        monkeypatch.setenv('HF_TOKEN', token)
+        status, _, error = run_script('publish.py', tiny_run, '--repo-id', NAME)
+        assert status == 2 and 'characters that no token has' in error and 'cret' not in error
     monkeypatch.setenv('HF_TOKEN', 'hf_wrong')
     status, _, error = run_script('publish.py', tiny_run, '--repo-id', NAME)
     assert status == 2 and 'The Hub refused the token (401: ' in error and 'settings/tokens' in error
