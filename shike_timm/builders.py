@@ -195,6 +195,7 @@ def load_data(args: argparse.Namespace) -> TrainingData:
         imb_factor=args.imb_factor,
         imb_type=args.imb_type,
         download=args.dataset_download,
+        holdout=args.holdout,
     )
     if args.num_classes is not None and args.num_classes != data.num_classes:
         raise InputError(

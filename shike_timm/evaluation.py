@@ -4,11 +4,12 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.functional.classification import binary_calibration_error
 
 __all__ = ['METRICS', 'SHOTS', 'ExpertEvaluator', 'evaluate', 'format_subsets', 'format_table', 'shot_divisions']
 
 SHOTS = ('many', 'medium', 'few')
-METRICS = ('loss', 'top1', 'top5', *SHOTS)
+METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
 
 
 def shot_divisions(class_counts: Sequence[int]) -> Dict[str, Tensor]:
@@ -33,6 +34,8 @@ class ExpertEvaluator:
         self.top1 = torch.zeros(num_classes, num_outputs, dtype=torch.int64, device=device)
         self.top5 = torch.zeros_like(self.top1)
         self.total = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        self.confidence: List[Tensor] = []
+        self.correct: List[Tensor] = []
 
     @torch.no_grad()
     def update(self, logits: Tensor, target: Tensor) -> None:
@@ -43,18 +46,22 @@ class ExpertEvaluator:
         self.top1.index_add_(0, target, hits[..., 0].long())
         self.top5.index_add_(0, target, hits.any(-1).long())
         self.total.index_add_(0, target, torch.ones_like(target))
+        self.confidence.append(logits.float().softmax(-1).amax(-1))
+        self.correct.append(hits[..., 0])
 
     def compute(self) -> List[Dict[str, Optional[float]]]:
         """Metrics of each output.
 
         Returns:
-            Per output the mean cross-entropy `loss`, the share of images right, `top1` and `top5`, and the accuracy
-            averaged over the classes of each shot division, None for a division without test images. Shares are in
-            percent, to two decimals.
+            Per output the mean cross-entropy `loss`, the share of images right, `top1` and `top5`, the accuracy
+            averaged over all classes, `balanced`, and over those of each shot division, None for a division without
+            test images, and the expected calibration error `ece` (15 bins, Guo et al., ICML 2017). All but the loss
+            are in percent, to two decimals.
         """
         total, top1, top5 = self.total.cpu(), self.top1.cpu().double(), self.top5.cpu().double()
         num_images = int(total.sum())
         accuracy = 100 * top1 / total[:, None].clamp(min=1)
+        confidence, correct = (torch.cat(parts).t().contiguous() for parts in (self.confidence, self.correct))
         results = []
         for k, loss_sum in enumerate(self.loss_sum.tolist()):
             metrics = dict(
@@ -62,9 +69,10 @@ class ExpertEvaluator:
                 top1=round(100 * float(top1[:, k].sum()) / num_images, 2),
                 top5=round(100 * float(top5[:, k].sum()) / num_images, 2),
             )
-            for shot, mask in self.divisions.items():
+            for name, mask in dict(balanced=torch.ones_like(total, dtype=torch.bool), **self.divisions).items():
                 mask = mask & (total > 0)
-                metrics[shot] = round(float(accuracy[mask, k].mean()), 2) if mask.any() else None
+                metrics[name] = round(float(accuracy[mask, k].mean()), 2) if mask.any() else None
+            metrics['ece'] = round(100 * float(binary_calibration_error(confidence[k], correct[k], n_bins=15)), 2)
             results.append(metrics)
         return results
 
@@ -76,6 +84,7 @@ def evaluate(
         class_counts: Sequence[int],
         device: torch.device,
         subsets: Sequence[Sequence[int]] = (),
+        flip: bool = False,
 ) -> Dict[str, Any]:
     """Evaluate a SHIKE model in float32.
 
@@ -85,6 +94,7 @@ def evaluate(
         class_counts: Training images of each class.
         device: Device of the model.
         subsets: Choices of experts to judge as ensembles of their own.
+        flip: Average the logits with those of the mirrored images.
 
     Returns:
         The ensemble's metrics (see `ExpertEvaluator.compute`), under `experts` those of each expert and, if subsets
@@ -95,7 +105,10 @@ def evaluate(
     evaluator = None
     for images, target in loader:
         # One layout whatever the model's own, so that the same weights always give the same figures.
-        experts = model.forward_experts(images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        experts = model.forward_experts(images)
+        if flip:
+            experts = (experts + model.forward_experts(images.flip(-1))) / 2
         chosen = [experts[:, list(subset)].mean(1, keepdim=True) for subset in subsets]
         logits = torch.cat([experts.mean(1, keepdim=True), experts, *chosen], dim=1)
         if evaluator is None:

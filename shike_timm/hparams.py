@@ -154,6 +154,10 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Training data')
     group.add_argument('--train-split', default='train', metavar='NAME', help='split to train on')
+    group.add_argument(
+        '--holdout', type=float, default=0., metavar='SHARE',
+        help='keep this share of each class of a *_lt training set out of training and evaluate on it, to choose '
+        'settings without looking at the test split')
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images a training batch')
     group.add_argument(
         '-vb', '--validation-batch-size', type=int, default=256, metavar='N', help='images an evaluation batch')
@@ -297,6 +301,8 @@ def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
     for name in ('drop', 'drop_path'):
         if getattr(args, name, None) and getattr(args, name) >= 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: give less than 1.")
+    if not 0 <= getattr(args, 'holdout', 0) < 1:
+        raise InputError(f'--holdout {args.holdout:g} is out of range: give a share from 0 to less than 1.')
     for prefix in ('', 'crt_'):
         epochs, warmup = getattr(args, prefix + 'epochs', 0), getattr(args, prefix + 'warmup_epochs', 0)
         if epochs and warmup >= epochs:
@@ -392,6 +398,8 @@ def parse_eval_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     _add_checkpoint(parser)
     parser.add_argument(
         '--expert-subsets', action='store_true', help='also tell accuracy and cost of every choice of experts')
+    parser.add_argument(
+        '--flip', action='store_true', help='average the logits with those of the mirrored images, at twice the cost')
     parser.add_argument('-b', '--batch-size', type=int, default=256, metavar='N', help='images a batch')
     parser.add_argument('--results-file', metavar='FILE', help='JSON file to write the metrics to')
     _add_data(parser)

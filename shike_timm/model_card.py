@@ -15,6 +15,7 @@ __all__ = ['model_card']
 METRIC_NAMES = {
     'top1': 'Top-1 accuracy',
     'top5': 'Top-5 accuracy',
+    'balanced': 'Balanced accuracy',
     'many': 'Many-shot accuracy',
     'medium': 'Medium-shot accuracy',
     'few': 'Few-shot accuracy',
@@ -35,7 +36,7 @@ RECIPE = (
 )
 # Of these, what differs from the default.
 FINE_PRINT = (
-    'num_classes', 'mean', 'std', 'crop_pct', 'interpolation', 'clip_mode', 'decay_epochs', 'decay_rate',
+    'holdout', 'num_classes', 'mean', 'std', 'crop_pct', 'interpolation', 'clip_mode', 'decay_epochs', 'decay_rate',
     'scale', 'ratio', 'remode', 'recount', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'train_interpolation',
     'device_data', 'amp_dtype', 'grad_checkpointing', 'model_ema_decay',
 )
@@ -62,6 +63,12 @@ def _data_name(args: Dict[str, Any]) -> str:
     return name
 
 
+def _split(args: Dict[str, Any]) -> str:
+    if args.get('holdout'):
+        return f"{args['holdout']:g} of the training set"
+    return 'test' if is_long_tailed(args.get('dataset')) else re.split(r'[/\\]', args.get('val_split', ''))[-1]
+
+
 def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalResult]:
     """The ensemble's accuracies after the last stage."""
     name = args.get('dataset') or 'imagefolder'
@@ -71,7 +78,7 @@ def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalRes
             task_type='image-classification',
             dataset_type=name,
             dataset_name=_data_name(args),
-            dataset_split='test' if is_long_tailed(name) else re.split(r'[/\\]', args.get('val_split', ''))[-1],
+            dataset_split=_split(args),
             metric_type='accuracy',
             metric_name=label,
             metric_value=result[key],
@@ -126,13 +133,13 @@ def _results_section(metrics: Dict[str, Any]) -> str:
             cells = ['-' if output[key] is None else f'{output[key]:.2f}' for key in keys]
             rows.append([STAGE_NAMES.get(stage, stage), name, *cells])
     return title + (
-        'Percent on the evaluation split, after the last epoch of each stage; many, medium and few average over the '
-        'classes of that division.\n\n'
-        + _table(['stage', 'output', 'top-1', 'top-5', 'many', 'medium', 'few'], rows)
+        'Percent on the evaluation split, after the last epoch of each stage; balanced averages over all classes, '
+        'many, medium and few over those of that division.\n\n'
+        + _table(['stage', 'output', 'top-1', 'top-5', 'balanced', 'many', 'medium', 'few'], rows)
     )
 
 
-def _usage_section(repo_id: str) -> str:
+def _usage_section(load_as: str) -> str:
     return f"""## Use
 
 With the package shike-timm installed, which registers the architecture in timm:
@@ -141,7 +148,7 @@ With the package shike-timm installed, which registers the architecture in timm:
 import shike_timm, timm, torch
 from PIL import Image
 
-model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
+model = timm.create_model('{load_as}', pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
 images = transform(Image.open('image.png').convert('RGB'))[None]
@@ -180,6 +187,7 @@ def model_card(
         metrics: Optional[Dict[str, Any]] = None,
         args: Optional[Dict[str, Any]] = None,
         license: Optional[str] = None,
+        load_as: Optional[str] = None,
 ) -> ModelCard:
     """Make the card of a model.
 
@@ -190,6 +198,7 @@ def model_card(
         metrics: The run's `metrics.json`, results by stage.
         args: The run's `args.yaml`; folders in it are left out.
         license: License of the weights; where None, that of the pretrained ones they started from, if there is one.
+        load_as: Name to load the model by, where it is not on the Hub.
 
     Returns:
         The card, with the last stage's metrics of the ensemble as model-index.
@@ -213,7 +222,7 @@ def model_card(
         'the experts.',
         _data_section(config, args),
         _results_section(metrics),
-        _usage_section(repo_id),
+        _usage_section(load_as or f'hf-hub:{repo_id}'),
         _recipe_section(metrics, args),
         _limits_section(config, metrics, args),
         f'## Citation\n\n```bibtex\n{CITATION}\n```',

@@ -81,7 +81,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     data_config = resolve_data_config(args, model)
     loader = create_eval_loader(dataset, data_config, args.batch_size, device, args.workers)
     subsets = _all_subsets(model.num_experts) if args.expert_subsets else ()
-    metrics = evaluate(model.to(device), loader, counts, device, subsets)
+    metrics = evaluate(model.to(device), loader, counts, device, subsets, args.flip)
     _write_results(args.results_file, metrics)
     print(format_table({'': metrics}), flush=True)
     if subsets:

@@ -54,6 +54,8 @@ def refused(run_script, tmp_path):
     ("aa 'wild'", ['--aa', 'wild']),
     ("model 'resnet32_shike.foo'", ['--model', 'resnet32_shike.foo']),
     ('--crt-lr -1', ['--crt-lr', '-1']),
+    ('--holdout 1 ', ['--holdout', '1']),
+    ('holdout 0.95 leaves class ', ['--holdout', '0.95']),
     ('--drop 1.5', ['--drop', '1.5']),
     ('KEY=VALUE', ['--opt-kwargs', 'eps']),
     ("'sharp'", ['--interpolation', 'sharp']),

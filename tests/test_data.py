@@ -1,3 +1,4 @@
+import math
 import pickle
 import shutil
 from collections import Counter
@@ -5,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import CIFAR_ROOT
 from PIL import Image
 from timm.data import resolve_data_config
 from torchvision import transforms
@@ -34,6 +36,23 @@ def test_cifar100_lt_is_the_published_subset(cifar_root, imb_factor, total, smal
     first = np.flatnonzero(labels == 99)[:smallest]
     kept = np.flatnonzero(np.array(data.train.targets) == 99)
     assert np.array_equal(data.train.data[kept], raw['data'][first].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+def test_a_share_of_each_class_is_held_out():
+    whole = load_training_data('digits_lt', imb_factor=20)
+    data = load_training_data('digits_lt', imb_factor=20, holdout=0.1)
+    held = np.bincount(data.test.targets)
+    assert held.tolist() == [math.ceil(count / 10) for count in whole.class_counts]
+    assert (held + data.class_counts).tolist() == whole.class_counts
+    for c in (0, 9):  # the last images of each class
+        images = [part.data[np.array(part.targets) == c] for part in (whole.train, data.train, data.test)]
+        assert np.array_equal(images[0], np.concatenate(images[1:]))
+    for parts in (data.train, data.test):
+        assert len(parts) == len(parts.data) == len(parts.targets)
+    with pytest.raises(InputError, match='holdout 0.9 leaves class 8 with no training image of 8'):
+        load_training_data('digits_lt', imb_factor=20, holdout=0.9)
+    with pytest.raises(InputError, match="holdout 0.1 needs one of the .* not 'torch/cifar100'"):
+        load_training_data('torch/cifar100', str(CIFAR_ROOT), holdout=0.1)
 
 
 def test_cifar10_lt_counts():

@@ -8,6 +8,7 @@ import torch
 from timm.models._hub import save_for_hf
 
 import shike_timm  # noqa: F401
+from shike_timm.evaluation import METRICS
 from shike_timm.measure import inference_costs
 
 
@@ -85,17 +86,19 @@ def test_eval_tells_accuracy_against_cost(tmp_path, run_script, tiny_run):
     assert status == 0, err
     subsets = {tuple(one['experts']): one for one in metrics['subsets']}
     assert list(subsets) == [s for size in (1, 2, 3) for s in itertools.combinations(range(3), size)]
-    shares = ('top1', 'top5', 'many', 'medium', 'few')
+    shares = METRICS[1:]
     for m, expert in enumerate(metrics['experts']):
         assert all(subsets[m,][key] == expert[key] for key in shares)
     assert all(subsets[0, 1, 2][key] == metrics[key] for key in shares)
     assert subsets[0,]['parameters'] < subsets[0, 1]['parameters'] < subsets[0, 1, 2]['parameters']
     assert subsets[0,]['gmacs'] < subsets[0, 2]['gmacs'] < subsets[0, 1, 2]['gmacs']
     lines = out[out.index('experts'):].splitlines()
-    assert lines[0].split() == ['experts', 'top1', 'top5', 'many', 'medium', 'few', 'params', 'M', 'GMACs', 'img/s']
+    assert lines[0].split() == ['experts', *shares, 'params', 'M', 'GMACs', 'img/s']
     assert len(lines) == 8 and lines[-1].startswith('0 1 2')
 
     _, _, _, two = evaluate(run_script, tiny_run, tmp_path / 'two.json', '--experts', '0', '2')
+    _, _, _, flipped = evaluate(run_script, tiny_run, tmp_path / 'flipped.json', '--flip')
+    assert flipped['loss'] != metrics['loss']
     assert all(two[key] == subsets[0, 2][key] for key in shares) and len(two['experts']) == 2
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import InputError
 from .device_loader import DeviceLoader, batch_augment_gap, create_batch_augment, device_data_gap, in_memory_images
-from .long_tail import create_long_tailed, is_long_tailed
+from .long_tail import create_long_tailed, hold_out, is_long_tailed
 from .transforms import create_train_transform
 
 # What `timm.data.create_dataset` reads beside folders and archives.
@@ -112,6 +112,7 @@ def load_training_data(
         imb_factor: float = 100.,
         imb_type: str = 'exp',
         download: bool = False,
+        holdout: float = 0.,
 ) -> TrainingData:
     """Load a training set and its evaluation split.
 
@@ -123,12 +124,18 @@ def load_training_data(
         imb_factor: Imbalance factor, for the long-tailed data sets.
         imb_type: 'exp' or 'step', for the long-tailed data sets.
         download: Download what is missing, where the data set can.
+        holdout: Share of each class's training images to evaluate on instead, for the long-tailed data sets.
 
     Raises:
         InputError: If data is missing or damaged, or a class has no training image.
     """
     options = dict(name=name, root=root, imb_factor=imb_factor, imb_type=imb_type, download=download)
     train = _create_dataset(split=train_split, train=True, **options)
+    held_out = None
+    if holdout:
+        if not is_long_tailed(name):
+            raise InputError(f"holdout {holdout:g} needs one of the *_lt data sets, not '{name or root}': drop it.")
+        train, held_out = hold_out(train, holdout)
     class_map = _class_map(train)
     targets = _targets(train)
     if len(targets) and targets.min() < 0:
@@ -138,7 +145,7 @@ def load_training_data(
     names = [str(n) for n in names]
     counts = np.bincount(targets, minlength=num_classes)
 
-    test = _create_dataset(split=val_split, train=False, **options)
+    test = held_out or _create_dataset(split=val_split, train=False, **options)
     missing = sorted(set(_class_map(test) or ()) - set(class_map or ()))
     missing += _empty_class_folders(train, class_map) + [names[c] for c in np.flatnonzero(counts == 0)]
     if missing:

@@ -1,16 +1,18 @@
 """Long-tailed subsets of balanced data sets, as data sets of their own."""
+import copy
+import math
 from pathlib import Path
-from typing import List, Optional, Sequence, Type
+from typing import List, Optional, Sequence, Tuple, Type
 
 import numpy as np
-import torch
 from PIL import Image
+from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
 from ..errors import InputError
 
-__all__ = ['DigitsLT', 'cifar_lt', 'long_tailed_counts', 'long_tailed_indices']
+__all__ = ['DigitsLT', 'cifar_lt', 'hold_out', 'long_tailed_counts', 'long_tailed_indices']
 
 
 def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_type: str = 'exp') -> List[int]:
@@ -109,7 +111,7 @@ def cifar100_lt(root: str, train: bool, **kwargs) -> CIFAR10:
     return cifar_lt(CIFAR100, root, train, **kwargs)
 
 
-class DigitsLT(torch.utils.data.Dataset):
+class DigitsLT(Dataset):
     """scikit-learn's bundled scans of handwritten digits, 8x8 grey levels, with a long-tailed training set.
 
     The test set is balanced and fixed: the last 50 scans of each class. The training set is drawn from the others.
@@ -168,6 +170,36 @@ def is_long_tailed(name: str) -> bool:
     return name in LONG_TAILED
 
 
-def create_long_tailed(name: str, root: Optional[str], train: bool, **kwargs) -> torch.utils.data.Dataset:
+def create_long_tailed(name: str, root: Optional[str], train: bool, **kwargs) -> Dataset:
     """One of this module's data sets by name; see `cifar_lt` and `DigitsLT` for the arguments."""
     return LONG_TAILED[name](root or '.', train, **kwargs)
+
+
+def hold_out(dataset: Dataset, share: float) -> Tuple[Dataset, Dataset]:
+    """Split one of this module's training sets, to choose settings without looking at the test set.
+
+    Args:
+        dataset: Training set with arrays `data` and `targets`.
+        share: Share of each class's images to hold out, rounded up: its last ones in file order.
+
+    Returns:
+        What is left to train on, and what is held out.
+
+    Raises:
+        InputError: If a class is left without training images.
+    """
+    targets = np.asarray(dataset.targets)
+    counts = np.bincount(targets)
+    kept = [count - math.ceil(share * count) for count in counts]
+    if min(kept) < 1:
+        bare = int(np.argmin(kept))
+        raise InputError(
+            f'holdout {share:g} leaves class {bare} with no training image of {counts[bare]}: choose a smaller share, '
+            'or a lower imb-factor.')
+    keep = long_tailed_indices(targets, kept)
+    parts = []
+    for index in (keep, np.setdiff1d(np.arange(len(targets)), keep)):
+        part = copy.copy(dataset)
+        part.data, part.targets = dataset.data[index], targets[index].tolist()
+        parts.append(part)
+    return tuple(parts)

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Run experiments of runs.yaml and record each in runs.csv, with its log beside it; one begun before is resumed."""
+import argparse
+import csv
+import gzip
+import json
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+import yaml
+
+RESULTS = Path(__file__).resolve().parent
+SHARES = ('top1', 'many', 'medium', 'few', 'ece')
+COLUMNS = (
+    'name', 'options', 'seed', 'commit', 'device', 'minutes', *(f'stage_one_{key}' for key in SHARES), *SHARES,
+    'experts', 'log',
+)
+
+
+def device_name() -> str:
+    """The GPU's name, or what torch makes of the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f'CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
+
+
+def commit() -> str:
+    """The commit that is checked out, with a + where files differ from it."""
+    git = ['git', '-C', str(RESULTS), 'describe', '--always', '--exclude=*', '--dirty=+']
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def to_row(name: str, options: str, folder: Path, revision: str, device: str) -> Dict[str, Any]:
+    """A finished run as a row of runs.csv: percent after the last epoch of both stages, minutes of training."""
+    metrics = json.loads((folder / 'metrics.json').read_text())
+    one, two = metrics.get('stage_one', {}), metrics['stage_two']
+    return dict(
+        name=name,
+        options=options,
+        seed=yaml.safe_load((folder / 'args.yaml').read_text())['seed'],
+        commit=revision,
+        device=device,
+        minutes=round(sum(stage['seconds'] for stage in metrics.values()) / 60, 1),
+        **{f'stage_one_{key}': one.get(key) for key in SHARES},
+        **{key: two[key] for key in SHARES},
+        experts=' / '.join(f"{expert['top1']:.2f}" for expert in two['experts']),
+        log=f'logs/{name}.log.gz',
+    )
+
+
+def record(row: Dict[str, Any], log: str, results: Path) -> None:
+    """Put a row into runs.csv, in place of an older one of that name, and its log beside it."""
+    rows = [old for old in read_rows(results) if old['name'] != row['name']] + [row]
+    (results / 'logs').mkdir(exist_ok=True)
+    (results / row['log']).write_bytes(gzip.compress(log.encode(), mtime=0))
+    with (results / 'runs.csv').open('w', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(results: Path = RESULTS) -> List[Dict[str, str]]:
+    """Rows of runs.csv, none where there is no such file."""
+    if not (results / 'runs.csv').exists():
+        return []
+    with (results / 'runs.csv').open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def read_log(path: Path, args: argparse.Namespace) -> str:
+    """A run's log, with names in place of this machine's folders."""
+    log = path.read_text()
+    folders = {args.output: 'OUTPUT', str(args.data_dir): 'DATA', str(RESULTS.parent): '.', sys.prefix: 'PYTHON'}
+    for folder, name in folders.items():
+        log = log.replace(folder, name)
+    return log
+
+
+def run(name: str, options: str, args: argparse.Namespace) -> int:
+    """Run or resume train.py with its output in NAME.log, and give its exit status."""
+    folder = Path(args.output, name)
+    command = [sys.executable, 'train.py', *shlex.split(options), '--output', args.output, '--experiment', name]
+    command += ['--data-dir', args.data_dir] if args.data_dir else []
+    command += ['--resume'] if (folder / 'args.yaml').exists() else []
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_suffix('.log')
+    with log.open('a') as file:
+        print('$', shlex.join(command), file=file, flush=True)
+        return subprocess.run(
+            [*command, *args.options], cwd=RESULTS.parent, stdout=file, stderr=subprocess.STDOUT).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('names', nargs='+', metavar='NAME', help='runs of runs.yaml')
+    parser.add_argument('--data-dir', metavar='DIR', help='folder of the data')
+    parser.add_argument('--output', default='output/results', metavar='DIR', help='folder of run folders and logs')
+    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time, for a GPU that has room')
+    parser.add_argument('--commit', help='commit to record, if it is not the one that is checked out')
+    parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='folder of runs.yaml and runs.csv')
+    parser.add_argument(
+        '--options', nargs=argparse.REMAINDER, default=[], metavar='OPTION',
+        help='last: further options of train.py, which are recorded too')
+    args = parser.parse_args()
+    args.output = str(Path(args.output).absolute())
+    args.data_dir = args.data_dir and str(Path(args.data_dir).absolute())
+    runs = yaml.safe_load((args.results / 'runs.yaml').read_text())
+    unknown = [name for name in args.names if name not in runs]
+    if unknown:
+        parser.error(f"run '{unknown[0]}' is not in runs.yaml: choose among {', '.join(runs)}.")
+    revision = args.commit or commit()
+    failed = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        statuses = [pool.submit(run, name, runs[name], args) for name in args.names]
+        for name, status in zip(args.names, statuses):
+            if status.result():
+                failed += 1
+                print(f'{name}: failed with status {status.result()}, see {args.output}/{name}.log', file=sys.stderr)
+                continue
+            folder = Path(args.output, name)
+            options = shlex.join([*shlex.split(runs[name]), *args.options])
+            row = to_row(name, options, folder, revision, device_name())
+            record(row, read_log(folder.with_suffix('.log'), args), args.results)
+            print(f"{name}: top-1 {row['stage_one_top1']} -> {row['top1']}, {row['minutes']} minutes", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
