@@ -30,9 +30,11 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a + where files differ from it."""
-    git = ['git', '-C', str(RESULTS), 'describe', '--always', '--exclude=*', '--dirty=+']
-    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit that is checked out, with a + where code differs from it."""
+    git = ['git', '-C', str(RESULTS.parent)]
+    name = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True)
+    changed = subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', ':!results', ':!README.md']).returncode
+    return name.stdout.strip() + ('+' if changed else '')
 
 
 def to_row(name: str, options: str, folder: Path, revision: str, device: str) -> Dict[str, Any]:
