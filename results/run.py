@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run experiments of runs.yaml and record each in runs.csv, with its log beside it; one begun before is resumed."""
+"""Run experiments of runs.yaml and record each in runs.csv, with its log; one begun before is resumed."""
 import argparse
 import csv
 import gzip
@@ -32,12 +32,29 @@ def device_name() -> str:
 def commit() -> str:
     """The commit that is checked out, with a + where code differs from it."""
     git = ['git', '-C', str(RESULTS.parent)]
-    name = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True)
-    changed = subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', ':!results', ':!README.md']).returncode
-    return name.stdout.strip() + ('+' if changed else '')
+    name = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True).stdout
+    changed = subprocess.run(
+        [*git, 'status', '--porcelain', '--', '.', ':!results', ':!README.md'], capture_output=True, check=True).stdout
+    return name.strip() + ('+' if changed else '')
 
 
-def to_row(name: str, options: str, folder: Path, revision: str, device: str) -> Dict[str, Any]:
+def note_start(folder: Path, revision: str) -> Dict[str, Any]:
+    """What a run was started with, kept beside its folder: the device, and the commits of its start and resumptions."""
+    path = folder.with_suffix('.json')
+    started = json.loads(path.read_text()) if path.exists() else dict(device=device_name(), commits=[])
+    if revision not in started['commits']:
+        started['commits'].append(revision)
+        path.write_text(json.dumps(started))
+    return started
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has the metrics of stage two, with which it ends."""
+    path = folder / 'metrics.json'
+    return path.exists() and 'stage_two' in json.loads(path.read_text())
+
+
+def to_row(name: str, options: str, folder: Path, started: Dict[str, Any]) -> Dict[str, Any]:
     """A finished run as a row of runs.csv: percent after the last epoch of both stages, minutes of training."""
     metrics = json.loads((folder / 'metrics.json').read_text())
     one, two = metrics.get('stage_one', {}), metrics['stage_two']
@@ -45,8 +62,8 @@ def to_row(name: str, options: str, folder: Path, revision: str, device: str) ->
         name=name,
         options=options,
         seed=yaml.safe_load((folder / 'args.yaml').read_text())['seed'],
-        commit=revision,
-        device=device,
+        commit=', '.join(started['commits']),
+        device=started['device'],
         minutes=round(sum(stage['seconds'] for stage in metrics.values()) / 60, 1),
         **{f'stage_one_{key}': one.get(key) for key in SHARES},
         **{key: two[key] for key in SHARES},
@@ -77,24 +94,27 @@ def read_rows(results: Path = RESULTS) -> List[Dict[str, str]]:
 def read_log(path: Path, args: argparse.Namespace) -> str:
     """A run's log, with names in place of this machine's folders."""
     log = path.read_text()
-    folders = {args.output: 'OUTPUT', str(args.data_dir): 'DATA', str(RESULTS.parent): '.', sys.prefix: 'PYTHON'}
+    folders = {args.output: 'OUTPUT', args.data_dir: 'DATA', str(RESULTS.parent): '.', sys.prefix: 'PYTHON'}
     for folder, name in folders.items():
-        log = log.replace(folder, name)
+        log = log.replace(folder, name) if folder else log
     return log
 
 
 def run(name: str, options: str, args: argparse.Namespace) -> int:
-    """Run or resume train.py with its output in NAME.log, and give its exit status."""
+    """Run or resume train.py with its output in NAME.log, unless it is finished, and give its exit status."""
     folder = Path(args.output, name)
+    if is_finished(folder):
+        return 0
     command = [sys.executable, 'train.py', *shlex.split(options), '--output', args.output, '--experiment', name]
     command += ['--data-dir', args.data_dir] if args.data_dir else []
     command += ['--resume'] if (folder / 'args.yaml').exists() else []
+    command += args.options
     folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.with_suffix('.log')
-    with log.open('a') as file:
+    note_start(folder, args.commit or commit())
+    with folder.with_suffix('.log').open('a') as file:
         print('$', shlex.join(command), file=file, flush=True)
-        return subprocess.run(
-            [*command, *args.options], cwd=RESULTS.parent, stdout=file, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(command, cwd=RESULTS.parent, stdout=file, stderr=subprocess.STDOUT).returncode
+    return status or (0 if is_finished(folder) else 1)
 
 
 def main() -> int:
@@ -102,7 +122,7 @@ def main() -> int:
     parser.add_argument('names', nargs='+', metavar='NAME', help='runs of runs.yaml')
     parser.add_argument('--data-dir', metavar='DIR', help='folder of the data')
     parser.add_argument('--output', default='output/results', metavar='DIR', help='folder of run folders and logs')
-    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time, for a GPU that has room')
+    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time, which share the device')
     parser.add_argument('--commit', help='commit to record, if it is not the one that is checked out')
     parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='folder of runs.yaml and runs.csv')
     parser.add_argument(
@@ -115,7 +135,6 @@ def main() -> int:
     unknown = [name for name in args.names if name not in runs]
     if unknown:
         parser.error(f"run '{unknown[0]}' is not in runs.yaml: choose among {', '.join(runs)}.")
-    revision = args.commit or commit()
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool:
         statuses = [pool.submit(run, name, runs[name], args) for name in args.names]
@@ -126,7 +145,8 @@ def main() -> int:
                 continue
             folder = Path(args.output, name)
             options = shlex.join([*shlex.split(runs[name]), *args.options])
-            row = to_row(name, options, folder, revision, device_name())
+            started = json.loads(folder.with_suffix('.json').read_text())
+            row = to_row(name, options, folder, started)
             record(row, read_log(folder.with_suffix('.log'), args), args.results)
             print(f"{name}: top-1 {row['stage_one_top1']} -> {row['top1']}, {row['minutes']} minutes", flush=True)
     return 1 if failed else 0

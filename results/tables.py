@@ -11,32 +11,32 @@ from run import RESULTS, read_rows
 
 README = RESULTS.parent / 'README.md'
 
-# Rows of each table: what it is, its runs in runs.csv, and the paper's top-1.
+# What each table is and, for its rows, what they are, their runs in runs.csv, and the paper's top-1.
 TABLES = {
-    'recipes': [
-        ('CIFAR-100-LT (100), 180 + 20 epochs', ['if100_seed0', 'if100_seed1', 'if100_seed2'], 56.3),
-        ('CIFAR-100-LT (50), 180 + 20 epochs', ['if50_seed0'], 59.8),
+    'recipes': ('', [
+        ('CIFAR-100-LT (100), 180 + 20 epochs', ['if100_seed0', 'if100_seed1', 'if100_seed2'], '56.3'),
+        ('CIFAR-100-LT (50), 180 + 20 epochs', ['if50_seed0'], '59.8'),
         ('CIFAR-10-LT (100), 180 + 20 epochs', ['cifar10_if100_seed0'], None),
         ('CIFAR-100-LT (100), 40 + 10 epochs', ['short_seed0', 'short_seed1', 'short_seed2'], None),
         ('digits (60), `quickstart.yaml`', ['quickstart_seed0', 'quickstart_seed1', 'quickstart_seed2'], None),
-    ],
-    'ablation': [
-        ('one plain network', ['one_network'], 50.04),
-        ('three experts', ['three_experts'], 54.23),
-        ('+ DKF', ['dkf'], 55.26),
-        ('+ DKF + L_mu', ['dkf_mu'], 55.59),
-        ('+ DKF + L_nt', ['dkf_nt'], 55.79),
-        ('+ L_mu + L_nt', ['mu_nt'], 54.82),
-        ('all of SHIKE', ['if100_seed0'], 56.34),
-    ],
-    'experts': [
+    ]),
+    'ablation': ('The ablation, CIFAR-100-LT (100), 180 + 20 epochs:', [
+        ('one plain network', ['one_network'], '50.04'),
+        ('three experts', ['three_experts'], '54.23'),
+        ('+ DKF', ['dkf'], '55.26'),
+        ('+ DKF + L_mu', ['dkf_mu'], '55.59'),
+        ('+ DKF + L_nt', ['dkf_nt'], '55.79'),
+        ('+ L_mu + L_nt', ['mu_nt'], '54.82'),
+        ('all of SHIKE', ['if100_seed0'], '56.34'),
+    ]),
+    'experts': ('Experts by the shared stages they fuse, CIFAR-100-LT (100), 180 + 20 epochs:', [
         ('1', ['experts_1'], None),
         ('2', ['experts_2'], None),
         ('1 2', ['experts_12'], None),
         ('1 2 1', ['if100_seed0'], None),
         ('1 2 2', ['experts_122'], None),
         ('1 2 1 2', ['experts_1212'], None),
-    ],
+    ]),
 }
 COLUMNS = {
     'stage_one_top1': 'stage one', 'top1': 'stage two', 'many': 'many', 'medium': 'medium', 'few': 'few', 'ece': 'ECE',
@@ -57,17 +57,19 @@ def _cell(rows: Sequence[Dict[str, str]], key: str) -> str:
 def make_table(name: str, rows: Dict[str, Dict[str, str]]) -> str:
     """A Markdown table of those runs that are recorded, '' where none is."""
     lines: List[str] = []
-    for what, names, paper in TABLES[name]:
+    caption, table_rows = TABLES[name]
+    for what, names, paper in table_rows:
         known = [rows[run] for run in names if run in rows]
         if known:
             seeds = ', '.join(row['seed'] for row in known)
-            cells = [what, '' if paper is None else f'{paper:.2f}', seeds, *(_cell(known, key) for key in COLUMNS)]
+            cells = [what, paper or '', seeds, *(_cell(known, key) for key in COLUMNS)]
             lines.append('| ' + ' | '.join(cells) + ' |')
     if not lines:
         return ''
     first = 'fused stages' if name == 'experts' else ''
     header = [first, 'paper', 'seeds', *COLUMNS.values()]
-    return '\n'.join(['| ' + ' | '.join(header) + ' |', '|' + '---|' * len(header), *lines])
+    caption = [caption, ''] if caption else []
+    return '\n'.join([*caption, '| ' + ' | '.join(header) + ' |', '|' + '---|' * len(header), *lines])
 
 
 def fill(text: str, rows: Dict[str, Dict[str, str]]) -> str:

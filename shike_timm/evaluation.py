@@ -133,8 +133,8 @@ def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
     rows = [('', *METRICS)]
     for stage, result in stages.items():
         for m, expert in enumerate(result['experts']):
-            rows.append((f'{stage} expert {m}'.strip(), *(expert[key] for key in METRICS)))
-        rows.append((f'{stage} ensemble'.strip(), *(result[key] for key in METRICS)))
+            rows.append((f'{stage} expert {m}'.strip(), *(expert.get(key) for key in METRICS)))
+        rows.append((f'{stage} ensemble'.strip(), *(result.get(key) for key in METRICS)))
     return _format_rows(rows)
 
 

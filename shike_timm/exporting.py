@@ -57,7 +57,8 @@ def _new_parents(folder: Path) -> Iterator[None]:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise InputError(f"output '{folder}' cannot be written ({error.strerror}): choose another.") from error
+            reason = error.strerror or error
+            raise InputError(f"output '{folder}' cannot be written ({reason}): choose another.") from error
         raise
 
 

@@ -83,7 +83,7 @@ def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalRes
             metric_name=label,
             metric_value=result[key],
         )
-        for key, label in METRIC_NAMES.items() if result[key] is not None
+        for key, label in METRIC_NAMES.items() if result.get(key) is not None
     ]
 
 
@@ -130,7 +130,7 @@ def _results_section(metrics: Dict[str, Any]) -> str:
     for stage, result in metrics.items():
         outputs = {'ensemble': result, **{f'expert {m}': expert for m, expert in enumerate(result['experts'])}}
         for name, output in outputs.items():
-            cells = ['-' if output[key] is None else f'{output[key]:.2f}' for key in keys]
+            cells = ['-' if output.get(key) is None else f'{output[key]:.2f}' for key in keys]
             rows.append([STAGE_NAMES.get(stage, stage), name, *cells])
     return title + (
         'Percent on the evaluation split, after the last epoch of each stage; balanced averages over all classes, '
@@ -139,7 +139,7 @@ def _results_section(metrics: Dict[str, Any]) -> str:
     )
 
 
-def _usage_section(load_as: str) -> str:
+def _usage_section(repo_id: str) -> str:
     return f"""## Use
 
 With the package shike-timm installed, which registers the architecture in timm:
@@ -148,7 +148,7 @@ With the package shike-timm installed, which registers the architecture in timm:
 import shike_timm, timm, torch
 from PIL import Image
 
-model = timm.create_model('{load_as}', pretrained=True).eval()
+model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
 images = transform(Image.open('image.png').convert('RGB'))[None]
@@ -187,7 +187,6 @@ def model_card(
         metrics: Optional[Dict[str, Any]] = None,
         args: Optional[Dict[str, Any]] = None,
         license: Optional[str] = None,
-        load_as: Optional[str] = None,
 ) -> ModelCard:
     """Make the card of a model.
 
@@ -198,7 +197,6 @@ def model_card(
         metrics: The run's `metrics.json`, results by stage.
         args: The run's `args.yaml`; folders in it are left out.
         license: License of the weights; where None, that of the pretrained ones they started from, if there is one.
-        load_as: Name to load the model by, where it is not on the Hub.
 
     Returns:
         The card, with the last stage's metrics of the ensemble as model-index.
@@ -222,7 +220,7 @@ def model_card(
         'the experts.',
         _data_section(config, args),
         _results_section(metrics),
-        _usage_section(load_as or f'hf-hub:{repo_id}'),
+        _usage_section(repo_id),
         _recipe_section(metrics, args),
         _limits_section(config, metrics, args),
         f'## Citation\n\n```bibtex\n{CITATION}\n```',

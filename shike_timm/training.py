@@ -223,6 +223,12 @@ def retrain(args: argparse.Namespace) -> Dict[str, Any]:
     """
     if not args.crt_epochs:
         raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1.')
+    saved = saved_args(args.checkpoint)
+    for key in ('holdout', 'dataset', 'imb_factor', 'imb_type') if args.holdout else ():
+        if getattr(args, key) != saved.get(key):
+            raise InputError(
+                f"--holdout {args.holdout:g} would evaluate on images that stage one was trained on, since its "
+                f"--{key.replace('_', '-')} was {saved.get(key)}, not {getattr(args, key)}: leave it out.")
     path = _stage_one_checkpoint(args.checkpoint)
     weights = model_weights(load_checkpoint(path), path)
     args.experiment = args.experiment or _default_experiment(args) + '-crt'

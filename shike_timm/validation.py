@@ -27,7 +27,7 @@ def _all_subsets(num_experts: int) -> List[Tuple[int, ...]]:
     return [subset for size in numbers for subset in itertools.combinations(numbers, size + 1)]
 
 
-def _add_costs(subsets: List[Dict[str, Any]], model: Shike, images: Tensor) -> None:
+def _add_costs(subsets: List[Dict[str, Any]], model: Shike, images: Tensor, flip: bool) -> None:
     """Time each subset, on a small batch on a CPU, where a large one is no faster but takes minutes."""
     images = images[:16] if images.device.type == 'cpu' else images
     models = {}
@@ -35,7 +35,8 @@ def _add_costs(subsets: List[Dict[str, Any]], model: Shike, images: Tensor) -> N
         reduced = models[str(one['experts'])] = copy.deepcopy(model).eval()
         reduced.set_experts(one['experts'])
     for one, cost in zip(subsets, inference_costs(models, images).values()):
-        one.update(cost)
+        passes = 2 if flip else 1
+        one.update(cost, gmacs=passes * cost['gmacs'], images_per_second=cost['images_per_second'] / passes)
 
 
 def _write_results(path: Optional[str], metrics: Dict[str, Any]) -> None:
@@ -86,7 +87,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     print(format_table({'': metrics}), flush=True)
     if subsets:
         images, _ = next(iter(loader))
-        _add_costs(metrics['subsets'], model, images.contiguous(memory_format=torch.channels_last))
+        _add_costs(metrics['subsets'], model, images.contiguous(memory_format=torch.channels_last), args.flip)
         print(f"\n{format_subsets(metrics['subsets'])}")
         _write_results(args.results_file, metrics)
     return metrics

@@ -155,6 +155,7 @@ def test_layers_are_about_as_many_as_timms(name):
     model = shike_timm.shike(name, device='meta')
     groups = group_parameters(model, model.group_matcher())
     own = timm.create_model(name, device='meta')
+    assert any('aligner' in parameter for parameter in groups[len(groups) - 2])  # below the classifier alone
     assert len(groups) == pytest.approx(len(group_parameters(own, own.group_matcher())), rel=0.2)
 
 

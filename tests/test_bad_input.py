@@ -119,6 +119,13 @@ def test_checkpoints(refused, tmp_path, tiny_run):
         '--output', tmp_path / 'out')
 
 
+@pytest.mark.parametrize('options', [['--holdout', '0.1'], ['--holdout', '0.1', '--imb-factor', '10']])
+def test_holding_out_what_stage_one_has_seen(refused, tmp_path, tiny_run, options):
+    refused(
+        'would evaluate on images that stage one was trained on', 'retrain_classifier.py', '--checkpoint', tiny_run,
+        '--output', tmp_path / 'out', *options)
+
+
 def test_resuming_with_another_model(run_script, tmp_path, tiny_run):
     shutil.copytree(tiny_run / 'stage_one', tmp_path / 'run' / 'stage_one')
     before = snapshot(tmp_path)

@@ -8,6 +8,7 @@ import torch
 from timm.models._hub import save_for_hf
 
 import shike_timm  # noqa: F401
+from shike_timm import validation
 from shike_timm.evaluation import METRICS
 from shike_timm.measure import inference_costs
 
@@ -100,6 +101,14 @@ def test_eval_tells_accuracy_against_cost(tmp_path, run_script, tiny_run):
     _, _, _, flipped = evaluate(run_script, tiny_run, tmp_path / 'flipped.json', '--flip')
     assert flipped['loss'] != metrics['loss']
     assert all(two[key] == subsets[0, 2][key] for key in shares) and len(two['experts']) == 2
+
+
+def test_flips_cost_twice_as_much(monkeypatch):
+    monkeypatch.setattr(validation, 'inference_costs', lambda models, images: {
+        name: dict(parameters=1, gmacs=3., images_per_second=8.) for name in models})
+    subsets = [dict(experts=[0]), dict(experts=[0, 1])]
+    validation._add_costs(subsets, timm.create_model('resnet32_shike'), torch.zeros(1, 3, 32, 32), flip=True)
+    assert [(one['gmacs'], one['images_per_second']) for one in subsets] == [(6., 4.)] * 2
 
 
 def test_subsets_of_a_subset_are_refused(tmp_path, run_script, tiny_run):

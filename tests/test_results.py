@@ -1,7 +1,9 @@
 """Recorded runs: what a row holds, and README tables that cannot drift from it."""
 import csv
 import gzip
+import importlib
 import json
+import re
 import subprocess
 import sys
 
@@ -21,20 +23,28 @@ def start(script, *argv):
 def test_a_run_is_recorded_with_its_log(tmp_path):
     options = [option for option in TINY if option not in ('--experiment', 'run')]
     (tmp_path / 'runs.yaml').write_text(yaml.safe_dump({'tiny': ' '.join(options), 'broken': '--epochs 0'}))
-    command = ['run.py', 'tiny', 'broken', '--output', tmp_path / 'out', '--results', tmp_path, '--commit', 'abc']
-    for attempt in (1, 2):  # the second time only what is written is done again
-        result = start(*command, '--options', '--seed', '3')
+    command = ['run.py', 'tiny', 'broken', '--output', tmp_path / 'out', '--results', tmp_path]
+
+    def recorded(commit):
+        result = start(*command, '--commit', commit, '--options', '--seed', '3')
         assert result.returncode == 1 and 'broken: failed with status 2' in result.stderr
         with (tmp_path / 'runs.csv').open(newline='') as file:
             row, = csv.DictReader(file)
-        metrics = json.loads((tmp_path / 'out' / 'tiny' / 'metrics.json').read_text())
-        one, two = metrics['stage_one'], metrics['stage_two']
-        assert (row['name'], row['seed'], row['commit']) == ('tiny', '3', 'abc') and row['options'].endswith('--seed 3')
-        assert float(row['top1']) == two['top1'] and float(row['stage_one_few']) == one['few']
-        assert [float(value) for value in row['experts'].split(' / ')] == [e['top1'] for e in two['experts']]
-        log = gzip.decompress((tmp_path / row['log']).read_bytes()).decode()
-        assert log.count('$ ') == attempt and 'ensemble' in log and 'OUTPUT/tiny' in log
-        assert str(tmp_path) not in log and str(ROOT) not in log
+        return row, gzip.decompress((tmp_path / row['log']).read_bytes()).decode()
+
+    row, log = recorded('abc')
+    metrics = json.loads((tmp_path / 'out' / 'tiny' / 'metrics.json').read_text())
+    one, two = metrics['stage_one'], metrics['stage_two']
+    assert (row['name'], row['seed'], row['commit']) == ('tiny', '3', 'abc') and row['options'].endswith('--seed 3')
+    assert float(row['top1']) == two['top1'] and float(row['stage_one_few']) == one['few']
+    assert [float(value) for value in row['experts'].split(' / ')] == [e['top1'] for e in two['experts']]
+    assert log.startswith('$ ') and '--seed 3' in log.splitlines()[0] and 'ensemble' in log and 'OUTPUT/tiny' in log
+    assert str(tmp_path) not in log and str(ROOT) not in log
+
+    assert recorded('def') == (row, log)  # a finished run stays what it was
+    (tmp_path / 'out' / 'tiny' / 'metrics.json').write_text(json.dumps(dict(stage_one=one)))
+    resumed, log = recorded('def')
+    assert resumed == dict(row, commit='abc, def') and log.count('$ ') == 2 and '--resume' in log
     result = start('run.py', 'other', '--results', tmp_path)
     assert result.returncode == 2 and "run 'other' is not in runs.yaml" in result.stderr
 
@@ -42,6 +52,14 @@ def test_a_run_is_recorded_with_its_log(tmp_path):
 def test_runs_are_options_of_train_py():
     for options in yaml.safe_load((RESULTS / 'runs.yaml').read_text()).values():
         parse_train_args(options.replace('hparams/', f'{ROOT}/hparams/').split())
+
+
+def test_every_table_is_in_the_readme_and_every_row_a_run(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    names = yaml.safe_load((RESULTS / 'runs.yaml').read_text())
+    tables = importlib.import_module('tables').TABLES
+    assert {run for _, rows in tables.values() for _, runs, _ in rows for run in runs} <= set(names)
+    assert re.findall(r'<!-- results (\w+) -->', (ROOT / 'README.md').read_text()) == list(tables)
 
 
 def test_the_readme_says_what_was_recorded():
@@ -65,17 +83,3 @@ def test_tables_are_made_from_the_rows(tmp_path):
         '| 5.00 ± 0.00 | 65.0 |')
     assert start('tables.py', '--check', *options).returncode == 0
 
-
-def test_a_run_becomes_the_weights_of_a_name(tmp_path, tiny_run):
-    name = 'resnet32_shike.cifar100_lt_if100'
-    result = start('weights.py', tiny_run, name, '--weights', tmp_path)
-    assert result.returncode == 0, result.stderr
-    folder = tmp_path / name
-    for file in ('config.json', 'model.safetensors'):
-        assert (folder / file).read_bytes() == (tiny_run / 'model' / file).read_bytes()
-    card = (folder / 'README.md').read_text()
-    assert f"timm.create_model('{name}', pretrained=True)" in card and 'license: apache-2.0' in card
-    top1 = json.loads((tiny_run / 'metrics.json').read_text())['stage_two']['top1']
-    assert f'value: {top1}' in card
-    assert start('weights.py', tiny_run, 'resnet50_shike.untrained', '--weights', tmp_path).returncode == 2
-    assert start('weights.py', tiny_run, 'resnet32_shike.other', '--weights', tmp_path).returncode == 2

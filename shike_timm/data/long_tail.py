@@ -190,7 +190,7 @@ def hold_out(dataset: Dataset, share: float) -> Tuple[Dataset, Dataset]:
     """
     targets = np.asarray(dataset.targets)
     counts = np.bincount(targets)
-    kept = [count - math.ceil(share * count) for count in counts]
+    kept = [count - math.ceil(round(share * count, 6)) for count in counts]
     if min(kept) < 1:
         bare = int(np.argmin(kept))
         raise InputError(

@@ -5,7 +5,6 @@ Jin et al., CVPR 2023.
 """
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
@@ -30,8 +29,6 @@ from .backbones import BackboneFn, cifar_resnet, tagged_name, timm_backbone
 from .classifiers import CLASSIFIERS
 
 __all__ = ['Shike']
-
-WEIGHTS = Path(__file__).parents[1] / 'weights'  # what the package brings, a folder NAME.TAG each
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
@@ -199,7 +196,11 @@ class Shike(nn.Module):
         return dict(
             stem=r'^stem',
             blocks=[(r'^stages\.(\d+)' + part, None) for part in (inner, block, '')],
-            experts=[(r'^experts' + part, None) for part in (r'\.\d+\.stage' + inner, r'\.\d+\.stage' + block, '')],
+            experts=[
+                (r'^experts\.\d+\.stage' + inner, None),
+                (r'^experts\.\d+\.stage' + block, None),
+                (r'^experts', (9999,)),  # the fresh aligners, as near to the classifier as anything
+            ],
         )
 
     @torch.jit.ignore
@@ -458,16 +459,9 @@ def _cfg(**kwargs) -> Dict[str, Any]:
     }
 
 
-def _packaged(name: str) -> Dict[str, Any]:
-    """Source and license of the weights that come with the package under `NAME.TAG`; nothing where there are none."""
-    path = WEIGHTS / name / 'model.safetensors'
-    return dict(file=str(path), license='apache-2.0') if path.is_file() else {}
-
-
 default_cfgs = generate_default_cfgs({
     'resnet32_shike.cifar100_lt_if100': _cfg(
-        num_classes=100, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR_MEAN, std=CIFAR_STD,
-        **_packaged('resnet32_shike.cifar100_lt_if100')),
+        num_classes=100, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR_MEAN, std=CIFAR_STD),
     'resnet50_shike.untrained': _cfg(),
     'resnext50_shike.untrained': _cfg(),
     'resnet152_shike.untrained': _cfg(),
