@@ -1,18 +1,36 @@
 #!/usr/bin/env python3
-"""Make the README's tables of results from runs.csv."""
+"""Make the README's tables of results from runs.csv and from what eval.py wrote of the package's weights."""
 import argparse
+import json
 import re
 import statistics
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from run import RESULTS, read_rows
 
 README = RESULTS.parent / 'README.md'
 
+Rows = List[Tuple[str, List[str], Optional[str]]]
+
+ABLATION: Rows = [
+    ('one plain network', ['one_network'], '50.04'),
+    ('three experts', ['three_experts'], '54.23'),
+    ('+ DKF', ['dkf'], '55.26'),
+    ('+ DKF + L_mu', ['dkf_mu'], '55.59'),
+    ('+ DKF + L_nt', ['dkf_nt'], '55.79'),
+    ('+ L_mu + L_nt', ['mu_nt'], '54.82'),
+]
+
+
+def _short(rows: Rows) -> Rows:
+    """The same rows with the runs of the short recipe."""
+    return [(what, [f'{name}_short' for name in names], paper) for what, names, paper in rows]
+
+
 # What each table is and, for its rows, what they are, their runs in runs.csv, and the paper's top-1.
-TABLES = {
+TABLES: Dict[str, Tuple[str, Rows]] = {
     'recipes': ('', [
         ('CIFAR-100-LT (100), 180 + 20 epochs', ['if100_seed0', 'if100_seed1', 'if100_seed2'], '56.3'),
         ('CIFAR-100-LT (50), 180 + 20 epochs', ['if50_seed0'], '59.8'),
@@ -21,13 +39,12 @@ TABLES = {
         ('digits (60), `quickstart.yaml`', ['quickstart_seed0', 'quickstart_seed1', 'quickstart_seed2'], None),
     ]),
     'ablation': ('The ablation, CIFAR-100-LT (100), 180 + 20 epochs:', [
-        ('one plain network', ['one_network'], '50.04'),
-        ('three experts', ['three_experts'], '54.23'),
-        ('+ DKF', ['dkf'], '55.26'),
-        ('+ DKF + L_mu', ['dkf_mu'], '55.59'),
-        ('+ DKF + L_nt', ['dkf_nt'], '55.79'),
-        ('+ L_mu + L_nt', ['mu_nt'], '54.82'),
+        *ABLATION,
         ('all of SHIKE', ['if100_seed0'], '56.34'),
+    ]),
+    'ablation_short': ('The ablation in 40 + 10 epochs, beside the paper\'s figures after 180 + 20:', [
+        *_short(ABLATION),
+        ('all of SHIKE', ['short_seed0'], '56.34'),
     ]),
     'experts': ('Experts by the shared stages they fuse, CIFAR-100-LT (100), 180 + 20 epochs:', [
         ('1', ['experts_1'], None),
@@ -36,6 +53,10 @@ TABLES = {
         ('1 2 1', ['if100_seed0'], None),
         ('1 2 2', ['experts_122'], None),
         ('1 2 1 2', ['experts_1212'], None),
+    ]),
+    'backbone': ('EfficientNet-Lite0 as backbone, CIFAR-100-LT (100) at 64 px, 5 + 2 epochs:', [
+        ('from ImageNet weights', ['lite0_pretrained'], None),
+        ('from none', ['lite0_scratch'], None),
     ]),
 }
 COLUMNS = {
@@ -54,28 +75,53 @@ def _cell(rows: Sequence[Dict[str, str]], key: str) -> str:
     return mean if len(values) < 2 or key == 'minutes' else f'{mean} ± {statistics.stdev(values):.2f}'
 
 
-def make_table(name: str, rows: Dict[str, Dict[str, str]]) -> str:
-    """A Markdown table of those runs that are recorded, '' where none is."""
-    lines: List[str] = []
+def _markdown(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, '' without rows."""
+    if not rows:
+        return ''
+    lines = ['| ' + ' | '.join(cells) + ' |' for cells in (header, *rows)]
+    return '\n'.join([*([caption, ''] if caption else []), lines[0], '|' + '---|' * len(header), *lines[1:]])
+
+
+def make_runs_table(name: str, results: Path) -> str:
+    """The table of those runs that are recorded."""
+    recorded = {row['name']: row for row in read_rows(results)}
     caption, table_rows = TABLES[name]
+    rows = []
     for what, names, paper in table_rows:
-        known = [rows[run] for run in names if run in rows]
+        known = [recorded[run] for run in names if run in recorded]
         if known:
             seeds = ', '.join(row['seed'] for row in known)
-            cells = [what, paper or '', seeds, *(_cell(known, key) for key in COLUMNS)]
-            lines.append('| ' + ' | '.join(cells) + ' |')
-    if not lines:
-        return ''
+            rows.append([what, paper or '', seeds, *(_cell(known, key) for key in COLUMNS)])
     first = 'fused stages' if name == 'experts' else ''
-    header = [first, 'paper', 'seeds', *COLUMNS.values()]
-    caption = [caption, ''] if caption else []
-    return '\n'.join([*caption, '| ' + ' | '.join(header) + ' |', '|' + '---|' * len(header), *lines])
+    return _markdown(caption, [first, 'paper', 'seeds', *COLUMNS.values()], rows)
 
 
-def fill(text: str, rows: Dict[str, Dict[str, str]]) -> str:
+def make_weights_table(results: Path) -> str:
+    """The table of the package's weights, a row for every choice of experts, with and without flips."""
+    paths = [results / f'{name}.json' for name in ('pretrained', 'pretrained_flip')]
+    if not all(path.exists() for path in paths):
+        return ''
+    plain, flipped = (
+        {' '.join(map(str, one['experts'])): one for one in json.loads(path.read_text())['subsets']} for path in paths)
+    rows = []
+    for experts, one in plain.items():
+        flip = flipped[experts]
+        figures = [one[key] for key in ('top1', 'many', 'medium', 'few', 'ece')] + [flip['top1'], flip['ece']]
+        cost = [f"{one['parameters'] / 1e6:.2f}", f"{one['gmacs']:.3f}"]
+        cells = ['-' if figure is None else f'{figure:.2f}' for figure in figures]
+        rows.append([experts, *cells, *cost])
+    header = ['experts', 'top-1', 'many', 'medium', 'few', 'ECE', 'top-1, flips', 'ECE, flips', 'params M', 'GMACs']
+    return _markdown(
+        'The weights of the package by experts kept, alone and averaged over mirrored images at twice the GMACs:',
+        header, rows)
+
+
+def fill(text: str, results: Path) -> str:
     """Text with the tables between `<!-- results NAME -->` and `<!-- end -->` made anew."""
     def table(match: re.Match) -> str:
-        return f'{match[1]}\n{make_table(match[2], rows)}\n{match[3]}'
+        made = make_weights_table(results) if match[2] == 'weights' else make_runs_table(match[2], results)
+        return f'{match[1]}\n{made}\n{match[3]}'
 
     return re.sub(r'(<!-- results (\w+) -->)\n.*?(<!-- end -->)', table, text, flags=re.DOTALL)
 
@@ -84,12 +130,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--check', action='store_true', help='change nothing, and fail where the README differs')
     parser.add_argument('--readme', type=Path, default=README, metavar='FILE', help='file to fill')
-    parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='folder of runs.csv')
+    parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='folder of what is recorded')
     args = parser.parse_args(argv)
     old = args.readme.read_text()
-    new = fill(old, {row['name']: row for row in read_rows(args.results)})
+    new = fill(old, args.results)
     if args.check and new != old:
-        print(f'{args.readme.name} differs from runs.csv: run python results/tables.py', file=sys.stderr)
+        print(f'{args.readme.name} differs from what is recorded: run python results/tables.py', file=sys.stderr)
         return 1
     if not args.check:
         args.readme.write_text(new)

@@ -16,12 +16,12 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from .builders import check_compiler, check_model_name, create_model, create_optimizer, resolve_autocast
-from .checkpoints import write_text
+from .checkpoints import check_results_file, write_text
 from .data import TrainingData
 from .data.device_loader import DeviceLoader
 from .devices import resolve_device, tune_device
 from .engine import train_step
-from .errors import InputError
+from .errors import InputError, one_line
 from .measure import PARTS, count_flops, measure_ceilings, peak_memory, seconds_per_call, time_parts
 from .models import Shike
 from .stages import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
@@ -79,7 +79,7 @@ def _plain_run(args: argparse.Namespace, name: str, like: Run) -> Run:
     try:
         return _noise_run(args, timm.create_model(name, num_classes=like.data.num_classes))
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"model '{name}' cannot be made: {' '.join(str(error).split())}") from error
+        raise InputError(f"model '{name}' cannot be made: {one_line(error)}.") from error
 
 
 def _describe(step: Callable[[], Any], run: Run, held: Iterable[Tensor], **result: Any) -> Dict[str, Any]:
@@ -162,8 +162,7 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
     Raises:
         InputError: If anything given cannot work.
     """
-    if args.results_file and not Path(args.results_file).absolute().parent.is_dir():
-        raise InputError(f"results-file '{args.results_file}' is in a folder that does not exist: make it first.")
+    check_results_file(args.results_file)
     check_model_name(args.model)
     device = resolve_device(args.device)
     tune_device(device)

@@ -20,7 +20,7 @@ from torch import nn
 
 from .data import TrainingData, load_training_data
 from .devices import computes_bfloat16
-from .errors import InputError
+from .errors import InputError, one_line
 from .models import Shike
 
 CRT_PREFIX = 'crt_'
@@ -126,7 +126,7 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
             pretrained_model_args=None if fresh else dict(pretrained_backbone=source),
         )
     except (ValueError, RuntimeError, OSError) as error:  # the Hub's are of the last kind
-        raise InputError(f"model '{args.model}' cannot be made: {' '.join(str(error).split())}") from error
+        raise InputError(f"model '{args.model}' cannot be made: {one_line(error)}.") from error
     model._model_args.pop('pretrained_backbone', None)  # of no use to who loads the model, and perhaps a path of ours
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.freeze_trunk:

@@ -6,7 +6,7 @@ import pickle
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import safetensors.torch
 import torch
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from .errors import InputError
 
-__all__ = ['StageSaver', 'export_model', 'load_checkpoint', 'load_weights', 'model_weights', 'write_text']
+__all__ = [
+    'StageSaver', 'check_results_file', 'export_model', 'load_checkpoint', 'load_weights', 'model_weights',
+    'write_text',
+]
 
 
 class StageSaver(CheckpointSaver):
@@ -39,6 +42,18 @@ class StageSaver(CheckpointSaver):
         temporary, last = (os.path.join(self.checkpoint_dir, name + self.extension) for name in ('tmp', 'last'))
         self._save(temporary, epoch=-1)
         self._replace(temporary, last)
+
+
+def check_results_file(path: Optional[str]) -> None:
+    """Check that a file of results can be written, before the work whose results it is to hold.
+
+    Raises:
+        InputError: If it is a folder, or in a folder that does not exist.
+    """
+    if path and Path(path).is_dir():
+        raise InputError(f"results-file '{path}' is a folder: give the name of a file.")
+    if path and not Path(path).absolute().parent.is_dir():
+        raise InputError(f"results-file '{path}' is in a folder that does not exist: make it first.")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,9 +107,8 @@ def model_weights(checkpoint: Dict[str, Any], path: Union[str, Path]) -> Dict[st
     Raises:
         InputError: If it holds no weights.
     """
-    weights = next(
-        (checkpoint[key] for key in ('state_dict_ema', 'state_dict', 'model') if checkpoint.get(key) is not None),
-        checkpoint)
+    keys = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+    weights = next((checkpoint[key] for key in keys if checkpoint.get(key) is not None), checkpoint)
     if not weights or not isinstance(weights, dict) or not all(
             isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
         raise InputError(

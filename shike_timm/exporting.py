@@ -212,7 +212,9 @@ def save_exported(
         save_config_for_hf(
             model,
             inside / 'config.json',
-            model_config={key: value for key, value in known.items() if value},
+            # The tag and the labels of the name are those of its own weights, which these need not be.
+            model_config=dict(
+                {key: value for key, value in known.items() if value}, pretrained_cfg=dict(tag='', label_names=None)),
             data_config=data_config,
         )
         inside.rename(folder)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .builders import create_model
 from .checkpoints import load_checkpoint, load_weights, model_weights
-from .errors import InputError
+from .errors import InputError, one_line
 from .hparams import parse_train_args
 from .models import Shike
 from .models.authors import is_authors_layout, num_classes_and_experts
@@ -37,25 +37,31 @@ class TrainedModel:
     data_args: Dict[str, Any] = field(default_factory=dict)
 
 
-def _read_config(name: str) -> Dict[str, Any]:
+def _read_config(name: str, weights: Optional[str]) -> Dict[str, Any]:
+    """The config.json of a saved model, which lies beside the weights of a registered name."""
     source, model_id = parse_model_name(name)
     if source == 'local-dir':
         path = Path(model_id, 'config.json')
-    else:
+    elif source == 'hf-hub':
         repo_id, _, revision = model_id.partition('@')
         path = Path(hf_hub_download(repo_id, 'config.json', revision=revision or None))
+    else:
+        path = Path(weights).with_name('config.json')
     return json.loads(path.read_text())
 
 
 def _load_by_name(name: str, pretrained: bool) -> TrainedModel:
+    saved, config = pretrained or ':' in name, {}
     try:
-        model = timm.create_model(name, pretrained=pretrained or ':' in name)
-        counts = _read_config(name).get('class_counts') if ':' in name else None
+        model = timm.create_model(name, pretrained=saved)
+        if saved and isinstance(model, Shike):
+            config = _read_config(name, model.pretrained_cfg.get('file'))
     except Exception as error:  # whatever a damaged folder makes timm, torch or safetensors raise
-        raise InputError(f"model '{name}' cannot be loaded: {' '.join(str(error).split())}") from error
+        raise InputError(f"model '{name}' cannot be loaded: {one_line(error)}.") from error
     if not isinstance(model, Shike):
         raise InputError(f"model '{name}' is a {type(model).__name__}, expected a SHIKE model.")
-    return TrainedModel(model, counts, model.pretrained_cfg.get('label_names'))
+    model._model_args.pop('pretrained_backbone', None)  # of no use any more, and perhaps somebody's path
+    return TrainedModel(model, config.get('class_counts'), config.get('label_names'))
 
 
 def _load_authors(weights: Dict[str, Tensor], classifiers: str) -> TrainedModel:

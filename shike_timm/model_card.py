@@ -139,7 +139,8 @@ def _results_section(metrics: Dict[str, Any]) -> str:
     )
 
 
-def _usage_section(repo_id: str) -> str:
+def _usage_section(load_as: str, has_labels: bool) -> str:
+    label = "\nlabel = model.pretrained_cfg['label_names'][int(logits.argmax())]" if has_labels else ''
     return f"""## Use
 
 With the package shike-timm installed, which registers the architecture in timm:
@@ -148,14 +149,13 @@ With the package shike-timm installed, which registers the architecture in timm:
 import shike_timm, timm, torch
 from PIL import Image
 
-model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
+model = timm.create_model('{load_as}', pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
 images = transform(Image.open('image.png').convert('RGB'))[None]
 with torch.inference_mode():
     logits = model(images)                   # [1, num_classes], averaged over experts
-    experts = model.forward_experts(images)  # [1, num_experts, num_classes]
-label = model.pretrained_cfg['label_names'][int(logits.argmax())]
+    experts = model.forward_experts(images)  # [1, num_experts, num_classes]{label}
 ```"""
 
 
@@ -187,6 +187,7 @@ def model_card(
         metrics: Optional[Dict[str, Any]] = None,
         args: Optional[Dict[str, Any]] = None,
         license: Optional[str] = None,
+        load_as: Optional[str] = None,
 ) -> ModelCard:
     """Make the card of a model.
 
@@ -197,6 +198,7 @@ def model_card(
         metrics: The run's `metrics.json`, results by stage.
         args: The run's `args.yaml`; folders in it are left out.
         license: License of the weights; where None, that of the pretrained ones they started from, if there is one.
+        load_as: Name to load the model by, where it is not on the Hub.
 
     Returns:
         The card, with the last stage's metrics of the ensemble as model-index.
@@ -220,7 +222,7 @@ def model_card(
         'the experts.',
         _data_section(config, args),
         _results_section(metrics),
-        _usage_section(repo_id),
+        _usage_section(load_as or f'hf-hub:{repo_id}', bool(config.get('label_names'))),
         _recipe_section(metrics, args),
         _limits_section(config, metrics, args),
         f'## Citation\n\n```bibtex\n{CITATION}\n```',

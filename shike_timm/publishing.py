@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, set_client_factory
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils._http import default_client_factory
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .loading import load_trained_model
 from .model_card import model_card
 
-__all__ = ['PublishError', 'publish']
+__all__ = ['PublishError', 'find_model', 'publish', 'read_run']
 
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 TIMEOUT = 60.  # seconds the Hub may take for one answer, where HF_HUB_DOWNLOAD_TIMEOUT does not say
@@ -82,10 +82,6 @@ def _cause(error: Optional[BaseException], kind: Union[type, Tuple[type, ...]]) 
     return error
 
 
-def _one_line(text: Any) -> str:
-    return ' '.join(str(text).split()).rstrip('.')
-
-
 def _explain(error: Exception, doing: str, repo_id: str, endpoint: str, outcome: str) -> Exception:
     """One sentence for whatever huggingface_hub raised."""
     known = _cause(error, (HfHubHTTPError, OfflineModeIsEnabled, _NoAnswer))
@@ -99,13 +95,13 @@ def _explain(error: Exception, doing: str, repo_id: str, endpoint: str, outcome:
     lost = _cause(error, HfHubHTTPError.__mro__[1]) if known is None else None
     if lost is not None:
         return PublishError(
-            f'The connection to {endpoint} failed at {doing} ({_one_line(lost) or type(lost).__name__}): {outcome}; '
+            f'The connection to {endpoint} failed at {doing} ({one_line(lost)}): {outcome}; '
             'see that the network and HF_ENDPOINT are right, and repeat the command.')
 
-    status, message = 0, _one_line(error)
+    status, message = 0, one_line(error)
     if known is not None:
         status, message = known.response.status_code, known.server_message or known.response.reason_phrase
-        message = f'{status}: {_one_line(message)}'
+        message = f'{status}: {one_line(message)}'
     about_room = status in (400, 403, 409) and re.search(
         r'\b(storage|quota|(disk|of|no|free) space)\b', message, re.IGNORECASE)
     if status in (402, 413, 507) or about_room:
@@ -133,8 +129,12 @@ def _explain(error: Exception, doing: str, repo_id: str, endpoint: str, outcome:
         f'{outcome}; see that HF_ENDPOINT is right.')
 
 
-def _find_model(path: str) -> Path:
-    """The model folder of a run folder, or the model folder itself."""
+def find_model(path: str) -> Path:
+    """The model folder of a run folder, or the model folder itself.
+
+    Raises:
+        InputError: If there is no model.
+    """
     for folder in (Path(path), Path(path, 'model')):
         if (folder / CONFIG).is_file():
             if not (folder / WEIGHTS).is_file():
@@ -145,8 +145,12 @@ def _find_model(path: str) -> Path:
     raise InputError(f"'{path}' holds no model: give a run folder whose training is finished, or a model folder.")
 
 
-def _read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Metrics and arguments of the run a model folder lies in; empty where there is none."""
+def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Metrics and arguments of the run a model folder lies in; empty where there is none.
+
+    Raises:
+        InputError: If their files are damaged.
+    """
     model_folder = model_folder.resolve()
     found: Dict[str, Dict[str, Any]] = {}
     for name, parse in (('metrics.json', json.loads), ('args.yaml', yaml.safe_load)):
@@ -157,7 +161,7 @@ def _read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
                 found[name] = dict(parse(path.read_text()))
             except (ValueError, TypeError, yaml.YAMLError) as error:
                 raise InputError(
-                    f"'{path}' is damaged ({_one_line(error)}): restore it, or move the model away.") from error
+                    f"'{path}' is damaged ({one_line(error)}): restore it, or move the model away.") from error
     return found['metrics.json'], found['args.yaml']
 
 
@@ -166,9 +170,19 @@ def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        problem = problem or _one_line(error)
+        problem = problem or one_line(error)
     if problem:
         raise InputError(f"--repo-id '{repo_id}' cannot be a name on the Hub ({problem}): choose another.")
+
+
+def _check_card(card: ModelCard) -> None:
+    """Have the Hub check the card, which it would otherwise do after the upload."""
+    try:
+        card.validate()
+    except ValueError as error:
+        raise InputError(
+            f'The Hub does not take the metadata of the card ({one_line(error)}): see that --license is one of its '
+            'identifiers, such as mit.') from error
 
 
 def _create_repo(api: HfApi, args: argparse.Namespace) -> Optional[str]:
@@ -226,15 +240,16 @@ def publish(args: argparse.Namespace) -> str:
         PublishError: If the Hub or the connection failed.
     """
     _check_repo_id(args.repo_id)
-    folder = _find_model(args.model)
-    metrics, run_args = _read_run(folder)
+    folder = find_model(args.model)
+    metrics, run_args = read_run(folder)
     model = load_trained_model(f'local-dir:{folder}').model
-    config = (folder / CONFIG).read_bytes()
+    config = json.loads((folder / CONFIG).read_bytes())
+    config.get('model_args', {}).pop('pretrained_backbone', None)  # of no use there, and perhaps a path of ours
     try:
-        card = str(model_card(args.repo_id, model, json.loads(config), metrics, run_args, args.license))
+        card = model_card(args.repo_id, model, config, metrics, run_args, args.license)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"The files beside '{folder}' are not those of train.py ({type(error).__name__}: {_one_line(error)}): "
+            f"The files beside '{folder}' are not those of train.py ({type(error).__name__}: {one_line(error)}): "
             'restore them, or move the model away.') from error
     token = get_token()
     if not token:
@@ -246,12 +261,16 @@ def publish(args: argparse.Namespace) -> str:
 
     api = HfApi(endpoint=constants.ENDPOINT)
     url = f'{api.endpoint}/{args.repo_id}'
-    doing, outcome = 'the creation of the repository', f"nothing was published to '{args.repo_id}'"
+    doing, outcome = 'the check of the card', f"nothing was published to '{args.repo_id}'"
     # From an open file, since huggingface_hub sends those by plain HTTP, whose errors say what was wrong.
     with _patient_client(), (folder / WEIGHTS).open('rb') as file:
         weights = CommitOperationAdd(WEIGHTS, file)
-        additions = [weights, CommitOperationAdd(CONFIG, config), CommitOperationAdd(CARD, card.encode())]
+        additions = [weights]
+        for path, text in ((CONFIG, json.dumps(config, indent=2)), (CARD, str(card))):
+            additions.append(CommitOperationAdd(path, text.encode()))
         try:
+            _check_card(card)
+            doing = 'the creation of the repository'
             parent = _create_repo(api, args)
             print(f'Uploading {weights.upload_info.size / 1e6:.1f} MB to {url}', flush=True)
             doing = 'the upload'

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .builders import resolve_data_config
-from .checkpoints import write_text
+from .checkpoints import check_results_file, write_text
 from .data import create_eval_dataset, create_eval_loader, load_training_data
 from .devices import resolve_device, tune_device
 from .errors import InputError
@@ -56,8 +56,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     Raises:
         InputError: If anything given cannot work.
     """
-    if args.results_file and not Path(args.results_file).absolute().parent.is_dir():
-        raise InputError(f"results-file '{args.results_file}' is in a folder that does not exist: make it first.")
+    check_results_file(args.results_file)
     if args.experts and args.expert_subsets:
         raise InputError('--expert-subsets tells of every choice of experts, --experts of one: leave one of them out.')
     device = resolve_device(args.device)
@@ -83,8 +82,8 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     loader = create_eval_loader(dataset, data_config, args.batch_size, device, args.workers)
     subsets = _all_subsets(model.num_experts) if args.expert_subsets else ()
     metrics = evaluate(model.to(device), loader, counts, device, subsets, args.flip)
-    _write_results(args.results_file, metrics)
     print(format_table({'': metrics}), flush=True)
+    _write_results(args.results_file, metrics)
     if subsets:
         images, _ = next(iter(loader))
         _add_costs(metrics['subsets'], model, images.contiguous(memory_format=torch.channels_last), args.flip)

@@ -11,6 +11,8 @@ from typing import Any, Dict, List, Optional
 
 import yaml
 
+LICENSES = (None, 'apache-2.0', 'cc-by-nc-4.0', 'mit')  # a few of those that the Hub knows
+
 
 class Refusal(Exception):
     """An answer that is an error.
@@ -167,7 +169,8 @@ class LoopbackHub:
 
     def validate(self, request: '_Handler') -> Dict[str, Any]:
         try:
-            assert isinstance(yaml.safe_load(request.json()['content'].split('---\n')[1]), dict)
+            metadata = yaml.safe_load(request.json()['content'].split('---\n')[1])
+            assert metadata.get('license') in LICENSES, f'"license" must be one of {LICENSES}'
         except Exception as error:
             raise Refusal(400, f'Invalid metadata: {error}') from error
         return dict(errors=[], warnings=[])

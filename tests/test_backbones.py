@@ -128,6 +128,14 @@ def test_preprocessing_is_that_of_the_weights(name, monkeypatch):
     assert 'license' not in create_model(parse_train_args(['--model', 'resnet50_shike']), 5).pretrained_cfg
 
 
+def test_the_crop_is_that_of_the_weights(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(backbones.timm, 'create_model', lambda *args, **kwargs: create(
+        *args, **dict(kwargs, pretrained=False)))  # nothing is downloaded
+    model = shike_timm.shike('convnext_base', pretrained_backbone='fb_in22k_ft_in1k_384', num_classes=2, device='meta')
+    assert timm.data.resolve_model_data_config(model)['crop_mode'] == 'squash'
+
+
 @pytest.mark.parametrize('cfg', [dict, timm.models.PretrainedCfg])
 def test_a_configuration_that_is_given_counts(cfg):
     model = timm.create_model('shike', backbone=SMALL, pretrained_cfg=cfg(
@@ -206,7 +214,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, weights, change, message)
         ['--model', 'shike', '--backbone', SMALL, '--pretrained-backbone', str(tmp_path / 'weights.pth')])
     with pytest.raises(InputError, match=message) as raised:
         create_model(args, 5, fresh=True)
-    assert '\n' not in str(raised.value)
+    assert '\n' not in str(raised.value) and len(str(raised.value)) < 400
 
 
 @pytest.mark.parametrize('name, content', [
@@ -226,6 +234,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path, run_script, name, content):
 @pytest.mark.parametrize('source, message', [
     ('missing.pth', "'missing.pth' is neither a file nor a tag of 'test_resnet'"),
     ('no_tag', 'no_tag'),
+    (Path('weights.pth'), "must be True, a tag or a path as text, got PosixPath"),
 ])
 def test_a_source_that_does_not_exist_is_named(source, message):
     with pytest.raises((ValueError, RuntimeError), match=message):

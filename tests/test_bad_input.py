@@ -6,8 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import ROOT, TINY
+
+from shike_timm.checkpoints import model_weights
+from shike_timm.errors import one_line
 
 
 def snapshot(folder):
@@ -148,11 +152,13 @@ def test_output_folders(run_script, tmp_path, tiny_run):
 @pytest.mark.parametrize('value, argv', [
     ('either as --model or as --checkpoint', []),
     ("model 'local-dir:/nowhere'", ['--model', 'local-dir:/nowhere']),
-    ("model 'resnet32_shike'", ['--model', 'resnet32_shike', '--pretrained']),
+    ("model 'resnet50_shike'", ['--model', 'resnet50_shike', '--pretrained']),
+    ('100 classes', ['--model', 'resnet32_shike', '--pretrained']),
     ("model 'resnet18'", ['--model', 'resnet18']),
     ('100 classes', ['--model', 'resnet32_shike']),
     ("model 'local-dir:", ['--model', 'local-dir:PICKLED']),
     ("results-file '/nowhere/x.json'", ['--model', 'resnet32_shike', '--results-file', '/nowhere/x.json']),
+    ("results-file '/' is a folder", ['--model', 'resnet32_shike', '--results-file', '/']),
 ])
 def test_eval_arguments(refused, value, argv, tmp_path):
     if argv[-1:] == ['local-dir:PICKLED']:
@@ -160,6 +166,27 @@ def test_eval_arguments(refused, value, argv, tmp_path):
         (tmp_path / 'pytorch_model.bin').write_bytes(pickle.dumps(Payload()))
         argv = ['--model', f'local-dir:{tmp_path}']
     refused(value, 'eval.py', '--dataset', 'digits_lt', '--workers', '0', '--device', 'cpu', *argv)
+
+
+def test_eval_of_a_pretrained_network_that_is_none_of_ours(refused, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: create(name))  # nothing is downloaded
+    refused("model 'resnet18' is a ResNet", 'eval.py', '--model', 'resnet18', '--pretrained', '--dataset', 'digits_lt')
+
+
+def test_messages_of_others_become_one_line():
+    assert one_line('first.\n  second. ') == 'first. second' and one_line('') == ''
+    assert one_line(FileNotFoundError()) == 'FileNotFoundError'
+    for text in ('word ' * 100, 'x' * 400):
+        assert one_line(ValueError(text)) == text[:300] + ' [...]'
+
+
+def test_an_average_comes_before_the_weights():
+    keys = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+    checkpoint = {key: dict(weight=torch.tensor(i)) for i, key in enumerate(keys)}
+    for i, key in enumerate(keys):
+        assert int(model_weights(checkpoint, 'file')['weight']) == i
+        del checkpoint[key]
 
 
 def test_torchrun_is_refused(refused, tmp_path, monkeypatch):

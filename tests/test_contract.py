@@ -251,6 +251,18 @@ def test_pretrained_weights_are_adapted(built, tmp_path):
     assert same(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True), 'model.')
 
 
+def test_weights_that_are_asked_for_come_before_those_of_the_package(tmp_path):
+    model = create('resnet32_shike')
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    overlay = dict(url=f'file://{tmp_path}/weights.pth')
+    loaded = timm.create_model(
+        'resnet32_shike', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache')
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+    packaged = timm.create_model('resnet32_shike', pretrained=True)
+    assert not torch.equal(packaged.classifier.weight, model.classifier.weight)
+    assert len(packaged.pretrained_cfg['label_names']) == 100
+
+
 @pytest.mark.parametrize('name', [name for name in NAMES if not timm.get_pretrained_cfg(name).has_weights])
 def test_missing_weights_are_one_sentence(name):
     with pytest.raises(RuntimeError, match=f"No weights are published for '{name}'.*train.py") as raised:

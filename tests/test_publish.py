@@ -152,6 +152,9 @@ def test_license(hub, run_script, run_copy):
     for options, expected in (([], 'cc-by-nc-4.0'), (['--license', 'mit', '--update'], 'mit')):
         assert run_script('publish.py', run_copy, '--repo-id', NAME, *options)[0] == 0
         assert ModelCard(hub.files(NAME)['README.md'].decode()).data.license == expected
+    status, _, error = run_script('publish.py', run_copy, '--repo-id', 'tester/other', '--license', 'Free')
+    assert status == 2 and 'see that --license is one of its identifiers' in error and len(error.splitlines()) == 1
+    assert 'tester/other' not in hub.repos
 
 
 def test_the_code_on_the_card_runs(tiny_run, tmp_path, monkeypatch):
@@ -219,9 +222,13 @@ def test_model_folders(hub, run_script, tiny_run, tmp_path):
     status, _, _ = run_script('publish.py', tiny_run / 'model', '--repo-id', NAME)
     assert status == 0 and ModelCard(hub.files(NAME)['README.md'].decode()).data.eval_results
     shutil.copytree(tiny_run / 'model', tmp_path / 'model')
+    config = json.loads((tmp_path / 'model' / 'config.json').read_text())
+    config['model_args']['pretrained_backbone'] = '/home/me/weights.pth'  # of a model made in Python
+    (tmp_path / 'model' / 'config.json').write_text(json.dumps(config))
     status, out, _ = run_script('publish.py', tmp_path / 'model', '--repo-id', 'tester/bare', '--private')
     assert status == 0 and hub.repos['tester/bare'].private
     assert 'No metrics are at hand' in hub.files('tester/bare')['README.md'].decode()
+    assert not any(b'/home/me' in content for content in hub.files('tester/bare').values())
 
 
 def test_update(hub, run_script, run_copy):
@@ -298,7 +305,7 @@ FAILURES = [
     ('lfs_upload', dict(drop='before'), 1, 'failed at the upload ('),
     ('lfs_upload', dict(delay=30), 1, f'gave no answer to the upload in 1.5 seconds: {AGAIN}'),
     ('lfs_verify', dict(status=502), 1, 'The Hub failed at the upload (502: Bad Gateway)'),
-    ('validate', dict(status=500), 1, 'The Hub failed at the commit (500: Internal Server Error)'),
+    ('validate', dict(status=500), 1, f'The Hub failed at the check of the card (500: Internal Server Error): {AGAIN}'),
     ('commit', dict(status=413, message='Payload too large'), 1, ROOM),
     ('commit', dict(status=403, message='Read only'), 2, f"The token may not write to '{NAME}' (403: Read only)"),
     ('commit', dict(status=500, message='Broken'), 1, f'The Hub failed at the commit (500: Broken): {AGAIN}'),

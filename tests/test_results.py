@@ -4,15 +4,28 @@ import gzip
 import importlib
 import json
 import re
+import socket
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+import timm
 import yaml
 from conftest import ROOT, TINY
+from PIL import Image
 
+from shike_timm.checkpoints import export_model
 from shike_timm.hparams import parse_train_args
+from shike_timm.models.shike import WEIGHTS
 
 RESULTS = ROOT / 'results'
+
+
+def recorded(name):
+    with (RESULTS / 'runs.csv').open(newline='') as file:
+        row, = (row for row in csv.DictReader(file) if row['name'] == name)
+    return row
 
 
 def start(script, *argv):
@@ -59,7 +72,7 @@ def test_every_table_is_in_the_readme_and_every_row_a_run(monkeypatch):
     names = yaml.safe_load((RESULTS / 'runs.yaml').read_text())
     tables = importlib.import_module('tables').TABLES
     assert {run for _, rows in tables.values() for _, runs, _ in rows for run in runs} <= set(names)
-    assert re.findall(r'<!-- results (\w+) -->', (ROOT / 'README.md').read_text()) == list(tables)
+    assert re.findall(r'<!-- results (\w+) -->', (ROOT / 'README.md').read_text()) == [*tables, 'weights']
 
 
 def test_the_readme_says_what_was_recorded():
@@ -83,3 +96,85 @@ def test_tables_are_made_from_the_rows(tmp_path):
         '| 5.00 ± 0.00 | 65.0 |')
     assert start('tables.py', '--check', *options).returncode == 0
 
+
+def test_the_table_of_the_weights_is_made_from_two_evaluations(tmp_path):
+    one = dict(
+        top1=50., many=60., medium=40., few=30., ece=7.125, parameters=1.26e6, gmacs=0.12, images_per_second=3.)
+    for name, top1 in (('pretrained', 50.), ('pretrained_flip', 51.5)):
+        subsets = [dict(one, experts=[0], top1=top1), dict(one, experts=[0, 2], few=None, top1=top1 + 1)]
+        (tmp_path / f'{name}.json').write_text(json.dumps(dict(subsets=subsets)))
+    readme = tmp_path / 'README.md'
+    readme.write_text('<!-- results weights -->\n<!-- end -->\n')
+    assert start('tables.py', '--readme', readme, '--results', tmp_path).returncode == 0
+    lines = readme.read_text().splitlines()
+    assert lines[-3:-1] == [
+        '| 0 | 50.00 | 60.00 | 40.00 | 30.00 | 7.12 | 51.50 | 7.12 | 1.26 | 0.120 |',
+        '| 0 2 | 51.00 | 60.00 | 40.00 | - | 7.12 | 52.50 | 7.12 | 1.26 | 0.120 |',
+    ]
+
+
+def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run):
+    name, weights = 'resnet32_shike.cifar100_lt_if100', tmp_path / 'weights'
+    model = timm.create_model('resnet32_shike')
+    config = timm.data.resolve_model_data_config(model)
+    labels = [f'class {c}' for c in range(100)]
+    export_model(model, tmp_path / 'fits' / 'model', config, labels, [5] * 100)
+    export_model(model, tmp_path / 'cropped', dict(config, crop_pct=0.9), labels, [5] * 100)
+    export_model(model, tmp_path / 'unlabelled', config, [], [5] * 100)
+    export_model(timm.create_model('resnet32_shike', global_pool='max'), tmp_path / 'max', config, labels, [5] * 100)
+
+    def refused(message, *argv):
+        result = start('weights.py', *argv, '--weights', weights)
+        assert result.returncode == 2 and message in result.stderr and result.stderr.count('\n') == 1
+        assert not weights.exists()
+
+    refused('is of another architecture', tiny_run, name)
+    refused('has crop_pct 0.9, but', tmp_path / 'cropped', name)
+    refused('does not tell the label_names of its 100 classes', tmp_path / 'unlabelled', name)
+    refused('was made with other options', tmp_path / 'max', name)
+    refused('is of resnet32_shike, not of resnet50_shike', tmp_path / 'fits', 'resnet50_shike.untrained')
+    refused("'resnet32_shike.other' is not a registered name", tmp_path / 'fits', 'resnet32_shike.other')
+    refused('is not a folder', tmp_path / 'none', name)
+    for _ in range(2):  # a second model takes the place of the first
+        result = start('weights.py', tmp_path / 'fits', name, '--weights', weights)
+        assert result.returncode == 0, result.stderr
+    folder = weights / name
+    assert [path.name for path in weights.iterdir()] == [name]
+    for file in ('config.json', 'model.safetensors'):
+        assert (folder / file).read_bytes() == (tmp_path / 'fits' / 'model' / file).read_bytes()
+    card = (folder / 'README.md').read_text()
+    assert f"timm.create_model('{name}', pretrained=True)" in card and 'license: apache-2.0' in card
+
+
+def test_all_files_of_the_weights_come_with_an_installation():
+    files = {path for path in WEIGHTS.rglob('*') if path.is_file()}
+    assert files == set(WEIGHTS.glob('*/*')) and files
+    assert 'shike_timm = ["py.typed", "weights/*/*"]' in (ROOT / 'pyproject.toml').read_text()
+
+
+def test_the_card_of_the_packages_weights_runs_and_tells_of_the_recorded_run(tmp_path, monkeypatch):
+    folder = WEIGHTS / 'resnet32_shike.cifar100_lt_if100'
+    card = (folder / 'README.md').read_text()
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.full((32, 32), 128, dtype=np.uint8)).save('image.png')
+    names = {}
+    exec(card.split('```python\n')[1].split('```')[0], names)
+    labels = json.loads((folder / 'config.json').read_text())['label_names']
+    assert names['logits'].shape == (1, 100) and names['label'] in labels
+    assert f"value: {recorded('if100_seed0')['top1']}\n" in card
+
+
+def test_the_weights_of_the_package_give_the_figures_of_their_run(tmp_path, run_script, cifar_root, monkeypatch):
+    monkeypatch.setattr(socket.socket, 'connect', None)  # no network
+    status, out, _ = run_script(
+        'eval.py', '--model', 'resnet32_shike', '--pretrained', '--dataset', 'cifar100_lt', '--data-dir', cifar_root,
+        '--workers', '0', '--device', 'cpu', '--results-file', tmp_path / 'results.json')
+    assert status == 0 and 'ensemble' in out
+    metrics = json.loads((tmp_path / 'results.json').read_text())
+    row = recorded('if100_seed0')
+    *_, told = json.loads((RESULTS / 'pretrained.json').read_text())['subsets']  # all experts, as the README has it
+    for key in ('top1', 'many', 'medium', 'few'):  # another machine may turn an image or two
+        assert metrics[key] == pytest.approx(float(row[key]), abs=0.1)
+        assert metrics[key] == pytest.approx(told[key], abs=0.1)
+    for expert, top1 in zip(metrics['experts'], row['experts'].split(' / ')):
+        assert expert['top1'] == pytest.approx(float(top1), abs=0.1)

@@ -8,7 +8,7 @@ import timm.data
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .device_loader import DeviceLoader, batch_augment_gap, create_batch_augment, device_data_gap, in_memory_images
 from .long_tail import create_long_tailed, hold_out, is_long_tailed
 from .transforms import create_train_transform
@@ -69,8 +69,7 @@ def _create_dataset(
     except (RuntimeError, ValueError, OSError, AssertionError, ImportError) as error:
         if 'Found 0 images' in str(error):
             raise InputError(f"data-dir '{root}' holds no images for the {split} split: add some.") from error
-        reason = ' '.join(str(error).split())
-        raise InputError(f"The {split} split of '{name or root}' cannot be read: {reason}") from error
+        raise InputError(f"The {split} split of '{name or root}' cannot be read: {one_line(error)}.") from error
     if not prefix and os.path.isdir(root) and dataset.reader.root == root:
         raise InputError(f"data-dir '{root}' has no {split} split: expected a folder '{os.path.join(root, split)}'.")
     if isinstance(dataset, IterableDataset):

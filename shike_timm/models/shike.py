@@ -3,8 +3,10 @@
 Paper: `Long-Tailed Visual Recognition via Self-Heterogeneous Integration with Knowledge Excavation`,
 Jin et al., CVPR 2023.
 """
+import json
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
@@ -29,6 +31,8 @@ from .backbones import BackboneFn, cifar_resnet, tagged_name, timm_backbone
 from .classifiers import CLASSIFIERS
 
 __all__ = ['Shike']
+
+WEIGHTS = Path(__file__).parents[1] / 'weights'  # what the package brings, a folder NAME.TAG each
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
@@ -433,6 +437,10 @@ def _create_shike(
         pretrained_model_args: Optional[Dict[str, Any]] = None,
         **kwargs: Any,
 ) -> Shike:
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if overlay.get('url') or overlay.get('hf_hub_id'):
+        # timm takes a file before either, and the one that comes with the package is not what was asked for.
+        kwargs['pretrained_cfg_overlay'] = dict(dict(file=None), **overlay)
     if pretrained:
         _check_published(variant, kwargs)
     if pretrained or pretrained_model_args:
@@ -459,9 +467,19 @@ def _cfg(**kwargs) -> Dict[str, Any]:
     }
 
 
+def _packaged(name: str) -> Dict[str, Any]:
+    """Where the weights are that come with the package under `NAME.TAG`, and their labels; nothing without weights."""
+    folder = WEIGHTS / name
+    if not folder.is_dir():
+        return {}
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    return dict(file=str(folder / 'model.safetensors'), label_names=tuple(config['label_names']))
+
+
 default_cfgs = generate_default_cfgs({
     'resnet32_shike.cifar100_lt_if100': _cfg(
-        num_classes=100, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR_MEAN, std=CIFAR_STD),
+        num_classes=100, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR_MEAN, std=CIFAR_STD,
+        **_packaged('resnet32_shike.cifar100_lt_if100')),
     'resnet50_shike.untrained': _cfg(),
     'resnext50_shike.untrained': _cfg(),
     'resnet152_shike.untrained': _cfg(),
@@ -472,7 +490,7 @@ default_cfgs = generate_default_cfgs({
 def _backbone_cfg(name: str, pretrained: Union[None, bool, str]) -> Dict[str, Any]:
     """A configuration with the preprocessing that a backbone's weights expect, and their license if they are used."""
     cfg = get_pretrained_cfg(tagged_name(name, pretrained), allow_unregistered=True)
-    keys = ['input_size', 'pool_size', 'crop_pct', 'interpolation', 'mean', 'std']
+    keys = ['input_size', 'pool_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std']
     if pretrained is True or tagged_name(name, pretrained) != name:
         keys.append('license')
     return _cfg(**{key: getattr(cfg, key) for key in keys if getattr(cfg, key, None) is not None})
@@ -480,6 +498,8 @@ def _backbone_cfg(name: str, pretrained: Union[None, bool, str]) -> Dict[str, An
 
 def _create_on_timm(variant: str, backbone: str, pretrained: bool = False, **kwargs: Any) -> Shike:
     source = kwargs.get('pretrained_backbone')
+    if not isinstance(source, (type(None), bool, str)):  # timm keeps the argument, and could not save the model
+        raise ValueError(f'pretrained_backbone must be True, a tag or a path as text, got {source!r}.')
     # A tag as configuration says no more than the name does.
     given = kwargs.get('pretrained_cfg') is not None and not isinstance(kwargs['pretrained_cfg'], str)
     follow = not given and (variant == 'shike' or source and not pretrained) and timm.is_model(backbone.split('.')[0])
