@@ -168,13 +168,13 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
     tune_device(device)
     check_compiler(args.torchcompile, args.torchcompile_mode, device)
     dtype = resolve_autocast(args, device) or torch.float32
-    ceilings = measure_ceilings(device, dtype)
     contestants = []
     for name, kind in (('train', _training), ('inference', _inference)):
         if args.bench in (name, 'both'):
             run = _shike_run(args)
             contestants.append(kind(run, args.model))
             contestants += [kind(_plain_run(args, other, run), other) for other in args.compare]
+    ceilings = measure_ceilings(device, dtype)
     for _ in range(args.num_rounds):
         for one in contestants:
             one.rates.append(args.batch_size / seconds_per_call(one.step, device, one.num_iter))

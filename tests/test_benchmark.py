@@ -18,6 +18,13 @@ QUICK = ['--device', 'cpu', '--num-warm-iter', '1', '--num-bench-iter', '1', '--
 CPU = torch.device('cpu')
 
 
+@pytest.fixture
+def known_ceilings(monkeypatch):
+    """Ceilings that take no time to measure."""
+    monkeypatch.setattr(
+        'shike_timm.benchmark.measure_ceilings', lambda device, dtype: dict(matmul_gflops=100., copy_gb=10.))
+
+
 @pytest.fixture(scope='module')
 def report():
     return benchmark(parse_benchmark_args([*QUICK, '--model', 'resnet32_shike', '--compare', 'resnet18']))
@@ -56,7 +63,7 @@ def test_table(report):
     assert f'{ratio:.3f} of its images a second' in lines[-1]
 
 
-def test_real_data_and_stage_two(tmp_path, cifar_root):
+def test_real_data_and_stage_two(tmp_path, cifar_root, known_ceilings):
     path = tmp_path / 'figures.json'
     report = benchmark(parse_benchmark_args([
         *QUICK, '--hparams', str(ROOT / 'hparams' / 'cifar100_lt_if100_short.yaml'), '--data-dir', str(cifar_root),
@@ -132,7 +139,7 @@ def test_modes_of_the_compiler():
     check_compiler(None, None, CPU)
 
 
-def test_classes_are_those_of_the_data():
+def test_classes_are_those_of_the_data(known_ceilings):
     report = benchmark(parse_benchmark_args(
         [*QUICK, '--hparams', str(ROOT / 'hparams' / 'quickstart.yaml'), '--compare', 'resnet18']))
     parameters = {r['model']: r['parameters'] for r in report['results']}
@@ -141,7 +148,7 @@ def test_classes_are_those_of_the_data():
 
 
 @pytest.mark.parametrize('stage, compiled', [(1, True), (2, False)])
-def test_stage_one_alone_is_compiled(stage, compiled):
+def test_stage_one_alone_is_compiled(stage, compiled, known_ceilings):
     report = benchmark(parse_benchmark_args([
         *QUICK, '--hparams', str(ROOT / 'hparams' / 'quickstart.yaml'), '--bench', 'train', '--stage', str(stage),
         '--torchcompile', 'aot_eager']))

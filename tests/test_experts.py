@@ -1,6 +1,7 @@
 """Fewer experts at inference: what is left, what is saved, what it costs."""
 import itertools
 import json
+from functools import partial
 
 import pytest
 import timm
@@ -82,7 +83,9 @@ def evaluate(run_script, tiny_run, results, *options):
     return status, out, err, json.loads(results.read_text()) if status == 0 else None
 
 
-def test_eval_tells_accuracy_against_cost(tmp_path, run_script, tiny_run):
+def test_eval_tells_accuracy_against_cost(tmp_path, run_script, tiny_run, monkeypatch):
+    monkeypatch.setattr(
+        validation, 'inference_costs', partial(inference_costs, num_rounds=1, seconds_per_turn=0.01))
     status, out, err, metrics = evaluate(run_script, tiny_run, tmp_path / 'results.json', '--expert-subsets')
     assert status == 0, err
     subsets = {tuple(one['experts']): one for one in metrics['subsets']}

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY
 from PIL import Image
 
 from shike_timm.checkpoints import export_model
+from shike_timm.errors import InputError
 from shike_timm.hparams import parse_train_args
 from shike_timm.models.shike import WEIGHTS
 
@@ -113,7 +114,7 @@ def test_the_table_of_the_weights_is_made_from_two_evaluations(tmp_path):
     ]
 
 
-def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run):
+def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run, monkeypatch):
     name, weights = 'resnet32_shike.cifar100_lt_if100', tmp_path / 'weights'
     model = timm.create_model('resnet32_shike')
     config = timm.data.resolve_model_data_config(model)
@@ -123,10 +124,13 @@ def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run):
     export_model(model, tmp_path / 'unlabelled', config, [], [5] * 100)
     export_model(timm.create_model('resnet32_shike', global_pool='max'), tmp_path / 'max', config, labels, [5] * 100)
 
+    monkeypatch.syspath_prepend(RESULTS)
+    place = importlib.import_module('weights').place
+
     def refused(message, *argv):
-        result = start('weights.py', *argv, '--weights', weights)
-        assert result.returncode == 2 and message in result.stderr and result.stderr.count('\n') == 1
-        assert not weights.exists()
+        with pytest.raises(InputError, match=message) as raised:
+            place(*map(str, argv), weights)
+        assert '\n' not in str(raised.value) and not weights.exists()
 
     refused('is of another architecture', tiny_run, name)
     refused('has crop_pct 0.9, but', tmp_path / 'cropped', name)
@@ -135,9 +139,10 @@ def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run):
     refused('is of resnet32_shike, not of resnet50_shike', tmp_path / 'fits', 'resnet50_shike.untrained')
     refused("'resnet32_shike.other' is not a registered name", tmp_path / 'fits', 'resnet32_shike.other')
     refused('is not a folder', tmp_path / 'none', name)
+    result = start('weights.py', tmp_path / 'none', name)
+    assert result.returncode == 2 and result.stderr.startswith('weights.py: error: ') and result.stderr.count('\n') == 1
     for _ in range(2):  # a second model takes the place of the first
-        result = start('weights.py', tmp_path / 'fits', name, '--weights', weights)
-        assert result.returncode == 0, result.stderr
+        place(str(tmp_path / 'fits'), name, weights)
     folder = weights / name
     assert [path.name for path in weights.iterdir()] == [name]
     for file in ('config.json', 'model.safetensors'):
