@@ -84,7 +84,7 @@ def _markdown(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def make_runs_table(name: str, results: Path) -> str:
-    """The table of those runs that are recorded."""
+    """The table of those runs that are recorded; a comparison only from two rows on."""
     recorded = {row['name']: row for row in read_rows(results)}
     caption, table_rows = TABLES[name]
     rows = []
@@ -93,6 +93,8 @@ def make_runs_table(name: str, results: Path) -> str:
         if known:
             seeds = ', '.join(row['seed'] for row in known)
             rows.append([what, paper or '', seeds, *(_cell(known, key) for key in COLUMNS)])
+    if name != 'recipes' and len(rows) < 2:
+        return ''
     first = 'fused stages' if name == 'experts' else ''
     return _markdown(caption, [first, 'paper', 'seeds', *COLUMNS.values()], rows)
 
