@@ -87,16 +87,17 @@ def make_runs_table(name: str, results: Path) -> str:
     """The table of those runs that are recorded; a comparison only from two rows on."""
     recorded = {row['name']: row for row in read_rows(results)}
     caption, table_rows = TABLES[name]
+    columns = [key for key in COLUMNS if key != 'minutes' or name == 'recipes']
     rows = []
     for what, names, paper in table_rows:
         known = [recorded[run] for run in names if run in recorded]
         if known:
             seeds = ', '.join(row['seed'] for row in known)
-            rows.append([what, paper or '', seeds, *(_cell(known, key) for key in COLUMNS)])
+            rows.append([what, paper or '', seeds, *(_cell(known, key) for key in columns)])
     if name != 'recipes' and len(rows) < 2:
         return ''
     first = 'fused stages' if name == 'experts' else ''
-    return _markdown(caption, [first, 'paper', 'seeds', *COLUMNS.values()], rows)
+    return _markdown(caption, [first, 'paper', 'seeds', *(COLUMNS[key] for key in columns)], rows)
 
 
 def make_weights_table(results: Path) -> str:
