@@ -42,7 +42,7 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         *ABLATION,
         ('all of SHIKE', ['if100_seed0'], '56.34'),
     ]),
-    'ablation_short': ('The ablation in 40 + 10 epochs, beside the paper\'s figures after 180 + 20:', [
+    'ablation_short': ("The ablation in 40 + 10 epochs, beside the paper's figures after 180 + 20:", [
         *_short(ABLATION),
         ('all of SHIKE', ['short_seed0'], '56.34'),
     ]),

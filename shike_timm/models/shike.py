@@ -440,7 +440,7 @@ def _create_shike(
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     if overlay.get('url') or overlay.get('hf_hub_id'):
         # timm takes a file before either, and the one that comes with the package is not what was asked for.
-        kwargs['pretrained_cfg_overlay'] = dict(dict(file=None), **overlay)
+        kwargs['pretrained_cfg_overlay'] = {'file': None, **overlay}
     if pretrained:
         _check_published(variant, kwargs)
     if pretrained or pretrained_model_args:
