@@ -190,6 +190,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--alpha', type=float, default=0.1, help='weight of dynamic knowledge transfer')
     group.add_argument('--beta', type=float, default=0.01, help='weight of mutual distillation')
     group.add_argument('--detach-teacher', action='store_true', help='stop gradients through the teacher')
+    group.add_argument(
+        '--kd-model-name', metavar='NAME',
+        help='trained model of the same classes to distil into every expert as well: a registered name, '
+        'local-dir:RUN/model or hf-hub:USER/NAME')
+    group.add_argument(
+        '--distill-loss-weight', type=float, default=1., metavar='W', help='weight of what --kd-model-name teaches')
+    group.add_argument(
+        '--kd-temperature', type=float, default=4., metavar='T', help='temperature of what --kd-model-name teaches')
 
     group = parser.add_argument_group('Optimizer')
     group.add_argument('--opt', default='momentum', metavar='NAME', help="timm's optimizer name")
@@ -293,7 +301,7 @@ def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
         num_warm_iter=1, num_bench_iter=1, num_rounds=1,
         log_interval=1, val_interval=1, checkpoint_hist=1, workers=0, seed=0, num_classes=1, img_size=1, cutout=0,
         lr=0, crt_lr=0, warmup_lr=0, crt_warmup_lr=0, min_lr=0, weight_decay=0, drop=0, drop_path=0,
-        layer_decay=0, decay_epochs=1, crop_pct=0.01)
+        layer_decay=0, decay_epochs=1, crop_pct=0.01, distill_loss_weight=0, kd_temperature=0.01)
     for name, low in at_least.items():
         value = getattr(args, name, None)
         if value is not None and not value >= low:

@@ -103,6 +103,24 @@ def dynamic_knowledge_transfer(logits: Tensor, target: Tensor, detach_teacher: b
     return (log_teacher.exp() * (log_teacher - _log_softmax(logits))).sum((1, 2)).mean()
 
 
+def knowledge_distillation(logits: Tensor, teacher: Tensor, temperature: float = 4.) -> Tensor:
+    """Distillation of every expert from one trained teacher (Hinton et al., 2015, arXiv:1503.02531).
+
+    T^2 KL(softmax(teacher / T) | softmax(logits / T)), the factor keeping gradients of one size whatever T.
+
+    Args:
+        logits: Expert logits [B, M, C].
+        teacher: Logits of the teacher [B, C], through which no gradient goes.
+        temperature: T, above 0: the higher, the more the teacher's small probabilities count.
+
+    Returns:
+        Scalar: summed over experts, averaged over the batch.
+    """
+    log_prob = _log_softmax(_widen(logits) / temperature)
+    log_teacher = _log_softmax(_widen(teacher.detach()) / temperature)[:, None]
+    return temperature ** 2 * (log_teacher.exp() * (log_teacher - log_prob)).sum((1, 2)).mean()
+
+
 def balanced_softmax(logits: Tensor, target: Tensor, class_counts: Tensor) -> Tensor:
     """Balanced softmax cross-entropy, Eq. 11.
 

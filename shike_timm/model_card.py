@@ -38,7 +38,8 @@ RECIPE = (
 FINE_PRINT = (
     'holdout', 'num_classes', 'mean', 'std', 'crop_pct', 'interpolation', 'clip_mode', 'decay_epochs', 'decay_rate',
     'scale', 'ratio', 'remode', 'recount', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'train_interpolation',
-    'device_data', 'amp_dtype', 'grad_checkpointing', 'model_ema_decay',
+    'device_data', 'amp_dtype', 'grad_checkpointing', 'model_ema_decay', 'kd_model_name', 'distill_loss_weight',
+    'kd_temperature',
 )
 
 CITATION = """@inproceedings{jin2023shike,
@@ -113,7 +114,7 @@ def _recipe_section(metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
     if 'stage_two' not in metrics:
         unused |= {key for key in RECIPE if key.startswith('crt_')}
     recipe = {key: args[key] for key in keys if key not in unused and args.get(key) not in (None, {})}
-    for key in {'pretrained_backbone', 'train_split', 'val_split'} & set(recipe):
+    for key in {'pretrained_backbone', 'train_split', 'val_split', 'kd_model_name'} & set(recipe):
         recipe[key] = re.split(r'[/\\]', recipe[key])[-1]  # of a file, whose folder is the trainer's own
     return (
         "## Recipe\n\nOptions of shike-timm's `train.py`; names with `crt_` are of stage two, `alpha` and `beta` weigh "

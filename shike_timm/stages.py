@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Optional, Sequence
 
 import torch
-from timm.task import TrainingTask
+from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import NativeScaler
 from torch import nn
 
@@ -14,6 +14,7 @@ from .builders import (
     create_model,
     create_optimizer,
     create_schedule,
+    create_teacher,
     load_data,
     mixup_options,
     resolve_autocast,
@@ -43,6 +44,7 @@ class Run:
     model: nn.Module
     train_loader: Any
     test_loader: Any
+    teacher: Optional[DistillationTeacher] = None
 
     def evaluate(self, model: nn.Module) -> Dict[str, Any]:
         return evaluate(model, self.test_loader, self.data.class_counts, self.device)
@@ -72,6 +74,9 @@ def prepare(args: argparse.Namespace, stages: Sequence[int], fresh: bool = True)
     if 1 in stages:
         check_compiler(args.torchcompile, args.torchcompile_mode, device)
     data_config = resolve_data_config(args, model)
+    teacher = None
+    if args.kd_model_name and 1 in stages:
+        teacher = create_teacher(args, data, data_config['input_size'], device)
     train_loader = create_train_loader(
         data.train,
         data_config,
@@ -96,14 +101,25 @@ def prepare(args: argparse.Namespace, stages: Sequence[int], fresh: bool = True)
     )
     test_loader = create_eval_loader(
         data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
-    return Run(args, device, autocast, data, data_config, model, train_loader, test_loader)
+    return Run(args, device, autocast, data, data_config, model, train_loader, test_loader, teacher)
 
 
 def create_task(run: Run, stage: int) -> TrainingTask:
     """The training task of a stage, in the run's memory layout; stage two gets new classifiers."""
     args = run.args
     if stage == 1:
-        task = RepresentationTask(run.model, args.alpha, args.beta, args.detach_teacher, device=run.device)
+        task = RepresentationTask(
+            run.model,
+            args.alpha,
+            args.beta,
+            args.detach_teacher,
+            teacher=run.teacher,
+            distill_loss_weight=args.distill_loss_weight,
+            temperature=args.kd_temperature,
+            mean=run.data_config['mean'],
+            std=run.data_config['std'],
+            device=run.device,
+        )
     else:
         seed_all(args.seed, stage, -1)
         task = ClassifierRetrainingTask(run.model, run.data.class_counts, device=run.device)

@@ -2,11 +2,12 @@
 from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
-from timm.task import TrainingTask
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .losses import balanced_softmax, representation_loss
+from .losses import balanced_softmax, knowledge_distillation, representation_loss
 from .models import Shike
 
 __all__ = ['RepresentationTask', 'ClassifierRetrainingTask']
@@ -64,11 +65,19 @@ class _ShikeTask(TrainingTask):
 class RepresentationTask(_ShikeTask):
     """Stage one: representation learning with cross-entropy, DKT and mutual distillation (Eq. 10).
 
+    Beyond the paper, a trained model can teach every expert.
+
     Args:
         model: The SHIKE model to train, all of it.
         alpha: Weight of dynamic knowledge transfer.
         beta: Weight of mutual distillation.
         detach_teacher: Stop gradients through the teacher of dynamic knowledge transfer.
+        teacher: Trained model of the same classes, which stays as it is and in eval mode; its logits of the same
+            images are distilled into each expert.
+        distill_loss_weight: Weight of the distillation from `teacher`.
+        temperature: Temperature of that distillation.
+        mean: Channel means that the images are normalized with.
+        std: Channel standard deviations that the images are normalized with.
         device: Device for the task.
     """
 
@@ -78,6 +87,11 @@ class RepresentationTask(_ShikeTask):
             alpha: float = 0.1,
             beta: float = 0.01,
             detach_teacher: bool = False,
+            teacher: Optional[DistillationTeacher] = None,
+            distill_loss_weight: float = 1.,
+            temperature: float = 4.,
+            mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+            std: Sequence[float] = IMAGENET_DEFAULT_STD,
             device: Optional[torch.device] = None,
     ):
         super().__init__(device=device)
@@ -85,6 +99,28 @@ class RepresentationTask(_ShikeTask):
         self.alpha = alpha
         self.beta = beta
         self.detach_teacher = detach_teacher
+        self.teacher = teacher
+        self.distill_loss_weight = distill_loss_weight
+        self.temperature = temperature
+        if teacher is not None:
+            teacher.requires_grad_(False)
+            # From the student's normalization to the teacher's, without a comparison that waits for the device.
+            mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+            self.register_buffer('teacher_scale', std / teacher.std_kd, persistent=False)
+            self.register_buffer('teacher_shift', (mean - teacher.mean_kd) / teacher.std_kd, persistent=False)
+
+    def train(self, mode: bool = True) -> 'RepresentationTask':
+        """Set the mode of all but the teacher."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
+        """Compile the trainable module and the teacher."""
+        if self.teacher is not None:
+            self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
+        return super().compile(backend, mode, **compile_kwargs)
 
     def forward(self, input: Tensor, target: Tensor) -> Dict[str, Tensor]:
         """Loss of a batch.
@@ -94,11 +130,18 @@ class RepresentationTask(_ShikeTask):
             target: Class indices [B]; class probabilities [B, C] only where alpha is 0.
 
         Returns:
-            `loss` and the averaged logits `output` [B, C]; the terms `ce`, `nt` and `mu` of the loss, unweighted.
+            `loss` and the averaged logits `output` [B, C]; the terms `ce`, `nt` and `mu` of the loss, unweighted, and
+            with a teacher `kd`.
         """
         logits = self.trainable_module(input)
         loss = representation_loss(logits, target, self.alpha, self.beta, self.detach_teacher)
-        return self._output(loss.total, logits, ce=loss.cross_entropy, nt=loss.dkt, mu=loss.mutual)
+        total, terms = loss.total, dict(ce=loss.cross_entropy, nt=loss.dkt, mu=loss.mutual)
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher(input * self.teacher_scale + self.teacher_shift)
+            terms['kd'] = knowledge_distillation(logits, taught, self.temperature)
+            total = total + self.distill_loss_weight * terms['kd']
+        return self._output(total, logits, **terms)
 
 
 class ClassifierRetrainingTask(_ShikeTask):

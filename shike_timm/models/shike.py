@@ -476,10 +476,15 @@ def _packaged(name: str) -> Dict[str, Any]:
     return dict(file=str(folder / 'model.safetensors'), label_names=tuple(config['label_names']))
 
 
-default_cfgs = generate_default_cfgs({
-    'resnet32_shike.cifar100_lt_if100': _cfg(
+def _cifar_cfg(name: str) -> Dict[str, Any]:
+    return _cfg(
         num_classes=100, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR_MEAN, std=CIFAR_STD,
-        **_packaged('resnet32_shike.cifar100_lt_if100')),
+        **_packaged(name))
+
+
+default_cfgs = generate_default_cfgs({
+    'resnet32_shike.cifar100_lt_if100': _cifar_cfg('resnet32_shike.cifar100_lt_if100'),
+    'resnet32_shike.paper_cifar100_lt_if100': _cifar_cfg('resnet32_shike.paper_cifar100_lt_if100'),
     'resnet50_shike.untrained': _cfg(),
     'resnext50_shike.untrained': _cfg(),
     'resnet152_shike.untrained': _cfg(),
