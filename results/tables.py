@@ -22,6 +22,13 @@ ABLATION: Rows = [
     ('+ DKF + L_nt', ['dkf_nt'], '55.79'),
     ('+ L_mu + L_nt', ['mu_nt'], '54.82'),
 ]
+EXPERTS: Rows = [
+    ('1', ['experts_1'], None),
+    ('2', ['experts_2'], None),
+    ('1 2', ['experts_12'], None),
+    ('1 2 2', ['experts_122'], None),
+    ('1 2 1 2', ['experts_1212'], None),
+]
 
 
 def _short(rows: Rows) -> Rows:
@@ -33,6 +40,7 @@ def _short(rows: Rows) -> Rows:
 TABLES: Dict[str, Tuple[str, Rows]] = {
     'recipes': ('', [
         ('CIFAR-100-LT (100), 180 + 20 epochs', ['if100_seed0', 'if100_seed1', 'if100_seed2'], '56.3'),
+        ('the same, taught by that network', ['if100_distilled_seed0'], None),
         ('CIFAR-100-LT (50), 180 + 20 epochs', ['if50_seed0'], '59.8'),
         ('CIFAR-10-LT (100), 180 + 20 epochs', ['cifar10_if100_seed0'], None),
         ('CIFAR-100-LT (100), 40 + 10 epochs', ['short_seed0', 'short_seed1', 'short_seed2'], None),
@@ -47,12 +55,14 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('all of SHIKE', ['short_seed0'], '56.34'),
     ]),
     'experts': ('Experts by the shared stages they fuse, CIFAR-100-LT (100), 180 + 20 epochs:', [
-        ('1', ['experts_1'], None),
-        ('2', ['experts_2'], None),
-        ('1 2', ['experts_12'], None),
+        *EXPERTS[:3],
         ('1 2 1', ['if100_seed0'], None),
-        ('1 2 2', ['experts_122'], None),
-        ('1 2 1 2', ['experts_1212'], None),
+        *EXPERTS[3:],
+    ]),
+    'experts_short': ('Experts by the shared stages they fuse, CIFAR-100-LT (100), 40 + 10 epochs:', [
+        *_short(EXPERTS[:3]),
+        ('1 2 1', ['short_seed0'], None),
+        *_short(EXPERTS[3:]),
     ]),
     'backbone': ('EfficientNet-Lite0 as backbone, CIFAR-100-LT (100) at 64 px, 5 + 2 epochs:', [
         ('from ImageNet weights', ['lite0_pretrained'], None),
@@ -96,7 +106,7 @@ def make_runs_table(name: str, results: Path) -> str:
             rows.append([what, paper or '', seeds, *(_cell(known, key) for key in columns)])
     if name != 'recipes' and len(rows) < 2:
         return ''
-    first = 'fused stages' if name == 'experts' else ''
+    first = 'fused stages' if name.startswith('experts') else ''
     return _markdown(caption, [first, 'paper', 'seeds', *(COLUMNS[key] for key in columns)], rows)
 
 

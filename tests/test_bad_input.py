@@ -63,6 +63,11 @@ def refused(run_script, tmp_path):
     ('--drop 1.5', ['--drop', '1.5']),
     ('KEY=VALUE', ['--opt-kwargs', 'eps']),
     ("'sharp'", ['--interpolation', 'sharp']),
+    ("--kd-model-name 'nothing' cannot teach: Unknown model", ['--kd-model-name', 'nothing']),
+    ("--kd-model-name 'local-dir:/nowhere' cannot teach", ['--kd-model-name', 'local-dir:/nowhere']),
+    ('trained on 100 classes that are not the 10', ['--kd-model-name', 'resnet32_shike.paper_cifar100_lt_if100']),
+    ('--kd-temperature 0.0', ['--kd-temperature', '0']),
+    ('--distill-loss-weight -1', ['--distill-loss-weight', '-1']),
     ("'/nowhere' holds no run", ['--resume', '/nowhere']),
 ])
 def test_train_arguments(refused, tmp_path, value, argv):

@@ -45,7 +45,8 @@ def model(built):
 
 def test_every_name_has_a_default_configuration():
     assert set(NAMES) == {'resnet32_shike', 'resnet50_shike', 'resnext50_shike', 'resnet152_shike', 'shike'}
-    assert 'resnet32_shike.cifar100_lt_if100' in TAGGED and len(TAGGED) == len(NAMES)
+    assert {'resnet32_shike.cifar100_lt_if100', 'resnet32_shike.paper_cifar100_lt_if100'} < set(TAGGED)
+    assert timm.get_pretrained_cfg('resnet32_shike').tag == 'cifar100_lt_if100' and len(TAGGED) == len(NAMES) + 1
     assert timm.list_models(module='shike', name_matches_cfg=True) == NAMES
 
 

@@ -8,6 +8,7 @@ from shike_timm.losses import (
     balanced_softmax,
     dynamic_knowledge_transfer,
     expert_cross_entropy,
+    knowledge_distillation,
     mutual_distillation,
     representation_loss,
 )
@@ -66,7 +67,27 @@ def balanced(logits, target):
     return balanced_softmax(logits, target, torch.tensor(COUNTS[:logits.shape[-1]]))
 
 
+TEMPERATURE = 3.
+
+
+def taught(num_classes):
+    """Logits of a teacher, the same for every image."""
+    return [2. * (c % 3) - c for c in range(num_classes)]
+
+
+def slow_distillation(logits, target):
+    teacher = [v / TEMPERATURE for v in taught(len(logits[0][0]))]
+    total = sum(kl(teacher, [v / TEMPERATURE for v in expert]) for z in logits for expert in z)
+    return TEMPERATURE ** 2 * total / len(logits)
+
+
+def distillation(logits, target):
+    teacher = torch.tensor(taught(logits.shape[-1]), dtype=logits.dtype).expand(len(logits), -1)
+    return knowledge_distillation(logits, teacher, TEMPERATURE)
+
+
 LOSSES = {
+    'distillation': (distillation, slow_distillation),
     'mutual': (lambda z, y: mutual_distillation(z), slow_mutual),
     'dkt': (dynamic_knowledge_transfer, slow_dkt),
     'cross_entropy': (expert_cross_entropy, slow_cross_entropy),
@@ -156,6 +177,14 @@ def test_no_distillation_between_equal_experts_or_with_one():
         logits = CASES[case].float()
         assert mutual_distillation(logits) == 0
         assert abs(float(dynamic_knowledge_transfer(logits, torch.zeros(len(logits), dtype=torch.long)))) < 1e-6
+
+
+def test_a_trained_teacher_gets_no_gradient_and_agreement_costs_nothing():
+    teacher = CASES['random'][:, 0].clone().requires_grad_()
+    logits = teacher.detach()[:, None].repeat(1, 3, 1).requires_grad_()
+    value = knowledge_distillation(logits, teacher)
+    value.backward()
+    assert value == 0 and teacher.grad is None and logits.grad.abs().max() < 1e-15
 
 
 def test_teacher_passes_gradients_unless_detached():

@@ -224,6 +224,21 @@ def test_nan_names_its_first_step(tmp_path, monkeypatch):
         run(tmp_path, '--log-interval', '100')
 
 
+def test_a_run_learns_from_another(tmp_path, tiny_run, caplog):
+    caplog.set_level('INFO')
+    shutil.copytree(tiny_run / 'model', tmp_path / 'teacher')
+    options = ['--kd-model-name', f'local-dir:{tmp_path}/teacher', '--kd-temperature', '2', '--crt-epochs', '0']
+    folder, metrics = run(tmp_path, *options)
+    assert 'KD: ' in caplog.text
+    assert metrics['stage_one']['loss'] != without_seconds(tiny_run)['stage_one']['loss']
+    student, alone = (
+        load_checkpoint(path / 'stage_one' / 'last.pth.tar')['state_dict'] for path in (folder, tiny_run))
+    assert student.keys() == alone.keys()
+    shutil.rmtree(tmp_path / 'teacher')  # stage two learns from nobody
+    options = ['--checkpoint', str(folder), '--crt-epochs', '2', '--output', str(tmp_path), '--experiment', 'two']
+    assert list(retrain(parse_retrain_args(options, saved_args))) == ['stage_two']
+
+
 def test_stage_one_alone(tmp_path):
     folder, metrics = run(tmp_path, '--crt-epochs', '0')
     assert list(metrics) == ['stage_one'] and not (folder / 'stage_two').exists()

@@ -5,9 +5,10 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timm.task import DistillationTeacher
 from torch import nn
 
-from shike_timm.losses import balanced_softmax, representation_loss
+from shike_timm.losses import balanced_softmax, knowledge_distillation, representation_loss
 from shike_timm.tasks import ClassifierRetrainingTask, RepresentationTask
 
 COUNTS = [50, 30, 10, 5, 2]
@@ -34,6 +35,33 @@ def test_representation_task():
     assert result['output'].shape == (8, 5)
     result['loss'].backward()
     assert all(parameter.grad is not None for parameter in task.parameters())
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_a_teacher_sees_the_images_as_it_knows_them_and_stays_as_it_is(compiled):
+    teacher = timm.create_model('resnet32_shike', num_classes=5)
+    teacher.pretrained_cfg = dict(teacher.pretrained_cfg, mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.2))
+    before = copy.deepcopy(teacher.state_dict())
+    model, (images, target) = make_model(), batch()
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.3, 0.25, 0.5])
+    task = RepresentationTask(
+        model, teacher=DistillationTeacher(teacher), distill_loss_weight=0.5, temperature=2., mean=mean.tolist(),
+        std=std.tolist())
+    logits = copy.deepcopy(model).train().forward_experts(images)
+    pixels = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+    own = (pixels - torch.tensor([0.5, 0.4, 0.3]).view(-1, 1, 1)) / torch.tensor([0.25, 0.5, 0.2]).view(-1, 1, 1)
+    expected = knowledge_distillation(logits, teacher.eval()(own), 2.)
+    if compiled:
+        task.compile(backend='eager')
+        assert isinstance(task.teacher.model, torch._dynamo.OptimizedModule)
+    result = task.train()(images, target)
+    assert torch.allclose(result['kd'], expected, rtol=1e-4) and not result['kd'].requires_grad
+    assert torch.allclose(result['loss'], representation_loss(logits, target).total + 0.5 * expected, rtol=1e-4)
+    result['loss'].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not any(name.startswith('teacher') for name in task.get_eval_model().state_dict())
 
 
 def test_retraining_freezes_all_but_new_classifiers():
