@@ -68,6 +68,9 @@ def _noise_run(args: argparse.Namespace, model: nn.Module) -> Run:
 def _shike_run(args: argparse.Namespace) -> Run:
     if args.dataset or args.data_dir:
         return prepare(args, [args.stage])
+    if args.kd_model_name:
+        raise InputError(
+            f"--kd-model-name '{args.kd_model_name}' teaches the classes of a data set: add --dataset or --data-dir.")
     return _noise_run(args, create_model(
         args, args.num_classes or timm.get_pretrained_cfg_value(args.model, 'num_classes')))
 
@@ -111,7 +114,7 @@ def _training(run: Run, name: str) -> _Contestant:
         train_step(task, images, target, optimizer, config, scaler)
 
     step()  # the optimizer's state exists from here on
-    held = [*run.model.parameters(), *run.model.buffers()]
+    held = [*task.parameters(), *task.buffers()]
     held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     result = _describe(step, run, held, model=name, bench=f'train, stage {stage}' if shike else 'train')
     result['compiled'] = compile_task(task, args, stage if shike else 1)

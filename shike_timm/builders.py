@@ -16,7 +16,6 @@ from timm.models import get_arch_name
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.task import DistillationTeacher
 from torch import nn
 
 from .data import TrainingData, load_training_data
@@ -133,38 +132,6 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
     if args.freeze_trunk:
         model.freeze_trunk()
     return model
-
-
-def create_teacher(
-        args: argparse.Namespace,
-        data: TrainingData,
-        input_size: Sequence[int],
-        device: torch.device,
-) -> DistillationTeacher:
-    """The trained model that `--kd-model-name` names, to learn from in stage one.
-
-    Args:
-        args: Arguments of train.py.
-        data: The data, for its classes.
-        input_size: Channels, height and width of the images.
-        device: Where to put it.
-
-    Raises:
-        InputError: If it cannot be loaded, takes no such images or knows other classes.
-    """
-    name = args.kd_model_name
-    try:
-        teacher = DistillationTeacher(name, in_chans=input_size[0], device=device)
-        with torch.no_grad():
-            num_classes = teacher(torch.zeros(1, *input_size, device=device)).shape[-1]
-    except Exception as error:  # whatever a wrong name or a damaged folder makes timm, torch or safetensors raise
-        raise InputError(f"--kd-model-name '{name}' cannot teach: {one_line(error)}.") from error
-    labels = teacher.model.pretrained_cfg.get('label_names')
-    if num_classes != data.num_classes or (labels and list(labels) != list(data.class_names)):
-        raise InputError(
-            f"--kd-model-name '{name}' was trained on {num_classes} classes that are not the {data.num_classes} of the "
-            'data, or in another order: name a model of the same classes.')
-    return teacher
 
 
 def _takes_fused(args: argparse.Namespace) -> bool:

@@ -189,10 +189,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Loss of stage one')
     group.add_argument('--alpha', type=float, default=0.1, help='weight of dynamic knowledge transfer')
     group.add_argument('--beta', type=float, default=0.01, help='weight of mutual distillation')
-    group.add_argument('--detach-teacher', action='store_true', help='stop gradients through the teacher')
+    group.add_argument(
+        '--detach-teacher', action='store_true',
+        help='stop gradients through the teacher of dynamic knowledge transfer')
     group.add_argument(
         '--kd-model-name', metavar='NAME',
-        help='trained model of the same classes to distil into every expert as well: a registered name, '
+        help='trained model of the same classes whose logits every expert learns as well: a registered name, '
         'local-dir:RUN/model or hf-hub:USER/NAME')
     group.add_argument(
         '--distill-loss-weight', type=float, default=1., metavar='W', help='weight of what --kd-model-name teaches')

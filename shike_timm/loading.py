@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import timm
+import torch
 from huggingface_hub import hf_hub_download
 from timm.models import parse_model_name
+from timm.task import DistillationTeacher
 from torch import Tensor
 
 from .builders import create_model
 from .checkpoints import load_checkpoint, load_weights, model_weights
+from .data import TrainingData
 from .errors import InputError, one_line
 from .hparams import parse_train_args
 from .models import Shike
 from .models.authors import is_authors_layout, num_classes_and_experts
 
-__all__ = ['TrainedModel', 'load_trained_model']
+__all__ = ['TrainedModel', 'load_teacher', 'load_trained_model']
 
 
 @dataclass
@@ -117,3 +120,47 @@ def load_trained_model(
         except ValueError as error:
             raise InputError(f'--experts: {error}') from error
     return trained
+
+
+def load_teacher(
+        name: str,
+        data: TrainingData,
+        input_size: Sequence[int],
+        device: torch.device,
+        held_out: bool = False,
+) -> DistillationTeacher:
+    """Load the trained model of `--kd-model-name`, of whatever family, to learn from.
+
+    Args:
+        name: A registered name, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
+        data: The data, for its classes.
+        input_size: Channels, height and width of the images.
+        device: Where to put the model.
+        held_out: Whether images of the training set are kept for evaluation, which it must not have learnt from.
+
+    Raises:
+        InputError: If it cannot be loaded, takes no such images, knows other classes, or is not known to have left out
+            what is held out.
+    """
+    try:
+        teacher = DistillationTeacher(name, device=device)
+        with torch.no_grad():
+            num_classes = teacher(torch.zeros(1, *input_size, device=device)).shape[-1]
+        cfg = getattr(teacher.model, 'pretrained_cfg', {})
+        config = _read_config(name, cfg.get('file')) if ':' in name or cfg.get('file') else {}
+    except Exception as error:  # whatever a wrong name or a damaged folder makes timm, torch or safetensors raise
+        raise InputError(f"--kd-model-name '{name}' cannot teach: {one_line(error)}.") from error
+    if num_classes != data.num_classes:
+        raise InputError(
+            f"--kd-model-name '{name}' knows {num_classes} classes, the data has {data.num_classes}: name a model that "
+            'was trained on the same.')
+    for label, (its, own) in enumerate(zip(cfg.get('label_names') or (), data.class_names)):
+        if its != own:
+            raise InputError(
+                f"--kd-model-name '{name}' calls class {label} '{its}', the data '{own}': name a model that was "
+                'trained on the same classes in the same order.')
+    if held_out and config.get('class_counts') != list(data.class_counts):
+        raise InputError(
+            f"--kd-model-name '{name}' may have learnt from the images that --holdout keeps for evaluation: train the "
+            'teacher with the same --holdout.')
+    return teacher

@@ -111,7 +111,8 @@ def time_parts(task: TrainingTask, optimizer: torch.optim.Optimizer, device: tor
     """Time the parts of the training steps inside the context, by waiting for the device after each.
 
     Args:
-        task: Task whose `trainable_module` is the forward; the rest of its own forward are the losses.
+        task: Task whose `trainable_module` is the forward; the rest of its own forward, a
+            teacher's among it, are the losses.
         optimizer: Its step ends the backward.
         device: Device to wait for.
 

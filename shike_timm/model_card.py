@@ -38,9 +38,10 @@ RECIPE = (
 FINE_PRINT = (
     'holdout', 'num_classes', 'mean', 'std', 'crop_pct', 'interpolation', 'clip_mode', 'decay_epochs', 'decay_rate',
     'scale', 'ratio', 'remode', 'recount', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'train_interpolation',
-    'device_data', 'amp_dtype', 'grad_checkpointing', 'model_ema_decay', 'kd_model_name', 'distill_loss_weight',
-    'kd_temperature',
+    'device_data', 'amp_dtype', 'grad_checkpointing', 'model_ema_decay',
 )
+# Of these, all where there is a teacher.
+TEACHING = ('kd_model_name', 'distill_loss_weight', 'kd_temperature')
 
 CITATION = """@inproceedings{jin2023shike,
   title     = {Long-Tailed Visual Recognition via Self-Heterogeneous Integration with Knowledge Excavation},
@@ -109,16 +110,21 @@ def _recipe_section(metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
     if not args:
         return ''
     default = vars(parse_train_args([]))
-    keys = [*RECIPE, *(key for key in FINE_PRINT if args.get(key) != default[key])]
+    teaching = TEACHING if args.get('kd_model_name') else ()
+    keys = [*RECIPE, *teaching, *(key for key in FINE_PRINT if args.get(key) != default[key])]
     unused = {'train_split', 'val_split'} if is_long_tailed(args.get('dataset')) else {'imb_factor', 'imb_type'}
     if 'stage_two' not in metrics:
         unused |= {key for key in RECIPE if key.startswith('crt_')}
     recipe = {key: args[key] for key in keys if key not in unused and args.get(key) not in (None, {})}
-    for key in {'pretrained_backbone', 'train_split', 'val_split', 'kd_model_name'} & set(recipe):
+    for key in {'pretrained_backbone', 'train_split', 'val_split'} & set(recipe):
         recipe[key] = re.split(r'[/\\]', recipe[key])[-1]  # of a file, whose folder is the trainer's own
+    if recipe.get('kd_model_name', '').startswith('local-dir:'):
+        folders = [part for part in re.split(r'[/\\]', recipe['kd_model_name'][len('local-dir:'):]) if part]
+        recipe['kd_model_name'] = 'local-dir:' + '/'.join(folders[-2:])  # RUN/model
+    taught = ', `kd_model_name` is the teacher' if teaching else ''
     return (
         "## Recipe\n\nOptions of shike-timm's `train.py`; names with `crt_` are of stage two, `alpha` and `beta` weigh "
-        f'the distillation terms.\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```'
+        f'the distillation terms{taught}.\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```'
     )
 
 

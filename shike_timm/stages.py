@@ -14,7 +14,6 @@ from .builders import (
     create_model,
     create_optimizer,
     create_schedule,
-    create_teacher,
     load_data,
     mixup_options,
     resolve_autocast,
@@ -25,6 +24,7 @@ from .devices import resolve_device, tune_device
 from .engine import LoopConfig, seed_all
 from .errors import InputError
 from .evaluation import evaluate
+from .loading import load_teacher
 from .tasks import ClassifierRetrainingTask, RepresentationTask
 
 __all__ = ['STAGES', 'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'loop_config', 'prepare']
@@ -74,9 +74,6 @@ def prepare(args: argparse.Namespace, stages: Sequence[int], fresh: bool = True)
     if 1 in stages:
         check_compiler(args.torchcompile, args.torchcompile_mode, device)
     data_config = resolve_data_config(args, model)
-    teacher = None
-    if args.kd_model_name and 1 in stages:
-        teacher = create_teacher(args, data, data_config['input_size'], device)
     train_loader = create_train_loader(
         data.train,
         data_config,
@@ -101,6 +98,9 @@ def prepare(args: argparse.Namespace, stages: Sequence[int], fresh: bool = True)
     )
     test_loader = create_eval_loader(
         data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
+    teacher = None
+    if args.kd_model_name and args.distill_loss_weight and 1 in stages:
+        teacher = load_teacher(args.kd_model_name, data, data_config['input_size'], device, bool(args.holdout))
     return Run(args, device, autocast, data, data_config, model, train_loader, test_loader, teacher)
 
 
@@ -108,12 +108,13 @@ def create_task(run: Run, stage: int) -> TrainingTask:
     """The training task of a stage, in the run's memory layout; stage two gets new classifiers."""
     args = run.args
     if stage == 1:
+        teacher, run.teacher = run.teacher, None  # so that its memory is free in stage two
         task = RepresentationTask(
             run.model,
             args.alpha,
             args.beta,
             args.detach_teacher,
-            teacher=run.teacher,
+            teacher_model=teacher,
             distill_loss_weight=args.distill_loss_weight,
             temperature=args.kd_temperature,
             mean=run.data_config['mean'],

@@ -1,8 +1,7 @@
 """The two stages of SHIKE as timm training tasks: what happens between a batch and its loss."""
-from typing import Any, Dict, Iterator, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -72,12 +71,12 @@ class RepresentationTask(_ShikeTask):
         alpha: Weight of dynamic knowledge transfer.
         beta: Weight of mutual distillation.
         detach_teacher: Stop gradients through the teacher of dynamic knowledge transfer.
-        teacher: Trained model of the same classes, which stays as it is and in eval mode; its logits of the same
-            images are distilled into each expert.
-        distill_loss_weight: Weight of the distillation from `teacher`.
+        teacher_model: Trained model of the same classes, or its name, which stays as it is and in eval mode; its logits
+            of the same images are distilled into each expert.
+        distill_loss_weight: Weight of that distillation.
         temperature: Temperature of that distillation.
-        mean: Channel means that the images are normalized with.
-        std: Channel standard deviations that the images are normalized with.
+        mean: Channel means that the images are normalized with, those of the model's configuration by default.
+        std: Channel standard deviations that the images are normalized with, by default likewise.
         device: Device for the task.
     """
 
@@ -87,11 +86,11 @@ class RepresentationTask(_ShikeTask):
             alpha: float = 0.1,
             beta: float = 0.01,
             detach_teacher: bool = False,
-            teacher: Optional[DistillationTeacher] = None,
+            teacher_model: Union[str, nn.Module, DistillationTeacher, None] = None,
             distill_loss_weight: float = 1.,
             temperature: float = 4.,
-            mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-            std: Sequence[float] = IMAGENET_DEFAULT_STD,
+            mean: Optional[Sequence[float]] = None,
+            std: Optional[Sequence[float]] = None,
             device: Optional[torch.device] = None,
     ):
         super().__init__(device=device)
@@ -99,13 +98,17 @@ class RepresentationTask(_ShikeTask):
         self.alpha = alpha
         self.beta = beta
         self.detach_teacher = detach_teacher
-        self.teacher = teacher
+        self.teacher = None
         self.distill_loss_weight = distill_loss_weight
         self.temperature = temperature
-        if teacher is not None:
-            teacher.requires_grad_(False)
+        if teacher_model is not None:
+            teacher = teacher_model
+            if not isinstance(teacher, DistillationTeacher):
+                teacher = DistillationTeacher(teacher, device=device)
+            self.teacher = teacher.requires_grad_(False)
             # From the student's normalization to the teacher's, without a comparison that waits for the device.
-            mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+            mean = teacher.mean_kd.new_tensor(mean or model.pretrained_cfg['mean']).view(1, -1, 1, 1)
+            std = teacher.std_kd.new_tensor(std or model.pretrained_cfg['std']).view(1, -1, 1, 1)
             self.register_buffer('teacher_scale', std / teacher.std_kd, persistent=False)
             self.register_buffer('teacher_shift', (mean - teacher.mean_kd) / teacher.std_kd, persistent=False)
 

@@ -15,7 +15,7 @@ from .checkpoints import StageSaver, export_model, load_checkpoint, load_weights
 from .engine import Interrupted, StopFlag, fit, stop_signals
 from .errors import InputError
 from .evaluation import format_table
-from .hparams import run_folder
+from .hparams import parse_train_args, run_folder
 from .stages import STAGES, Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
 
 __all__ = ['retrain', 'saved_args', 'train']
@@ -157,7 +157,8 @@ def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
         'data_dir', 'dataset_download', 'device', 'workers', 'output', 'experiment', 'resume', 'hparams',
         'log_interval', 'val_interval', 'checkpoint_hist', 'crt_epochs',
     }
-    for key, old in vars(checkpoint['args']).items():
+    # What an older version did not know of has its default.
+    for key, old in {**vars(parse_train_args([])), **vars(checkpoint['args'])}.items():
         new = getattr(args, key, old)
         if key not in free and new != old:
             raise InputError(f"--{key.replace('_', '-')} {new} differs from the resumed run's {old}: leave it out.")

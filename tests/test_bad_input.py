@@ -10,7 +10,7 @@ import timm
 import torch
 from conftest import ROOT, TINY
 
-from shike_timm.checkpoints import model_weights
+from shike_timm.checkpoints import export_model, load_checkpoint, model_weights
 from shike_timm.errors import one_line
 
 
@@ -65,7 +65,7 @@ def refused(run_script, tmp_path):
     ("'sharp'", ['--interpolation', 'sharp']),
     ("--kd-model-name 'nothing' cannot teach: Unknown model", ['--kd-model-name', 'nothing']),
     ("--kd-model-name 'local-dir:/nowhere' cannot teach", ['--kd-model-name', 'local-dir:/nowhere']),
-    ('trained on 100 classes that are not the 10', ['--kd-model-name', 'resnet32_shike.paper_cifar100_lt_if100']),
+    ('knows 100 classes, the data has 10', ['--kd-model-name', 'resnet32_shike.paper_cifar100_lt_if100']),
     ('--kd-temperature 0.0', ['--kd-temperature', '0']),
     ('--distill-loss-weight -1', ['--distill-loss-weight', '-1']),
     ("'/nowhere' holds no run", ['--resume', '/nowhere']),
@@ -133,6 +133,40 @@ def test_holding_out_what_stage_one_has_seen(refused, tmp_path, tiny_run, option
     refused(
         'would evaluate on images that stage one was trained on', 'retrain_classifier.py', '--checkpoint', tiny_run,
         '--output', tmp_path / 'out', *options)
+
+
+def test_teachers_that_do_not_fit(refused, tmp_path, tiny_run):
+    def teacher(model, labels, counts=None):
+        folder = tmp_path / 'teacher'
+        export_model(model, folder, timm.data.resolve_model_data_config(model), labels, counts or [])
+        return f'local-dir:{folder}'
+
+    def check(value, name, *options):
+        refused(value, 'train.py', *TINY, '--output', tmp_path / 'out', '--kd-model-name', name, *options)
+
+    digits = [str(digit) for digit in range(10)]
+    resnet = timm.create_model('resnet10t', num_classes=10)
+    check("calls class 3 'x', the data '3'", teacher(resnet, [*digits[:3], 'x', *digits[4:]]))
+    check('the images that --holdout keeps', teacher(resnet, digits), '--holdout', '0.1')
+    check('the images that --holdout keeps', f'local-dir:{tiny_run}/model', '--holdout', '0.1')
+    check(
+        "Input height (8) doesn't match model (32)",
+        teacher(timm.create_model('test_vit', num_classes=10, img_size=32), digits))
+
+
+@pytest.mark.parametrize('old', [False, True])
+def test_resuming_with_a_teacher(run_script, tmp_path, tiny_run, old):
+    shutil.copytree(tiny_run / 'stage_one', tmp_path / 'run' / 'stage_one')
+    if old:  # from before there were teachers
+        path = tmp_path / 'run' / 'stage_one' / 'last.pth.tar'
+        checkpoint = load_checkpoint(path)
+        del checkpoint['args'].kd_model_name
+        torch.save(checkpoint, path)
+    before = snapshot(tmp_path)
+    status, _, error = run_script(
+        'train.py', *TINY, '--resume', tmp_path / 'run', '--kd-model-name', f'local-dir:{tiny_run}/model')
+    assert status == 2 and '--kd-model-name' in error and "differs from the resumed run's None" in error
+    assert snapshot(tmp_path) == before
 
 
 def test_resuming_with_another_model(run_script, tmp_path, tiny_run):

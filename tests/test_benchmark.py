@@ -120,6 +120,7 @@ def test_ceilings_are_positive():
     (['--torchcompile', '--torchcompile-mode', 'fastest'], "--torchcompile-mode 'fastest' is unknown to 'inductor'"),
     (['--torchcompile-mode', 'max-autotune'], '--torchcompile-mode max-autotune goes with --torchcompile'),
     (['--results-file', 'nowhere/figures.json'], "results-file 'nowhere/figures.json' is in a folder"),
+    (['--kd-model-name', 'resnet32_shike'], "--kd-model-name 'resnet32_shike' teaches the classes of a data set"),
     (['--stage', '3'], 'invalid choice: 3'),
 ])
 def test_bad_input(run_script, options, message):

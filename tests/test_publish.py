@@ -19,7 +19,7 @@ from timm.models._hub import save_for_hf
 
 from shike_timm import publishing
 from shike_timm.hparams import parse_train_args
-from shike_timm.model_card import FINE_PRINT, METRIC_NAMES, RECIPE, model_card
+from shike_timm.model_card import FINE_PRINT, METRIC_NAMES, RECIPE, TEACHING, model_card
 from shike_timm.training import train
 
 # huggingface_hub passes files that way.
@@ -83,6 +83,7 @@ def test_card_says_what_the_files_say(tiny_run, tmp_path):
     metrics['stage_two'].update(top1=12.34, few=None)
     metrics['stage_two']['experts'][1]['medium'] = 56.7
     args.update(data_dir='/home/me/data', seed=1234, pretrained_backbone='/home/me/weights.pth')
+    args.update(kd_model_name='local-dir:/home/me/RUN/model/')
     text = str(tiny_card(tiny_run, metrics, args))
     card = ModelCard(text)
 
@@ -113,6 +114,7 @@ def test_card_says_what_the_files_say(tiny_run, tmp_path):
     recipe.write_text(block(text, 'yaml'))
     told = yaml.safe_load(recipe.read_text())
     assert told.pop('pretrained_backbone') == 'weights.pth'
+    assert told.pop('kd_model_name') == 'local-dir:RUN/model' and {'distill_loss_weight', 'kd_temperature'} <= set(told)
     assert {'epochs', 'lr', 'batch_size', 'train_crop_mode', 'alpha', 'beta', 'seed'} <= set(told)
     assert all(args[key] == value for key, value in told.items())
     for secret in ('/home/me', str(tiny_run.parent), 'data_dir', 'output:'):
@@ -131,6 +133,8 @@ THE_TRAINERS_OWN = {
     ['--hparams', str(ROOT / 'hparams' / 'quickstart.yaml'), '--clip-grad', '1', '--clip-mode', 'agc'],
     ['--dataset', 'torch/cifar100', '--train-split', 'train', '--sched', 'step', '--decay-rate', '0.2', '--scale',
      '0.5', '1', '--mean', '0.5', '--drop-path', '0', '--mixup', '0.2', '--alpha', '0', '--mixup-mode', 'elem'],
+    ['--hparams', str(ROOT / 'hparams' / 'cifar100_lt_if100_distilled.yaml')],
+    ['--kd-model-name', 'hf-hub:me/net@v1', '--distill-loss-weight', '2'],
 ])
 def test_the_recipe_on_the_card_is_that_of_the_run(tiny_run, tmp_path, options):
     args = vars(parse_train_args(options))
@@ -141,7 +145,7 @@ def test_the_recipe_on_the_card_is_that_of_the_run(tiny_run, tmp_path, options):
 
 
 def test_every_option_is_on_the_card_or_the_trainers_own():
-    assert set(vars(parse_train_args([]))) == {*RECIPE, *FINE_PRINT} | THE_TRAINERS_OWN
+    assert set(vars(parse_train_args([]))) == {*RECIPE, *FINE_PRINT, *TEACHING} | THE_TRAINERS_OWN
 
 
 def test_license(hub, run_script, run_copy):

@@ -11,13 +11,17 @@ import sys
 import numpy as np
 import pytest
 import timm
+import torch
 import yaml
 from conftest import ROOT, TINY
 from PIL import Image
 
 from shike_timm.checkpoints import export_model
+from shike_timm.data import load_training_data
 from shike_timm.errors import InputError
 from shike_timm.hparams import parse_train_args
+from shike_timm.loading import load_teacher
+from shike_timm.models import Shike
 from shike_timm.models.shike import WEIGHTS
 
 RESULTS = ROOT / 'results'
@@ -151,6 +155,13 @@ def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run, monkeypatch):
         assert (folder / file).read_bytes() == (tmp_path / 'fits' / 'model' / file).read_bytes()
     card = (folder / 'README.md').read_text()
     assert f"timm.create_model('{name}', pretrained=True)" in card and 'license: apache-2.0' in card
+
+
+def test_the_distilled_recipe_finds_a_teacher_of_its_classes(cifar_root):
+    args = parse_train_args(['--hparams', str(ROOT / 'hparams' / 'cifar100_lt_if100_distilled.yaml')])
+    data = load_training_data(args.dataset, str(cifar_root), imb_factor=args.imb_factor)
+    teacher = load_teacher(args.kd_model_name, data, (3, 32, 32), torch.device('cpu'))
+    assert isinstance(teacher.model, Shike) and not teacher.training
 
 
 def test_all_files_of_the_weights_come_with_an_installation():

@@ -224,6 +224,14 @@ def test_nan_names_its_first_step(tmp_path, monkeypatch):
         run(tmp_path, '--log-interval', '100')
 
 
+def test_a_teacher_of_the_same_holdout_teaches_what_is_left(tmp_path, caplog):
+    caplog.set_level('INFO')
+    run(tmp_path / 'teacher', '--holdout', '0.1', '--crt-epochs', '0')
+    assert 'KD: ' not in caplog.text
+    run(tmp_path, '--holdout', '0.1', '--crt-epochs', '0', '--kd-model-name', f'local-dir:{tmp_path}/teacher/run/model')
+    assert 'KD: ' in caplog.text
+
+
 def test_a_run_learns_from_another(tmp_path, tiny_run, caplog):
     caplog.set_level('INFO')
     shutil.copytree(tiny_run / 'model', tmp_path / 'teacher')
@@ -250,9 +258,12 @@ def test_stage_one_alone(tmp_path):
     ['--model-ema', '--model-ema-decay', '0.5', '--clip-grad', '1', '--val-interval', '5'],
     ['--clip-grad', '0.1', '--clip-mode', 'agc', '--torchcompile', 'eager', '--detach-teacher'],
     ['--mixup', '0.4', '--alpha', '0', '--beta', '0', '--no-fusion', '--num-experts', '2'],
+    ['--kd-model-name', 'TEACHER', '--model-ema', '--model-ema-decay', '0.5', '--val-interval', '5', '--mixup', '0.4',
+     '--alpha', '0', '--torchcompile', 'eager', '--amp', '--channels-last'],
     ['--reprob', '0.5', '--no-aug', '--checkpoint-hist', '1', '--workers', '1', '--log-interval', '1'],
 ], ids=lambda options: options[0])
-def test_options_run(tmp_path, options):
+def test_options_run(tmp_path, tiny_run, options):
+    options = [option.replace('TEACHER', f'local-dir:{tiny_run}/model') for option in options]
     folder, metrics = run(tmp_path, *options)
     assert math.isfinite(metrics['stage_two']['loss'])
     if '--model-ema' in options:

@@ -45,8 +45,8 @@ def test_a_teacher_sees_the_images_as_it_knows_them_and_stays_as_it_is(compiled)
     model, (images, target) = make_model(), batch()
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.3, 0.25, 0.5])
     task = RepresentationTask(
-        model, teacher=DistillationTeacher(teacher), distill_loss_weight=0.5, temperature=2., mean=mean.tolist(),
-        std=std.tolist())
+        model, teacher_model=DistillationTeacher(teacher), distill_loss_weight=0.5, temperature=2.,
+        mean=mean.tolist(), std=std.tolist())
     logits = copy.deepcopy(model).train().forward_experts(images)
     pixels = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
     own = (pixels - torch.tensor([0.5, 0.4, 0.3]).view(-1, 1, 1)) / torch.tensor([0.25, 0.5, 0.2]).view(-1, 1, 1)
@@ -61,7 +61,15 @@ def test_a_teacher_sees_the_images_as_it_knows_them_and_stays_as_it_is(compiled)
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    assert not any(name.startswith('teacher') for name in task.get_eval_model().state_dict())
+    assert task.get_checkpoint_state()['state_dict'].keys() == model.state_dict().keys()
+
+
+def test_a_teacher_by_name_sees_the_images_as_they_are():
+    model, (images, target) = timm.create_model('resnet32_shike'), batch()
+    task = RepresentationTask(model, teacher_model='resnet32_shike.paper_cifar100_lt_if100').train()
+    teacher = timm.create_model('resnet32_shike.paper_cifar100_lt_if100', pretrained=True).eval()
+    expected = knowledge_distillation(copy.deepcopy(model).train().forward_experts(images), teacher(images))
+    assert torch.equal(task(images, target)['kd'], expected.detach())
 
 
 def test_retraining_freezes_all_but_new_classifiers():
