@@ -150,7 +150,7 @@ def test_teachers_that_do_not_fit(refused, tmp_path, tiny_run):
     check('the images that --holdout keeps', teacher(resnet, digits), '--holdout', '0.1')
     check('the images that --holdout keeps', f'local-dir:{tiny_run}/model', '--holdout', '0.1')
     check(
-        "Input height (8) doesn't match model (32)",
+        'cannot teach: Input height (8) should be divisible by patch size (16)',
         teacher(timm.create_model('test_vit', num_classes=10, img_size=32), digits))
 
 
