@@ -158,8 +158,10 @@ def export_model(
     folder = Path(folder)
     temporary = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
+    model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
+    model.pretrained_cfg.pop('label_names', None)  # of the weights that come with the name, not of these
     save_for_hf(
-        copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format),
+        model,
         temporary,
         model_config=dict(
             label_names=list(class_names),

@@ -59,6 +59,7 @@ def test_exported_model_loads_in_timm(tiny_run):
     assert model.pretrained_cfg['input_size'] == (3, 8, 8)
     config = json.loads((tiny_run / 'model' / 'config.json').read_text())
     assert config['architecture'] == 'resnet32_shike' and len(config['class_counts']) == 10
+    assert len(config['label_names']) == 10 and 'label_names' not in config['pretrained_cfg']
     stage_two = load_checkpoint(tiny_run / 'stage_two' / 'last.pth.tar')
     assert all(torch.equal(stage_two['state_dict'][name], value) for name, value in model.state_dict().items())
 
