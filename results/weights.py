@@ -11,12 +11,12 @@ import timm
 import torch
 
 from shike_timm.checkpoints import load_weights
-from shike_timm.cli import run_script
+from shike_timm.commands.cli import run_script
+from shike_timm.commands.publish import find_model, read_run
 from shike_timm.errors import InputError
 from shike_timm.loading import load_trained_model
 from shike_timm.model_card import model_card
 from shike_timm.models.shike import WEIGHTS, default_cfgs
-from shike_timm.publishing import find_model, read_run
 
 
 def place(run: str, name: str, weights: Path) -> None:

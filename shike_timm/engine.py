@@ -19,7 +19,7 @@ from timm.utils.summary import trim_summary
 from tqdm import tqdm
 
 from .checkpoints import StageSaver
-from .evaluation import METRICS
+from .metrics import METRICS
 
 __all__ = ['Interrupted', 'LoopConfig', 'NonFiniteError', 'StopFlag', 'fit', 'seed_all', 'stop_signals', 'train_step']
 

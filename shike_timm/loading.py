@@ -12,13 +12,13 @@ from timm.models import parse_model_name
 from timm.task import DistillationTeacher
 from torch import Tensor
 
-from .builders import create_model
+from .build import create_model
 from .checkpoints import load_checkpoint, load_weights, model_weights
 from .data import TrainingData
 from .errors import InputError, one_line
-from .hparams import parse_train_args
 from .models import Shike
 from .models.authors import is_authors_layout, num_classes_and_experts
+from .options import parse_train_args
 
 __all__ = ['TrainedModel', 'load_teacher', 'load_trained_model']
 

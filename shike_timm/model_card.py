@@ -6,9 +6,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .data.long_tail import is_long_tailed
-from .evaluation import METRICS, shot_divisions
-from .hparams import parse_train_args
+from .metrics import METRICS, shot_divisions
 from .models import Shike
+from .options import parse_train_args
 
 __all__ = ['model_card']
 

@@ -9,7 +9,7 @@ from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import NativeScaler
 from torch import nn
 
-from .builders import (
+from .build import (
     check_compiler,
     create_model,
     create_optimizer,
@@ -23,8 +23,8 @@ from .data import TrainingData, create_eval_loader, create_train_loader
 from .devices import resolve_device, tune_device
 from .engine import LoopConfig, seed_all
 from .errors import InputError
-from .evaluation import evaluate
 from .loading import load_teacher
+from .metrics import evaluate
 from .tasks import ClassifierRetrainingTask, RepresentationTask
 
 __all__ = ['STAGES', 'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'loop_config', 'prepare']

@@ -7,7 +7,7 @@ from torchvision.datasets import CIFAR100
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
-from shike_timm.data.batch_ops import OPS
+from shike_timm.data.augment.ops import OPS
 
 NUM_BINS = 10
 

@@ -7,11 +7,11 @@ import timm
 import torch
 from conftest import ROOT
 
-from shike_timm.benchmark import benchmark, format_report
-from shike_timm.builders import check_compiler, resolve_autocast
+from shike_timm.build import check_compiler, resolve_autocast
+from shike_timm.commands.benchmark import benchmark, format_report
 from shike_timm.engine import LoopConfig, train_step
-from shike_timm.hparams import parse_benchmark_args
 from shike_timm.measure import measure_ceilings, peak_memory, time_parts
+from shike_timm.options import parse_benchmark_args
 from shike_timm.tasks import RepresentationTask
 
 QUICK = ['--device', 'cpu', '--num-warm-iter', '1', '--num-bench-iter', '1', '--num-rounds', '3', '--batch-size', '4']
@@ -22,7 +22,7 @@ CPU = torch.device('cpu')
 def known_ceilings(monkeypatch):
     """Ceilings that take no time to measure."""
     monkeypatch.setattr(
-        'shike_timm.benchmark.measure_ceilings', lambda device, dtype: dict(matmul_gflops=100., copy_gb=10.))
+        'shike_timm.commands.benchmark.measure_ceilings', lambda device, dtype: dict(matmul_gflops=100., copy_gb=10.))
 
 
 @pytest.fixture(scope='module')

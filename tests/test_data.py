@@ -12,10 +12,10 @@ from timm.data import resolve_data_config
 from torchvision import transforms
 
 from shike_timm.data import create_eval_dataset, create_eval_loader, create_train_loader, load_training_data
+from shike_timm.data.augment.transforms import Cutout, create_train_transform
 from shike_timm.data.long_tail import long_tailed_counts, long_tailed_indices
-from shike_timm.data.transforms import Cutout, create_train_transform
 from shike_timm.errors import InputError
-from shike_timm.evaluation import shot_divisions
+from shike_timm.metrics import shot_divisions
 
 CPU = torch.device('cpu')
 

@@ -13,9 +13,9 @@ from torchvision.transforms import functional as tvf
 from torchvision.transforms.autoaugment import _apply_op
 
 from shike_timm.data import create_eval_loader, create_train_loader, load_training_data
-from shike_timm.data.batch_augment import BatchAugment, auto_augment, crop, cutout
-from shike_timm.data.device_loader import AUGMENTED_AT_ONCE, DeviceLoader
-from shike_timm.data.transforms import Cutout
+from shike_timm.data.augment.batch import BatchAugment, auto_augment, crop, cutout
+from shike_timm.data.augment.transforms import Cutout
+from shike_timm.data.in_memory import AUGMENTED_AT_ONCE, DeviceLoader
 from shike_timm.errors import InputError
 
 CPU = torch.device('cpu')
@@ -153,13 +153,13 @@ def test_augmentation_depends_on_the_seed_alone_and_rounds_join(cifar, monkeypat
     torch.manual_seed(5)
     assert torch.equal(first, torch.cat([images for images, _ in loader]))
     assert len(first) == 10_800 < AUGMENTED_AT_ONCE
-    monkeypatch.setattr('shike_timm.data.device_loader.AUGMENTED_AT_ONCE', 950)
+    monkeypatch.setattr('shike_timm.data.in_memory.AUGMENTED_AT_ONCE', 950)
     assert [len(images) for images, _ in loader] == [100] * 108
 
     plain = create_train_loader(cifar.train, CIFAR, 100, CPU, 0, no_aug=True)
     epochs = []
     for at_once in (950, 16384):
-        monkeypatch.setattr('shike_timm.data.device_loader.AUGMENTED_AT_ONCE', at_once)
+        monkeypatch.setattr('shike_timm.data.in_memory.AUGMENTED_AT_ONCE', at_once)
         torch.manual_seed(5)
         epochs.append(torch.cat([images for images, _ in plain]))
     assert torch.equal(*epochs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shike_timm.evaluation import ExpertEvaluator, evaluate, format_table, shot_divisions
+from shike_timm.metrics import ExpertEvaluator, evaluate, format_table, shot_divisions
 
 
 def test_shot_divisions_at_the_borders():

@@ -9,9 +9,9 @@ import torch
 from timm.models._hub import save_for_hf
 
 import shike_timm  # noqa: F401
-from shike_timm import validation
-from shike_timm.evaluation import METRICS
+from shike_timm.commands import eval as validation
 from shike_timm.measure import inference_costs
+from shike_timm.metrics import METRICS
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from torch.nn import functional
 from torchvision.datasets import CIFAR100
 
 import shike_timm  # noqa: F401
-from shike_timm import exporting
 from shike_timm.checkpoints import export_model
+from shike_timm.commands import export as exporting
+from shike_timm.commands.export import FILES, export, load_exported, save_exported
 from shike_timm.errors import InputError
-from shike_timm.exporting import FILES, export, load_exported, save_exported
-from shike_timm.hparams import parse_export_args
+from shike_timm.options import parse_export_args
 
 CLASS_NAMES = [f'class {i}' for i in range(100)]
 CLASS_COUNTS = list(range(500, 0, -5))

@@ -7,9 +7,9 @@ import torch
 import yaml
 from conftest import ROOT, read_yaml
 
-from shike_timm.builders import create_model, create_optimizer, create_schedule, mixup_options, resolve_autocast
+from shike_timm.build import create_model, create_optimizer, create_schedule, mixup_options, resolve_autocast
 from shike_timm.errors import InputError
-from shike_timm.hparams import parse_eval_args, parse_retrain_args, parse_train_args
+from shike_timm.options import parse_eval_args, parse_retrain_args, parse_train_args
 
 HPARAMS = sorted((ROOT / 'hparams').rglob('*.yaml'))
 

@@ -17,10 +17,10 @@ from loopback_hub import LoopbackHub
 from PIL import Image
 from timm.models._hub import save_for_hf
 
-from shike_timm import publishing
-from shike_timm.hparams import parse_train_args
+from shike_timm.commands import publish as publishing
 from shike_timm.model_card import FINE_PRINT, METRIC_NAMES, RECIPE, TEACHING, model_card
-from shike_timm.training import train
+from shike_timm.options import parse_train_args
+from shike_timm.runs import train
 
 # huggingface_hub passes files that way.
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')

@@ -5,8 +5,8 @@ import statistics
 import pytest
 from conftest import ROOT
 
-from shike_timm.hparams import parse_train_args
-from shike_timm.training import train
+from shike_timm.options import parse_train_args
+from shike_timm.runs import train
 
 SEED_STD = 5.  # points of top-1 between seeds, over six of each side
 

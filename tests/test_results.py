@@ -19,10 +19,10 @@ from PIL import Image
 from shike_timm.checkpoints import export_model
 from shike_timm.data import load_training_data
 from shike_timm.errors import InputError
-from shike_timm.hparams import parse_train_args
 from shike_timm.loading import load_teacher
 from shike_timm.models import Shike
 from shike_timm.models.shike import WEIGHTS
+from shike_timm.options import parse_train_args
 
 RESULTS = ROOT / 'results'
 # The package's weights by tag, and the run each is from.

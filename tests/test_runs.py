@@ -16,9 +16,9 @@ from conftest import ROOT, TINY
 
 from shike_timm import engine
 from shike_timm.checkpoints import load_checkpoint
-from shike_timm.evaluation import METRICS
-from shike_timm.hparams import parse_retrain_args, parse_train_args
-from shike_timm.training import retrain, saved_args, train
+from shike_timm.metrics import METRICS
+from shike_timm.options import parse_retrain_args, parse_train_args
+from shike_timm.runs import retrain, saved_args, train
 
 
 def without_seconds(path):

@@ -15,8 +15,8 @@ from timm.data import resolve_input_data_config
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from .errors import InputError
-from .loading import load_trained_model
+from ..errors import InputError
+from ..loading import load_trained_model
 
 __all__ = ['FILES', 'export', 'load_exported', 'save_exported']
 
@@ -225,7 +225,7 @@ def export(args: argparse.Namespace) -> Path:
     """Export a trained model.
 
     Args:
-        args: What `shike_timm.hparams.parse_export_args` gives.
+        args: What `shike_timm.options.parse_export_args` gives.
 
     Returns:
         The folder written.

@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import InputError, one_line
-from .device_loader import DeviceLoader, batch_augment_gap, create_batch_augment, device_data_gap, in_memory_images
+from .augment.transforms import create_train_transform
+from .in_memory import DeviceLoader, batch_augment_gap, create_batch_augment, device_data_gap, in_memory_images
 from .long_tail import create_long_tailed, hold_out, is_long_tailed
-from .transforms import create_train_transform
 
 # What `timm.data.create_dataset` reads beside folders and archives.
 TIMM_PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')

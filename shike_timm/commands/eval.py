@@ -9,15 +9,15 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .builders import resolve_data_config
-from .checkpoints import check_results_file, write_text
-from .data import create_eval_dataset, create_eval_loader, load_training_data
-from .devices import resolve_device, tune_device
-from .errors import InputError
-from .evaluation import evaluate, format_subsets, format_table
-from .loading import load_trained_model
-from .measure import inference_costs
-from .models import Shike
+from ..build import resolve_data_config
+from ..checkpoints import check_results_file, write_text
+from ..data import create_eval_dataset, create_eval_loader, load_training_data
+from ..devices import resolve_device, tune_device
+from ..errors import InputError
+from ..loading import load_trained_model
+from ..measure import inference_costs
+from ..metrics import evaluate, format_subsets, format_table
+from ..models import Shike
 
 __all__ = ['evaluate_model']
 
@@ -48,10 +48,10 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     """Evaluate a trained model, in float32.
 
     Args:
-        args: What `shike_timm.hparams.parse_eval_args` gives.
+        args: What `shike_timm.options.parse_eval_args` gives.
 
     Returns:
-        The metrics of `shike_timm.evaluation.evaluate`; with `--expert-subsets` their costs too.
+        The metrics of `shike_timm.metrics.evaluate`; with `--expert-subsets` their costs too.
 
     Raises:
         InputError: If anything given cannot work.

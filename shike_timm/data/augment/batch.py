@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-from .batch_ops import OPS
+from .ops import OPS
 
 __all__ = ['BatchAugment', 'auto_augment', 'crop', 'cutout']
 

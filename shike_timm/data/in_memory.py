@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
-from .batch_augment import BatchAugment
+from .augment.batch import BatchAugment
 from .long_tail import DigitsLT
 
 __all__ = ['DeviceLoader', 'batch_augment_gap', 'create_batch_augment', 'device_data_gap', 'in_memory_images']

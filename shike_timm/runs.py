@@ -10,12 +10,12 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 import yaml
 from timm.models import safe_model_name
 
-from .builders import create_optimizer, create_schedule
+from .build import create_optimizer, create_schedule
 from .checkpoints import StageSaver, export_model, load_checkpoint, load_weights, model_weights, write_text
 from .engine import Interrupted, StopFlag, fit, stop_signals
 from .errors import InputError
-from .evaluation import format_table
-from .hparams import parse_train_args, run_folder
+from .metrics import format_table
+from .options import parse_train_args, run_folder
 from .stages import STAGES, Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
 
 __all__ = ['retrain', 'saved_args', 'train']
@@ -169,7 +169,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     """Run stage one and, unless `crt_epochs` is 0, stage two.
 
     Args:
-        args: What `shike_timm.hparams.parse_train_args` gives.
+        args: What `shike_timm.options.parse_train_args` gives.
 
     Returns:
         What is written to `metrics.json`: metrics and seconds of `stage_one` and `stage_two`.
@@ -212,7 +212,7 @@ def retrain(args: argparse.Namespace) -> Dict[str, Any]:
     """Run stage two alone, on the trunk and experts of a stage-one checkpoint, into a run folder of its own.
 
     Args:
-        args: What `shike_timm.hparams.parse_retrain_args` gives.
+        args: What `shike_timm.options.parse_retrain_args` gives.
 
     Returns:
         What is written to `metrics.json`: metrics and seconds of `stage_two`.

@@ -15,9 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils._http import default_client_factory
 
-from .errors import InputError, one_line
-from .loading import load_trained_model
-from .model_card import model_card
+from ..errors import InputError, one_line
+from ..loading import load_trained_model
+from ..model_card import model_card
 
 __all__ = ['PublishError', 'find_model', 'publish', 'read_run']
 
@@ -229,7 +229,7 @@ def publish(args: argparse.Namespace) -> str:
     """Publish a model with its card, in one commit.
 
     Args:
-        args: What `shike_timm.hparams.parse_publish_args` gives.
+        args: What `shike_timm.options.parse_publish_args` gives.
 
     Returns:
         The model's URL.

@@ -6,8 +6,8 @@ from typing import Any, Callable
 
 from timm.utils import setup_default_logging
 
-from .engine import Interrupted, NonFiniteError
-from .errors import InputError
+from ..engine import Interrupted, NonFiniteError
+from ..errors import InputError
 
 __all__ = ['run_script']
 

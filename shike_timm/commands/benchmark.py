@@ -15,16 +15,16 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from .builders import check_compiler, check_model_name, create_model, create_optimizer, resolve_autocast
-from .checkpoints import check_results_file, write_text
-from .data import TrainingData
-from .data.device_loader import DeviceLoader
-from .devices import resolve_device, tune_device
-from .engine import train_step
-from .errors import InputError, one_line
-from .measure import PARTS, count_flops, measure_ceilings, peak_memory, seconds_per_call, time_parts
-from .models import Shike
-from .stages import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
+from ..build import check_compiler, check_model_name, create_model, create_optimizer, resolve_autocast
+from ..checkpoints import check_results_file, write_text
+from ..data import TrainingData
+from ..data.in_memory import DeviceLoader
+from ..devices import resolve_device, tune_device
+from ..engine import train_step
+from ..errors import InputError, one_line
+from ..measure import PARTS, count_flops, measure_ceilings, peak_memory, seconds_per_call, time_parts
+from ..models import Shike
+from ..stages import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
 
 __all__ = ['benchmark', 'format_report']
 
@@ -155,7 +155,7 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
     A training step is the one of train.py, without its logs.
 
     Args:
-        args: What `shike_timm.hparams.parse_benchmark_args` gives.
+        args: What `shike_timm.options.parse_benchmark_args` gives.
 
     Returns:
         `device`, `threads`, `dtype`, `ceilings` and `results`, one for each model and kind of work: images a second

@@ -1,0 +1,1 @@
+"""Augmentation: of one image at a time, and of whole batches."""
