@@ -187,6 +187,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
 
     group = parser.add_argument_group('Loss of stage one')
+    group.add_argument(
+        '--method', default='shike', metavar='NAME',
+        help='shike, ce, balanced_softmax, logit_adjusted, focal or ldam_drw')
+    group.add_argument('--tau', type=float, default=1., metavar='T', help='strength of logit_adjusted')
+    group.add_argument('--focal-gamma', type=float, default=2., metavar='G', help='exponent of focal')
     group.add_argument('--alpha', type=float, default=0.1, help='weight of dynamic knowledge transfer')
     group.add_argument('--beta', type=float, default=0.01, help='weight of mutual distillation')
     group.add_argument(
@@ -223,8 +228,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--decay-epochs', type=float, default=90., metavar='N', help='epochs between steps')
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='RATE', help='factor of a step, power of poly')
     group.add_argument(
-        '--crt-epochs', type=int, default=20, metavar='N',
-        help='epochs of stage two, classifier retraining, warm-up included; 0 for none')
+        '--crt-epochs', type=int, metavar='N',
+        help='epochs of stage two, classifier retraining, warm-up included; 0 for none, 20 by default for shike')
     group.add_argument('--crt-lr', type=float, default=0.1, metavar='LR', help='peak learning rate of stage two')
     group.add_argument('--crt-warmup-epochs', type=int, default=0, metavar='N', help='linear warm-up of stage two')
     group.add_argument('--crt-warmup-lr', type=float, default=1e-5, metavar='LR', help='as --warmup-lr, for stage two')
