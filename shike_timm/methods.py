@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ['METHODS', 'STAGES', 'Method', 'Stage', 'get_method', 'plan_stages']
 
 STAGES = ('stage_one', 'stage_two')  # names in files, in their order
+RETRAINING_EPOCHS = 20
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ METHODS: Dict[str, Method] = {
     # Jin et al., CVPR 2023: Eq. 10, then new classifiers.
     'shike': Method(
         _shike,
-        crt_epochs=20,
+        crt_epochs=RETRAINING_EPOCHS,
         indices_only=lambda args:
             'dynamic knowledge transfer leaves one class out: drop it, or add --alpha 0' if args.alpha else None,
     ),
@@ -136,10 +137,22 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def plan_stages(args: argparse.Namespace) -> List[Stage]:
-    """The stages that the arguments ask for: the method's own and, unless `crt_epochs` is 0, classifier retraining."""
+def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stage]:
+    """The stages that the arguments ask for: the method's own and, unless `crt_epochs` is 0, classifier retraining.
+
+    Args:
+        args: Arguments of train.py.
+        retraining: Whether classifiers are to be retrained whatever the method, for `RETRAINING_EPOCHS` by default.
+
+    Raises:
+        InputError: If the method is unknown, a stage's warm-up fills it, or nothing is left of the retraining.
+    """
     method = get_method(args.method)
-    crt_epochs = method.crt_epochs if args.crt_epochs is None else args.crt_epochs
+    crt_epochs = args.crt_epochs
+    if crt_epochs is None:
+        crt_epochs = RETRAINING_EPOCHS if retraining else method.crt_epochs
+    if retraining and not crt_epochs:
+        raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1.')
     first = Stage(
         STAGES[0],
         1,
@@ -151,7 +164,7 @@ def plan_stages(args: argparse.Namespace) -> List[Stage]:
         compiled=True,
         indices_only=method.indices_only(args),
     )
-    retraining = Stage(
+    second = Stage(
         STAGES[1],
         2,
         crt_epochs,
@@ -161,4 +174,10 @@ def plan_stages(args: argparse.Namespace) -> List[Stage]:
         args.crt_warmup_lr,
         first_row=args.epochs,
     )
-    return [first, retraining] if crt_epochs else [first]
+    stages = [first, second] if crt_epochs else [first]
+    for stage, prefix in zip(stages, ('', 'crt-')):
+        if stage.warmup_epochs >= stage.epochs:
+            raise InputError(
+                f'--{prefix}warmup-epochs {stage.warmup_epochs} leaves nothing of --{prefix}epochs {stage.epochs}, '
+                'which include the warm-up: choose fewer.')
+    return stages

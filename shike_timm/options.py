@@ -318,13 +318,6 @@ def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: give less than 1.")
     if not 0 <= getattr(args, 'holdout', 0) < 1:
         raise InputError(f'--holdout {args.holdout:g} is out of range: give a share from 0 to less than 1.')
-    for prefix in ('', 'crt_'):
-        epochs, warmup = getattr(args, prefix + 'epochs', 0), getattr(args, prefix + 'warmup_epochs', 0)
-        if epochs and warmup >= epochs:
-            flag = prefix.replace('_', '-')
-            raise InputError(
-                f'--{flag}warmup-epochs {warmup} leaves nothing of --{flag}epochs {epochs}, which include the warm-up: '
-                f'choose fewer.')
     return args
 
 
@@ -382,7 +375,7 @@ def parse_retrain_args(
 
     Args:
         argv: Command line, that of the process by default.
-        saved_args: Gives the arguments a checkpoint was trained with, which are the defaults of stage two.
+        saved_args: From `--checkpoint` to the arguments it was trained with, which are the defaults of stage two.
 
     Raises:
         InputError: If an argument or a line of the hparams file is wrong.

@@ -37,8 +37,8 @@ from .metrics import evaluate, format_table
 from .options import parse_train_args, run_folder
 
 __all__ = [
-    'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'loop_config', 'prepare', 'retrain', 'saved_args',
-    'train',
+    'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'load_stage_one', 'loop_config', 'prepare', 'retrain',
+    'saved_args', 'train',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -345,21 +345,27 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     return _run_stages(run, stages, resumed, checkpoint)
 
 
-def _stage_one_checkpoint(path: str) -> Path:
-    return Path(path, STAGES[0], 'last.pth.tar') if os.path.isdir(path) else Path(path)
+def load_stage_one(path: str) -> Dict[str, Any]:
+    """The checkpoint of stage one that a path names: the last one of a run folder, or the file itself.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    return load_checkpoint(Path(path, STAGES[0], 'last.pth.tar') if os.path.isdir(path) else path)
 
 
-def saved_args(path: str) -> Dict[str, Any]:
-    """Arguments that a checkpoint, or the stage one of a run folder, was trained with; empty if it has none."""
-    saved = load_checkpoint(_stage_one_checkpoint(path)).get('args')
+def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments that a checkpoint was trained with; empty if it has none."""
+    saved = checkpoint.get('args')
     return vars(saved) if isinstance(saved, argparse.Namespace) else {}
 
 
-def retrain(args: argparse.Namespace) -> Dict[str, Any]:
-    """Run stage two alone, on the trunk and experts of a stage-one checkpoint, into a run folder of its own.
+def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    """Run stage two alone, on the trunk and experts of stage one, into a run folder of its own.
 
     Args:
         args: What `shike_timm.options.parse_retrain_args` gives.
+        checkpoint: What `load_stage_one` gives.
 
     Returns:
         What is written to `metrics.json`: metrics and seconds of `stage_two`.
@@ -370,19 +376,16 @@ def retrain(args: argparse.Namespace) -> Dict[str, Any]:
         NonFiniteError: If the loss or the weights stopped being finite.
     """
     args = copy.copy(args)
-    *_, stage = plan_stages(args)
-    if stage.number == 1:
-        raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1.')
+    stage = plan_stages(args, retraining=True)[-1]
     args.crt_epochs = stage.epochs
-    saved = saved_args(args.checkpoint)
+    saved = saved_args(checkpoint)
     for key in ('holdout', 'dataset', 'imb_factor', 'imb_type') if args.holdout else ():
         if getattr(args, key) != saved.get(key):
             raise InputError(
                 f"--holdout {args.holdout:g} would evaluate on images that stage one was trained on, since its "
                 f"--{key.replace('_', '-')} was {saved.get(key)}, not {getattr(args, key)}: leave it out.")
-    path = _stage_one_checkpoint(args.checkpoint)
-    weights = model_weights(load_checkpoint(path), path)
+    weights = model_weights(checkpoint, args.checkpoint)
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
     run = prepare(args, [stage], fresh=False)
-    load_weights(run.model, weights, path)
+    load_weights(run.model, weights, args.checkpoint)
     return _run_stages(run, [stage])

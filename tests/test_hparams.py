@@ -144,8 +144,6 @@ def test_bad_hparams(tmp_path, text, message):
     (['--epoch', '3'], "Unknown argument '--epoch', the nearest valid one is '--epochs'"),
     (['--epochs', 'ten'], "invalid int value: 'ten'"),
     (['--epochs', '0'], '--epochs 0 is out of range: give at least 1'),
-    (['--epochs', '5'], '--warmup-epochs 5 leaves nothing of --epochs 5'),
-    (['--crt-epochs', '2', '--crt-warmup-epochs', '3'], '--crt-warmup-epochs 3 leaves nothing'),
     (['--resume'], '--resume without a path needs --experiment'),
 ])
 def test_bad_command_lines(argv, message):

@@ -69,8 +69,16 @@ def test_stages():
     assert [stage.epochs for stage in plan('--method', 'focal', '--epochs', '9', '--crt-epochs', '7')] == [9, 7]
 
 
-def test_what_a_method_refuses():
-    with pytest.raises(InputError, match="'balanced'.*'balanced_softmax'"):
-        plan('--method', 'balanced')
+@pytest.mark.parametrize('options, message', [
+    (['--method', 'balanced'], "'balanced'.*'balanced_softmax'"),
+    (['--epochs', '5'], '--warmup-epochs 5 .*--epochs 5'),
+    (['--crt-epochs', '2', '--crt-warmup-epochs', '3'], '--crt-warmup-epochs 3 '),
+])
+def test_bad_plans(options, message):
+    with pytest.raises(InputError, match=message):
+        plan(*options)
+
+
+def test_margins_need_cosines():
     with pytest.raises(InputError, match='cosine'):
         make_task(plan('--method', 'ldam_drw')[0], 'linear')
