@@ -119,11 +119,11 @@ def test_retraining_repeats_stage_two(tiny_run, tmp_path):
 def test_resumed_run_equals_an_undisturbed_one(tiny_run, tmp_path, monkeypatch, stage, epoch):
     original = engine._train_one_epoch
 
-    def dies(task, loader, optimizer, config, current, *rest):
-        if (config.stage, current) == (stage, epoch):
+    def dies(task, loader, optimizer, trained, config, current, *rest):
+        if (trained.number, current) == (stage, epoch):
             next(iter(loader))  # in mid-epoch
             raise KeyboardInterrupt
-        return original(task, loader, optimizer, config, current, *rest)
+        return original(task, loader, optimizer, trained, config, current, *rest)
 
     monkeypatch.setattr(engine, '_train_one_epoch', dies)
     with pytest.raises(KeyboardInterrupt):
