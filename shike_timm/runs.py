@@ -179,6 +179,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         Interrupted: If a signal stopped the run.
         NonFiniteError: If the loss or the weights stopped being finite.
     """
+    args = argparse.Namespace(**vars(args))
     stages = [1, 2] if args.crt_epochs else [1]
     resumed = args.resume is not None
     checkpoint = None
@@ -224,6 +225,7 @@ def retrain(args: argparse.Namespace) -> Dict[str, Any]:
     """
     if not args.crt_epochs:
         raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1.')
+    args = argparse.Namespace(**vars(args))
     saved = saved_args(args.checkpoint)
     for key in ('holdout', 'dataset', 'imb_factor', 'imb_type') if args.holdout else ():
         if getattr(args, key) != saved.get(key):
