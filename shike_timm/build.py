@@ -60,10 +60,14 @@ def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.de
         return
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         raise InputError(f"--torchcompile '{backend}' is not a backend of torch.compile: leave the name out.")
-    modes = torch._inductor.list_mode_options()
-    if mode and (backend != 'inductor' or mode not in modes):
-        raise InputError(
-            f"--torchcompile-mode '{mode}' is unknown to '{backend}': choose {', '.join(modes)} of inductor.")
+    if mode and backend != 'inductor':
+        raise InputError(f"--torchcompile-mode '{mode}' is of inductor, not of '{backend}': leave it out.")
+    if mode:
+        try:
+            torch.compile(nn.Identity(), mode=mode)  # which compiles nothing before a call
+        except RuntimeError as error:
+            raise InputError(
+                f"--torchcompile-mode '{mode}' is unknown to '{backend}': {one_line(error)}.") from error
     if backend != 'inductor':
         return
     if device.type == 'cpu':

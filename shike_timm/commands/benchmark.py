@@ -3,10 +3,10 @@ import argparse
 import copy
 import json
 import statistics
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable
 
 import numpy as np
 import timm
@@ -22,7 +22,7 @@ from ..data.in_memory import DeviceLoader
 from ..devices import resolve_device, tune_device
 from ..engine import train_step
 from ..errors import InputError, one_line
-from ..measure import PARTS, count_flops, measure_ceilings, peak_memory, seconds_per_call, time_parts
+from ..measure import PARTS, count_flops, measure_ceilings, peak_memory, rates_by_turns, time_parts
 from ..methods import Stage, plan_stages
 from ..models import Shike
 from ..runs import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
@@ -39,12 +39,6 @@ class _Contestant:
     step: Callable[[], Any]
     num_iter: int
     result: Dict[str, Any]
-    rates: List[float] = field(default_factory=list)
-
-
-def _cycle(loader: Any) -> Iterator[Tuple[Tensor, Tensor]]:
-    while True:
-        yield from loader
 
 
 def _noise_run(args: argparse.Namespace, model: nn.Module) -> Run:
@@ -114,7 +108,7 @@ def _training(run: Run, name: str) -> _Contestant:
         task.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     optimizer = create_optimizer(args, stage.lr, run.model)
     scaler, config = create_loss_scaler(run), loop_config(run)
-    batches = _cycle(run.train_loader)
+    batches = chain.from_iterable(repeat(run.train_loader))
     task.train()
 
     def step() -> None:
@@ -144,9 +138,8 @@ def _inference(run: Run, name: str) -> _Contestant:
     images = next(iter(run.train_loader))[0].contiguous(memory_format=memory_format)
 
     def step() -> None:
-        with torch.autocast(run.device.type, dtype=run.autocast) if run.autocast else nullcontext():
-            with torch.inference_mode():
-                model(images)
+        with torch.inference_mode(), torch.autocast(run.device.type, run.autocast, enabled=run.autocast is not None):
+            model(images)
 
     result = _describe(step, run, run.model.parameters(), model=name, bench='inference')
     result['compiled'] = bool(args.torchcompile)
@@ -186,9 +179,8 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
             contestants.append(kind(run, args.model))
             contestants += [kind(_plain_run(args, other, run), other) for other in args.compare]
     ceilings = measure_ceilings(device, dtype)
-    for _ in range(args.num_rounds):
-        for one in contestants:
-            one.rates.append(args.batch_size / seconds_per_call(one.step, device, one.num_iter))
+    rounds = rates_by_turns(
+        [one.step for one in contestants], [one.num_iter for one in contestants], device, args.num_rounds)
     report = dict(
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device),
         threads=torch.get_num_threads(),
@@ -198,14 +190,15 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
         ceilings=ceilings,
         results=[],
     )
-    for one in contestants:
-        rate = statistics.median(one.rates)
+    for one, rates in zip(contestants, rounds):
+        rates = [args.batch_size * rate for rate in rates]
+        rate = statistics.median(rates)
         achieved = rate * one.result['gflops']
         report['results'].append(dict(
             one.result,
             gflops=round(one.result['gflops'], 4),
             images_per_second=round(rate, 2),
-            rounds=[round(r, 2) for r in one.rates],
+            rounds=[round(r, 2) for r in rates],
             achieved_gflops=round(achieved, 1),
             share_of_matmul=round(achieved / ceilings['matmul_gflops'], 3),
         ))
@@ -245,7 +238,6 @@ def format_report(report: Dict[str, Any]) -> str:
         if 'part_ms' in r:
             parts = ', '.join(f'{part} {ms:.1f}' for part, ms in r['part_ms'].items())
             lines.append(f"{r['model']}, ms a step: {parts}")
-    first: Optional[Dict[str, Any]] = None
     for r in results:
         if r['model'] == results[0]['model']:
             first = r  # what is compared with it follows
