@@ -23,8 +23,9 @@ from ..devices import resolve_device, tune_device
 from ..engine import train_step
 from ..errors import InputError, one_line
 from ..measure import PARTS, count_flops, measure_ceilings, peak_memory, seconds_per_call, time_parts
+from ..methods import Stage, plan_stages
 from ..models import Shike
-from ..stages import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
+from ..runs import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
 
 __all__ = ['benchmark', 'format_report']
 
@@ -65,9 +66,16 @@ def _noise_run(args: argparse.Namespace, model: nn.Module) -> Run:
     return Run(args, device, resolve_autocast(args, device), data, data_config, model.to(device), loader, loader)
 
 
+def _stage(args: argparse.Namespace) -> Stage:
+    stages = plan_stages(args)
+    if args.stage > len(stages):
+        raise InputError(f'--stage {args.stage} is left out by --method {args.method} without --crt-epochs: add some.')
+    return stages[args.stage - 1]
+
+
 def _shike_run(args: argparse.Namespace) -> Run:
     if args.dataset or args.data_dir:
-        return prepare(args, [args.stage])
+        return prepare(args, [_stage(args)])
     if args.kd_model_name:
         raise InputError(
             f"--kd-model-name '{args.kd_model_name}' teaches the classes of a data set: add --dataset or --data-dir.")
@@ -97,15 +105,15 @@ def _describe(step: Callable[[], Any], run: Run, held: Iterable[Tensor], **resul
 
 
 def _training(run: Run, name: str) -> _Contestant:
-    args, stage = run.args, run.args.stage
+    args, stage = run.args, _stage(run.args)
     shike = isinstance(run.model, Shike)
     if shike:
         task = create_task(run, stage)
     else:
         task = ClassificationTask(run.model, device=run.device, verbose=False)
         task.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    optimizer = create_optimizer(args, stage, run.model)
-    scaler, config = create_loss_scaler(run), loop_config(run, stage)
+    optimizer = create_optimizer(args, stage.lr, run.model)
+    scaler, config = create_loss_scaler(run), loop_config(run)
     batches = _cycle(run.train_loader)
     task.train()
 
@@ -116,8 +124,8 @@ def _training(run: Run, name: str) -> _Contestant:
     step()  # the optimizer's state exists from here on
     held = [*task.parameters(), *task.buffers()]
     held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    result = _describe(step, run, held, model=name, bench=f'train, stage {stage}' if shike else 'train')
-    result['compiled'] = compile_task(task, args, stage if shike else 1)
+    result = _describe(step, run, held, model=name, bench=f'train, stage {stage.number}' if shike else 'train')
+    result['compiled'] = compile_task(task, args, stage if shike else plan_stages(args)[0])
     # With data a round is an epoch, since many batches are augmented at once.
     num_iter = args.num_bench_iter or (NUM_BENCH_ITER if run.data.train is None else len(run.train_loader))
     for _ in range(args.num_warm_iter):
