@@ -204,6 +204,7 @@ def load_data(args: argparse.Namespace) -> TrainingData:
         imb_type=args.imb_type,
         download=args.dataset_download,
         holdout=args.holdout,
+        val_per_class=args.val_per_class,
     )
     if args.num_classes is not None and args.num_classes != data.num_classes:
         raise InputError(

@@ -27,7 +27,7 @@ from .build import (
     resolve_data_config,
 )
 from .checkpoints import StageSaver, export_model, load_checkpoint, load_weights, model_weights, write_text
-from .data import TrainingData, create_eval_loader, create_train_loader
+from .data import Augmentation, TrainingData, create_eval_loader, create_train_loader
 from .devices import resolve_device, tune_device
 from .engine import Interrupted, LoopConfig, StopFlag, fit, seed_all, stop_signals
 from .errors import InputError
@@ -84,28 +84,24 @@ def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = Tru
     if any(stage.compiled for stage in stages):
         check_compiler(args.torchcompile, args.torchcompile_mode, device)
     data_config = resolve_data_config(args, model)
-    train_loader = create_train_loader(
-        data.train,
-        data_config,
-        args.batch_size,
-        device,
-        args.workers,
-        mixup=mixup_options(args, data.num_classes, stages),
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        device_data=args.device_data,
-        train_crop_mode=args.train_crop_mode,
-        auto_augment=args.aa,
-        cutout=args.cutout,
+    augmentation = Augmentation(
         no_aug=args.no_aug,
+        train_crop_mode=args.train_crop_mode,
         scale=args.scale,
         ratio=args.ratio,
         hflip=args.hflip,
         vflip=args.vflip,
         color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        cutout=args.cutout,
         interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
     )
+    mixup = mixup_options(args, data.num_classes, stages)
+    train_loader = create_train_loader(
+        data.train, data_config, args.batch_size, device, augmentation, args.workers, mixup, args.device_data)
     test_loader = create_eval_loader(
         data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
     teacher = None

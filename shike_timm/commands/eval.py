@@ -77,7 +77,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     else:
         dataset = create_eval_dataset(
             args.dataset, args.data_dir, args.val_split, args.dataset_download, trained.class_names)
-    num_classes = len(getattr(dataset, 'classes', counts))
+    num_classes = len(dataset.class_names or counts)
     if len({num_classes, len(counts), model.num_classes}) > 1:
         raise InputError(f'The model has {model.num_classes} classes, but the data {num_classes}: choose other data.')
     data_config = resolve_data_config(args, model)
