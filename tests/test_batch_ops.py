@@ -13,15 +13,14 @@ NUM_BINS = 10
 
 
 @pytest.fixture(scope='module')
-def photos():
-    """300 real test images, and made ones with the histograms that real ones seldom have."""
-    from conftest import CIFAR_ROOT
+def photos(cifar_root):
+    """300 test images, and made ones with the histograms that real ones seldom have."""
     rng = np.random.default_rng(0)
     flat = np.broadcast_to(np.arange(0, 256, 51, dtype=np.uint8)[:, None, None, None], (6, 32, 32, 3))
     spots = np.where(rng.random((20, 32, 32, 1)) < np.linspace(0.001, 0.5, 20)[:, None, None, None], 255, 3)
     spots = np.broadcast_to(spots, (20, 32, 32, 3)).astype(np.uint8)
     noise = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-    return np.concatenate([CIFAR100(CIFAR_ROOT, train=False).data[:300], flat, spots, noise])
+    return np.concatenate([CIFAR100(cifar_root, train=False).data[:300], flat, spots, noise])
 
 
 def to_tensor(images):

@@ -6,7 +6,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import CIFAR_ROOT
 from PIL import Image
 from timm.data import resolve_data_config
 from torchvision import transforms
@@ -38,7 +37,7 @@ def test_cifar100_lt_is_the_published_subset(cifar_root, imb_factor, total, smal
     assert np.array_equal(data.train.data[kept], raw['data'][first].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
-def test_a_share_of_each_class_is_held_out():
+def test_a_share_of_each_class_is_held_out(cifar_root):
     whole = load_training_data('digits_lt', imb_factor=20)
     data = load_training_data('digits_lt', imb_factor=20, holdout=0.1)
     held = np.bincount(data.test.targets)
@@ -52,7 +51,7 @@ def test_a_share_of_each_class_is_held_out():
     with pytest.raises(InputError, match='holdout 0.9 leaves class 8 with no training image of 8'):
         load_training_data('digits_lt', imb_factor=20, holdout=0.9)
     with pytest.raises(InputError, match="holdout 0.1 needs one of the .* not 'torch/cifar100'"):
-        load_training_data('torch/cifar100', str(CIFAR_ROOT), holdout=0.1)
+        load_training_data('torch/cifar100', str(cifar_root), holdout=0.1)
 
 
 def test_cifar10_lt_counts():

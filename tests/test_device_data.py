@@ -25,9 +25,8 @@ UNLIKELY = 1e-6
 
 
 @pytest.fixture(scope='module')
-def cifar():
-    from conftest import CIFAR_ROOT
-    return load_training_data('cifar100_lt', str(CIFAR_ROOT))
+def cifar(cifar_root):
+    return load_training_data('cifar100_lt', str(cifar_root))
 
 
 @pytest.fixture
