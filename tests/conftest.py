@@ -28,8 +28,9 @@ TINY = [
 
 
 @pytest.fixture(autouse=True, scope='session')
-def one_thread():
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
+def few_threads():
+    cores = 1 if 'PYTEST_XDIST_WORKER' in os.environ else 2
+    torch.set_num_threads(min(torch.get_num_threads(), cores))
 
 
 @pytest.fixture

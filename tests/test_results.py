@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT
 from PIL import Image
 
 from shike_timm.checkpoints import export_model
@@ -40,35 +40,50 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-def test_a_run_is_recorded_with_its_log(tmp_path, script, capsys):
-    options = [option for option in TINY if option not in ('--experiment', 'run')]
-    (tmp_path / 'runs.yaml').write_text(yaml.safe_dump({'tiny': ' '.join(options), 'broken': '--epochs 0'}))
-    places = ['--output', str(tmp_path / 'out'), '--results', str(tmp_path)]
-    run = script('run').main
+# In place of train.py, which has tests of its own: its output is a copy of the tiny run.
+TRAIN = """
+import shutil, sys
+folder = '/'.join(sys.argv[sys.argv.index(option) + 1] for option in ('--output', '--experiment'))
+print('training into', folder)
+if '--broken' in sys.argv:
+    sys.exit(2)
+shutil.copytree({tiny_run!r}, folder, dirs_exist_ok=True)
+"""
+
+
+def test_a_run_is_recorded_with_its_log(tmp_path, tiny_run, script, monkeypatch, capsys):
+    run, output = script('run'), tmp_path / 'out'
+    monkeypatch.setattr(run, 'RESULTS', tmp_path / 'clone' / 'results')
+    (tmp_path / 'clone').mkdir()
+    (tmp_path / 'clone' / 'train.py').write_text(TRAIN.format(tiny_run=str(tiny_run)))
+    (tmp_path / 'runs.yaml').write_text('tiny: --epochs 2\nbroken: --broken\n')
 
     def recorded(commit, *names):
-        status = run([*names, *places, '--commit', commit, '--options', '--seed', '3'])
+        places = ['--output', str(output), '--results', str(tmp_path)]
+        status = run.main([*names, *places, '--commit', commit, '--options', '--lr', '0.1'])
         with (tmp_path / 'runs.csv').open(newline='') as file:
             row, = csv.DictReader(file)
         return status, row, gzip.decompress((tmp_path / row['log']).read_bytes()).decode()
 
     status, row, log = recorded('abc', 'tiny', 'broken')
     assert status == 1 and 'broken: failed with status 2' in capsys.readouterr().err
-    metrics = json.loads((tmp_path / 'out' / 'tiny' / 'metrics.json').read_text())
+    metrics = json.loads((tiny_run / 'metrics.json').read_text())
     one, two = metrics['stage_one'], metrics['stage_two']
-    assert (row['name'], row['seed'], row['commit']) == ('tiny', '3', 'abc') and row['options'].endswith('--seed 3')
+    assert (row['name'], row['seed'], row['commit']) == ('tiny', '42', 'abc')
+    assert row['options'] == '--epochs 2 --lr 0.1'
     assert float(row['top1']) == two['top1'] and float(row['stage_one_few']) == one['few']
     assert [float(value) for value in row['experts'].split(' / ')] == [e['top1'] for e in two['experts']]
-    assert log.startswith('$ ') and '--seed 3' in log.splitlines()[0] and 'ensemble' in log and 'OUTPUT/tiny' in log
-    assert str(tmp_path) not in log and str(ROOT) not in log
+    first, *rest = log.splitlines()
+    assert first.startswith('$ ') and '--lr 0.1' in first and rest == ['training into OUTPUT/tiny']
+    assert str(tmp_path) not in log
 
     assert recorded('def', 'tiny') == (0, row, log)  # a finished run stays what it was
-    (tmp_path / 'out' / 'tiny' / 'metrics.json').write_text(json.dumps(dict(stage_one=one)))
+    (output / 'tiny' / 'metrics.json').write_text(json.dumps(dict(stage_one=one)))
     status, resumed, log = recorded('def', 'tiny')
     assert status == 0 and resumed == dict(row, commit='abc, def')
     assert log.count('$ ') == 2 and '--resume' in log
     with pytest.raises(SystemExit):
-        run(['other', '--results', str(tmp_path)])
+        run.main(['other', '--results', str(tmp_path)])
     assert "'other'" in capsys.readouterr().err
 
 
