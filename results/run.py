@@ -9,7 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 import yaml
@@ -33,8 +33,9 @@ def commit() -> str:
     """The commit that is checked out, with a + where code differs from it."""
     git = ['git', '-C', str(RESULTS.parent)]
     name = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True).stdout
+    apart = (':!results', ':!docs', ':!*.md')
     changed = subprocess.run(
-        [*git, 'status', '--porcelain', '--', '.', ':!results', ':!README.md'], capture_output=True, check=True).stdout
+        [*git, 'status', '--porcelain', '--', '.', *apart], capture_output=True, check=True).stdout
     return name.strip() + ('+' if changed else '')
 
 
@@ -121,7 +122,7 @@ def run(name: str, options: str, args: argparse.Namespace) -> int:
     return status or (0 if is_finished(folder) else 1)
 
 
-def main() -> int:
+def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('names', nargs='+', metavar='NAME', help='runs of runs.yaml')
     parser.add_argument('--data-dir', metavar='DIR', help='folder of the data')
@@ -132,7 +133,7 @@ def main() -> int:
     parser.add_argument(
         '--options', nargs=argparse.REMAINDER, default=[], metavar='OPTION',
         help='last: further options of train.py, which are recorded too')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.output = str(Path(args.output).absolute())
     args.data_dir = args.data_dir and str(Path(args.data_dir).absolute())
     runs = yaml.safe_load((args.results / 'runs.yaml').read_text())

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the README's tables of results from runs.csv and from what eval.py wrote of the package's weights."""
+"""Make the tables in README.md and docs/results.md from runs.csv and what eval.py wrote of the package's weights."""
 import argparse
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from run import RESULTS, read_rows
 
-README = RESULTS.parent / 'README.md'
+FILES = [RESULTS.parent / 'README.md', RESULTS.parent / 'docs' / 'results.md']
 
 Rows = List[Tuple[str, List[str], Optional[str]]]
 
@@ -141,18 +141,20 @@ def fill(text: str, results: Path) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--check', action='store_true', help='change nothing, and fail where the README differs')
-    parser.add_argument('--readme', type=Path, default=README, metavar='FILE', help='file to fill')
+    parser.add_argument('--check', action='store_true', help='change nothing, and fail where a file differs')
+    parser.add_argument('--files', type=Path, nargs='+', default=FILES, metavar='FILE', help='files to fill')
     parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='folder of what is recorded')
     args = parser.parse_args(argv)
-    old = args.readme.read_text()
-    new = fill(old, args.results)
-    if args.check and new != old:
-        print(f'{args.readme.name} differs from what is recorded: run python results/tables.py', file=sys.stderr)
-        return 1
-    if not args.check:
-        args.readme.write_text(new)
-    return 0
+    status = 0
+    for path in args.files:
+        old = path.read_text()
+        new = fill(old, args.results)
+        if args.check and new != old:
+            print(f'{path.name} differs from what is recorded: run python results/tables.py', file=sys.stderr)
+            status = 1
+        elif new != old:
+            path.write_text(new)
+    return status
 
 
 if __name__ == '__main__':

@@ -205,8 +205,14 @@ def _train_one_epoch(
     )
 
 
+def _eval_model(task: TrainingTask, ema: bool = False) -> torch.nn.Module:
+    model = task.get_eval_model(ema=ema)
+    assert model is not None  # there is none only of an average that the task does not keep
+    return model
+
+
 def _check_weights(task: TrainingTask, stage: Stage, epoch: int) -> None:
-    tensors = [t for t in task.get_eval_model().state_dict().values() if t.is_floating_point()]
+    tensors = [t for t in _eval_model(task).state_dict().values() if t.is_floating_point()]
     if not math.isfinite(float(sum(torch._foreach_norm(tensors)))):
         name = stage.name.replace('_', ' ')
         raise NonFiniteError(f'The weights are not finite after epoch {epoch} of {name}: try a lower --lr.')
@@ -268,7 +274,7 @@ def fit(
         _check_weights(task, stage, epoch)
         metrics = None
         if epoch == stage.epochs - 1 or (epoch + 1) % config.val_interval == 0:
-            metrics = evaluate(task.get_eval_model(ema=task.has_ema()))
+            metrics = evaluate(_eval_model(task, ema=task.has_ema()))
             _logger.info(f'Eval: {epoch}  ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS))
         update_summary(
             stage.first_row + epoch,
@@ -279,5 +285,5 @@ def fit(
         )
         saver.save_checkpoint(epoch)
     if metrics is None:
-        metrics = evaluate(task.get_eval_model(ema=task.has_ema()))
+        metrics = evaluate(_eval_model(task, ema=task.has_ema()))
     return dict(metrics, seconds=round(_training_seconds(summary, stage.first_row), 1))

@@ -1,4 +1,8 @@
+import hashlib
+import json
 import logging
+import os
+import pickle
 import runpy
 import socket
 import sys
@@ -9,9 +13,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torchvision.datasets import CIFAR100
 
 ROOT = Path(__file__).parents[1]
-CIFAR_ROOT = ROOT.parent / 'shared' / 'data'
+# Folder of real data, to be named by who has it: with `cifar-100-python` in it.
+REAL_DATA = Path(os.environ['SHIKE_DATA']).absolute() if os.environ.get('SHIKE_DATA') else None
 
 # The smallest run that still has two stages: eight steps on 8x8 digits.
 TINY = [
@@ -22,8 +28,9 @@ TINY = [
 
 
 @pytest.fixture(autouse=True, scope='session')
-def one_thread():
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
+def few_threads():
+    cores = 1 if 'PYTEST_XDIST_WORKER' in os.environ else 2
+    torch.set_num_threads(min(torch.get_num_threads(), cores))
 
 
 @pytest.fixture
@@ -69,11 +76,61 @@ def image_folder(tmp_path):
     return tmp_path / 'data'
 
 
-@pytest.fixture
-def cifar_root():
-    if not CIFAR_ROOT.is_dir():
-        pytest.fail(f'CIFAR-100 is expected in {CIFAR_ROOT}')
-    return CIFAR_ROOT
+class Repeated:
+    """Pickles as an array that repeats `images` over and over: a file of full size that is small and quick to make."""
+
+    def __init__(self, images, count):
+        self.arguments = images, (count, images.shape[1])
+
+    def __reduce__(self):
+        return np.resize, self.arguments
+
+
+def generate_cifar100(root):
+    """Write what torchvision reads as CIFAR-100, with its sizes and class names and 2,000 made images; gives the MD5s.
+
+    The images are coarse patches under noise, of many contrasts, so that no operation on them does nothing.
+    """
+    rng = np.random.default_rng(0)
+    patches = rng.random((2000, 3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
+    contrast, brightness = rng.uniform(40, 160, (2000, 1, 1, 1)), rng.uniform(0, 80, (2000, 1, 1, 1))
+    images = patches * contrast + brightness + rng.normal(0, 4, patches.shape)
+    images = images.clip(0, 255).astype(np.uint8).reshape(2000, -1)
+    config = ROOT / 'shike_timm' / 'weights' / 'resnet32_shike.cifar100_lt_if100' / 'config.json'
+    names = json.loads(config.read_text())['label_names']
+    folder = root / CIFAR100.base_folder
+    folder.mkdir()
+    for split, count in (('train', 50_000), ('test', 10_000)):
+        labels = rng.permutation(count) % len(names)
+        content = dict(data=Repeated(images, count), fine_labels=labels.tolist())
+        (folder / split).write_bytes(pickle.dumps(content))
+    (folder / 'meta').write_bytes(pickle.dumps(dict(fine_label_names=names)))
+    return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope='session')
+def cifar_root(tmp_path_factory):
+    """Folder of CIFAR-100: the real one that SHIKE_DATA names, or else one that torchvision takes for it."""
+    if REAL_DATA:
+        if not (REAL_DATA / CIFAR100.base_folder).is_dir():
+            pytest.fail(f"SHIKE_DATA names '{REAL_DATA}', which has no folder '{CIFAR100.base_folder}'")
+        yield REAL_DATA
+        return
+    root = tmp_path_factory.mktemp('generated')
+    md5 = generate_cifar100(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CIFAR100, 'train_list', [['train', md5['train']]])
+        patch.setattr(CIFAR100, 'test_list', [['test', md5['test']]])
+        patch.setattr(CIFAR100, 'meta', dict(CIFAR100.meta, md5=md5['meta']))
+        yield root
+
+
+@pytest.fixture(scope='session')
+def real_cifar_root(cifar_root):
+    """The real CIFAR-100, for figures that no generated images have."""
+    if not REAL_DATA:
+        pytest.skip('needs the real CIFAR-100: name the folder that holds cifar-100-python as SHIKE_DATA')
+    return cifar_root
 
 
 def read_yaml(path):

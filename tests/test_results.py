@@ -1,19 +1,17 @@
-"""Recorded runs: what a row holds, and README tables that cannot drift from it."""
+"""Recorded runs: what a row holds, and tables in the documents that cannot drift from it."""
 import csv
 import gzip
 import importlib
 import json
 import re
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT
 from PIL import Image
 
 from shike_timm.checkpoints import export_model
@@ -35,38 +33,58 @@ def recorded(name):
     return row
 
 
-def start(script, *argv):
-    return subprocess.run(
-        [sys.executable, RESULTS / script, *map(str, argv)], capture_output=True, text=True, cwd=ROOT)
+@pytest.fixture
+def script(monkeypatch):
+    """A script of results/ as a module, by name."""
+    monkeypatch.syspath_prepend(RESULTS)
+    return importlib.import_module
 
 
-def test_a_run_is_recorded_with_its_log(tmp_path):
-    options = [option for option in TINY if option not in ('--experiment', 'run')]
-    (tmp_path / 'runs.yaml').write_text(yaml.safe_dump({'tiny': ' '.join(options), 'broken': '--epochs 0'}))
-    command = ['run.py', 'tiny', 'broken', '--output', tmp_path / 'out', '--results', tmp_path]
+# In place of train.py, which has tests of its own: its output is a copy of the tiny run.
+TRAIN = """
+import shutil, sys
+folder = '/'.join(sys.argv[sys.argv.index(option) + 1] for option in ('--output', '--experiment'))
+print('training into', folder)
+if '--broken' in sys.argv:
+    sys.exit(2)
+shutil.copytree({tiny_run!r}, folder, dirs_exist_ok=True)
+"""
 
-    def recorded(commit):
-        result = start(*command, '--commit', commit, '--options', '--seed', '3')
-        assert result.returncode == 1 and 'broken: failed with status 2' in result.stderr
+
+def test_a_run_is_recorded_with_its_log(tmp_path, tiny_run, script, monkeypatch, capsys):
+    run, output = script('run'), tmp_path / 'out'
+    monkeypatch.setattr(run, 'RESULTS', tmp_path / 'clone' / 'results')
+    (tmp_path / 'clone').mkdir()
+    (tmp_path / 'clone' / 'train.py').write_text(TRAIN.format(tiny_run=str(tiny_run)))
+    (tmp_path / 'runs.yaml').write_text('tiny: --epochs 2\nbroken: --broken\n')
+
+    def recorded(commit, *names):
+        places = ['--output', str(output), '--results', str(tmp_path)]
+        status = run.main([*names, *places, '--commit', commit, '--options', '--lr', '0.1'])
         with (tmp_path / 'runs.csv').open(newline='') as file:
             row, = csv.DictReader(file)
-        return row, gzip.decompress((tmp_path / row['log']).read_bytes()).decode()
+        return status, row, gzip.decompress((tmp_path / row['log']).read_bytes()).decode()
 
-    row, log = recorded('abc')
-    metrics = json.loads((tmp_path / 'out' / 'tiny' / 'metrics.json').read_text())
+    status, row, log = recorded('abc', 'tiny', 'broken')
+    assert status == 1 and 'broken: failed with status 2' in capsys.readouterr().err
+    metrics = json.loads((tiny_run / 'metrics.json').read_text())
     one, two = metrics['stage_one'], metrics['stage_two']
-    assert (row['name'], row['seed'], row['commit']) == ('tiny', '3', 'abc') and row['options'].endswith('--seed 3')
+    assert (row['name'], row['seed'], row['commit']) == ('tiny', '42', 'abc')
+    assert row['options'] == '--epochs 2 --lr 0.1'
     assert float(row['top1']) == two['top1'] and float(row['stage_one_few']) == one['few']
     assert [float(value) for value in row['experts'].split(' / ')] == [e['top1'] for e in two['experts']]
-    assert log.startswith('$ ') and '--seed 3' in log.splitlines()[0] and 'ensemble' in log and 'OUTPUT/tiny' in log
-    assert str(tmp_path) not in log and str(ROOT) not in log
+    first, *rest = log.splitlines()
+    assert first.startswith('$ ') and '--lr 0.1' in first and rest == ['training into OUTPUT/tiny']
+    assert str(tmp_path) not in log
 
-    assert recorded('def') == (row, log)  # a finished run stays what it was
-    (tmp_path / 'out' / 'tiny' / 'metrics.json').write_text(json.dumps(dict(stage_one=one)))
-    resumed, log = recorded('def')
-    assert resumed == dict(row, commit='abc, def') and log.count('$ ') == 2 and '--resume' in log
-    result = start('run.py', 'other', '--results', tmp_path)
-    assert result.returncode == 2 and "run 'other' is not in runs.yaml" in result.stderr
+    assert recorded('def', 'tiny') == (0, row, log)  # a finished run stays what it was
+    (output / 'tiny' / 'metrics.json').write_text(json.dumps(dict(stage_one=one)))
+    status, resumed, log = recorded('def', 'tiny')
+    assert status == 0 and resumed == dict(row, commit='abc, def')
+    assert log.count('$ ') == 2 and '--resume' in log
+    with pytest.raises(SystemExit):
+        run.main(['other', '--results', str(tmp_path)])
+    assert "'other'" in capsys.readouterr().err
 
 
 def test_runs_are_options_of_train_py():
@@ -74,39 +92,38 @@ def test_runs_are_options_of_train_py():
         parse_train_args(options.replace('hparams/', f'{ROOT}/hparams/').split())
 
 
-def test_every_table_is_in_the_readme_and_every_row_a_run(monkeypatch):
-    monkeypatch.syspath_prepend(RESULTS)
+def test_every_table_is_in_a_document_and_every_row_a_run(script):
+    tables = script('tables')
     names = yaml.safe_load((RESULTS / 'runs.yaml').read_text())
-    tables = importlib.import_module('tables').TABLES
-    assert {run for _, rows in tables.values() for _, runs, _ in rows for run in runs} <= set(names)
-    assert re.findall(r'<!-- results (\w+) -->', (ROOT / 'README.md').read_text()) == [*tables, 'weights']
+    assert {run for _, rows in tables.TABLES.values() for _, runs, _ in rows for run in runs} <= set(names)
+    written = [name for path in tables.FILES for name in re.findall(r'<!-- results (\w+) -->', path.read_text())]
+    assert sorted(written) == sorted([*tables.TABLES, 'weights'])
 
 
-def test_the_readme_says_what_was_recorded():
-    result = start('tables.py', '--check')
-    assert result.returncode == 0, result.stderr
+def test_the_documents_say_what_was_recorded(script, capsys):
+    assert script('tables').main(['--check']) == 0, capsys.readouterr().err
 
 
-def test_tables_are_made_from_the_rows(tmp_path):
-    readme = tmp_path / 'README.md'
-    readme.write_text(
-        '<!-- results ablation_short -->\n<!-- end -->\n<!-- results recipes -->\nold\n<!-- end -->\nafter\n')
+def test_tables_are_made_from_the_rows(tmp_path, script, capsys):
+    one, other = files = tmp_path / 'one.md', tmp_path / 'other.md'
+    one.write_text('<!-- results ablation_short -->\n<!-- end -->\n')
+    other.write_text('<!-- results recipes -->\nold\n<!-- end -->\nafter\n')
     with (tmp_path / 'runs.csv').open('w') as file:
         file.write('name,seed,stage_one_top1,top1,many,medium,few,ece,minutes\n')
         file.write('short_seed0,0,30,40,50,9,20,5,60\nshort_seed1,1,32,44,50,,20,5,70\nunknown,0,1,1,1,1,1,1,1\n')
-    options = ['--readme', readme, '--results', tmp_path]
-    assert start('tables.py', '--check', *options).returncode == 1 and 'old' in readme.read_text()
-    assert start('tables.py', *options).returncode == 0
-    lines = readme.read_text().splitlines()
-    assert lines[:2] == ['<!-- results ablation_short -->', '']  # with one row there is nothing to compare
-    assert lines[-2:] == ['<!-- end -->', 'after'] and len(lines) == 9
-    assert lines[6] == (
+    fill, options = script('tables').main, ['--files', *map(str, files), '--results', str(tmp_path)]
+    assert fill(['--check', *options]) == 1 and 'old' in other.read_text() and 'other.md' in capsys.readouterr().err
+    assert fill(options) == 0
+    assert one.read_text().splitlines()[1] == ''  # with one row there is nothing to compare
+    lines = other.read_text().splitlines()
+    assert lines[-2:] == ['<!-- end -->', 'after'] and len(lines) == 6
+    assert lines[3] == (
         '| CIFAR-100-LT (100), 40 + 10 epochs |  | 0, 1 | 31.00 ± 1.41 | 42.00 ± 2.83 | 50.00 ± 0.00 |  | 20.00 ± 0.00 '
         '| 5.00 ± 0.00 | 65.0 |')
-    assert start('tables.py', '--check', *options).returncode == 0
+    assert fill(['--check', *options]) == 0
 
 
-def test_the_table_of_the_weights_is_made_from_two_evaluations(tmp_path):
+def test_the_table_of_the_weights_is_made_from_two_evaluations(tmp_path, script):
     one = dict(
         top1=50., many=60., medium=40., few=30., ece=7.125, parameters=1.26e6, gmacs=0.12, images_per_second=3.)
     for name, top1 in (('pretrained', 50.), ('pretrained_flip', 51.5)):
@@ -114,7 +131,7 @@ def test_the_table_of_the_weights_is_made_from_two_evaluations(tmp_path):
         (tmp_path / f'{name}.json').write_text(json.dumps(dict(subsets=subsets)))
     readme = tmp_path / 'README.md'
     readme.write_text('<!-- results weights -->\n<!-- end -->\n')
-    assert start('tables.py', '--readme', readme, '--results', tmp_path).returncode == 0
+    assert script('tables').main(['--files', str(readme), '--results', str(tmp_path)]) == 0
     lines = readme.read_text().splitlines()
     assert lines[-3:-1] == [
         '| 0 | 50.00 | 60.00 | 40.00 | 30.00 | 7.12 | 51.50 | 7.12 | 1.26 | 0.120 |',
@@ -122,7 +139,7 @@ def test_the_table_of_the_weights_is_made_from_two_evaluations(tmp_path):
     ]
 
 
-def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run, monkeypatch):
+def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run, script, run_script):
     name, weights = 'resnet32_shike.cifar100_lt_if100', tmp_path / 'weights'
     model = timm.create_model('resnet32_shike')
     config = timm.data.resolve_model_data_config(model)
@@ -132,23 +149,22 @@ def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run, monkeypatch):
     export_model(model, tmp_path / 'unlabelled', config, [], [5] * 100)
     export_model(timm.create_model('resnet32_shike', global_pool='max'), tmp_path / 'max', config, labels, [5] * 100)
 
-    monkeypatch.syspath_prepend(RESULTS)
-    place = importlib.import_module('weights').place
+    place = script('weights').place
 
-    def refused(message, *argv):
-        with pytest.raises(InputError, match=message) as raised:
+    def refused(value, *argv):
+        with pytest.raises(InputError, match=value) as raised:
             place(*map(str, argv), weights)
         assert '\n' not in str(raised.value) and not weights.exists()
 
-    refused('is of another architecture', tiny_run, name)
-    refused('has crop_pct 0.9, but', tmp_path / 'cropped', name)
-    refused('does not tell the label_names of its 100 classes', tmp_path / 'unlabelled', name)
-    refused('was made with other options', tmp_path / 'max', name)
-    refused('is of resnet32_shike, not of resnet50_shike', tmp_path / 'fits', 'resnet50_shike.untrained')
-    refused("'resnet32_shike.other' is not a registered name", tmp_path / 'fits', 'resnet32_shike.other')
-    refused('is not a folder', tmp_path / 'none', name)
-    result = start('weights.py', tmp_path / 'none', name)
-    assert result.returncode == 2 and result.stderr.startswith('weights.py: error: ') and result.stderr.count('\n') == 1
+    refused('architecture', tiny_run, name)
+    refused('crop_pct 0.9', tmp_path / 'cropped', name)
+    refused('label_names', tmp_path / 'unlabelled', name)
+    refused('options', tmp_path / 'max', name)
+    refused('resnet50_shike', tmp_path / 'fits', 'resnet50_shike.untrained')
+    refused("'resnet32_shike.other'", tmp_path / 'fits', 'resnet32_shike.other')
+    refused('none', tmp_path / 'none', name)
+    status, _, error = run_script('results/weights.py', tmp_path / 'none', name)
+    assert status == 2 and error.startswith('weights.py: error: ') and error.count('\n') == 1
     for _ in range(2):  # a second model takes the place of the first
         place(str(tmp_path / 'fits'), name, weights)
     folder = weights / name
@@ -187,11 +203,12 @@ def test_the_card_of_the_packages_weights_runs_and_tells_of_the_recorded_run(tmp
 
 
 @pytest.mark.parametrize('tag', RUN_OF)
-def test_the_weights_of_the_package_give_the_figures_of_their_run(tmp_path, run_script, cifar_root, monkeypatch, tag):
+def test_the_weights_of_the_package_give_the_figures_of_their_run(
+        tmp_path, run_script, real_cifar_root, monkeypatch, tag):
     monkeypatch.setattr(socket.socket, 'connect', None)  # no network
     status, out, _ = run_script(
         'eval.py', '--model', f'resnet32_shike.{tag}', '--pretrained', '--dataset', 'cifar100_lt', '--data-dir',
-        cifar_root, '--workers', '0', '--device', 'cpu', '--results-file', tmp_path / 'results.json')
+        real_cifar_root, '--workers', '0', '--device', 'cpu', '--results-file', tmp_path / 'results.json')
     assert status == 0 and 'ensemble' in out
     metrics = json.loads((tmp_path / 'results.json').read_text())
     row = recorded(RUN_OF[tag])
@@ -201,7 +218,7 @@ def test_the_weights_of_the_package_give_the_figures_of_their_run(tmp_path, run_
         assert expert['top1'] == pytest.approx(float(top1), abs=0.1)
 
 
-def test_the_default_weights_are_those_of_the_readme():
+def test_the_default_weights_are_those_of_the_tables():
     tag = timm.get_pretrained_cfg('resnet32_shike').tag
     *_, told = json.loads((RESULTS / 'pretrained.json').read_text())['subsets']  # all experts
     assert told['top1'] == pytest.approx(float(recorded(RUN_OF[tag])['top1']), abs=0.1)
