@@ -160,8 +160,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         'settings without looking at the test split')
     group.add_argument(
         '--val-per-class', type=int, default=0, metavar='N',
-        help='set the last N training images of each class of a *_lt set aside before its long-tailed subset is cut, and '
-        'evaluate on them')
+        help='set the last N training images of each class of a *_lt set aside before its long-tailed subset is cut, '
+        'and evaluate on them')
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images a training batch')
     group.add_argument(
         '-vb', '--validation-batch-size', type=int, default=256, metavar='N', help='images an evaluation batch')
@@ -310,7 +310,8 @@ def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
     at_least = dict(
         batch_size=1, validation_batch_size=1, epochs=1, crt_epochs=0, warmup_epochs=0, crt_warmup_epochs=0,
         num_warm_iter=1, num_bench_iter=1, num_rounds=1,
-        log_interval=1, val_interval=1, checkpoint_hist=1, workers=0, seed=0, num_classes=1, val_per_class=0, focal_gamma=0, img_size=1, cutout=0,
+        log_interval=1, val_interval=1, checkpoint_hist=1, workers=0, seed=0, num_classes=1, img_size=1, cutout=0,
+        val_per_class=0, focal_gamma=0,
         lr=0, crt_lr=0, warmup_lr=0, crt_warmup_lr=0, min_lr=0, weight_decay=0, drop=0, drop_path=0,
         layer_decay=0, decay_epochs=1, crop_pct=0.01, distill_loss_weight=0, kd_temperature=0.01)
     for name, low in at_least.items():

@@ -106,7 +106,7 @@ def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = Tru
         data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
     teacher = None
     if args.kd_model_name and args.distill_loss_weight and stages[0].number == 1:
-        teacher = load_teacher(args.kd_model_name, data, data_config['input_size'], device, bool(args.holdout))
+        teacher = load_teacher(args.kd_model_name, data, data_config['input_size'], device, bool(args.holdout or args.val_per_class))
     return Run(args, device, autocast, data, data_config, model, train_loader, test_loader, teacher)
 
 
@@ -375,10 +375,13 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
     stage = plan_stages(args, retraining=True)[-1]
     args.crt_epochs = stage.epochs
     saved = saved_args(checkpoint)
-    for key in ('holdout', 'dataset', 'imb_factor', 'imb_type') if args.holdout else ():
-        if getattr(args, key) != saved.get(key):
+    held_out = f'holdout {args.holdout:g}' if args.holdout else ''
+    if args.val_per_class:
+        held_out = f'val-per-class {args.val_per_class}'
+    for key in ('holdout', 'val_per_class', 'dataset', 'imb_factor', 'imb_type') if held_out else ():
+        if getattr(args, key) != saved.get(key, 0):
             raise InputError(
-                f"--holdout {args.holdout:g} would evaluate on images that stage one was trained on, since its "
+                f"--{held_out} would evaluate on images that stage one was trained on, since its "
                 f"--{key.replace('_', '-')} was {saved.get(key)}, not {getattr(args, key)}: leave it out.")
     weights = model_weights(checkpoint, args.checkpoint)
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
