@@ -36,7 +36,8 @@ RECIPE = (
 )
 # Of these, what differs from the default.
 FINE_PRINT = (
-    'method', 'tau', 'focal_gamma', 'val_per_class', 'holdout', 'num_classes', 'mean', 'std', 'crop_pct', 'interpolation', 'clip_mode', 'decay_epochs', 'decay_rate',
+    'method', 'tau', 'focal_gamma', 'val_per_class',
+    'holdout', 'num_classes', 'mean', 'std', 'crop_pct', 'interpolation', 'clip_mode', 'decay_epochs', 'decay_rate',
     'scale', 'ratio', 'remode', 'recount', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'train_interpolation',
     'device_data', 'amp_dtype', 'grad_checkpointing', 'model_ema_decay',
 )

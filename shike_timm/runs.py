@@ -106,7 +106,8 @@ def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = Tru
         data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
     teacher = None
     if args.kd_model_name and args.distill_loss_weight and stages[0].number == 1:
-        teacher = load_teacher(args.kd_model_name, data, data_config['input_size'], device, bool(args.holdout or args.val_per_class))
+        held_out = bool(args.holdout or args.val_per_class)
+        teacher = load_teacher(args.kd_model_name, data, data_config['input_size'], device, held_out)
     return Run(args, device, autocast, data, data_config, model, train_loader, test_loader, teacher)
 
 
