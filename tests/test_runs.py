@@ -17,6 +17,7 @@ from conftest import ROOT, TINY
 from shike_timm import engine
 from shike_timm.checkpoints import load_checkpoint
 from shike_timm.commands.retrain_classifier import retrain_classifier
+from shike_timm.errors import InputError
 from shike_timm.metrics import METRICS
 from shike_timm.options import parse_train_args
 from shike_timm.runs import train
@@ -81,6 +82,15 @@ def test_eval_reprints_the_metrics_of_another_layout(tmp_path, run_script):
     assert status == 0
     results = json.loads((tmp_path / 'results.json').read_text())
     assert without_seconds(folder)['stage_two'].items() <= results.items()
+
+
+@pytest.mark.parametrize('options', [('--device', 'nonsense'), ('--resume', 'nowhere')])
+def test_the_arguments_of_the_caller_stay_as_they_are(options):
+    args = parse_train_args(options)
+    before = dict(vars(args))
+    with pytest.raises(InputError):
+        train(args)
+    assert vars(args) == before
 
 
 def test_resuming_with_workers(tmp_path, monkeypatch):
