@@ -5,7 +5,7 @@ import weakref
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Set
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Set
 
 import torch
 from timm.task import TrainingTask
@@ -66,25 +66,17 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Dict[str, floa
     )
 
 
-def rates_by_turns(
-        steps: Sequence[Callable[[], Any]],
-        num_calls: Sequence[int],
-        device: torch.device,
-        num_rounds: int,
-) -> List[List[float]]:
+def rates_by_turns(steps: Dict[Callable[[], Any], int], device: torch.device, num_rounds: int) -> List[List[float]]:
     """Calls a second of each step in each round, turn by turn so that the machine's moods fall on all of them.
 
     Args:
-        steps: What is called.
-        num_calls: Calls that make a turn of each.
+        steps: What is called, and how often in a turn.
         device: Device to wait for.
         num_rounds: Turns of each.
     """
-    rates = [
-        [1 / seconds_per_call(step, device, number) for step, number in zip(steps, num_calls)]
-        for _ in range(num_rounds)
-    ]
-    return [list(turns) for turns in zip(*rates)]
+    rounds = [
+        [1 / seconds_per_call(step, device, number) for step, number in steps.items()] for _ in range(num_rounds)]
+    return [list(rates) for rates in zip(*rounds)]
 
 
 @torch.inference_mode()
@@ -107,9 +99,8 @@ def inference_costs(
     """
     steps = [partial(model, images) for model in models.values()]
     flops = [count_flops(step) for step in steps]  # the first call of each, which is not timed
-    seconds = [seconds_per_call(step, images.device, 1) for step in steps]
-    num_calls = [max(round(seconds_per_turn / one), 1) for one in seconds]
-    rates = rates_by_turns(steps, num_calls, images.device, num_rounds)
+    turns = {step: max(round(seconds_per_turn / seconds_per_call(step, images.device, 1)), 1) for step in steps}
+    rates = rates_by_turns(turns, images.device, num_rounds)
     return {
         name: dict(
             parameters=sum(p.numel() for p in model.parameters()),

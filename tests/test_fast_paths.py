@@ -1,6 +1,6 @@
 """The fast ways to train against the plain ones: the same logits, the same gradients."""
 import copy
-import importlib.util
+import importlib
 import platform
 from functools import partial
 
@@ -138,29 +138,16 @@ def test_freed_memory_is_kept_where_the_library_is_glibc():
     assert keep_freed_memory() == (platform.libc_ver()[0] == 'glibc')
 
 
-@pytest.fixture(scope='module')
-def baseline():
-    spec = importlib.util.spec_from_file_location('baseline', ROOT / 'benchmarks' / 'baseline.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_baseline_has_the_same_losses(baseline):
+def test_the_baseline_has_the_same_losses(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'benchmarks')
+    baseline = importlib.import_module('baseline')
     torch.manual_seed(0)
-    target = torch.randint(CLASSES, (16,))
-    counts = torch.arange(1., CLASSES + 1)
-    results = []
-    for ours in (True, False):
-        torch.manual_seed(1)
-        logits = (3 * torch.randn(16, 3, CLASSES)).requires_grad_()
-        if ours:
-            losses = representation_loss(logits, target).total, balanced_softmax(logits, target, counts)
-        else:
-            per_expert = list(logits.unbind(1))
-            losses = (
-                baseline.stage_one_loss(per_expert, target), baseline.stage_two_loss(per_expert, target, counts))
-        results.append([(loss.detach(), torch.autograd.grad(loss, logits, retain_graph=True)[0]) for loss in losses])
-    for (loss, gradient), (plain, plain_gradient) in zip(*results):
-        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    target, counts = torch.randint(CLASSES, (16,)), torch.arange(1., CLASSES + 1)
+    logits = (3 * torch.randn(16, 3, CLASSES)).requires_grad_()
+    per_expert = list(logits.unbind(1))
+    for ours, plain in (
+            (representation_loss(logits, target).total, baseline.stage_one_loss(per_expert, target)),
+            (balanced_softmax(logits, target, counts), baseline.stage_two_loss(per_expert, target, counts))):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
+        gradient, plain_gradient = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, plain))
         torch.testing.assert_close(gradient, plain_gradient, rtol=1e-5, atol=1e-7)

@@ -1,10 +1,15 @@
+import argparse
+import json
 import math
 
 import pytest
 import torch
 from torch import nn
+from torchmetrics.functional.classification import binary_calibration_error
 
+from shike_timm.commands.eval import evaluate_model
 from shike_timm.metrics import ExpertEvaluator, evaluate, format_table, shot_divisions
+from shike_timm.options import parse_eval_args
 
 
 def test_shot_divisions_at_the_borders():
@@ -23,7 +28,10 @@ def test_metrics_counted_by_hand():
     logits = torch.stack([right, zeros], dim=1)
     evaluator.update(logits[:4], target[:4])
     evaluator.update(logits[4:], target[4:])
-    first, second = evaluator.compute()['experts']
+    metrics = evaluator.compute()
+    assert metrics['per_class']['total'] == [3, 1, 2]
+    assert metrics['per_class']['experts'] == [[100., 100., 100.], [100., 0., 0.]]
+    first, second = metrics['experts']
     sure = 1 / (1 + 2 * math.exp(-10))
     assert first == dict(
         loss=round(-math.log(sure), 4), top1=100., top5=100., balanced=100., many=100., medium=100., few=100.,
@@ -42,6 +50,70 @@ def test_calibration_error_counted_by_hand():
     for part in (slice(0, 3), slice(3, 6)):
         evaluator.update(logits[part], 1 - correct[part])
     assert evaluator.compute()['ece'] == round(100 * (4 * 0.1 + 2 * 0.1) / 6, 2)
+
+
+def random_batch(num_images=2000, num_experts=2, num_classes=7):
+    """Logits from wild guesses to certainties, of which some are wrong."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(num_classes - 1, (num_images,), generator=generator)  # there is none of the last class
+    logits = torch.randn(num_images, num_experts, num_classes, generator=generator)
+    logits[torch.arange(num_images), :, target] += 1
+    return logits * torch.logspace(-1, 2, num_images)[:, None, None], target
+
+
+def test_calibration_error_is_that_of_torchmetrics():
+    logits, target = random_batch()
+    evaluator = ExpertEvaluator(2, [5] * 7)
+    for part in zip(logits.split(300), target.split(300)):
+        evaluator.update(*part)
+    errors = evaluator.overconfidence.abs().sum(0) / len(target)
+    for error, output in zip(errors, [logits.mean(1), *logits.unbind(1)]):
+        confidence, answer = output.softmax(-1).max(-1)
+        assert (confidence == 1).any() and (answer[confidence == 1] != target[confidence == 1]).any()
+        assert float(error) == pytest.approx(
+            float(binary_calibration_error(confidence, answer == target, n_bins=15)), abs=1e-6)
+
+
+def test_sums_add_up_over_processes(monkeypatch):
+    """Two processes, the second with images that its sampler pads with, count what one process counts."""
+    logits, target = random_batch()
+    whole, first, second = (
+        ExpertEvaluator(2, [200, 150, 50, 30, 9, 5, 2], subsets=[[1]], max_samples=n) for n in (None, None, 800))
+    for part in zip(logits.split(300), target.split(300)):
+        whole.update(*part)
+    first.update(logits[:1200], target[:1200])
+    for part in zip(logits[1200:].split(500), target[1200:].split(500)):
+        second.update(*part)
+    second.update(logits[:3], target[:3])
+    sums = []
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda one: sums.append(one.clone()))
+    second.compute(distributed=True)
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda one: one.add_(sums.pop(0)))
+    alone = first.summary()
+    assert first.compute(distributed=True) == whole.compute() != alone and not sums
+    assert first.summary() == alone  # what was counted here stays as it was
+    assert whole.compute()['per_class']['total'] == torch.bincount(target, minlength=7).tolist()
+    assert whole.compute()['per_class']['top1'][-1] is None
+    assert whole.compute()['subsets'] == [dict(whole.compute()['experts'][1], experts=[1])]
+    first.reset()
+    assert first.compute()['per_class']['total'] == [0] * 7
+
+
+def test_results_of_each_class_are_written(tiny_run, tmp_path):
+    args = parse_eval_args([
+        '--checkpoint', str(tiny_run / 'stage_two' / 'last.pth.tar'), '--dataset', 'digits_lt', '--workers', '0',
+        '--device', 'cpu', '--results-file', str(tmp_path / 'results.json')])
+    before = argparse.Namespace(**vars(args))
+    metrics = evaluate_model(args)
+    assert args == before and json.loads((tmp_path / 'results.json').read_text()) == metrics
+    per_class = metrics.pop('per_class')
+    assert metrics.items() <= json.loads((tiny_run / 'metrics.json').read_text())['stage_two'].items()
+    config = json.loads((tiny_run / 'model' / 'config.json').read_text())
+    assert per_class['names'] == config['label_names'] and per_class['class_counts'] == config['class_counts']
+    for one, shares in zip((metrics, *metrics['experts']), (per_class['top1'], *per_class['experts'])):
+        right = sum(share * total for share, total in zip(shares, per_class['total']))
+        assert right / sum(per_class['total']) == pytest.approx(one['top1'], abs=0.01)
+        assert sum(shares) / len(shares) == pytest.approx(one['balanced'], abs=0.01)
 
 
 def test_divisions_average_over_classes():

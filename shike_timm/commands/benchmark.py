@@ -179,8 +179,7 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
             contestants.append(kind(run, args.model))
             contestants += [kind(_plain_run(args, other, run), other) for other in args.compare]
     ceilings = measure_ceilings(device, dtype)
-    rounds = rates_by_turns(
-        [one.step for one in contestants], [one.num_iter for one in contestants], device, args.num_rounds)
+    rounds = rates_by_turns({one.step: one.num_iter for one in contestants}, device, args.num_rounds)
     report = dict(
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device),
         threads=torch.get_num_threads(),

@@ -64,7 +64,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     tune_device(device)
     trained = load_trained_model(
         args.model, args.checkpoint, args.pretrained, args.experts, args.authors_classifiers)
-    args = argparse.Namespace(**vars(args))
+    args = copy.copy(args)
     for key, value in trained.data_args.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
