@@ -146,7 +146,7 @@ def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run, monkeypatch):
     refused('was made with other options', tmp_path / 'max', name)
     refused('is of resnet32_shike, not of resnet50_shike', tmp_path / 'fits', 'resnet50_shike.untrained')
     refused("'resnet32_shike.other' is not a registered name", tmp_path / 'fits', 'resnet32_shike.other')
-    refused('is not a folder', tmp_path / 'none', name)
+    refused('holds no model', tmp_path / 'none', name)
     result = start('weights.py', tmp_path / 'none', name)
     assert result.returncode == 2 and result.stderr.startswith('weights.py: error: ') and result.stderr.count('\n') == 1
     for _ in range(2):  # a second model takes the place of the first
