@@ -6,12 +6,11 @@ import pickle
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 import safetensors.torch
 import torch
-from timm.models import clean_state_dict
-from timm.models._hub import save_for_hf
+from timm.models import clean_state_dict, save_for_hf
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 
@@ -143,8 +142,8 @@ def export_model(
         model: nn.Module,
         folder: Union[str, Path],
         data_config: Dict[str, Any],
-        class_names: Sequence[str],
-        class_counts: List[int],
+        class_names: Optional[Sequence[str]] = None,
+        class_counts: Optional[Sequence[int]] = None,
 ) -> None:
     """Write `config.json` and `model.safetensors`, which timm loads as `local-dir:FOLDER`.
 
@@ -152,7 +151,7 @@ def export_model(
         model: Model made by `timm.create_model`.
         folder: Folder to write, replaced as a whole if it exists.
         data_config: Preprocessing, what `timm.data.resolve_data_config` gives.
-        class_names: Names of the classes in label order.
+        class_names: Names of the classes in label order, where they are known.
         class_counts: Training images of each class, kept in the configuration for the shot divisions.
     """
     folder = Path(folder)
@@ -160,16 +159,10 @@ def export_model(
     shutil.rmtree(temporary, ignore_errors=True)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
     model.pretrained_cfg.pop('label_names', None)  # of the weights that come with the name, not of these
-    save_for_hf(
-        model,
-        temporary,
-        model_config=dict(
-            label_names=list(class_names),
-            class_counts=list(class_counts),
-            pretrained_cfg=dict(tag=''),  # these weights are not those of the name's default tag
-        ),
-        safe_serialization=True,
-        data_config=data_config,
-    )
+    model_config = {'pretrained_cfg': {'tag': ''}}  # these weights are not those of the name's default tag
+    for key, values in (('label_names', class_names), ('class_counts', class_counts)):
+        if values:
+            model_config[key] = list(values)
+    save_for_hf(model, temporary, model_config, safe_serialization=True, data_config=data_config)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -162,7 +162,7 @@ def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run, script, run_s
     refused('options', tmp_path / 'max', name)
     refused('resnet50_shike', tmp_path / 'fits', 'resnet50_shike.untrained')
     refused("'resnet32_shike.other'", tmp_path / 'fits', 'resnet32_shike.other')
-    refused('none', tmp_path / 'none', name)
+    refused('holds no model', tmp_path / 'none', name)
     status, _, error = run_script('results/weights.py', tmp_path / 'none', name)
     assert status == 2 and error.startswith('weights.py: error: ') and error.count('\n') == 1
     for _ in range(2):  # a second model takes the place of the first

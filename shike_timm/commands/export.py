@@ -1,21 +1,21 @@
 """Export of a trained model to a file that runs without this package, compared with the model before it is kept."""
 import argparse
 import importlib.util
+import io
 import logging
 import os
 import tempfile
 import warnings
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Union
 
 import torch
 from timm.data import resolve_input_data_config
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..checkpoints import export_model
+from ..errors import InputError, one_line
 from ..loading import load_trained_model
 
 __all__ = ['FILES', 'export', 'load_exported', 'save_exported']
@@ -37,73 +37,50 @@ def _check_packages() -> None:
             'or choose another format.')
 
 
-def _check_folder(folder: Path) -> None:
-    if folder.is_symlink() or folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+def _find_place(folder: Path) -> Path:
+    """The nearest existing folder above one that can be made, to write in."""
+    if folder.is_symlink() or folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"output '{folder}' exists already: choose another folder, or remove it.")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"output '{folder}' cannot be made in '{above}': choose another folder.")
-
-
-@contextmanager
-def _new_parents(folder: Path) -> Iterator[None]:
-    """Make the folders above one, and remove those that were made if what happens inside fails."""
-    made = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException as error:
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise InputError(f"output '{folder}' cannot be written ({reason}): choose another.") from error
-        raise
-
-
-def _export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta.pop('stack_trace', None)  # paths and source lines of this machine
-    return program
+    return above
 
 
 def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: Optional[int]) -> None:
     import onnx
+    from timm.utils.onnx import onnx_export
 
     for name in ('onnx_ir', 'onnxscript', 'torch.onnx'):
         logging.getLogger(name).setLevel(logging.ERROR)  # they tell of every rewriting
-    program = torch.onnx.export(
-        _export_program(model, images),
-        dynamo=True,
-        dynamic_shapes=({0: 'batch'},),  # the name that the axis gets in the file
-        input_names=['images'],
-        output_names=['logits'],
-        opset_version=opset,
-        verbose=False,
-    )
-    written = program.model.opset_imports['']
+    onnx_export(
+        model, str(path), images, opset=opset, use_dynamo=True, input_names=['images'], output_names=['logits'])
+    program = onnx.load(path, load_external_data=False)
+    written = program.opset_import[0].version
     if opset is not None and written != opset:  # the exporter warns and keeps its own
         raise InputError(f'--opset {opset} cannot be written, torch gives {written}: leave it out.')
-    for node in program.model.graph:
-        node.metadata_props.clear()  # as above
-    program.save(str(path))  # in one file, unless that would exceed the 2 GB of a protobuf
-    onnx.checker.check_model(str(path), full_check=True)
+    for node in program.graph.node:
+        del node.metadata_props[:]  # paths and source lines of this machine
+    onnx.save(program, path)
 
 
 def _write_torchscript(model: nn.Module, images: Tensor, path: Path) -> None:
     # Traced, since scripting depends on the backbone. Not frozen: that saves 0 to 7 percent of the time on a CPU, and
     # the weights could not be moved to another device.
-    traced = torch.jit.trace(model, images, check_trace=False)
-    whole = path.with_suffix('.tmp')
-    torch.jit.save(traced, str(whole))
+    whole = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, images, check_trace=False), whole)
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, 'w') as target:
         for item in source.infolist():
-            if not item.filename.endswith('.debug_pkl'):  # paths and source lines of this machine
+            if not item.filename.endswith('.debug_pkl'):  # as above
                 target.writestr(item, source.read(item))
-    whole.unlink()
+
+
+def _write_program(model: nn.Module, images: Tensor, path: Path) -> None:
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop('stack_trace', None)  # as above
+    torch.export.save(program, path)
 
 
 def _write(model: nn.Module, images: Tensor, path: Path, format: str, opset: Optional[int]) -> None:
@@ -114,7 +91,7 @@ def _write(model: nn.Module, images: Tensor, path: Path, format: str, opset: Opt
         elif format == 'torchscript':
             _write_torchscript(model, images, path)
         else:
-            torch.export.save(_export_program(model, images), path)
+            _write_program(model, images, path)
 
 
 def load_exported(path: Union[str, Path], format: str) -> Callable[[Tensor], Tensor]:
@@ -163,7 +140,7 @@ def save_exported(
         format: str,
         data_config: Dict[str, Any],
         class_names: Optional[Sequence[str]] = None,
-        class_counts: Optional[List[int]] = None,
+        class_counts: Optional[Sequence[int]] = None,
         opset: Optional[int] = None,
 ) -> float:
     """Write a folder with the exported model and `config.json`, its preprocessing and classes in timm's format.
@@ -184,15 +161,10 @@ def save_exported(
         The largest difference found, relative to the largest logit.
 
     Raises:
-        InputError: If the folder holds something, a package is missing, or the export fails or differs.
+        InputError: If the folder holds something or cannot be made, or the export fails or differs.
     """
     folder = Path(folder).absolute()
-    _check_folder(folder)
-    if format == 'onnx':
-        _check_packages()
-    known = dict(label_names=class_names and list(class_names), class_counts=class_counts and list(class_counts))
-    with _new_parents(folder), tempfile.TemporaryDirectory(
-            prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=_find_place(folder)) as temporary:
         inside = Path(temporary, folder.name)  # which, unlike the temporary folder, others may read
         inside.mkdir()
         path = inside / FILES[format]
@@ -203,20 +175,15 @@ def save_exported(
         except (InputError, OSError):
             raise
         except Exception as error:  # whatever a network that cannot be exported makes torch or onnxruntime raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
-            raise InputError(f'The model cannot be exported: {reason}; choose another --format.') from error
+            raise InputError(f'The model cannot be exported: {one_line(error)}; choose another --format.') from error
         if not difference <= _TOLERANCE:
             raise InputError(
                 f'The exported model differs from the original by {difference:.1e} of the largest logit, expected at '
                 f'most {_TOLERANCE:.0e}: choose another --format.')
-        save_config_for_hf(
-            model,
-            inside / 'config.json',
-            # The tag and the labels of the name are those of its own weights, which these need not be.
-            model_config=dict(
-                {key: value for key, value in known.items() if value}, pretrained_cfg=dict(tag='', label_names=None)),
-            data_config=data_config,
-        )
+        saved = Path(temporary, 'saved')
+        export_model(model, saved, data_config, class_names, class_counts)
+        (saved / 'config.json').rename(inside / 'config.json')
+        folder.parent.mkdir(parents=True, exist_ok=True)
         inside.rename(folder)
     return difference
 
@@ -238,7 +205,7 @@ def export(args: argparse.Namespace) -> Path:
     elif args.opset is not None:
         raise InputError(f'--opset {args.opset} goes with --format onnx, not {args.format}: leave it out.')
     if args.output:
-        _check_folder(Path(args.output))
+        _find_place(Path(args.output))
     trained = load_trained_model(args.model, args.checkpoint, args.pretrained, args.experts, args.authors_classifiers)
     model = trained.model
     if args.model and ':' not in args.model and not args.pretrained:
