@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
-from torchvision.datasets import CIFAR100
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import shike_timm  # noqa: E402, F401
-from shike_timm.data.long_tail import cifar_lt  # noqa: E402
+from shike_timm.data import load_training_data  # noqa: E402
 from shike_timm.models.shike import CIFAR_MEAN, CIFAR_STD  # noqa: E402
 
 
@@ -100,7 +99,8 @@ def main():
     device = torch.device(args.device)
 
     normalize = [transforms.ToTensor(), transforms.Normalize(CIFAR_MEAN, CIFAR_STD)]
-    train_set = cifar_lt(CIFAR100, args.data_dir, train=True)
+    data = load_training_data('cifar100_lt', args.data_dir)
+    train_set, test_set = data.train.dataset, data.test.dataset
     train_set.transform = transforms.Compose([
         transforms.RandomCrop(32, padding=4),
         transforms.RandomHorizontalFlip(),
@@ -109,12 +109,11 @@ def main():
         NumpyCutout(16),
         transforms.Normalize(CIFAR_MEAN, CIFAR_STD),
     ])
-    test_set = cifar_lt(CIFAR100, args.data_dir, train=False)
     test_set.transform = transforms.Compose(normalize)
     options = dict(num_workers=args.workers, pin_memory=device.type == 'cuda')
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, drop_last=True, **options)
     test_loader = DataLoader(test_set, args.batch_size, **options)
-    class_counts = torch.tensor(np.bincount(train_set.targets), dtype=torch.float32, device=device)
+    class_counts = torch.tensor(data.class_counts, dtype=torch.float32, device=device)
 
     model = timm.create_model('resnet32_shike', num_classes=100).to(device).train()
     if args.stage == 2:

@@ -50,15 +50,19 @@ def note_start(folder: Path, revision: str) -> Dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has the metrics of stage two, with which it ends."""
+    """Whether a run has the metrics of its last stage."""
     path = folder / 'metrics.json'
-    return path.exists() and 'stage_two' in json.loads(path.read_text())
+    if not path.exists():
+        return False
+    retrained = yaml.safe_load((folder / 'args.yaml').read_text())['crt_epochs']
+    return ('stage_two' if retrained else 'stage_one') in json.loads(path.read_text())
 
 
 def to_row(name: str, options: str, folder: Path, started: Dict[str, Any]) -> Dict[str, Any]:
-    """A finished run as a row of runs.csv: percent after the last epoch of both stages, minutes of training."""
+    """A finished run as a row of runs.csv: percent after the last epoch of its stages, minutes of training."""
     metrics = json.loads((folder / 'metrics.json').read_text())
-    one, two = metrics.get('stage_one', {}), metrics['stage_two']
+    *before, last = metrics.values()
+    one = before[0] if before else {}
     return dict(
         name=name,
         options=options,
@@ -67,8 +71,8 @@ def to_row(name: str, options: str, folder: Path, started: Dict[str, Any]) -> Di
         device=started['device'],
         minutes=round(sum(stage['seconds'] for stage in metrics.values()) / 60, 1),
         **{f'stage_one_{key}': one.get(key) for key in SHARES},
-        **{key: two[key] for key in SHARES},
-        experts=' / '.join(f"{expert['top1']:.2f}" for expert in two['experts']),
+        **{key: last[key] for key in SHARES},
+        experts=' / '.join(f"{expert['top1']:.2f}" for expert in last['experts']),
         log=f'logs/{name}.log.gz',
     )
 

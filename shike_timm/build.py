@@ -1,4 +1,4 @@
-"""From parsed arguments to devices, models, optimizers, schedules and data, each checked with a clear error."""
+"""From parsed arguments to models, optimizers, schedules, data and settings, each checked with a clear error."""
 import argparse
 import difflib
 import importlib.util
@@ -21,9 +21,8 @@ from torch import nn
 from .data import TrainingData, load_training_data
 from .devices import computes_bfloat16
 from .errors import InputError, one_line
+from .methods import Stage
 from .models import Shike
-
-CRT_PREFIX = 'crt_'
 
 _logger = logging.getLogger(__name__)
 
@@ -61,10 +60,14 @@ def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.de
         return
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         raise InputError(f"--torchcompile '{backend}' is not a backend of torch.compile: leave the name out.")
-    modes = torch._inductor.list_mode_options()
-    if mode and (backend != 'inductor' or mode not in modes):
-        raise InputError(
-            f"--torchcompile-mode '{mode}' is unknown to '{backend}': choose {', '.join(modes)} of inductor.")
+    if mode and backend != 'inductor':
+        raise InputError(f"--torchcompile-mode '{mode}' is of inductor, not of '{backend}': leave it out.")
+    if mode:
+        try:
+            torch.compile(nn.Identity(), mode=mode)  # which compiles nothing before a call
+        except RuntimeError as error:
+            raise InputError(
+                f"--torchcompile-mode '{mode}' is unknown to '{backend}': {one_line(error)}.") from error
     if backend != 'inductor':
         return
     if device.type == 'cpu':
@@ -145,13 +148,18 @@ def _takes_fused(args: argparse.Namespace) -> bool:
     return inspect.isclass(opt_class) and 'fused' in inspect.signature(opt_class).parameters
 
 
-def create_optimizer(args: argparse.Namespace, stage: int, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer of a stage, fused where it can be, with the stage's peak learning rate.
+def create_optimizer(args: argparse.Namespace, lr: float, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer, fused where it can be.
+
+    Args:
+        args: Arguments of train.py.
+        lr: Peak learning rate.
+        model: Model whose parameters, but for the frozen ones, it updates.
 
     Raises:
         InputError: If the optimizer is unknown or takes no such option.
     """
-    options = dict(optimizer_kwargs(args), lr=args.lr if stage == 1 else args.crt_lr)
+    options = dict(optimizer_kwargs(args), lr=lr)
     if _takes_fused(args):
         options['fused'] = True
     try:
@@ -196,6 +204,7 @@ def load_data(args: argparse.Namespace) -> TrainingData:
         imb_type=args.imb_type,
         download=args.dataset_download,
         holdout=args.holdout,
+        val_per_class=args.val_per_class,
     )
     if args.num_classes is not None and args.num_classes != data.num_classes:
         raise InputError(
@@ -203,26 +212,20 @@ def load_data(args: argparse.Namespace) -> TrainingData:
     return data
 
 
-def create_schedule(
-        optimizer: torch.optim.Optimizer,
-        args: argparse.Namespace,
-        stage: int,
-) -> Scheduler:
+def create_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace, stage: Stage) -> Scheduler:
     """timm's scheduler of a stage: a linear warm-up, then the schedule over the epochs that remain.
 
     Args:
         optimizer: Optimizer whose learning rate is the stage's peak.
         args: Arguments of train.py.
-        stage: 1 or 2; stage two reads the options that begin with `crt`.
+        stage: The stage.
     """
-    prefix = CRT_PREFIX if stage == 2 else ''
-    epochs, warmup_epochs = getattr(args, prefix + 'epochs'), getattr(args, prefix + 'warmup_epochs')
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
-        num_epochs=epochs - warmup_epochs,
-        warmup_epochs=warmup_epochs,
-        warmup_lr=getattr(args, prefix + 'warmup_lr'),
+        num_epochs=stage.epochs - stage.warmup_epochs,
+        warmup_epochs=stage.warmup_epochs,
+        warmup_lr=stage.warmup_lr,
         warmup_prefix=True,
         min_lr=args.min_lr,
         decay_epochs=args.decay_epochs,
@@ -231,7 +234,7 @@ def create_schedule(
     return scheduler
 
 
-def mixup_options(args: argparse.Namespace, num_classes: int, stages: Sequence[int]) -> Optional[Dict[str, Any]]:
+def mixup_options(args: argparse.Namespace, num_classes: int, stages: Sequence[Stage]) -> Optional[Dict[str, Any]]:
     """Arguments of `timm.data.FastCollateMixup`, None where it is off.
 
     Raises:
@@ -240,9 +243,9 @@ def mixup_options(args: argparse.Namespace, num_classes: int, stages: Sequence[i
     if not (args.mixup or args.cutmix):
         return None
     flag = f'--mixup {args.mixup:g}' if args.mixup else f'--cutmix {args.cutmix:g}'
-    if args.alpha and 1 in stages:
-        raise InputError(
-            f'{flag} mixes labels, but dynamic knowledge transfer leaves one class out: drop it, or add --alpha 0.')
+    for stage in stages:
+        if stage.indices_only:
+            raise InputError(f'{flag} mixes labels, but {stage.indices_only}.')
     if args.batch_size % 2:
         raise InputError(f'{flag} pairs images, but --batch-size {args.batch_size} is odd: choose an even one.')
     return dict(

@@ -30,7 +30,13 @@ def resolve_device(name: Optional[str]) -> torch.device:
 
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device is known to have instructions for bfloat16; of CPUs, x86 ones with AVX-512 BF16 or AMX."""
-    return device.type != 'cpu' or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type != 'cpu':
+        return True
+    if hasattr(torch.cpu, 'get_capabilities'):
+        capabilities = torch.cpu.get_capabilities()
+        return capabilities.get('avx512_bf16', False) or capabilities.get('amx_tile', False)
+    # Releases from before there was anything public.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def keep_freed_memory() -> bool:

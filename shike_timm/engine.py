@@ -19,6 +19,7 @@ from timm.utils.summary import trim_summary
 from tqdm import tqdm
 
 from .checkpoints import StageSaver
+from .methods import Stage
 from .metrics import METRICS
 
 __all__ = ['Interrupted', 'LoopConfig', 'NonFiniteError', 'StopFlag', 'fit', 'seed_all', 'stop_signals', 'train_step']
@@ -72,11 +73,7 @@ class LoopConfig:
     """Settings of `fit`.
 
     Attributes:
-        name: Name of the stage in logs.
-        epochs: Epochs in all.
         seed: Seed of the run.
-        stage: Number of the stage, which keeps the random streams of stages apart.
-        first_row: Row of the summary where this stage's first epoch stands.
         log_interval: Steps between log lines.
         val_interval: Epochs between evaluations; the last epoch is always evaluated.
         clip_grad: Gradient clipping value, None for none.
@@ -85,11 +82,7 @@ class LoopConfig:
         channels_last: Lay images out with channels last.
     """
 
-    name: str
-    epochs: int
     seed: int = 42
-    stage: int = 1
-    first_row: int = 0
     log_interval: int = 50
     val_interval: int = 1
     clip_grad: Optional[float] = None
@@ -149,12 +142,14 @@ def _train_one_epoch(
         task: TrainingTask,
         loader,
         optimizer: torch.optim.Optimizer,
+        stage: Stage,
         config: LoopConfig,
         epoch: int,
         loss_scaler: Optional[NativeScaler],
         stop: StopFlag,
 ) -> Dict[str, float]:
     task.train()
+    name = stage.name.replace('_', ' ')
     first_bad_step = torch.full((), -1, dtype=torch.int64, device=task.device)
     sums: Dict[str, torch.Tensor] = {}
     num_steps, num_images, images_since_log = len(loader), 0, 0
@@ -165,11 +160,11 @@ def _train_one_epoch(
         step = int(first_bad_step)
         if step >= 0:
             raise NonFiniteError(
-                f'The loss is not finite at step {step} of epoch {epoch} of {config.name}: '
+                f'The loss is not finite at step {step} of epoch {epoch} of {name}: '
                 'try a lower --lr, --clip-grad, or --amp-dtype bfloat16.')
 
     progress = tqdm(
-        loader, desc=f'{config.name} {epoch}', leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        loader, desc=f'{name} {epoch}', leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
     for step, (images, target) in enumerate(progress):
         if stop.signum:
             progress.close()
@@ -216,10 +211,11 @@ def _eval_model(task: TrainingTask, ema: bool = False) -> torch.nn.Module:
     return model
 
 
-def _check_weights(task: TrainingTask, config: LoopConfig, epoch: int) -> None:
+def _check_weights(task: TrainingTask, stage: Stage, epoch: int) -> None:
     tensors = [t for t in _eval_model(task).state_dict().values() if t.is_floating_point()]
     if not math.isfinite(float(sum(torch._foreach_norm(tensors)))):
-        raise NonFiniteError(f'The weights are not finite after epoch {epoch} of {config.name}: try a lower --lr.')
+        name = stage.name.replace('_', ' ')
+        raise NonFiniteError(f'The weights are not finite after epoch {epoch} of {name}: try a lower --lr.')
 
 
 def _training_seconds(summary: Path, first_row: int) -> float:
@@ -237,6 +233,7 @@ def fit(
         saver: StageSaver,
         evaluate: Callable[[torch.nn.Module], Dict[str, Any]],
         summary: Path,
+        stage: Stage,
         config: LoopConfig,
         start_epoch: int = 0,
         loss_scaler: Optional[NativeScaler] = None,
@@ -252,6 +249,7 @@ def fit(
         saver: Saves a checkpoint after each epoch.
         evaluate: Gives the metrics of a model.
         summary: CSV file that gets a row an epoch.
+        stage: What to train with; the share of its epochs that are over is the task's `progress`.
         config: Settings.
         start_epoch: Epoch to start with, counted from 0.
         loss_scaler: Loss scaling, for float16.
@@ -265,20 +263,21 @@ def fit(
         Interrupted: If the flag is raised; the last checkpoint is of the last whole epoch.
     """
     stop = stop or StopFlag()
-    trim_summary(str(summary), config.first_row + start_epoch)
+    trim_summary(str(summary), stage.first_row + start_epoch)
     metrics = None
-    for epoch in range(start_epoch, config.epochs):
-        seed_all(config.seed, config.stage, epoch)
+    for epoch in range(start_epoch, stage.epochs):
+        seed_all(config.seed, stage.number, epoch)
+        task.progress = epoch / stage.epochs
         scheduler.step(epoch)
         lr = max(group['lr'] for group in optimizer.param_groups)
-        train_metrics = _train_one_epoch(task, loader, optimizer, config, epoch, loss_scaler, stop)
-        _check_weights(task, config, epoch)
+        train_metrics = _train_one_epoch(task, loader, optimizer, stage, config, epoch, loss_scaler, stop)
+        _check_weights(task, stage, epoch)
         metrics = None
-        if epoch == config.epochs - 1 or (epoch + 1) % config.val_interval == 0:
+        if epoch == stage.epochs - 1 or (epoch + 1) % config.val_interval == 0:
             metrics = evaluate(_eval_model(task, ema=task.has_ema()))
             _logger.info(f'Eval: {epoch}  ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS))
         update_summary(
-            config.first_row + epoch,
+            stage.first_row + epoch,
             train_metrics,
             {key: metrics[key] if metrics else None for key in METRICS},
             str(summary),
@@ -287,4 +286,4 @@ def fit(
         saver.save_checkpoint(epoch)
     if metrics is None:
         metrics = evaluate(_eval_model(task, ema=task.has_ema()))
-    return dict(metrics, seconds=round(_training_seconds(summary, config.first_row), 1))
+    return dict(metrics, seconds=round(_training_seconds(summary, stage.first_row), 1))

@@ -3,7 +3,7 @@
 Everywhere `logits` is [B, M, C]: batch, experts, classes. KL(p | q) is sum_c p_c (log p_c - log q_c). Each loss is
 summed over experts and averaged over the batch. All arithmetic is in float32, or in float64 where logits are.
 """
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ class RepresentationLoss(NamedTuple):
     """Eq. 10 and its unweighted terms, all scalars."""
 
     total: Tensor
-    cross_entropy: Tensor
-    dkt: Tensor
-    mutual: Tensor
+    ce: Tensor
+    nt: Tensor
+    mu: Tensor
 
 
 def _widen(logits: Tensor) -> Tensor:
@@ -28,6 +28,14 @@ def _widen(logits: Tensor) -> Tensor:
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=-1).clamp(min=MIN_LOG_PROB)
+
+
+def _expected(values: Tensor, target: Tensor) -> Tensor:
+    """Values [B, M, C] at the target, or weighted with its probabilities: summed over experts, averaged over batch."""
+    if target.ndim == 1:
+        index = target[:, None, None].expand(-1, values.shape[1], 1)
+        return values.gather(-1, index).sum(1).mean()
+    return (target.to(values.dtype)[:, None] * values).sum((1, 2)).mean()
 
 
 def expert_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -40,11 +48,7 @@ def expert_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     Returns:
         Scalar: summed over experts, averaged over the batch.
     """
-    log_prob = _log_softmax(_widen(logits))
-    if target.ndim == 1:
-        index = target[:, None, None].expand(-1, logits.shape[1], 1)
-        return -log_prob.gather(-1, index).sum(1).mean()
-    return -(target.to(log_prob.dtype)[:, None] * log_prob).sum((1, 2)).mean()
+    return -_expected(_log_softmax(_widen(logits)), target)
 
 
 def mutual_distillation(logits: Tensor) -> Tensor:
@@ -136,6 +140,79 @@ def balanced_softmax(logits: Tensor, target: Tensor, class_counts: Tensor) -> Te
     return expert_cross_entropy(logits + class_counts.to(logits.dtype).log(), target)
 
 
+def logit_adjusted(logits: Tensor, target: Tensor, class_counts: Tensor, tau: float = 1.) -> Tensor:
+    """Logit-adjusted cross-entropy (Menon et al., ICLR 2021): tau log pi_c is added to the logits.
+
+    Args:
+        logits: Expert logits [B, M, C].
+        target: Class indices [B], or class probabilities [B, C].
+        class_counts: Training images of each class [C], all positive; their shares are the prior pi.
+        tau: Strength; at 1 it equals `balanced_softmax`, at 0 plain cross-entropy.
+
+    Returns:
+        Scalar: summed over experts, averaged over the batch.
+    """
+    logits = _widen(logits)
+    prior = class_counts.to(logits.dtype) / class_counts.sum()
+    return expert_cross_entropy(logits + tau * prior.log(), target)
+
+
+def focal(logits: Tensor, target: Tensor, gamma: float = 2.) -> Tensor:
+    """Focal loss over softmax probabilities p (Lin et al., ICCV 2017): -(1 - p_y)^gamma log p_y.
+
+    Args:
+        logits: Expert logits [B, M, C].
+        target: Class indices [B], or class probabilities [B, C].
+        gamma: How much what is classified well already counts less; 0 is plain cross-entropy.
+
+    Returns:
+        Scalar: summed over experts, averaged over the batch.
+    """
+    log_prob = _log_softmax(_widen(logits))
+    # 1 - p without cancellation, away from 0 where a power below 1 has no finite slope.
+    rest = -torch.expm1(log_prob)
+    return -_expected(rest.clamp(min=torch.finfo(rest.dtype).tiny) ** gamma * log_prob, target)
+
+
+def ldam(
+        logits: Tensor,
+        target: Tensor,
+        class_counts: Tensor,
+        scale: float = 30.,
+        max_margin: float = 0.5,
+        class_weights: Optional[Tensor] = None,
+) -> Tensor:
+    """Label-distribution-aware margin loss (Cao et al., NeurIPS 2019).
+
+    Cross-entropy after scale * max_margin * (n_min / n_y)^(1/4) is taken off the logit of the target y.
+
+    Args:
+        logits: Expert logits [B, M, C] of a cosine classifier.
+        target: Class indices [B].
+        class_counts: Training images of each class [C], all positive.
+        scale: Factor between the cosines, which the margin is for, and the logits.
+        max_margin: Margin of the smallest class.
+        class_weights: Weights of the classes [C], for the mean over the batch; all equal where None.
+
+    Returns:
+        Scalar: summed over experts, averaged over the batch.
+
+    Raises:
+        ValueError: If target is not [B] class indices.
+    """
+    if target.shape != logits.shape[:1]:
+        raise ValueError(f'Expected target as class indices of shape ({len(logits)},), got {tuple(target.shape)}.')
+    logits = _widen(logits)
+    counts = class_counts.to(logits.dtype)
+    margin = scale * max_margin * (counts.min() / counts) ** 0.25
+    index = target[:, None, None].expand(-1, logits.shape[1], 1)
+    log_prob = _log_softmax(logits.scatter_add(-1, index, -margin[target][:, None, None].expand_as(index)))
+    if class_weights is None:
+        return -_expected(log_prob, target)
+    weights = class_weights.to(logits.dtype)[target]
+    return -(log_prob.gather(-1, index).sum((1, 2)) * weights).sum() / weights.sum()
+
+
 def representation_loss(
         logits: Tensor,
         target: Tensor,
@@ -155,8 +232,8 @@ def representation_loss(
     Returns:
         The total and its three unweighted terms.
     """
-    cross_entropy = expert_cross_entropy(logits, target)
-    zero = torch.zeros_like(cross_entropy)
-    dkt = dynamic_knowledge_transfer(logits, target, detach_teacher) if alpha else zero
-    mutual = mutual_distillation(logits) if beta else zero
-    return RepresentationLoss(cross_entropy + alpha * dkt + beta * mutual, cross_entropy, dkt, mutual)
+    ce = expert_cross_entropy(logits, target)
+    zero = torch.zeros_like(ce)
+    nt = dynamic_knowledge_transfer(logits, target, detach_teacher) if alpha else zero
+    mu = mutual_distillation(logits) if beta else zero
+    return RepresentationLoss(ce + alpha * nt + beta * mu, ce, nt, mu)

@@ -4,17 +4,18 @@ import time
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Set
+from functools import partial
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Set
 
 import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
-    'PARTS', 'count_flops', 'inference_costs', 'measure_ceilings', 'peak_memory', 'seconds_per_call', 'time_parts',
+    'PARTS', 'count_flops', 'inference_costs', 'measure_ceilings', 'peak_memory', 'rates_by_turns', 'seconds_per_call',
+    'time_parts',
 ]
 
 PARTS = ('data', 'forward', 'losses', 'backward', 'optimizer')
@@ -65,6 +66,27 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Dict[str, floa
     )
 
 
+def rates_by_turns(
+        steps: Sequence[Callable[[], Any]],
+        num_calls: Sequence[int],
+        device: torch.device,
+        num_rounds: int,
+) -> List[List[float]]:
+    """Calls a second of each step in each round, turn by turn so that the machine's moods fall on all of them.
+
+    Args:
+        steps: What is called.
+        num_calls: Calls that make a turn of each.
+        device: Device to wait for.
+        num_rounds: Turns of each.
+    """
+    rates = [
+        [1 / seconds_per_call(step, device, number) for step, number in zip(steps, num_calls)]
+        for _ in range(num_rounds)
+    ]
+    return [list(turns) for turns in zip(*rates)]
+
+
 @torch.inference_mode()
 def inference_costs(
         models: Dict[str, nn.Module],
@@ -72,7 +94,7 @@ def inference_costs(
         num_rounds: int = 5,
         seconds_per_turn: float = 0.5,
 ) -> Dict[str, Dict[str, float]]:
-    """What models cost at inference, timed turn by turn so that the machine's moods fall on all of them.
+    """What models cost at inference, timed turn by turn.
 
     Args:
         models: Models in eval mode by name, all on the device of the images.
@@ -83,20 +105,19 @@ def inference_costs(
     Returns:
         By name the `parameters`, the `gmacs` of one image (10^9 multiply-adds) and the `images_per_second`.
     """
-    rates: Dict[str, List[float]] = {name: [] for name in models}
-    costs, num_iter = {}, {}
-    for name, model in models.items():
-        costs[name] = dict(
+    steps = [partial(model, images) for model in models.values()]
+    flops = [count_flops(step) for step in steps]  # the first call of each, which is not timed
+    seconds = [seconds_per_call(step, images.device, 1) for step in steps]
+    num_calls = [max(round(seconds_per_turn / one), 1) for one in seconds]
+    rates = rates_by_turns(steps, num_calls, images.device, num_rounds)
+    return {
+        name: dict(
             parameters=sum(p.numel() for p in model.parameters()),
-            gmacs=count_flops(lambda: model(images)) / 2e9 / len(images),  # noqa: B023
+            gmacs=flops[i] / 2e9 / len(images),
+            images_per_second=len(images) * statistics.median(rates[i]),
         )
-        seconds = seconds_per_call(lambda: model(images), images.device, 1)  # noqa: B023
-        num_iter[name] = max(round(seconds_per_turn / seconds), 1)
-    for _ in range(num_rounds):
-        for name, model in models.items():
-            seconds = seconds_per_call(lambda: model(images), images.device, num_iter[name])  # noqa: B023
-            rates[name].append(len(images) / seconds)
-    return {name: dict(cost, images_per_second=statistics.median(rates[name])) for name, cost in costs.items()}
+        for i, (name, model) in enumerate(models.items())
+    }
 
 
 def count_flops(step: Callable[[], Any]) -> int:
@@ -145,30 +166,37 @@ def time_parts(task: TrainingTask, optimizer: torch.optim.Optimizer, device: tor
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that live at once; those of `held` from the start."""
+    """Counts the bytes of the tensors that live at once, those of `held` from the start, on any device.
 
-    def __init__(self, held: Iterable[Tensor]):
+    torch's own tracker, MemTracker, is not among its public modules and wants to know the modules beforehand.
+    """
+
+    def __init__(self, held: List[Tensor]):
         super().__init__()
         self.known: Set[int] = set()
         self.live = self.peak = 0
-        for tensor in held:
-            self._add(tensor)
+        self._add(held)
 
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() and storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+    def _add(self, result: Any) -> None:
+        if isinstance(result, (list, tuple)):
+            for one in result:
+                self._add(one)
+        elif isinstance(result, Tensor):
+            storage = result.untyped_storage()
+            address, num_bytes = storage.data_ptr(), storage.nbytes()
+            if address and address not in self.known:
+                self.known.add(address)
+                self.live += num_bytes
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._remove, address, num_bytes)
 
-    def _remove(self, key: int, num_bytes: int) -> None:
-        self.known.discard(key)
+    def _remove(self, address: int, num_bytes: int) -> None:
+        self.known.discard(address)
         self.live -= num_bytes
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._add, result)
+        self._add(result)
         return result
 
 

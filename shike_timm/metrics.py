@@ -1,15 +1,17 @@
-"""Accuracy on many-, medium- and few-shot classes, for the ensemble and for each expert."""
-from typing import Any, Dict, List, Optional, Sequence
+"""What is measured of a model: accuracy on many-, medium- and few-shot classes, of the ensemble and each expert."""
+from typing import Any, Dict, Optional, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_calibration_error
 
 __all__ = ['METRICS', 'SHOTS', 'ExpertEvaluator', 'evaluate', 'format_subsets', 'format_table', 'shot_divisions']
 
 SHOTS = ('many', 'medium', 'few')
 METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
+NUM_BINS = 15  # of the calibration error
 
 
 def shot_divisions(class_counts: Sequence[int]) -> Dict[str, Tensor]:
@@ -18,63 +20,114 @@ def shot_divisions(class_counts: Sequence[int]) -> Dict[str, Tensor]:
     return {'many': counts > 100, 'medium': (counts >= 20) & (counts <= 100), 'few': counts < 20}
 
 
-class ExpertEvaluator:
-    """Accumulates the metrics of several outputs at once, on their device, without a host sync per batch.
+class ExpertEvaluator(ClassificationEvaluator):
+    """timm's evaluator for the logits of experts: metrics of the ensemble, of each expert and of choices of them.
+
+    All it keeps are sums of fixed size, on the device: no batch waits for the host, and processes can add theirs up.
 
     Args:
-        num_outputs: Outputs K judged side by side.
+        num_experts: Experts M.
         class_counts: Training images of each class [C], which make the shot divisions.
-        device: Device of the outputs.
+        device: Device of the logits.
+        subsets: Choices of experts to judge as ensembles of their own.
+        max_samples: Images to count at most, the rest being what a distributed sampler pads with.
     """
 
-    def __init__(self, num_outputs: int, class_counts: Sequence[int], device: Optional[torch.device] = None):
-        num_classes = len(class_counts)
-        self.divisions = shot_divisions(class_counts)
-        self.loss_sum = torch.zeros(num_outputs, dtype=torch.float64, device=device)
-        self.top1 = torch.zeros(num_classes, num_outputs, dtype=torch.int64, device=device)
+    metric_names = METRICS
+
+    def __init__(
+            self,
+            num_experts: int,
+            class_counts: Sequence[int],
+            device: Optional[torch.device] = None,
+            *,
+            subsets: Sequence[Sequence[int]] = (),
+            max_samples: Optional[int] = None,
+    ):
+        self.num_experts = num_experts
+        self.class_counts = class_counts
+        self.subsets = [torch.tensor(subset, device=device) for subset in subsets]
+        self.bin_edges = torch.linspace(0, 1, NUM_BINS + 1, device=device)
+        super().__init__(device, max_samples=max_samples)
+
+    def reset(self) -> None:
+        self.num_samples = 0
+        num_classes, num_outputs = len(self.class_counts), 1 + self.num_experts + len(self.subsets)
+        self.total = torch.zeros(num_classes, dtype=torch.int64, device=self.device)
+        self.top1 = torch.zeros(num_classes, num_outputs, dtype=torch.int64, device=self.device)
         self.top5 = torch.zeros_like(self.top1)
-        self.total = torch.zeros(num_classes, dtype=torch.int64, device=device)
-        self.confidence: List[Tensor] = []
-        self.correct: List[Tensor] = []
+        dtype = torch.float32 if self.device.type == 'mps' else torch.float64
+        self.loss_sum = torch.zeros(num_classes, num_outputs, dtype=dtype, device=self.device)
+        # Of each bin the sum of confidence less right answers; a confidence of exactly 1 has a bin to itself.
+        self.overconfidence = torch.zeros(NUM_BINS + 1, num_outputs, dtype=dtype, device=self.device)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Count a batch of logits [B, K, C] with class indices [B]."""
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Count a batch of expert logits [B, M, C] with class indices [B]."""
+        if self.max_samples is not None:
+            num_left = max(self.max_samples - self.num_samples, 0)
+            output, target = output[:num_left], target[:num_left]
+        self.num_samples += len(target)
+        chosen = [output.index_select(1, subset).mean(1, keepdim=True) for subset in self.subsets]
+        logits = torch.cat([output.mean(1, keepdim=True), output, *chosen], dim=1).float()
         index = target[:, None].expand(logits.shape[:2])
-        self.loss_sum += F.cross_entropy(logits.transpose(1, 2).float(), index, reduction='none').double().sum(0)
+        loss = F.cross_entropy(logits.transpose(1, 2), index, reduction='none').to(self.loss_sum.dtype)
         hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == target[:, None, None]
+        self.total.index_add_(0, target, torch.ones_like(target))
         self.top1.index_add_(0, target, hits[..., 0].long())
         self.top5.index_add_(0, target, hits.any(-1).long())
-        self.total.index_add_(0, target, torch.ones_like(target))
-        self.confidence.append(logits.float().softmax(-1).amax(-1))
-        self.correct.append(hits[..., 0])
+        self.loss_sum.index_add_(0, target, loss)
+        confidence = logits.softmax(-1).amax(-1)
+        bins = torch.bucketize(confidence, self.bin_edges, right=True) - 1
+        self.overconfidence.scatter_add_(0, bins, confidence.to(loss.dtype) - hits[..., 0].to(loss.dtype))
 
-    def compute(self) -> List[Dict[str, Optional[float]]]:
-        """Metrics of each output.
+    def summary(self) -> Dict[str, Any]:
+        """What `compute` gives of this process alone."""
+        return self.compute()
+
+    def compute(self, distributed: bool = False) -> Dict[str, Any]:
+        """Metrics of all images counted.
+
+        Args:
+            distributed: Add up the sums of all processes first.
 
         Returns:
-            Per output the mean cross-entropy `loss`, the share of images right, `top1` and `top5`, the accuracy
+            Of the ensemble the mean cross-entropy `loss`, the share of images right, `top1` and `top5`, the accuracy
             averaged over all classes, `balanced`, and over those of each shot division, None for a division without
-            test images, and the expected calibration error `ece` (15 bins, Guo et al., ICML 2017). All but the loss
-            are in percent, to two decimals.
+            test images, and the expected calibration error `ece` (15 bins, Guo et al., ICML 2017); all but the loss
+            are in percent, to two decimals. The same under `experts` of each expert and, if there are subsets, under
+            `subsets` of each, with its `experts`. Under `per_class` are lists over the classes: their test images,
+            `total`, the ensemble's accuracy, `top1`, None without test images, and under `experts` that of each.
         """
-        total, top1, top5 = self.total.cpu(), self.top1.cpu().double(), self.top5.cpu().double()
-        num_images = int(total.sum())
+        sums = [one.clone() for one in (self.total, self.top1, self.top5, self.loss_sum, self.overconfidence)]
+        if distributed:
+            for one in sums:
+                dist.all_reduce(one)
+        total, top1, top5, loss_sum, overconfidence = (one.cpu().double() for one in sums)
+        num_images = max(int(total.sum()), 1)
         accuracy = 100 * top1 / total[:, None].clamp(min=1)
-        confidence, correct = (torch.cat(parts).t().contiguous() for parts in (self.confidence, self.correct))
-        results = []
-        for k, loss_sum in enumerate(self.loss_sum.tolist()):
-            metrics = dict(
-                loss=round(loss_sum / num_images, 4),
+        divisions = dict(balanced=total >= 0, **shot_divisions(self.class_counts))
+        results, per_class = [], []
+        for k in range(accuracy.shape[1]):
+            result = dict(
+                loss=round(float(loss_sum[:, k].sum()) / num_images, 4),
                 top1=round(100 * float(top1[:, k].sum()) / num_images, 2),
                 top5=round(100 * float(top5[:, k].sum()) / num_images, 2),
             )
-            for name, mask in dict(balanced=torch.ones_like(total, dtype=torch.bool), **self.divisions).items():
+            for name, mask in divisions.items():
                 mask = mask & (total > 0)
-                metrics[name] = round(float(accuracy[mask, k].mean()), 2) if mask.any() else None
-            metrics['ece'] = round(100 * float(binary_calibration_error(confidence[k], correct[k], n_bins=15)), 2)
-            results.append(metrics)
-        return results
+                result[name] = round(float(accuracy[mask, k].mean()), 2) if mask.any() else None
+            result['ece'] = round(100 * float(overconfidence[:, k].abs().sum()) / num_images, 2)
+            results.append(result)
+            per_class.append([
+                round(share, 2) if count else None for share, count in zip(accuracy[:, k].tolist(), total.tolist())])
+        last = self.num_experts + 1
+        metrics = dict(results[0], experts=results[1:last])
+        if self.subsets:
+            metrics['subsets'] = [
+                dict(one, experts=subset.tolist()) for subset, one in zip(self.subsets, results[last:])]
+        metrics['per_class'] = dict(total=total.long().tolist(), top1=per_class[0], experts=per_class[1:last])
+        return metrics
 
 
 @torch.inference_mode()
@@ -85,42 +138,36 @@ def evaluate(
         device: torch.device,
         subsets: Sequence[Sequence[int]] = (),
         flip: bool = False,
+        per_class: bool = False,
 ) -> Dict[str, Any]:
     """Evaluate a SHIKE model in float32.
 
     Args:
-        model: A model with `forward_experts`.
+        model: A model with `num_experts` and `forward_experts`.
         loader: Gives batches of images [B, in_chans, H, W] and class indices [B] on `device`.
         class_counts: Training images of each class.
         device: Device of the model.
         subsets: Choices of experts to judge as ensembles of their own.
         flip: Average the logits with those of the mirrored images.
+        per_class: Also tell the accuracy on each class, under `per_class`.
 
     Returns:
-        The ensemble's metrics (see `ExpertEvaluator.compute`), under `experts` those of each expert and, if subsets
-        are given, under `subsets` those of each, with its `experts`.
+        What `ExpertEvaluator.compute` gives.
     """
     was_training = model.training
     model.eval()
-    evaluator = None
+    evaluator = ExpertEvaluator(model.num_experts, class_counts, device, subsets=subsets)
     for images, target in loader:
         # One layout whatever the model's own, so that the same weights always give the same figures.
         images = images.contiguous(memory_format=torch.channels_last)
-        experts = model.forward_experts(images)
+        logits = model.forward_experts(images)
         if flip:
-            experts = (experts + model.forward_experts(images.flip(-1))) / 2
-        chosen = [experts[:, list(subset)].mean(1, keepdim=True) for subset in subsets]
-        logits = torch.cat([experts.mean(1, keepdim=True), experts, *chosen], dim=1)
-        if evaluator is None:
-            evaluator = ExpertEvaluator(logits.shape[1], class_counts, device)
+            logits = (logits + model.forward_experts(images.flip(-1))) / 2
         evaluator.update(logits, target)
     model.train(was_training)
-    ensemble, *rest = evaluator.compute()
-    num_experts = len(rest) - len(subsets)
-    metrics = dict(ensemble, experts=rest[:num_experts])
-    if subsets:
-        metrics['subsets'] = [
-            dict(one, experts=list(subset)) for subset, one in zip(subsets, rest[num_experts:])]
+    metrics = evaluator.compute()
+    if not per_class:
+        del metrics['per_class']
     return metrics
 
 

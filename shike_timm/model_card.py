@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .data.long_tail import is_long_tailed
+from .data import find_dataset
 from .metrics import METRICS, shot_divisions
 from .models import Shike
 from .options import parse_train_args
@@ -36,7 +36,7 @@ RECIPE = (
 )
 # Of these, what differs from the default.
 FINE_PRINT = (
-    'holdout', 'num_classes', 'mean', 'std', 'crop_pct', 'interpolation', 'clip_mode', 'decay_epochs', 'decay_rate',
+    'method', 'tau', 'focal_gamma', 'val_per_class', 'holdout', 'num_classes', 'mean', 'std', 'crop_pct', 'interpolation', 'clip_mode', 'decay_epochs', 'decay_rate',
     'scale', 'ratio', 'remode', 'recount', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'train_interpolation',
     'device_data', 'amp_dtype', 'grad_checkpointing', 'model_ema_decay',
 )
@@ -60,7 +60,7 @@ def _data_name(args: Dict[str, Any]) -> str:
     name = args.get('dataset')
     if not name:
         return 'a folder of images'
-    if is_long_tailed(name):
+    if find_dataset(name).has_imb_factor:
         return f"{name}, imbalance factor {args['imb_factor']:g} ({args['imb_type']})"
     return name
 
@@ -68,7 +68,9 @@ def _data_name(args: Dict[str, Any]) -> str:
 def _split(args: Dict[str, Any]) -> str:
     if args.get('holdout'):
         return f"{args['holdout']:g} of the training set"
-    return 'test' if is_long_tailed(args.get('dataset')) else re.split(r'[/\\]', args.get('val_split', ''))[-1]
+    if args.get('val_per_class'):
+        return f"{args['val_per_class']} training images of each class"
+    return find_dataset(args.get('dataset') or '').eval_split or re.split(r'[/\\]', args.get('val_split', ''))[-1]
 
 
 def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalResult]:
@@ -112,7 +114,10 @@ def _recipe_section(metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
     default = vars(parse_train_args([]))
     teaching = TEACHING if args.get('kd_model_name') else ()
     keys = [*RECIPE, *teaching, *(key for key in FINE_PRINT if args.get(key) != default[key])]
-    unused = {'train_split', 'val_split'} if is_long_tailed(args.get('dataset')) else {'imb_factor', 'imb_type'}
+    entry = find_dataset(args.get('dataset') or '')
+    unused = {'train_split', 'val_split'} if entry.eval_split else set()
+    if not entry.has_imb_factor:
+        unused |= {'imb_factor', 'imb_type'}
     if 'stage_two' not in metrics:
         unused |= {key for key in RECIPE if key.startswith('crt_')}
     recipe = {key: args[key] for key in keys if key not in unused and args.get(key) not in (None, {})}

@@ -158,6 +158,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         '--holdout', type=float, default=0., metavar='SHARE',
         help='keep this share of each class of a *_lt training set out of training and evaluate on it, to choose '
         'settings without looking at the test split')
+    group.add_argument(
+        '--val-per-class', type=int, default=0, metavar='N',
+        help='set the last N training images of each class of a *_lt set aside before its long-tailed subset is cut, '
+        'and evaluate on them')
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images a training batch')
     group.add_argument(
         '-vb', '--validation-batch-size', type=int, default=256, metavar='N', help='images an evaluation batch')
@@ -187,6 +191,11 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
 
     group = parser.add_argument_group('Loss of stage one')
+    group.add_argument(
+        '--method', default='shike', metavar='NAME',
+        help='shike, ce, balanced_softmax, logit_adjusted, focal or ldam_drw')
+    group.add_argument('--tau', type=float, default=1., metavar='T', help='strength of logit_adjusted')
+    group.add_argument('--focal-gamma', type=float, default=2., metavar='G', help='exponent of focal')
     group.add_argument('--alpha', type=float, default=0.1, help='weight of dynamic knowledge transfer')
     group.add_argument('--beta', type=float, default=0.01, help='weight of mutual distillation')
     group.add_argument(
@@ -223,8 +232,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--decay-epochs', type=float, default=90., metavar='N', help='epochs between steps')
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='RATE', help='factor of a step, power of poly')
     group.add_argument(
-        '--crt-epochs', type=int, default=20, metavar='N',
-        help='epochs of stage two, classifier retraining, warm-up included; 0 for none')
+        '--crt-epochs', type=int, metavar='N',
+        help='epochs of stage two, classifier retraining, warm-up included; 0 for none, 20 by default for shike')
     group.add_argument('--crt-lr', type=float, default=0.1, metavar='LR', help='peak learning rate of stage two')
     group.add_argument('--crt-warmup-epochs', type=int, default=0, metavar='N', help='linear warm-up of stage two')
     group.add_argument('--crt-warmup-lr', type=float, default=1e-5, metavar='LR', help='as --warmup-lr, for stage two')
@@ -302,6 +311,7 @@ def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
         batch_size=1, validation_batch_size=1, epochs=1, crt_epochs=0, warmup_epochs=0, crt_warmup_epochs=0,
         num_warm_iter=1, num_bench_iter=1, num_rounds=1,
         log_interval=1, val_interval=1, checkpoint_hist=1, workers=0, seed=0, num_classes=1, img_size=1, cutout=0,
+        val_per_class=0, focal_gamma=0,
         lr=0, crt_lr=0, warmup_lr=0, crt_warmup_lr=0, min_lr=0, weight_decay=0, drop=0, drop_path=0,
         layer_decay=0, decay_epochs=1, crop_pct=0.01, distill_loss_weight=0, kd_temperature=0.01)
     for name, low in at_least.items():
@@ -313,13 +323,6 @@ def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: give less than 1.")
     if not 0 <= getattr(args, 'holdout', 0) < 1:
         raise InputError(f'--holdout {args.holdout:g} is out of range: give a share from 0 to less than 1.')
-    for prefix in ('', 'crt_'):
-        epochs, warmup = getattr(args, prefix + 'epochs', 0), getattr(args, prefix + 'warmup_epochs', 0)
-        if epochs and warmup >= epochs:
-            flag = prefix.replace('_', '-')
-            raise InputError(
-                f'--{flag}warmup-epochs {warmup} leaves nothing of --{flag}epochs {epochs}, which include the warm-up: '
-                f'choose fewer.')
     return args
 
 
@@ -377,7 +380,7 @@ def parse_retrain_args(
 
     Args:
         argv: Command line, that of the process by default.
-        saved_args: Gives the arguments a checkpoint was trained with, which are the defaults of stage two.
+        saved_args: From `--checkpoint` to the arguments it was trained with, which are the defaults of stage two.
 
     Raises:
         InputError: If an argument or a line of the hparams file is wrong.

@@ -1,26 +1,153 @@
-"""Runs: data, model, both stages and the run folder, put together from parsed arguments."""
 import argparse
+import copy
 import json
 import logging
 import os
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple
 
+import torch
 import yaml
 from timm.models import safe_model_name
+from timm.scheduler.scheduler import Scheduler
+from timm.task import DistillationTeacher, TrainingTask
+from timm.utils import NativeScaler
+from torch import nn
 
-from .build import create_optimizer, create_schedule
+from .build import (
+    check_compiler,
+    create_model,
+    create_optimizer,
+    create_schedule,
+    load_data,
+    mixup_options,
+    resolve_autocast,
+    resolve_data_config,
+)
 from .checkpoints import StageSaver, export_model, load_checkpoint, load_weights, model_weights, write_text
-from .engine import Interrupted, StopFlag, fit, stop_signals
+from .data import Augmentation, TrainingData, create_eval_loader, create_train_loader
+from .devices import resolve_device, tune_device
+from .engine import Interrupted, LoopConfig, StopFlag, fit, seed_all, stop_signals
 from .errors import InputError
-from .metrics import format_table
+from .loading import load_teacher
+from .methods import STAGES, Stage, plan_stages
+from .metrics import evaluate, format_table
 from .options import parse_train_args, run_folder
-from .stages import STAGES, Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
 
-__all__ = ['retrain', 'saved_args', 'train']
+__all__ = [
+    'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'load_stage_one', 'loop_config', 'prepare', 'retrain',
+    'saved_args', 'train',
+]
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What both stages of a run share, made and checked before anything is written."""
+
+    args: argparse.Namespace
+    device: torch.device
+    autocast: Optional[torch.dtype]
+    data: TrainingData
+    data_config: Dict[str, Any]
+    model: nn.Module
+    train_loader: Any
+    test_loader: Any
+    teacher: Optional[DistillationTeacher] = None
+
+    def evaluate(self, model: nn.Module) -> Dict[str, Any]:
+        return evaluate(model, self.test_loader, self.data.class_counts, self.device)
+
+
+def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = True) -> Run:
+    """Make and check what the stages of a run share; nothing is written.
+
+    Args:
+        args: Arguments of train.py.
+        stages: Stages to come.
+        fresh: Whether the model begins here; otherwise a checkpoint brings its weights.
+
+    Raises:
+        InputError: If anything given cannot work.
+    """
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a run is one process: do not use torchrun.")
+    device = resolve_device(args.device)
+    tune_device(device)
+    autocast = resolve_autocast(args, device)
+    data = load_data(args)
+    seed_all(args.seed, 1, -1)
+    model = create_model(args, data.num_classes, fresh).to(device)
+    if any(stage.compiled for stage in stages):
+        check_compiler(args.torchcompile, args.torchcompile_mode, device)
+    data_config = resolve_data_config(args, model)
+    augmentation = Augmentation(
+        no_aug=args.no_aug,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        cutout=args.cutout,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+    )
+    mixup = mixup_options(args, data.num_classes, stages)
+    train_loader = create_train_loader(
+        data.train, data_config, args.batch_size, device, augmentation, args.workers, mixup, args.device_data)
+    test_loader = create_eval_loader(
+        data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
+    teacher = None
+    if args.kd_model_name and args.distill_loss_weight and stages[0].number == 1:
+        teacher = load_teacher(args.kd_model_name, data, data_config['input_size'], device, bool(args.holdout or args.val_per_class))
+    return Run(args, device, autocast, data, data_config, model, train_loader, test_loader, teacher)
+
+
+def create_task(run: Run, stage: Stage) -> TrainingTask:
+    """The training task of a stage, in the run's memory layout."""
+    args = run.args
+    if stage.number > 1:
+        seed_all(args.seed, stage.number, -1)  # new classifiers are the same, however the stage is reached
+    task = stage.make_task(run)
+    if args.channels_last:
+        task.to(memory_format=torch.channels_last)
+    if args.model_ema:
+        task.setup_ema(decay=args.model_ema_decay)
+    return task
+
+
+def compile_task(task: TrainingTask, args: argparse.Namespace, stage: Stage) -> bool:
+    """Compile a task where that is asked for and pays, and say whether."""
+    if args.torchcompile and stage.compiled:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        return True
+    return False
+
+
+def create_loss_scaler(run: Run) -> Optional[NativeScaler]:
+    """Loss scaling for float16, None for other data types."""
+    return NativeScaler(run.device.type) if run.autocast == torch.float16 else None
+
+
+def loop_config(run: Run) -> LoopConfig:
+    """Settings of the training loop."""
+    args = run.args
+    return LoopConfig(
+        seed=args.seed,
+        log_interval=args.log_interval,
+        val_interval=args.val_interval,
+        clip_grad=args.clip_grad,
+        clip_mode=args.clip_mode,
+        autocast=run.autocast,
+        channels_last=args.channels_last,
+    )
 
 
 def _create_run_folder(args: argparse.Namespace, resumed: bool) -> Path:
@@ -43,17 +170,27 @@ def _default_experiment(args: argparse.Namespace) -> str:
     return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), dataset])
 
 
+Parts = Tuple[TrainingTask, torch.optim.Optimizer, Scheduler]
+
+
+def _make_parts(run: Run, stage: Stage) -> Parts:
+    """Task, optimizer and schedule of a stage."""
+    task = create_task(run, stage)
+    optimizer = create_optimizer(run.args, stage.lr, run.model)
+    return task, optimizer, create_schedule(optimizer, run.args, stage)
+
+
 def _run_stage(
         run: Run,
-        stage: int,
+        stage: Stage,
+        parts: Parts,
         folder: Path,
         stop: StopFlag,
         checkpoint: Optional[Dict[str, Any]] = None,
 ) -> Dict[str, Any]:
     """Run a stage from its start, or from a checkpoint of it, and give its metrics; the run's model is left trained."""
-    args, model, name = run.args, run.model, STAGES[stage - 1]
-    task = create_task(run, stage)
-    optimizer = create_optimizer(args, stage, model)
+    args, model = run.args, run.model
+    task, optimizer, schedule = parts
     loss_scaler = create_loss_scaler(run)
     start_epoch = 0
     if checkpoint is not None:
@@ -64,12 +201,12 @@ def _run_stage(
         if loss_scaler is not None and loss_scaler.state_dict_key in checkpoint:
             loss_scaler.load_state_dict(checkpoint[loss_scaler.state_dict_key])
         start_epoch = checkpoint['epoch'] + 1
-        _logger.info(f'Resuming {name} at epoch {start_epoch}.')
+        _logger.info(f'Resuming {stage.name} at epoch {start_epoch}.')
     compile_task(task, args, stage)
 
-    (folder / name).mkdir(exist_ok=True)
+    (folder / stage.name).mkdir(exist_ok=True)
     saver = StageSaver(
-        folder / name,
+        folder / stage.name,
         model=model,
         optimizer=optimizer,
         args=argparse.Namespace(
@@ -86,11 +223,12 @@ def _run_stage(
         task,
         run.train_loader,
         optimizer,
-        create_schedule(optimizer, args, stage),
+        schedule,
         saver,
         run.evaluate,
         folder / 'summary.csv',
-        loop_config(run, stage),
+        stage,
+        loop_config(run),
         start_epoch,
         loss_scaler,
         stop,
@@ -102,18 +240,21 @@ def _run_stage(
 
 def _run_stages(
         run: Run,
-        stages: Sequence[int],
-        folder: Path,
+        stages: Sequence[Stage],
+        resumed: bool = False,
         checkpoint: Optional[Dict[str, Any]] = None,
 ) -> Dict[str, Any]:
     """Run stages in order, the first from a checkpoint if one is given; write metrics and the final model."""
+    parts = _make_parts(run, stages[0])  # a wrong option shows here, before there is a folder
+    folder = _create_run_folder(run.args, resumed)
     path = folder / 'metrics.json'
     metrics = json.loads(path.read_text()) if path.exists() else {}
     with stop_signals() as stop:
         try:
             for stage in stages:
-                metrics[STAGES[stage - 1]] = _run_stage(run, stage, folder, stop, checkpoint)
-                checkpoint = None
+                parts = parts or _make_parts(run, stage)
+                metrics[stage.name] = _run_stage(run, stage, parts, folder, stop, checkpoint)
+                parts = checkpoint = None
                 write_text(path, json.dumps(metrics, indent=2) + '\n')
         except RuntimeError as error:
             _logger.error(f'The last checkpoint is kept; go on with train.py --resume {folder}')
@@ -172,47 +313,55 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         args: What `shike_timm.options.parse_train_args` gives.
 
     Returns:
-        What is written to `metrics.json`: metrics and seconds of `stage_one` and `stage_two`.
+        What is written to `metrics.json`: metrics and seconds of each stage by name, `stage_one` and `stage_two`.
 
     Raises:
         InputError: If anything given cannot work; nothing has been written then.
         Interrupted: If a signal stopped the run.
         NonFiniteError: If the loss or the weights stopped being finite.
     """
-    stages = [1, 2] if args.crt_epochs else [1]
+    args = copy.copy(args)
+    stages = plan_stages(args)
+    args.crt_epochs = sum(stage.epochs for stage in stages[1:])
     resumed = args.resume is not None
     checkpoint = None
     if resumed:
         folder = Path(run_folder(args))
         args.output, args.experiment = str(folder.parent), folder.name
-        stage, path = _resume_point(args)
-        if stage not in stages:
+        number, path = _resume_point(args)
+        if number > len(stages):
             raise InputError(f"Stage two of '{folder}' has begun, which --crt-epochs 0 leaves out: drop it.")
-        stages = stages[stage - 1:]
+        stages = stages[number - 1:]
         checkpoint = _load_to_resume(path, args) if path else None
     else:
         args.experiment = args.experiment or _default_experiment(args)
     run = prepare(args, stages, fresh=checkpoint is None)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path)
-    return _run_stages(run, stages, _create_run_folder(args, resumed), checkpoint)
+    return _run_stages(run, stages, resumed, checkpoint)
 
 
-def _stage_one_checkpoint(path: str) -> Path:
-    return Path(path, STAGES[0], 'last.pth.tar') if os.path.isdir(path) else Path(path)
+def load_stage_one(path: str) -> Dict[str, Any]:
+    """The checkpoint of stage one that a path names: the last one of a run folder, or the file itself.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    return load_checkpoint(Path(path, STAGES[0], 'last.pth.tar') if os.path.isdir(path) else path)
 
 
-def saved_args(path: str) -> Dict[str, Any]:
-    """Arguments that a checkpoint, or the stage one of a run folder, was trained with; empty if it has none."""
-    saved = load_checkpoint(_stage_one_checkpoint(path)).get('args')
+def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments that a checkpoint was trained with; empty if it has none."""
+    saved = checkpoint.get('args')
     return vars(saved) if isinstance(saved, argparse.Namespace) else {}
 
 
-def retrain(args: argparse.Namespace) -> Dict[str, Any]:
-    """Run stage two alone, on the trunk and experts of a stage-one checkpoint, into a run folder of its own.
+def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    """Run stage two alone, on the trunk and experts of stage one, into a run folder of its own.
 
     Args:
         args: What `shike_timm.options.parse_retrain_args` gives.
+        checkpoint: What `load_stage_one` gives.
 
     Returns:
         What is written to `metrics.json`: metrics and seconds of `stage_two`.
@@ -222,17 +371,20 @@ def retrain(args: argparse.Namespace) -> Dict[str, Any]:
         Interrupted: If a signal stopped the run.
         NonFiniteError: If the loss or the weights stopped being finite.
     """
-    if not args.crt_epochs:
-        raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1.')
-    saved = saved_args(args.checkpoint)
-    for key in ('holdout', 'dataset', 'imb_factor', 'imb_type') if args.holdout else ():
-        if getattr(args, key) != saved.get(key):
+    args = copy.copy(args)
+    stage = plan_stages(args, retraining=True)[-1]
+    args.crt_epochs = stage.epochs
+    saved = saved_args(checkpoint)
+    held_out = f'holdout {args.holdout:g}' if args.holdout else ''
+    if args.val_per_class:
+        held_out = f'val-per-class {args.val_per_class}'
+    for key in ('holdout', 'val_per_class', 'dataset', 'imb_factor', 'imb_type') if held_out else ():
+        if getattr(args, key) != saved.get(key, 0):
             raise InputError(
-                f"--holdout {args.holdout:g} would evaluate on images that stage one was trained on, since its "
+                f"--{held_out} would evaluate on images that stage one was trained on, since its "
                 f"--{key.replace('_', '-')} was {saved.get(key)}, not {getattr(args, key)}: leave it out.")
-    path = _stage_one_checkpoint(args.checkpoint)
-    weights = model_weights(load_checkpoint(path), path)
+    weights = model_weights(checkpoint, args.checkpoint)
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
-    run = prepare(args, [2], fresh=False)
-    load_weights(run.model, weights, path)
-    return _run_stages(run, [2], _create_run_folder(args, resumed=False))
+    run = prepare(args, [stage], fresh=False)
+    load_weights(run.model, weights, args.checkpoint)
+    return _run_stages(run, [stage])

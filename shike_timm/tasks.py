@@ -1,5 +1,6 @@
-"""The two stages of SHIKE as timm training tasks: what happens between a batch and its loss."""
-from typing import Any, Dict, Iterator, Optional, Sequence, Union
+"""Training tasks of timm over expert logits: what happens between a batch and its loss."""
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.task import DistillationTeacher, TrainingTask
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from .losses import balanced_softmax, knowledge_distillation, representation_loss
 from .models import Shike
 
-__all__ = ['RepresentationTask', 'ClassifierRetrainingTask']
+__all__ = ['ClassifierRetrainingTask', 'ExpertTask', 'RepresentationTask']
 
 
 class ExpertLogits(nn.Module):
@@ -30,47 +31,18 @@ class ExpertLogits(nn.Module):
         return self.model.forward_expert_head(x)
 
 
-class _ShikeTask(TrainingTask):
-    """What both stages share: `trainable_module` gives expert logits, evaluation sees the bare model."""
+class ExpertTask(TrainingTask):
+    """Training of a SHIKE model with any loss of the stacked expert logits.
 
-    trainable_module: nn.Module
-
-    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> '_ShikeTask':
-        """Wrap the trainable module in DistributedDataParallel; arguments as timm's tasks take them."""
-        self.trainable_module = nn.parallel.DistributedDataParallel(
-            self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        return self
-
-    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the trainable module, before distributed wrapping; evaluation keeps the bare model."""
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        return self.trainable_module
-
-    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
-        """The bare SHIKE model, or its moving average; None where there is no such average."""
-        module = module if module is not None else self.get_trainable_module(ema=ema)
-        return None if module is None else unwrap_model(module).model
-
-    def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
-        """Parameters whose gradients are clipped, without the classifiers where exclude_head."""
-        model = self.get_eval_model()
-        head = set(model.get_classifier().parameters()) if exclude_head else ()
-        return (parameter for parameter in model.parameters() if parameter not in head)
-
-    def _output(self, loss: Tensor, logits: Tensor, **terms: Tensor) -> Dict[str, Tensor]:
-        return dict(loss=loss, output=logits.detach().mean(1), **{k: v.detach() for k, v in terms.items()})
-
-
-class RepresentationTask(_ShikeTask):
-    """Stage one: representation learning with cross-entropy, DKT and mutual distillation (Eq. 10).
-
-    Beyond the paper, a trained model can teach every expert.
+    Evaluation sees the bare model. Beyond the loss, a trained model can teach every expert.
 
     Args:
-        model: The SHIKE model to train, all of it.
-        alpha: Weight of dynamic knowledge transfer.
-        beta: Weight of mutual distillation.
-        detach_teacher: Stop gradients through the teacher of dynamic knowledge transfer.
+        model: The SHIKE model to train.
+        loss: From expert logits [B, M, C] and a target to a scalar, or to a named tuple of scalars that begins with
+            the total.
+        late_loss: Loss from the share `late_from` of the stage's epochs on, None for the same one.
+        late_from: Share of the epochs, which the loop tells by setting `progress`.
+        freeze_features: Build no graph below the classifiers.
         teacher_model: Trained model of the same classes, or its name, which stays as it is and in eval mode; its logits
             of the same images are distilled into each expert.
         distill_loss_weight: Weight of that distillation.
@@ -80,12 +52,15 @@ class RepresentationTask(_ShikeTask):
         device: Device for the task.
     """
 
+    trainable_module: nn.Module
+
     def __init__(
             self,
             model: Shike,
-            alpha: float = 0.1,
-            beta: float = 0.01,
-            detach_teacher: bool = False,
+            loss: Callable[[Tensor, Tensor], Union[Tensor, Tuple[Tensor, ...]]],
+            late_loss: Optional[Callable[[Tensor, Tensor], Tensor]] = None,
+            late_from: float = 0.8,
+            freeze_features: bool = False,
             teacher_model: Union[str, nn.Module, DistillationTeacher, None] = None,
             distill_loss_weight: float = 1.,
             temperature: float = 4.,
@@ -94,10 +69,11 @@ class RepresentationTask(_ShikeTask):
             device: Optional[torch.device] = None,
     ):
         super().__init__(device=device)
-        self.trainable_module = ExpertLogits(model)
-        self.alpha = alpha
-        self.beta = beta
-        self.detach_teacher = detach_teacher
+        self.trainable_module = ExpertLogits(model, freeze_features)
+        self.loss = loss
+        self.late_loss = late_loss or loss
+        self.late_from = late_from
+        self.progress = 0.
         self.teacher = None
         self.distill_loss_weight = distill_loss_weight
         self.temperature = temperature
@@ -112,42 +88,85 @@ class RepresentationTask(_ShikeTask):
             self.register_buffer('teacher_scale', std / teacher.std_kd, persistent=False)
             self.register_buffer('teacher_shift', (mean - teacher.mean_kd) / teacher.std_kd, persistent=False)
 
-    def train(self, mode: bool = True) -> 'RepresentationTask':
+    def train(self, mode: bool = True) -> 'ExpertTask':
         """Set the mode of all but the teacher."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
 
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'ExpertTask':
+        """Wrap the trainable module in DistributedDataParallel; arguments as timm's tasks take them."""
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile the trainable module and the teacher."""
+        """Compile trainable module and teacher, before distributed wrapping; evaluation keeps the bare model."""
         if self.teacher is not None:
             self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
-        return super().compile(backend, mode, **compile_kwargs)
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return self.trainable_module
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        """The bare SHIKE model, or its moving average; None where there is no such average."""
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        return None if module is None else unwrap_model(module).model
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
+        """Parameters whose gradients are clipped, without the classifiers where exclude_head."""
+        model = self.get_eval_model()
+        head = set(model.get_classifier().parameters()) if exclude_head else ()
+        return (parameter for parameter in model.parameters() if parameter not in head)
 
     def forward(self, input: Tensor, target: Tensor) -> Dict[str, Tensor]:
         """Loss of a batch.
 
         Args:
             input: Images [B, in_chans, H, W].
-            target: Class indices [B]; class probabilities [B, C] only where alpha is 0.
+            target: Class indices [B] or, where the loss takes them, class probabilities [B, C].
 
         Returns:
-            `loss` and the averaged logits `output` [B, C]; the terms `ce`, `nt` and `mu` of the loss, unweighted, and
-            with a teacher `kd`.
+            `loss` and the averaged logits `output` [B, C]; the further fields of the loss, unweighted, and with a
+            teacher `kd`.
         """
         logits = self.trainable_module(input)
-        loss = representation_loss(logits, target, self.alpha, self.beta, self.detach_teacher)
-        total, terms = loss.total, dict(ce=loss.cross_entropy, nt=loss.dkt, mu=loss.mutual)
+        result = (self.loss if self.progress < self.late_from else self.late_loss)(logits, target)
+        total, terms = (result, {}) if isinstance(result, Tensor) else (result[0], result._asdict())
+        terms.pop('total', None)
         if self.teacher is not None:
             with torch.no_grad():
                 taught = self.teacher(input * self.teacher_scale + self.teacher_shift)
             terms['kd'] = knowledge_distillation(logits, taught, self.temperature)
             total = total + self.distill_loss_weight * terms['kd']
-        return self._output(total, logits, **terms)
+        output = logits.detach().mean(1)
+        return dict(loss=total, output=output, **{name: term.detach() for name, term in terms.items()})
 
 
-class ClassifierRetrainingTask(_ShikeTask):
+class RepresentationTask(ExpertTask):
+    """Stage one of SHIKE: cross-entropy, dynamic knowledge transfer and mutual distillation (Eq. 10).
+
+    Args:
+        model: The SHIKE model to train, all of it.
+        alpha: Weight of dynamic knowledge transfer, `nt`.
+        beta: Weight of mutual distillation, `mu`.
+        detach_teacher: Stop gradients through the teacher of dynamic knowledge transfer.
+        **kwargs: Arguments of `ExpertTask`.
+    """
+
+    def __init__(
+            self,
+            model: Shike,
+            alpha: float = 0.1,
+            beta: float = 0.01,
+            detach_teacher: bool = False,
+            **kwargs: Any,
+    ):
+        loss = partial(representation_loss, alpha=alpha, beta=beta, detach_teacher=detach_teacher)
+        super().__init__(model, loss, **kwargs)
+
+
+class ClassifierRetrainingTask(ExpertTask):
     """Stage two: new classifiers trained with balanced softmax, everything else frozen (Eq. 11).
 
     The model gets fresh classifiers when the task is made. BatchNorm statistics keep updating.
@@ -159,21 +178,7 @@ class ClassifierRetrainingTask(_ShikeTask):
     """
 
     def __init__(self, model: Shike, class_counts: Sequence[int], device: Optional[torch.device] = None):
-        super().__init__(device=device)
         model.requires_grad_(False)
         model.reset_classifier(model.num_classes)
-        self.trainable_module = ExpertLogits(model, freeze_features=True)
-        self.register_buffer('class_counts', torch.tensor(class_counts, device=device), persistent=False)
-
-    def forward(self, input: Tensor, target: Tensor) -> Dict[str, Tensor]:
-        """Loss of a batch.
-
-        Args:
-            input: Images [B, in_chans, H, W].
-            target: Class indices [B] or class probabilities [B, C].
-
-        Returns:
-            `loss` and the averaged logits `output` [B, C].
-        """
-        logits = self.trainable_module(input)
-        return self._output(balanced_softmax(logits, target, self.class_counts), logits)
+        loss = partial(balanced_softmax, class_counts=torch.tensor(class_counts, device=device))
+        super().__init__(model, loss, freeze_features=True, device=device)

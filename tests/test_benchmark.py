@@ -93,7 +93,7 @@ def test_parts_add_up_to_the_step():
     task = RepresentationTask(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     images, target = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
-    config = LoopConfig('stage one', 1)
+    config = LoopConfig()
     start = time.perf_counter()
     with time_parts(task, optimizer, CPU) as seconds:
         for _ in range(3):

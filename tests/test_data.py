@@ -1,17 +1,27 @@
 import math
+import os
 import pickle
 import shutil
+import tarfile
 from collections import Counter
 
 import numpy as np
 import pytest
+import timm.data
 import torch
 from PIL import Image
-from timm.data import resolve_data_config
+from timm.data import IterableImageDataset, resolve_data_config
 from torchvision import transforms
 
-from shike_timm.data import create_eval_dataset, create_eval_loader, create_train_loader, load_training_data
+from shike_timm.data import (
+    Augmentation,
+    create_eval_dataset,
+    create_eval_loader,
+    create_train_loader,
+    load_training_data,
+)
 from shike_timm.data.augment.transforms import Cutout, create_train_transform
+from shike_timm.data.datasets import DATASETS, DatasetEntry, in_memory_set, register_dataset
 from shike_timm.data.long_tail import long_tailed_counts, long_tailed_indices
 from shike_timm.errors import InputError
 from shike_timm.metrics import shot_divisions
@@ -22,9 +32,9 @@ CPU = torch.device('cpu')
 @pytest.mark.parametrize('imb_factor, total, smallest', [(100, 10_847, 5), (50, 12_608, 10)])
 def test_cifar100_lt_is_the_published_subset(cifar_root, imb_factor, total, smallest):
     data = load_training_data('cifar100_lt', str(cifar_root), imb_factor=imb_factor)
-    assert len(data.train) == sum(data.class_counts) == total
+    assert len(data.train.dataset) == sum(data.class_counts) == total
     assert data.class_counts[0] == 500 and data.class_counts[-1] == smallest
-    assert len(data.test) == 10_000
+    assert len(data.test.dataset) == 10_000
     assert data.class_names[0] == 'apple'
     if imb_factor == 100:
         sizes = [int(mask.sum()) for mask in shot_divisions(data.class_counts).values()]
@@ -33,25 +43,39 @@ def test_cifar100_lt_is_the_published_subset(cifar_root, imb_factor, total, smal
     raw = pickle.loads((cifar_root / 'cifar-100-python' / 'train').read_bytes(), encoding='latin1')
     labels = np.array(raw['fine_labels'])
     first = np.flatnonzero(labels == 99)[:smallest]
-    kept = np.flatnonzero(np.array(data.train.targets) == 99)
-    assert np.array_equal(data.train.data[kept], raw['data'][first].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    kept = np.flatnonzero(data.train.targets == 99)
+    assert np.array_equal(data.train.images[kept], raw['data'][first].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
 def test_a_share_of_each_class_is_held_out(cifar_root):
     whole = load_training_data('digits_lt', imb_factor=20)
     data = load_training_data('digits_lt', imb_factor=20, holdout=0.1)
-    held = np.bincount(data.test.targets)
+    held = np.array(data.test.class_counts)
     assert held.tolist() == [math.ceil(count / 10) for count in whole.class_counts]
     assert (held + data.class_counts).tolist() == whole.class_counts
     for c in (0, 9):  # the last images of each class
-        images = [part.data[np.array(part.targets) == c] for part in (whole.train, data.train, data.test)]
+        images = [part.images[part.targets == c] for part in (whole.train, data.train, data.test)]
         assert np.array_equal(images[0], np.concatenate(images[1:]))
-    for parts in (data.train, data.test):
-        assert len(parts) == len(parts.data) == len(parts.targets)
     with pytest.raises(InputError, match='holdout 0.9 leaves class 8 with no training image of 8'):
         load_training_data('digits_lt', imb_factor=20, holdout=0.9)
     with pytest.raises(InputError, match="holdout 0.1 needs one of the .* not 'torch/cifar100'"):
         load_training_data('torch/cifar100', str(cifar_root), holdout=0.1)
+
+
+def test_a_balanced_set_is_held_out_before_the_cut(cifar_root):
+    whole = load_training_data('torch/cifar100', str(cifar_root)).train
+    data = load_training_data('cifar100_lt', str(cifar_root), val_per_class=50)
+    assert data.class_counts[0] == 450 and data.class_counts[-1] == 4 and data.test.class_counts == [50] * 100
+    for c in (0, 99):
+        images = whole.images[whole.targets == c]
+        assert np.array_equal(data.test.images[data.test.targets == c], images[-50:])
+        assert np.array_equal(data.train.images[data.train.targets == c], images[:data.class_counts[c]])
+    with pytest.raises(InputError, match='val-per-class 124 leaves class 8 with no training image of 124'):
+        load_training_data('digits_lt', val_per_class=124)
+    with pytest.raises(InputError, match='holdout 0.1 and val-per-class 5 contradict'):
+        load_training_data('digits_lt', val_per_class=5, holdout=0.1)
+    with pytest.raises(InputError, match="val-per-class 5 needs one of the .* not 'torch/cifar100'"):
+        load_training_data('torch/cifar100', val_per_class=5)
 
 
 def test_cifar10_lt_counts():
@@ -80,26 +104,104 @@ def test_bad_profiles(arguments, message):
 
 def test_digits_test_split_is_fixed_and_balanced():
     one, other = (load_training_data('digits_lt', imb_factor=factor) for factor in (10, 60))
-    assert Counter(one.test.targets) == {c: 50 for c in range(10)}
-    assert np.array_equal(one.test.data, other.test.data)
+    assert one.test.class_counts == [50] * 10
+    assert np.array_equal(one.test.images, other.test.images)
     assert other.class_counts == [124, 78, 49, 31, 20, 12, 8, 5, 3, 2]
-    train = {image.tobytes() for image in one.train.data}
+    train = {image.tobytes() for image in one.train.images}
     # scikit-learn's digits hold no two equal scans across these splits.
-    assert not train & {image.tobytes() for image in one.test.data}
+    assert not train & {image.tobytes() for image in one.test.images}
 
 
 def test_folder(image_folder):
     data = load_training_data('', str(image_folder))
     assert data.class_counts == [24, 12, 6] and data.class_names == ['ant', 'bee', 'cat']
-    assert len(data.test) == 12
+    assert len(data.test.dataset) == 12
 
 
 def test_folder_classes_of_the_evaluation_split_follow_training(image_folder):
     shutil.rmtree(image_folder / 'validation' / 'ant')
     data = load_training_data('', str(image_folder))
-    assert {target for _, target in data.test.reader.samples} == {1, 2}
+    assert [target for _, target in data.test.dataset] == [1] * 4 + [2] * 4
+    assert data.test.class_names == data.class_names
     alone = create_eval_dataset('', str(image_folder), class_names=['cat', 'dog', 'bee'])
-    assert {target for _, target in alone.reader.samples} == {0, 2}
+    assert [target for _, target in alone.dataset] == [2] * 4 + [0] * 4
+
+
+def test_folders_are_scanned_once(image_folder, monkeypatch):
+    listed = Counter()
+
+    def scandir(path):
+        listed[str(path)] += 1
+        return plain(path)
+
+    plain = os.scandir
+    monkeypatch.setattr(os, 'scandir', scandir)
+    load_training_data('', str(image_folder))
+    leaves = [folder for folder in map(str, image_folder.glob('*/*'))]
+    assert len(leaves) == 6 and all(listed[folder] == 1 for folder in leaves)
+
+
+def test_an_archive_can_be_evaluated_on_alone(image_folder, tmp_path):
+    path = str(tmp_path / 'images.tar')
+    with tarfile.open(path, 'w') as tar:
+        tar.add(image_folder / 'validation', '')
+    alone = create_eval_dataset('', path, class_names=['cat', 'bee', 'ant'])
+    assert [alone.dataset[i][1] for i in (0, 11)] == [2, 0]
+    with pytest.raises(InputError, match='has no train split'):
+        load_training_data('', path)
+
+
+class Stream:
+    """What a reader of a stream shows of itself, as that of web data sets."""
+
+    class_to_idx = {}
+
+    def __iter__(self):
+        yield from ((Image.new('RGB', (8, 8)), i % 3) for i in range(20))
+
+    def __len__(self):
+        return 20
+
+
+def test_counts_come_from_a_file_where_labels_are_not_listed(image_folder, tmp_path, monkeypatch):
+    stats = tmp_path / 'stats.json'
+    stats.write_text('{"pos_counts": [10, 6, 4], "num_samples": 20}')
+    assert load_training_data('', str(image_folder), class_stats=str(stats)).class_counts == [10, 6, 4]
+    monkeypatch.setattr(
+        timm.data, 'create_dataset', lambda name, **kwargs: IterableImageDataset(None, reader=Stream()))
+    with pytest.raises(InputError, match="dataset 'wds/x' does not list its labels"):
+        load_training_data('wds/x')
+    data = load_training_data('wds/x', class_stats=str(stats))
+    assert data.class_counts == [10, 6, 4] and data.class_names == ['0', '1', '2']
+    config = dict(resolve_data_config(dict(img_size=8)), mean=(0.,) * 3, std=(1.,) * 3)
+    batches = list(create_train_loader(data.train, config, 8, CPU, Augmentation(), 0))
+    assert [target.tolist() for _, target in batches] == [[0, 1, 2, 0, 1, 2, 0, 1], [2, 0, 1, 2, 0, 1, 2, 0]]
+    assert sum(len(images) for images, _ in create_eval_loader(data.test, config, 8, CPU, 0)) == 20
+    for text, message in (
+            ('{}', 'stats.json.* cannot be read'),
+            ('{"pos_counts": [10, 0, 4], "num_samples": 20}', "Class '1' has no training image")):
+        stats.write_text(text)
+        with pytest.raises(InputError, match=message):
+            load_training_data('wds/x', class_stats=str(stats))
+    with pytest.raises(InputError, match="not for 'digits_lt'"):
+        load_training_data('digits_lt', class_stats=str(stats))
+    stats.write_text('{"pos_counts": [10, 10], "num_samples": 20}')
+    monkeypatch.undo()
+    with pytest.raises(InputError, match='counts 2 classes, but 3 have names'):
+        load_training_data('', str(image_folder), class_stats=str(stats))
+
+
+def test_a_data_set_is_an_entry(monkeypatch):
+    def load(request):
+        return in_memory_set(np.zeros((3, 4, 4, 3), np.uint8), [0, 1, 1], ['a', 'b'])
+
+    monkeypatch.setattr('shike_timm.data.datasets.DATASETS', dict(DATASETS))
+    register_dataset(DatasetEntry('mine', lambda request: (load(request), None), load))
+    data = load_training_data('mine')
+    assert data.class_counts == [1, 2] and data.class_names == ['a', 'b']
+    assert data.test.dataset[2][1] == 1 and data.test.dataset[0][0].size == (4, 4)
+    with pytest.raises(ValueError, match='mine'):
+        register_dataset(DatasetEntry('mine', load, load))
 
 
 def test_torchvision_dataset(cifar_root):
@@ -114,7 +216,7 @@ def leave_a_stray_file(folder):
 
 @pytest.mark.parametrize('change, message', [
     (lambda root: leave_a_stray_file(root / 'train' / 'dog'), "Class 'dog' has no training image"),
-    (lambda root: (root / 'train' / 'cat').rename(root / 'cats'), "Class 'cat' has no training image"),
+    (lambda root: (root / 'train' / 'cat').rename(root / 'cats'), "Class 'cat' of the validation split"),
     (lambda root: shutil.rmtree(root / 'validation'), 'has no validation split'),
     (lambda root: shutil.rmtree(root / 'train'), 'has no train split'),
     (shutil.rmtree, 'does not exist'),
@@ -140,7 +242,7 @@ def test_unknown_names(image_folder):
         load_training_data('torch/cifar100')
     with pytest.raises(InputError, match='No folder of data was named'):
         load_training_data('')
-    with pytest.raises(InputError, match="Class 'ant' .* not among the 2 of the model"):
+    with pytest.raises(InputError, match="Class 'ant' .* not among the 2 of training"):
         create_eval_dataset('', str(image_folder), class_names=['bee', 'cat'])
 
 
@@ -178,7 +280,7 @@ def test_cutout():
 
 def test_cifar_recipe():
     transform = create_train_transform(
-        (3, 32, 32), train_crop_mode='pad', auto_augment='cifar10', cutout=16, hflip=0.5)
+        (3, 32, 32), Augmentation(train_crop_mode='pad', auto_augment='cifar10', cutout=16))
     kinds = [type(step).__name__ for step in transform.transforms]
     assert kinds == ['Resize', 'RandomCrop', 'RandomHorizontalFlip', 'AutoAugment', 'MaybePILToTensor', 'Cutout']
     crop, policy = transform.transforms[1], transform.transforms[3]
@@ -196,7 +298,7 @@ def test_cifar_recipe():
     dict(no_aug=True, auto_augment='cifar10'),
 ])
 def test_timm_augmentation(options):
-    transform = create_train_transform((3, 24, 24), **options)
+    transform = create_train_transform((3, 24, 24), Augmentation(**options))
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8))
     for _ in range(100):
@@ -206,7 +308,7 @@ def test_timm_augmentation(options):
 def test_loaders(image_folder):
     data = load_training_data('', str(image_folder))
     config = dict(resolve_data_config(dict(img_size=16)), mean=(0., 0., 0.), std=(1., 1., 1.))
-    loader = create_train_loader(data.train, config, 16, CPU, 0, re_prob=1., color_jitter=0.)
+    loader = create_train_loader(data.train, config, 16, CPU, Augmentation(re_prob=1., color_jitter=0.), 0)
     batches = list(loader)
     assert len(batches) == 2
     assert batches[0][0].shape == (16, 3, 16, 16) and batches[0][1].dtype == torch.int64
@@ -214,10 +316,10 @@ def test_loaders(image_folder):
     total = sum(len(images) for images, _ in create_eval_loader(data.test, config, 5, CPU, 0))
     assert total == 12
     mixed = create_train_loader(
-        data.train, config, 16, CPU, 0, mixup=dict(mixup_alpha=1., num_classes=3, label_smoothing=0.))
+        data.train, config, 16, CPU, Augmentation(), 0, mixup=dict(mixup_alpha=1., num_classes=3, label_smoothing=0.))
     _, target = next(iter(mixed))
     assert target.shape == (16, 3) and torch.allclose(target.sum(1), torch.ones(16))
     with pytest.raises(InputError, match='batch-size 64 exceeds the 42'):
-        create_train_loader(data.train, config, 64, CPU, 0)
+        create_train_loader(data.train, config, 64, CPU, Augmentation(), 0)
     with pytest.raises(InputError, match="aa 'nonsense' is not a policy"):
-        create_train_loader(data.train, config, 16, CPU, 0, auto_augment='nonsense')
+        create_train_loader(data.train, config, 16, CPU, Augmentation(auto_augment='nonsense'), 0)

@@ -12,9 +12,10 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Interpolation
 from torchvision.transforms import functional as tvf
 from torchvision.transforms.autoaugment import _apply_op
 
-from shike_timm.data import create_eval_loader, create_train_loader, load_training_data
-from shike_timm.data.augment.batch import BatchAugment, auto_augment, crop, cutout
+from shike_timm.data import Augmentation, create_eval_loader, create_train_loader, load_training_data
+from shike_timm.data.augment.batch import augment_batch, auto_augment, crop, cutout
 from shike_timm.data.augment.transforms import Cutout
+from shike_timm.data.datasets import in_memory_set
 from shike_timm.data.in_memory import AUGMENTED_AT_ONCE, DeviceLoader
 from shike_timm.errors import InputError
 
@@ -31,7 +32,7 @@ def cifar(cifar_root):
 
 @pytest.fixture
 def photo(cifar):
-    return cifar.test.data[6]
+    return cifar.test.images[6]
 
 
 def batch_of(image, num_images):
@@ -84,10 +85,10 @@ def test_crops_and_flips_have_the_distribution_of_torchvisions(photo):
         image = tvf.crop(padded, top, left, 32, 32)
         probabilities[np.asarray(tvf.hflip(image) if flip else image).tobytes()] += 1 / 162
     torch.manual_seed(0)
-    augmented = BatchAugment(pad_crop=True, hflip=0.5)(batch_of(photo, 10_000))
+    augmented = augment_batch(batch_of(photo, 10_000), Augmentation(train_crop_mode='pad'))
     assert_follows(outcomes(augmented), probabilities)
     vertical = {photo[::-1].tobytes(): 0.2, photo.tobytes(): 0.8}
-    assert_follows(outcomes(BatchAugment(vflip=0.2)(batch_of(photo, 5_000))), vertical)
+    assert_follows(outcomes(augment_batch(batch_of(photo, 5_000), Augmentation(hflip=0., vflip=0.2))), vertical)
 
 
 @pytest.mark.parametrize('size', [16, 3])
@@ -100,11 +101,11 @@ def test_cutout_has_the_distribution_of_the_transforms(photo, size):
         image = cutout(batch_of(photo, 1), torch.tensor([row]), torch.tensor([column]), size)
         probabilities[image.permute(0, 2, 3, 1).contiguous().numpy().tobytes()] += 1 / 1024
     assert_follows(single, probabilities)
-    assert_follows(outcomes(BatchAugment(cutout=size)(batch_of(photo, 20_000))), probabilities)
+    assert_follows(outcomes(augment_batch(batch_of(photo, 20_000), Augmentation(hflip=0., cutout=size))), probabilities)
 
 
 def test_each_image_is_cropped_at_its_own_place(cifar):
-    images = torch.from_numpy(cifar.test.data[:20]).permute(0, 3, 1, 2)
+    images = torch.from_numpy(cifar.test.images[:20]).permute(0, 3, 1, 2)
     top, left = torch.randint(9, (2, 20))
     done = crop(images, top, left, [4, 4])
     for image, out, y, x in zip(images, done, top, left):
@@ -112,9 +113,9 @@ def test_each_image_is_cropped_at_its_own_place(cifar):
 
 
 def test_evaluation_batches_equal_the_workers(cifar):
-    cifar.test.data, cifar.test.targets = cifar.test.data[:300], cifar.test.targets[:300]
-    here = create_eval_loader(cifar.test, CIFAR, 128, CPU, 0)
-    workers = create_eval_loader(cifar.test, CIFAR, 128, CPU, 0, device_data=False)
+    test = in_memory_set(cifar.test.images[:300], cifar.test.targets[:300], cifar.class_names)
+    here = create_eval_loader(test, CIFAR, 128, CPU, 0)
+    workers = create_eval_loader(test, CIFAR, 128, CPU, 0, device_data=False)
     assert isinstance(here, DeviceLoader) and not isinstance(workers, DeviceLoader)
     assert len(here) == len(workers) == 3
     for (images, target), (others, other_target) in zip(here, workers):
@@ -129,7 +130,7 @@ def test_digits_equal_the_workers():
 
 
 def test_training_batches_hold_every_image_once(cifar):
-    loader = create_train_loader(cifar.train, CIFAR, 128, CPU, 0, no_aug=True)
+    loader = create_train_loader(cifar.train, CIFAR, 128, CPU, Augmentation(no_aug=True), 0)
     assert isinstance(loader, DeviceLoader) and len(loader) == 84
     torch.manual_seed(0)
     first, second = ([(images, target) for images, target in loader] for _ in range(2))
@@ -142,11 +143,11 @@ def test_training_batches_hold_every_image_once(cifar):
     mean, std = (torch.tensor(CIFAR[key]).view(3, 1, 1) * 255 for key in ('mean', 'std'))
     pixels = {(image * std + mean).round().byte().permute(1, 2, 0).contiguous().numpy().tobytes()
               for image in first[3][0]}
-    assert pixels <= {image.tobytes() for image in cifar.train.data}
+    assert pixels <= {image.tobytes() for image in cifar.train.images}
 
 
 def test_augmentation_depends_on_the_seed_alone_and_rounds_join(cifar, monkeypatch):
-    loader = create_train_loader(cifar.train, CIFAR, 100, CPU, 0, **RECIPE)
+    loader = create_train_loader(cifar.train, CIFAR, 100, CPU, Augmentation(**RECIPE), 0)
     torch.manual_seed(5)
     first = torch.cat([images for images, _ in loader])
     torch.manual_seed(5)
@@ -155,7 +156,7 @@ def test_augmentation_depends_on_the_seed_alone_and_rounds_join(cifar, monkeypat
     monkeypatch.setattr('shike_timm.data.in_memory.AUGMENTED_AT_ONCE', 950)
     assert [len(images) for images, _ in loader] == [100] * 108
 
-    plain = create_train_loader(cifar.train, CIFAR, 100, CPU, 0, no_aug=True)
+    plain = create_train_loader(cifar.train, CIFAR, 100, CPU, Augmentation(no_aug=True), 0)
     epochs = []
     for at_once in (950, 16384):
         monkeypatch.setattr('shike_timm.data.in_memory.AUGMENTED_AT_ONCE', at_once)
@@ -167,19 +168,19 @@ def test_augmentation_depends_on_the_seed_alone_and_rounds_join(cifar, monkeypat
 def test_workers_take_what_has_no_batched_form(cifar, image_folder):
     folder = load_training_data('', str(image_folder))
     assert not isinstance(create_eval_loader(folder.test, CIFAR, 4, CPU, 0), DeviceLoader)
-    for options, reason in (
-            (dict(), '--train-crop-mode rrc works on one image'),
-            (dict(train_crop_mode='pad', color_jitter=0.4), '--color-jitter 0.4'),
-            (dict(RECIPE, auto_augment='rand-m9-mstd0.5'), '--aa rand-m9-mstd0.5'),
-            (dict(RECIPE, re_prob=0.5), '--reprob 0.5'),
-            (dict(RECIPE, mixup=dict(mixup_alpha=1., num_classes=100)), '--mixup or --cutmix')):
-        loader = create_train_loader(cifar.train, CIFAR, 16, CPU, 0, **options)
-        assert not isinstance(loader, DeviceLoader)
+    for options, mixup, reason in (
+            (dict(), None, '--train-crop-mode rrc works on one image'),
+            (dict(train_crop_mode='pad', color_jitter=0.4), None, '--color-jitter 0.4'),
+            (dict(RECIPE, auto_augment='rand-m9-mstd0.5'), None, '--aa rand-m9-mstd0.5'),
+            (dict(RECIPE, re_prob=0.5), None, '--reprob 0.5'),
+            (RECIPE, dict(mixup_alpha=1., num_classes=100), '--mixup or --cutmix')):
+        arguments = cifar.train, CIFAR, 16, CPU, Augmentation(**options), 0, mixup
+        assert not isinstance(create_train_loader(*arguments), DeviceLoader)
         with pytest.raises(InputError, match=f'--device-data cannot be had with this data set: {reason}'):
-            create_train_loader(cifar.train, CIFAR, 16, CPU, 0, device_data=True, **options)
+            create_train_loader(*arguments, device_data=True)
     with pytest.raises(InputError, match='its images are 32x32, not 64x64'):
         create_train_loader(
-            cifar.train, dict(CIFAR, input_size=(3, 64, 64)), 16, CPU, 0, device_data=True, no_aug=True)
+            cifar.train, dict(CIFAR, input_size=(3, 64, 64)), 16, CPU, Augmentation(no_aug=True), 0, device_data=True)
     with pytest.raises(InputError, match='its images are not in memory'):
         create_eval_loader(folder.test, CIFAR, 4, CPU, 0, device_data=True)
     with pytest.raises(InputError, match='--crop-pct is 0.9, not 1'):

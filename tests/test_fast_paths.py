@@ -69,7 +69,7 @@ def test_bfloat16_gradients_point_the_same_way():
 
 def optimizer_of(model, *options):
     args = parse_train_args(['--lr', '0.05', '--opt-kwargs', 'filter_bias_and_bn=False', *options])
-    return create_optimizer(args, 1, model)
+    return create_optimizer(args, args.lr, model)
 
 
 def test_fused_optimizer_takes_the_same_steps():
@@ -80,7 +80,7 @@ def test_fused_optimizer_takes_the_same_steps():
         optimizer = optimizer_of(model, *options)
         assert bool(optimizer.defaults['fused']) != bool(options)
         for seed in range(3):
-            train_step(task, *batch(seed), optimizer, LoopConfig('stage one', 1, channels_last=True))
+            train_step(task, *batch(seed), optimizer, LoopConfig(channels_last=True))
         weights.append(model.state_dict())
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -101,7 +101,7 @@ def test_a_first_step_that_loss_scaling_skips_leaves_no_trace():
 @pytest.mark.parametrize('opt', ['lookahead_momentum', 'lamb', 'adamw'])
 def test_other_optimizers_can_be_made(opt):
     model = small_model()
-    train_step(RepresentationTask(model), *batch(), optimizer_of(model, '--opt', opt), LoopConfig('stage one', 1))
+    train_step(RepresentationTask(model), *batch(), optimizer_of(model, '--opt', opt), LoopConfig())
 
 
 def test_stage_two_keeps_nothing_of_the_trunk_for_backward():
@@ -131,7 +131,7 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
 
     for name in ('item', '__float__', '__int__', '__bool__', 'tolist', 'cpu', 'numpy'):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    train_step(task, *batch(), optimizer, LoopConfig('stage one', 1))
+    train_step(task, *batch(), optimizer, LoopConfig())
 
 
 def test_freed_memory_is_kept_where_the_library_is_glibc():

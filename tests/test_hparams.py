@@ -9,6 +9,7 @@ from conftest import ROOT, read_yaml
 
 from shike_timm.build import create_model, create_optimizer, create_schedule, mixup_options, resolve_autocast
 from shike_timm.errors import InputError
+from shike_timm.methods import plan_stages
 from shike_timm.options import parse_eval_args, parse_retrain_args, parse_train_args
 
 HPARAMS = sorted((ROOT / 'hparams').rglob('*.yaml'))
@@ -22,7 +23,7 @@ def write(tmp_path, text):
 
 def learning_rates(args, stage):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr if stage == 1 else args.crt_lr)
-    schedule = create_schedule(optimizer, args, stage)
+    schedule = create_schedule(optimizer, args, plan_stages(args)[stage - 1])
     rates = []
     for epoch in range(args.epochs if stage == 1 else args.crt_epochs):
         schedule.step(epoch)
@@ -76,7 +77,7 @@ def test_ablation_rows_differ_in_their_part_alone():
 
 def test_recipe_optimizer_decays_every_parameter_without_nesterov():
     args = parse_train_args(['--hparams', str(ROOT / 'hparams' / 'cifar100_lt_if100.yaml')])
-    optimizer = create_optimizer(args, 1, create_model(args, 100))
+    optimizer = create_optimizer(args, args.lr, create_model(args, 100))
     group, = optimizer.param_groups
     assert isinstance(optimizer, torch.optim.SGD)
     assert (group['momentum'], group['weight_decay'], group['nesterov'], group['lr']) == (0.9, 5e-4, False, 0.15)
@@ -143,8 +144,6 @@ def test_bad_hparams(tmp_path, text, message):
     (['--epoch', '3'], "Unknown argument '--epoch', the nearest valid one is '--epochs'"),
     (['--epochs', 'ten'], "invalid int value: 'ten'"),
     (['--epochs', '0'], '--epochs 0 is out of range: give at least 1'),
-    (['--epochs', '5'], '--warmup-epochs 5 leaves nothing of --epochs 5'),
-    (['--crt-epochs', '2', '--crt-warmup-epochs', '3'], '--crt-warmup-epochs 3 leaves nothing'),
     (['--resume'], '--resume without a path needs --experiment'),
 ])
 def test_bad_command_lines(argv, message):
@@ -169,12 +168,12 @@ def test_optimizer_options():
         ['--opt', 'adamw', '--lr', '0.01', '--crt-lr', '0.02', '--weight-decay', '0.3', '--opt-kwargs', 'eps=0.5',
          '--model', 'resnet32_shike'])
     model = create_model(args, 10)
-    optimizer = create_optimizer(args, 2, model)
+    optimizer = create_optimizer(args, args.crt_lr, model)
     assert type(optimizer).__name__ == 'AdamW' and optimizer.defaults['eps'] == 0.5
     assert optimizer.param_groups[-1]['lr'] == 0.02 and optimizer.param_groups[-1]['weight_decay'] == 0.3
     for extra in (['--opt', 'best'], ['--opt-kwargs', 'speed=3']):
         with pytest.raises(InputError, match='optimizer .* cannot be made'):
-            create_optimizer(parse_train_args(extra), 1, model)
+            create_optimizer(parse_train_args(extra), 0.1, model)
 
 
 def test_model_options():
@@ -205,14 +204,14 @@ def test_autocast_defaults():
 
 def test_mixup_needs_soft_targets():
     args = parse_train_args(['--cutmix', '1', '--mixup-mode', 'pair', '--alpha', '0'])
-    assert mixup_options(args, 10, [1, 2])['cutmix_alpha'] == 1
-    assert mixup_options(parse_train_args([]), 10, [1]) is None
+    assert mixup_options(args, 10, plan_stages(args))['cutmix_alpha'] == 1
+    assert mixup_options(parse_train_args([]), 10, []) is None
     args = parse_train_args(['--mixup', '0.2'])
-    assert mixup_options(args, 10, [2])['num_classes'] == 10  # balanced softmax takes soft targets
+    assert mixup_options(args, 10, plan_stages(args)[1:])['num_classes'] == 10  # balanced softmax takes soft targets
     with pytest.raises(InputError, match='--mixup 0.2 mixes labels'):
-        mixup_options(args, 10, [1, 2])
+        mixup_options(args, 10, plan_stages(args))
     with pytest.raises(InputError, match='--batch-size 3 is odd'):
-        mixup_options(parse_train_args(['--mixup', '0.2', '--alpha', '0', '--batch-size', '3']), 10, [1])
+        mixup_options(parse_train_args(['--mixup', '0.2', '--alpha', '0', '--batch-size', '3']), 10, [])
 
 
 def test_retraining_takes_the_arguments_of_the_checkpoint(tmp_path):

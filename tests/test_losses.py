@@ -8,7 +8,10 @@ from shike_timm.losses import (
     balanced_softmax,
     dynamic_knowledge_transfer,
     expert_cross_entropy,
+    focal,
     knowledge_distillation,
+    ldam,
+    logit_adjusted,
     mutual_distillation,
     representation_loss,
 )
@@ -67,6 +70,46 @@ def balanced(logits, target):
     return balanced_softmax(logits, target, torch.tensor(COUNTS[:logits.shape[-1]]))
 
 
+def slow_adjusted(logits, target):
+    total, tau, counts = 0., 1.5, COUNTS[:len(logits[0][0])]
+    for z, y in zip(logits, target):
+        for expert in z:
+            total -= log_softmax([v + tau * math.log(n / sum(counts)) for v, n in zip(expert, counts)])[y]
+    return total / len(logits)
+
+
+def adjusted(logits, target):
+    return logit_adjusted(logits, target, torch.tensor(COUNTS[:logits.shape[-1]]), tau=1.5)
+
+
+def slow_focal(logits, target):
+    total = 0.
+    for z, y in zip(logits, target):
+        for expert in z:
+            rest = sum(p for c, p in enumerate(softmax(expert)) if c != y)
+            total -= rest ** 2 * log_softmax(expert)[y]
+    return total / len(logits)
+
+
+WEIGHTS = [0.2, 3., 1., 5., 0.5, 2., 2.5]
+
+
+def slow_ldam(logits, target):
+    """Deferred re-weighting on: the mean over the batch is weighted."""
+    total, counts = 0., COUNTS[:len(logits[0][0])]
+    for z, y in zip(logits, target):
+        margin = 30 * 0.5 * (min(counts) / counts[y]) ** 0.25
+        for expert in z:
+            total -= WEIGHTS[y] * log_softmax([v - margin * (c == y) for c, v in enumerate(expert)])[y]
+    return total / sum(WEIGHTS[y] for y in target)
+
+
+def margins(logits, target):
+    num_classes = logits.shape[-1]
+    counts, weights = torch.tensor(COUNTS[:num_classes]), torch.tensor(WEIGHTS[:num_classes], dtype=torch.float64)
+    return ldam(logits, target, counts, class_weights=weights)
+
+
 TEMPERATURE = 3.
 
 
@@ -92,6 +135,9 @@ LOSSES = {
     'dkt': (dynamic_knowledge_transfer, slow_dkt),
     'cross_entropy': (expert_cross_entropy, slow_cross_entropy),
     'balanced': (balanced, slow_balanced),
+    'adjusted': (adjusted, slow_adjusted),
+    'focal': (focal, slow_focal),
+    'ldam': (margins, slow_ldam),
 }
 
 
@@ -200,12 +246,23 @@ def test_teacher_passes_gradients_unless_detached():
 def test_representation_loss_is_the_weighted_sum():
     logits, target = CASES['random'], torch.arange(16) % 7
     loss = representation_loss(logits, target)
-    assert loss.cross_entropy == expert_cross_entropy(logits, target)
-    assert loss.dkt == dynamic_knowledge_transfer(logits, target)
-    assert loss.mutual == mutual_distillation(logits)
-    assert torch.isclose(loss.total, loss.cross_entropy + 0.1 * loss.dkt + 0.01 * loss.mutual)
+    assert loss.ce == expert_cross_entropy(logits, target)
+    assert loss.nt == dynamic_knowledge_transfer(logits, target)
+    assert loss.mu == mutual_distillation(logits)
+    assert torch.isclose(loss.total, loss.ce + 0.1 * loss.nt + 0.01 * loss.mu)
     weighted = representation_loss(logits, target, alpha=2, beta=3)
-    assert torch.isclose(weighted.total, loss.cross_entropy + 2 * loss.dkt + 3 * loss.mutual)
+    assert torch.isclose(weighted.total, loss.ce + 2 * loss.nt + 3 * loss.mu)
+
+
+def test_what_the_losses_are_in_special_cases():
+    logits, target, counts = CASES['random'], torch.arange(16) % 7, torch.tensor(COUNTS)
+    plain = expert_cross_entropy(logits, target)
+    assert torch.isclose(logit_adjusted(logits, target, counts), balanced_softmax(logits, target, counts))
+    assert torch.isclose(logit_adjusted(logits, target, counts, tau=0.), plain)
+    assert torch.isclose(focal(logits, target, gamma=0.), plain)
+    assert torch.isclose(ldam(logits, target, counts, max_margin=0.), plain)
+    assert torch.isclose(
+        ldam(logits, target, counts), ldam(logits, target, counts, class_weights=torch.full((7,), 2.)))
 
 
 def test_soft_targets():
@@ -215,8 +272,10 @@ def test_soft_targets():
     assert torch.isclose(balanced(logits, one_hot), balanced(logits, target))
     assert torch.isclose(
         representation_loss(logits, one_hot, alpha=0).total, representation_loss(logits, target, alpha=0).total)
-    with pytest.raises(ValueError, match=r'class indices of shape \(16,\), got \(16, 7\)'):
-        representation_loss(logits, one_hot)
+    assert torch.isclose(focal(logits, one_hot), focal(logits, target))
+    for loss in (representation_loss, margins):
+        with pytest.raises(ValueError, match=r'class indices of shape \(16,\), got \(16, 7\)'):
+            loss(logits, one_hot)
 
 
 def test_one_class_is_refused():

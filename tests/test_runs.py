@@ -16,9 +16,10 @@ from conftest import ROOT, TINY
 
 from shike_timm import engine
 from shike_timm.checkpoints import load_checkpoint
+from shike_timm.commands.retrain_classifier import retrain_classifier
 from shike_timm.metrics import METRICS
-from shike_timm.options import parse_retrain_args, parse_train_args
-from shike_timm.runs import retrain, saved_args, train
+from shike_timm.options import parse_train_args
+from shike_timm.runs import train
 
 
 def without_seconds(path):
@@ -107,9 +108,8 @@ def test_eval_reprints_the_metrics(tiny_run, run_script, tmp_path):
 
 def test_retraining_repeats_stage_two(tiny_run, tmp_path):
     for source in (tiny_run, tiny_run / 'stage_one' / 'checkpoint-1.pth.tar'):
-        args = parse_retrain_args(['--checkpoint', str(source), '--output', str(tmp_path)], saved_args)
-        retrain(args)
-        folder = tmp_path / args.experiment
+        retrain_classifier(['--checkpoint', str(source), '--output', str(tmp_path), '--experiment', 'again'])
+        folder = tmp_path / 'again'
         assert without_seconds(folder)['stage_two'] == without_seconds(tiny_run)['stage_two']
         assert (folder / 'model' / 'config.json').exists()
         shutil.rmtree(folder)
@@ -119,11 +119,11 @@ def test_retraining_repeats_stage_two(tiny_run, tmp_path):
 def test_resumed_run_equals_an_undisturbed_one(tiny_run, tmp_path, monkeypatch, stage, epoch):
     original = engine._train_one_epoch
 
-    def dies(task, loader, optimizer, config, current, *rest):
-        if (config.stage, current) == (stage, epoch):
+    def dies(task, loader, optimizer, trained, config, current, *rest):
+        if (trained.number, current) == (stage, epoch):
             next(iter(loader))  # in mid-epoch
             raise KeyboardInterrupt
-        return original(task, loader, optimizer, config, current, *rest)
+        return original(task, loader, optimizer, trained, config, current, *rest)
 
     monkeypatch.setattr(engine, '_train_one_epoch', dies)
     with pytest.raises(KeyboardInterrupt):
@@ -245,7 +245,7 @@ def test_a_run_learns_from_another(tmp_path, tiny_run, caplog):
     assert student.keys() == alone.keys()
     shutil.rmtree(tmp_path / 'teacher')  # stage two learns from nobody
     options = ['--checkpoint', str(folder), '--crt-epochs', '2', '--output', str(tmp_path), '--experiment', 'two']
-    assert list(retrain(parse_retrain_args(options, saved_args))) == ['stage_two']
+    assert list(retrain_classifier(options)) == ['stage_two']
 
 
 def test_stage_one_alone(tmp_path):

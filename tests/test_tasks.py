@@ -31,7 +31,7 @@ def test_representation_task():
     result = task.train()(images, target)
     expected = representation_loss(reference.forward_experts(images), target, 0.5, 0.25, detach_teacher=True)
     assert torch.allclose(result['loss'], expected.total)
-    assert torch.allclose(result['nt'], expected.dkt) and not result['nt'].requires_grad
+    assert torch.allclose(result['nt'], expected.nt) and not result['nt'].requires_grad
     assert result['output'].shape == (8, 5)
     result['loss'].backward()
     assert all(parameter.grad is not None for parameter in task.parameters())

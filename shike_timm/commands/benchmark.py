@@ -3,10 +3,10 @@ import argparse
 import copy
 import json
 import statistics
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable
 
 import numpy as np
 import timm
@@ -22,9 +22,10 @@ from ..data.in_memory import DeviceLoader
 from ..devices import resolve_device, tune_device
 from ..engine import train_step
 from ..errors import InputError, one_line
-from ..measure import PARTS, count_flops, measure_ceilings, peak_memory, seconds_per_call, time_parts
+from ..measure import PARTS, count_flops, measure_ceilings, peak_memory, rates_by_turns, time_parts
+from ..methods import Stage, plan_stages
 from ..models import Shike
-from ..stages import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
+from ..runs import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
 
 __all__ = ['benchmark', 'format_report']
 
@@ -38,12 +39,6 @@ class _Contestant:
     step: Callable[[], Any]
     num_iter: int
     result: Dict[str, Any]
-    rates: List[float] = field(default_factory=list)
-
-
-def _cycle(loader: Any) -> Iterator[Tuple[Tensor, Tensor]]:
-    while True:
-        yield from loader
 
 
 def _noise_run(args: argparse.Namespace, model: nn.Module) -> Run:
@@ -65,9 +60,16 @@ def _noise_run(args: argparse.Namespace, model: nn.Module) -> Run:
     return Run(args, device, resolve_autocast(args, device), data, data_config, model.to(device), loader, loader)
 
 
+def _stage(args: argparse.Namespace) -> Stage:
+    stages = plan_stages(args)
+    if args.stage > len(stages):
+        raise InputError(f'--stage {args.stage} is left out by --method {args.method} without --crt-epochs: add some.')
+    return stages[args.stage - 1]
+
+
 def _shike_run(args: argparse.Namespace) -> Run:
     if args.dataset or args.data_dir:
-        return prepare(args, [args.stage])
+        return prepare(args, [_stage(args)])
     if args.kd_model_name:
         raise InputError(
             f"--kd-model-name '{args.kd_model_name}' teaches the classes of a data set: add --dataset or --data-dir.")
@@ -97,16 +99,16 @@ def _describe(step: Callable[[], Any], run: Run, held: Iterable[Tensor], **resul
 
 
 def _training(run: Run, name: str) -> _Contestant:
-    args, stage = run.args, run.args.stage
+    args, stage = run.args, _stage(run.args)
     shike = isinstance(run.model, Shike)
     if shike:
         task = create_task(run, stage)
     else:
         task = ClassificationTask(run.model, device=run.device, verbose=False)
         task.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    optimizer = create_optimizer(args, stage, run.model)
-    scaler, config = create_loss_scaler(run), loop_config(run, stage)
-    batches = _cycle(run.train_loader)
+    optimizer = create_optimizer(args, stage.lr, run.model)
+    scaler, config = create_loss_scaler(run), loop_config(run)
+    batches = chain.from_iterable(repeat(run.train_loader))
     task.train()
 
     def step() -> None:
@@ -116,8 +118,8 @@ def _training(run: Run, name: str) -> _Contestant:
     step()  # the optimizer's state exists from here on
     held = [*task.parameters(), *task.buffers()]
     held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    result = _describe(step, run, held, model=name, bench=f'train, stage {stage}' if shike else 'train')
-    result['compiled'] = compile_task(task, args, stage if shike else 1)
+    result = _describe(step, run, held, model=name, bench=f'train, stage {stage.number}' if shike else 'train')
+    result['compiled'] = compile_task(task, args, stage if shike else plan_stages(args)[0])
     # With data a round is an epoch, since many batches are augmented at once.
     num_iter = args.num_bench_iter or (NUM_BENCH_ITER if run.data.train is None else len(run.train_loader))
     for _ in range(args.num_warm_iter):
@@ -136,9 +138,8 @@ def _inference(run: Run, name: str) -> _Contestant:
     images = next(iter(run.train_loader))[0].contiguous(memory_format=memory_format)
 
     def step() -> None:
-        with torch.autocast(run.device.type, dtype=run.autocast) if run.autocast else nullcontext():
-            with torch.inference_mode():
-                model(images)
+        with torch.inference_mode(), torch.autocast(run.device.type, run.autocast, enabled=run.autocast is not None):
+            model(images)
 
     result = _describe(step, run, run.model.parameters(), model=name, bench='inference')
     result['compiled'] = bool(args.torchcompile)
@@ -178,9 +179,8 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
             contestants.append(kind(run, args.model))
             contestants += [kind(_plain_run(args, other, run), other) for other in args.compare]
     ceilings = measure_ceilings(device, dtype)
-    for _ in range(args.num_rounds):
-        for one in contestants:
-            one.rates.append(args.batch_size / seconds_per_call(one.step, device, one.num_iter))
+    rounds = rates_by_turns(
+        [one.step for one in contestants], [one.num_iter for one in contestants], device, args.num_rounds)
     report = dict(
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device),
         threads=torch.get_num_threads(),
@@ -190,14 +190,15 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
         ceilings=ceilings,
         results=[],
     )
-    for one in contestants:
-        rate = statistics.median(one.rates)
+    for one, rates in zip(contestants, rounds):
+        rates = [args.batch_size * rate for rate in rates]
+        rate = statistics.median(rates)
         achieved = rate * one.result['gflops']
         report['results'].append(dict(
             one.result,
             gflops=round(one.result['gflops'], 4),
             images_per_second=round(rate, 2),
-            rounds=[round(r, 2) for r in one.rates],
+            rounds=[round(r, 2) for r in rates],
             achieved_gflops=round(achieved, 1),
             share_of_matmul=round(achieved / ceilings['matmul_gflops'], 3),
         ))
@@ -237,7 +238,6 @@ def format_report(report: Dict[str, Any]) -> str:
         if 'part_ms' in r:
             parts = ', '.join(f'{part} {ms:.1f}' for part, ms in r['part_ms'].items())
             lines.append(f"{r['model']}, ms a step: {parts}")
-    first: Optional[Dict[str, Any]] = None
     for r in results:
         if r['model'] == results[0]['model']:
             first = r  # what is compared with it follows

@@ -51,7 +51,8 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         args: What `shike_timm.options.parse_eval_args` gives.
 
     Returns:
-        The metrics of `shike_timm.metrics.evaluate`; with `--expert-subsets` their costs too.
+        The metrics of `shike_timm.metrics.evaluate`, `per_class` with the `names` of the classes, None where they are
+        unknown, and the training images of each, `class_counts`; with `--expert-subsets` their costs too.
 
     Raises:
         InputError: If anything given cannot work.
@@ -63,25 +64,27 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     tune_device(device)
     trained = load_trained_model(
         args.model, args.checkpoint, args.pretrained, args.experts, args.authors_classifiers)
+    args = argparse.Namespace(**vars(args))
     for key, value in trained.data_args.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    model, counts = trained.model, trained.class_counts
+    model, counts, names = trained.model, trained.class_counts, trained.class_names
     if counts is None:
         data = load_training_data(
             args.dataset, args.data_dir, val_split=args.val_split, imb_factor=args.imb_factor, imb_type=args.imb_type,
             download=args.dataset_download)
-        dataset, counts = data.test, data.class_counts
+        dataset, counts, names = data.test, data.class_counts, data.class_names
     else:
         dataset = create_eval_dataset(
             args.dataset, args.data_dir, args.val_split, args.dataset_download, trained.class_names)
-    num_classes = len(getattr(dataset, 'classes', counts))
+    num_classes = len(dataset.class_names or counts)
     if len({num_classes, len(counts), model.num_classes}) > 1:
         raise InputError(f'The model has {model.num_classes} classes, but the data {num_classes}: choose other data.')
     data_config = resolve_data_config(args, model)
     loader = create_eval_loader(dataset, data_config, args.batch_size, device, args.workers)
     subsets = _all_subsets(model.num_experts) if args.expert_subsets else ()
-    metrics = evaluate(model.to(device), loader, counts, device, subsets, args.flip)
+    metrics = evaluate(model.to(device), loader, counts, device, subsets, args.flip, per_class=True)
+    metrics['per_class'] = dict(names=names, class_counts=counts, **metrics['per_class'])
     print(format_table({'': metrics}), flush=True)
     _write_results(args.results_file, metrics)
     if subsets:

@@ -1,22 +1,144 @@
-"""Data sets by name, their class counts, and loaders."""
-import os
-from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+"""The registry of data sets, and what loads one by name."""
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
-import timm.data
-import torch
-from torch.utils.data import Dataset, IterableDataset
+from PIL import Image
+from timm.loss import load_class_stats
+from torch.utils.data import Dataset
 
 from ..errors import InputError, one_line
-from .augment.transforms import create_train_transform
-from .in_memory import DeviceLoader, batch_augment_gap, create_batch_augment, device_data_gap, in_memory_images
-from .long_tail import create_long_tailed, hold_out, is_long_tailed
 
-# What `timm.data.create_dataset` reads beside folders and archives.
-TIMM_PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+__all__ = [
+    'DATASETS', 'DataRequest', 'DatasetEntry', 'ImageSet', 'TrainingData', 'create_eval_dataset', 'find_dataset',
+    'in_memory_set', 'load_training_data', 'register_dataset',
+]
 
-__all__ = ['TrainingData', 'create_eval_dataset', 'create_eval_loader', 'create_train_loader', 'load_training_data']
+
+class ArrayDataset(Dataset):
+    """An array of images as a data set of PIL images.
+
+    Args:
+        images: uint8 images [N, H, W, 3].
+        targets: Class indices [N].
+    """
+
+    def __init__(self, images: np.ndarray, targets: np.ndarray):
+        self.images = images
+        self.targets = targets
+        self.transform: Optional[Callable] = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        image = Image.fromarray(self.images[index])
+        return image if self.transform is None else self.transform(image), int(self.targets[index])
+
+
+@dataclass
+class ImageSet:
+    """One split of a data set, and what it knows of itself.
+
+    Attributes:
+        dataset: Gives PIL images, or what its `transform` makes of them, and class indices.
+        class_names: Names of the classes in label order, None where it has none.
+        class_counts: Images of each class, None where nobody counted them.
+        images: uint8 images [N, H, W, 3] where they all lie in memory, else None.
+        targets: Their class indices [N], else None.
+    """
+
+    dataset: Any
+    class_names: Optional[List[str]] = None
+    class_counts: Optional[List[int]] = None
+    images: Optional[np.ndarray] = None
+    targets: Optional[np.ndarray] = None
+
+
+def in_memory_set(images: np.ndarray, targets: Sequence[int], class_names: Sequence[str]) -> ImageSet:
+    """A set of uint8 images [N, H, W, 3] in memory with class indices [N]."""
+    targets = np.asarray(targets, dtype=np.int64)
+    counts = np.bincount(targets, minlength=len(class_names)).tolist()
+    return ImageSet(ArrayDataset(images, targets), list(class_names), counts, images, targets)
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What is asked of a data set, which reads what concerns it.
+
+    Attributes:
+        name: Name of the data set.
+        root: Folder of the data.
+        train_split: Split to train on, for sets that do not fix it.
+        val_split: Split to evaluate on, likewise.
+        download: Download what is missing, where the set can.
+        imb_factor: Imbalance factor, for sets that have one.
+        imb_type: 'exp' or 'step', likewise.
+        holdout: Share of each class's training images to evaluate on instead, likewise.
+        val_per_class: Training images of each class to evaluate on instead, likewise; they are set aside before the
+            long-tailed subset is cut from the others, so that they are balanced.
+        class_stats: JSON file that `timm.loss.load_class_stats` reads, to take the class counts from rather than from
+            labels, for sets without an imbalance factor.
+        class_names: Classes in label order that an evaluation split is to be labelled by.
+    """
+
+    name: str
+    root: Optional[str] = None
+    train_split: str = 'train'
+    val_split: str = 'validation'
+    download: bool = False
+    imb_factor: float = 100.
+    imb_type: str = 'exp'
+    holdout: float = 0.
+    val_per_class: int = 0
+    class_stats: Optional[str] = None
+    class_names: Optional[List[str]] = None
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A data set of the registry.
+
+    Attributes:
+        name: What `--dataset` calls it; with a slash at the end, the first part of its names.
+        load_train: Gives the training set, and what is held out of it to evaluate on, None where nothing is.
+        load_eval: Gives the evaluation split.
+        has_imb_factor: Whether it is cut to an imbalance factor, and can hold out training images.
+        eval_split: What its evaluation split is called, None where `val_split` says.
+    """
+
+    name: str
+    load_train: Callable[[DataRequest], Tuple[ImageSet, Optional[ImageSet]]]
+    load_eval: Callable[[DataRequest], ImageSet]
+    has_imb_factor: bool = False
+    eval_split: Optional[str] = None
+
+
+DATASETS: Dict[str, DatasetEntry] = {}
+
+
+def register_dataset(entry: DatasetEntry) -> None:
+    """Make a data set known by its name.
+
+    Raises:
+        ValueError: If there is one of that name.
+    """
+    if entry.name in DATASETS:
+        raise ValueError(f"There is a data set '{entry.name}' already.")
+    DATASETS[entry.name] = entry
+
+
+def find_dataset(name: str) -> DatasetEntry:
+    """The data set of a name, or of its part up to the first slash, whose case does not matter.
+
+    Raises:
+        InputError: If there is none.
+    """
+    entry = DATASETS.get(name) or DATASETS.get(name[:name.find('/') + 1].lower() or name)
+    if entry is None:
+        known = ', '.join(f'{key}...' if key.endswith('/') else key for key in DATASETS if key)
+        raise InputError(f"dataset '{name}' is unknown: choose one of {known}, or none for a folder of images.")
+    return entry
 
 
 @dataclass
@@ -30,8 +152,8 @@ class TrainingData:
         class_names: Names of the classes in label order.
     """
 
-    train: Optional[Dataset]
-    test: Optional[Dataset]
+    train: Optional[ImageSet]
+    test: Optional[ImageSet]
     class_counts: List[int]
     class_names: List[str]
 
@@ -40,120 +162,48 @@ class TrainingData:
         return len(self.class_counts)
 
 
-def _create_dataset(
-        name: str,
-        root: Optional[str],
-        split: str,
-        train: bool,
-        imb_factor: float,
-        imb_type: str,
-        download: bool,
-        class_map: Optional[Dict[str, int]] = None,
-) -> Dataset:
-    if is_long_tailed(name):
-        return create_long_tailed(
-            name, root, train, imb_factor=imb_factor, imb_type=imb_type, download=download)
-    prefix = name.split('/')[0].lower() if '/' in name else ''
-    if name and prefix not in TIMM_PREFIXES:
-        raise InputError(
-            f"dataset '{name}' is unknown: choose cifar10_lt, cifar100_lt, digits_lt, a name of timm's such as "
-            "torch/cifar100, or none for a folder of images.")
-    if prefix in ('', 'torch'):
-        if not root:
-            raise InputError(f"No folder of data was named for dataset '{name}': give it as --data-dir.")
-        if not prefix and not os.path.exists(root):
-            raise InputError(f"data-dir '{root}' does not exist: give a folder with a sub-folder of images per class.")
+def _read_class_stats(path: str) -> List[int]:
     try:
-        dataset = timm.data.create_dataset(
-            name, root=root, split=split, is_training=train, download=download, class_map=class_map)
-    except (RuntimeError, ValueError, OSError, AssertionError, ImportError) as error:
-        if 'Found 0 images' in str(error):
-            raise InputError(f"data-dir '{root}' holds no images for the {split} split: add some.") from error
-        raise InputError(f"The {split} split of '{name or root}' cannot be read: {one_line(error)}.") from error
-    if not prefix and os.path.isdir(root) and dataset.reader.root == root:
-        raise InputError(f"data-dir '{root}' has no {split} split: expected a folder '{os.path.join(root, split)}'.")
-    if isinstance(dataset, IterableDataset):
-        raise InputError(f"dataset '{name}' is streamed, so its classes cannot be counted: use a folder of images.")
-    return dataset
+        counts, _ = load_class_stats(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"class-stats '{path}' cannot be read: {one_line(error)}.") from error
+    return counts.long().tolist()
 
 
-def _targets(dataset: Dataset) -> np.ndarray:
-    reader = getattr(dataset, 'reader', None)
-    if hasattr(dataset, 'targets'):
-        targets = dataset.targets
-    elif hasattr(reader, 'iter_targets'):
-        targets = list(reader.iter_targets())
-    elif hasattr(reader, 'samples'):
-        targets = [target for _, target in reader.samples]
-    else:
-        raise InputError(f'{type(dataset).__name__} does not list its labels: use a folder of images.')
-    return np.asarray(targets, dtype=np.int64)
-
-
-def _class_map(dataset: Dataset) -> Optional[Dict[str, int]]:
-    reader = getattr(dataset, 'reader', None)
-    return getattr(reader, 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None)
-
-
-def _empty_class_folders(dataset: Dataset, class_map: Optional[Dict[str, int]]) -> List[str]:
-    root = getattr(getattr(dataset, 'reader', None), 'root', None)
-    if root is None or not os.path.isdir(root):
-        return []
-    leaves = [os.path.basename(folder) for folder, subfolders, _ in os.walk(root) if not subfolders and folder != root]
-    return [name for name in leaves if name not in (class_map or ()) and not name.startswith('.')]
-
-
-def load_training_data(
-        name: str,
-        root: Optional[str] = None,
-        train_split: str = 'train',
-        val_split: str = 'validation',
-        imb_factor: float = 100.,
-        imb_type: str = 'exp',
-        download: bool = False,
-        holdout: float = 0.,
-) -> TrainingData:
+def load_training_data(name: str, root: Optional[str] = None, **options: Any) -> TrainingData:
     """Load a training set and its evaluation split.
 
     Args:
-        name: 'cifar10_lt', 'cifar100_lt', 'digits_lt', any name `timm.data.create_dataset` reads, or '' for a folder.
+        name: Name in the registry, any name `timm.data.create_dataset` reads, or '' for a folder.
         root: Folder of the data.
-        train_split: Split to train on, for timm's data sets.
-        val_split: Split to evaluate on, for timm's data sets.
-        imb_factor: Imbalance factor, for the long-tailed data sets.
-        imb_type: 'exp' or 'step', for the long-tailed data sets.
-        download: Download what is missing, where the data set can.
-        holdout: Share of each class's training images to evaluate on instead, for the long-tailed data sets.
+        **options: Other fields of `DataRequest`.
 
     Raises:
-        InputError: If data is missing or damaged, or a class has no training image.
+        InputError: If data is missing or damaged, a class has no training image, or options contradict each other.
     """
-    options = dict(name=name, root=root, imb_factor=imb_factor, imb_type=imb_type, download=download)
-    train = _create_dataset(split=train_split, train=True, **options)
-    held_out = None
-    if holdout:
-        if not is_long_tailed(name):
-            raise InputError(f"holdout {holdout:g} needs one of the *_lt data sets, not '{name or root}': drop it.")
-        train, held_out = hold_out(train, holdout)
-    class_map = _class_map(train)
-    targets = _targets(train)
-    if len(targets) and targets.min() < 0:
-        raise InputError(f"The {train_split} split of '{name or root}' has images without a label.")
-    num_classes = max(len(class_map or ()), int(targets.max()) + 1)
-    names = sorted(class_map, key=class_map.get) if class_map else getattr(train, 'classes', range(num_classes))
-    names = [str(n) for n in names]
-    counts = np.bincount(targets, minlength=num_classes)
-
-    test = held_out or _create_dataset(split=val_split, train=False, **options)
-    missing = sorted(set(_class_map(test) or ()) - set(class_map or ()))
-    missing += _empty_class_folders(train, class_map) + [names[c] for c in np.flatnonzero(counts == 0)]
-    if missing:
-        raise InputError(f"Class '{missing[0]}' has no training image: add some, or remove the class.")
-    if class_map and _class_map(test) != class_map:
-        test = _create_dataset(split=val_split, train=False, class_map=class_map, **options)
-        if _class_map(test) != class_map:
-            raise InputError(f"The classes of the {val_split} split of '{name or root}' are not those of training.")
-    return TrainingData(train, test, counts.tolist(), names)
+    entry, request = find_dataset(name), DataRequest(name, root, **options)
+    stats, holdout, val_per_class = request.class_stats, request.holdout, request.val_per_class
+    if (holdout or val_per_class) and not entry.has_imb_factor:
+        option = f'holdout {holdout:g}' if holdout else f'val-per-class {val_per_class}'
+        raise InputError(f"{option} needs one of the *_lt data sets, not '{name or root}': drop it.")
+    if holdout and val_per_class:
+        raise InputError(f'holdout {holdout:g} and val-per-class {val_per_class} contradict each other: drop one.')
+    if stats and entry.has_imb_factor:
+        raise InputError(f"class-stats '{stats}' is not for '{name}', whose counts follow its imb-factor: drop it.")
+    train, test = entry.load_train(request)
+    counts = _read_class_stats(stats) if stats else train.class_counts
+    if counts is None:
+        raise InputError(
+            f"dataset '{name}' does not list its labels, so its classes cannot be counted: use a folder of images, or "
+            'load it with class_stats.')
+    names = train.class_names or [str(c) for c in range(len(counts))]
+    if len(names) != len(counts):
+        raise InputError(
+            f"'{stats or name or root}' counts {len(counts)} classes, but {len(names)} have names: give what fits.")
+    if min(counts) < 1:
+        bare = names[counts.index(min(counts))]
+        raise InputError(f"Class '{bare}' has no training image: add some, or remove the class.")
+    return TrainingData(train, test or entry.load_eval(replace(request, class_names=train.class_names)), counts, names)
 
 
 def create_eval_dataset(
@@ -162,7 +212,7 @@ def create_eval_dataset(
         split: str = 'validation',
         download: bool = False,
         class_names: Optional[List[str]] = None,
-) -> Dataset:
+) -> ImageSet:
     """Load an evaluation split alone.
 
     Args:
@@ -170,145 +220,10 @@ def create_eval_dataset(
         root: Folder of the data.
         split: Split to evaluate on, for timm's data sets.
         download: Download what is missing, where the data set can.
-        class_names: The model's classes in label order; folders are matched to them by name.
+        class_names: The model's classes in label order; timm's data sets are matched to them by name.
 
     Raises:
-        InputError: If data is missing or damaged, or a folder is not among the model's classes.
+        InputError: If data is missing or damaged, or a class is not among the model's.
     """
-    options = dict(root=root, split=split, train=False, imb_factor=1., imb_type='exp', download=download)
-    dataset = _create_dataset(name, **options)
-    class_map = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
-    if class_map and class_names:
-        unknown = sorted(set(class_map) - set(class_names))
-        if unknown:
-            raise InputError(
-                f"Class '{unknown[0]}' of '{name or root}' is not among the {len(class_names)} of the model.")
-        dataset = _create_dataset(name, class_map={n: c for c, n in enumerate(class_names)}, **options)
-    return dataset
-
-
-def _create_device_loader(
-        dataset: Dataset,
-        data_config: Dict[str, Any],
-        batch_size: int,
-        device: torch.device,
-        gap: Optional[str],
-        device_data: Optional[bool],
-        augment=None,
-) -> Optional[DeviceLoader]:
-    """A loader over the data on the device, or None where that is not wanted or, unless asked for, not possible."""
-    if device_data and gap:
-        raise InputError(f'--device-data cannot be had with this data set: {gap}; leave it out.')
-    if device_data is False or gap:
-        return None
-    return DeviceLoader(
-        in_memory_images(dataset),
-        dataset.targets,
-        data_config['mean'],
-        data_config['std'],
-        batch_size,
-        device,
-        augment,
-    )
-
-
-def create_train_loader(
-        dataset: Dataset,
-        data_config: Dict[str, Any],
-        batch_size: int,
-        device: torch.device,
-        num_workers: int = 4,
-        mixup: Optional[Dict[str, Any]] = None,
-        re_prob: float = 0.,
-        re_mode: str = 'const',
-        re_count: int = 1,
-        device_data: Optional[bool] = None,
-        **augmentation: Any,
-):
-    """Loader over a training set; incomplete last batches are dropped.
-
-    Small data sets that are in memory lie on the device as one tensor and are augmented there; others go through
-    timm's prefetching loader, whose workers start anew each epoch. Either way an epoch's augmentation depends on
-    nothing but the seed at its start.
-
-    Args:
-        dataset: Training set that gives PIL images.
-        data_config: What `timm.data.resolve_data_config` gives.
-        batch_size: Images a batch.
-        device: Device of the batches.
-        num_workers: Worker processes.
-        mixup: Arguments of `timm.data.FastCollateMixup`, or None for class indices as targets.
-        re_prob: Random erasing probability.
-        re_mode: Random erasing fill: 'const', 'rand' or 'pixel'.
-        re_count: Random erasing regions.
-        device_data: Whether the data lies on the device; where None, if data and augmentation allow it.
-        **augmentation: Arguments of `create_train_transform`.
-
-    Raises:
-        InputError: If there are fewer images than a batch holds, the augmentation is not known, or `device_data` is
-            asked for where it cannot be had.
-    """
-    if len(dataset) < batch_size:
-        raise InputError(f'batch-size {batch_size} exceeds the {len(dataset)} training images: choose a smaller one.')
-    gap = device_data_gap(dataset, data_config, is_training=True)
-    option = batch_augment_gap(mixup=mixup, re_prob=re_prob, **augmentation)
-    gap = gap or option and f'{option} works on one image at a time'
-    loader = _create_device_loader(
-        dataset, data_config, batch_size, device, gap, device_data, create_batch_augment(**augmentation))
-    if loader is not None:
-        return loader
-    loader = timm.data.create_loader(
-        dataset,
-        input_size=data_config['input_size'],
-        batch_size=batch_size,
-        is_training=True,
-        mean=data_config['mean'],
-        std=data_config['std'],
-        re_prob=0. if augmentation.get('no_aug') else re_prob,
-        re_mode=re_mode,
-        re_count=re_count,
-        num_workers=num_workers,
-        collate_fn=timm.data.FastCollateMixup(**mixup) if mixup else None,
-        pin_memory=device.type == 'cuda',
-        device=device,
-        persistent_workers=False,
-    )
-    try:
-        dataset.transform = create_train_transform(
-            data_config['input_size'], mean=data_config['mean'], std=data_config['std'], **augmentation)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise InputError(f"aa '{augmentation.get('auto_augment')}' is not a policy that timm knows.") from error
-    return loader
-
-
-def create_eval_loader(
-        dataset: Dataset,
-        data_config: Dict[str, Any],
-        batch_size: int,
-        device: torch.device,
-        num_workers: int = 4,
-        device_data: Optional[bool] = None,
-):
-    """Loader over an evaluation split, in order and whole: from the device or timm's, as in `create_train_loader`.
-
-    Args:
-        dataset: Evaluation split that gives PIL images.
-        data_config: What `timm.data.resolve_data_config` gives.
-        batch_size: Images a batch.
-        device: Device of the batches.
-        num_workers: Worker processes.
-        device_data: Whether the data lies on the device; where None, if its images need no resizing.
-    """
-    gap = device_data_gap(dataset, data_config, is_training=False)
-    loader = _create_device_loader(dataset, data_config, batch_size, device, gap, device_data)
-    if loader is not None:
-        return loader
-    return timm.data.create_loader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=device.type == 'cuda',
-        device=device,
-        persistent_workers=False,
-        **data_config,
-    )
+    request = DataRequest(name, root, val_split=split, download=download, class_names=class_names)
+    return find_dataset(name).load_eval(request)

@@ -1,18 +1,19 @@
 """Long-tailed subsets of balanced data sets, as data sets of their own."""
-import copy
 import math
+from functools import partial
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple, Type
+from typing import Callable, List, Optional, Sequence, Tuple, Type
 
 import numpy as np
-from PIL import Image
-from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
 from ..errors import InputError
+from .datasets import DataRequest, DatasetEntry, ImageSet, in_memory_set, register_dataset
 
-__all__ = ['DigitsLT', 'cifar_lt', 'hold_out', 'long_tailed_counts', 'long_tailed_indices']
+__all__ = ['hold_out', 'long_tailed_counts', 'long_tailed_indices', 'register_long_tailed']
+
+DIGITS_TEST_IMAGES = 50  # the last ones of each class
 
 
 def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_type: str = 'exp') -> List[int]:
@@ -66,121 +67,41 @@ def _explain_cifar(cls: Type[CIFAR10], root: str) -> str:
     return f"{cls.__name__} in '{root}' cannot be read: {remedy}"
 
 
-def cifar_lt(
-        cls: Type[CIFAR10],
-        root: str,
-        train: bool,
-        imb_factor: float = 100.,
-        imb_type: str = 'exp',
-        download: bool = False,
-) -> CIFAR10:
-    """CIFAR-10-LT or CIFAR-100-LT: the published long-tailed training subset, or the whole test set.
-
-    Args:
-        cls: torchvision's CIFAR10 or CIFAR100.
-        root: Folder of torchvision's files.
-        train: Training subset rather than test set.
-        imb_factor: Imbalance factor of the training subset.
-        imb_type: 'exp' or 'step', see `long_tailed_counts`.
-        download: Download the files where they are missing.
-
-    Raises:
-        InputError: If files are missing or their checksums differ.
-    """
+def _cifar(cls: Type[CIFAR10], request: DataRequest, train: bool) -> ImageSet:
+    """torchvision's CIFAR-10 or CIFAR-100."""
+    root = request.root or '.'
     try:
-        dataset = cls(root, train=train, download=download)
+        dataset = cls(root, train=train, download=request.download)
     except (RuntimeError, OSError) as error:
         raise InputError(_explain_cifar(cls, root)) from error
-    if train:
-        num_classes = len(dataset.classes)
-        max_count = int(np.bincount(dataset.targets).max())
-        keep = long_tailed_indices(
-            dataset.targets, long_tailed_counts(max_count, num_classes, imb_factor, imb_type))
-        dataset.data = dataset.data[keep]
-        dataset.targets = np.asarray(dataset.targets)[keep].tolist()
-    return dataset
+    return in_memory_set(dataset.data, dataset.targets, dataset.classes)
 
 
-def cifar10_lt(root: str, train: bool, **kwargs) -> CIFAR10:
-    """CIFAR-10-LT, see `cifar_lt`."""
-    return cifar_lt(CIFAR10, root, train, **kwargs)
+def _digits(request: DataRequest, train: bool) -> ImageSet:
+    """scikit-learn's bundled scans of handwritten digits, 8x8 grey levels, parted into training and test images."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise InputError("digits_lt needs scikit-learn: pip install 'shike-timm[quickstart]'.") from error
+    digits = load_digits()
+    names = [str(name) for name in digits.target_names]
+    part = slice(-DIGITS_TEST_IMAGES) if train else slice(-DIGITS_TEST_IMAGES, None)
+    keep = np.concatenate([np.flatnonzero(digits.target == c)[part] for c in range(len(names))])
+    images = np.round(digits.images[keep] * (255 / 16)).astype(np.uint8)
+    return in_memory_set(images[..., None].repeat(3, axis=-1), digits.target[keep], names)
 
 
-def cifar100_lt(root: str, train: bool, **kwargs) -> CIFAR10:
-    """CIFAR-100-LT, see `cifar_lt`."""
-    return cifar_lt(CIFAR100, root, train, **kwargs)
+def _take(data: ImageSet, index: np.ndarray) -> ImageSet:
+    return in_memory_set(data.images[index], data.targets[index], data.class_names)
 
 
-class DigitsLT(Dataset):
-    """scikit-learn's bundled scans of handwritten digits, 8x8 grey levels, with a long-tailed training set.
-
-    The test set is balanced and fixed: the last 50 scans of each class. The training set is drawn from the others.
-
-    Args:
-        root: Unused, scikit-learn brings the data.
-        train: Training subset rather than test set.
-        imb_factor: Imbalance factor of the training subset.
-        imb_type: 'exp' or 'step', see `long_tailed_counts`.
-        download: Unused.
-        transform: Applied to each PIL image.
-    """
-
-    test_images_per_class = 50
-
-    def __init__(
-            self,
-            root: str = '',
-            train: bool = True,
-            imb_factor: float = 100.,
-            imb_type: str = 'exp',
-            download: bool = False,
-            transform=None,
-    ):
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise InputError("digits_lt needs scikit-learn: pip install 'shike-timm[quickstart]'.") from error
-        digits = load_digits()
-        self.classes = [str(name) for name in digits.target_names]
-        positions = [np.flatnonzero(digits.target == c) for c in range(len(self.classes))]
-        if train:
-            pool = np.concatenate([p[:-self.test_images_per_class] for p in positions])
-            max_count = min(len(p) for p in positions) - self.test_images_per_class
-            counts = long_tailed_counts(max_count, len(self.classes), imb_factor, imb_type)
-            keep = pool[long_tailed_indices(digits.target[pool], counts)]
-        else:
-            keep = np.concatenate([p[-self.test_images_per_class:] for p in positions])
-        self.data = np.round(digits.images[keep] * (255 / 16)).astype(np.uint8)
-        self.targets = digits.target[keep].tolist()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int):
-        image = Image.fromarray(self.data[index]).convert('RGB')
-        return image if self.transform is None else self.transform(image), self.targets[index]
-
-
-LONG_TAILED = {'cifar10_lt': cifar10_lt, 'cifar100_lt': cifar100_lt, 'digits_lt': DigitsLT}
-
-
-def is_long_tailed(name: str) -> bool:
-    """Whether `name` is one of this module's data sets."""
-    return name in LONG_TAILED
-
-
-def create_long_tailed(name: str, root: Optional[str], train: bool, **kwargs) -> Dataset:
-    """One of this module's data sets by name; see `cifar_lt` and `DigitsLT` for the arguments."""
-    return LONG_TAILED[name](root or '.', train, **kwargs)
-
-
-def hold_out(dataset: Dataset, share: float) -> Tuple[Dataset, Dataset]:
-    """Split one of this module's training sets, to choose settings without looking at the test set.
+def hold_out(data: ImageSet, sizes: Sequence[int], option: str) -> Tuple[ImageSet, ImageSet]:
+    """Split a training set in memory, to choose settings without looking at the test set.
 
     Args:
-        dataset: Training set with arrays `data` and `targets`.
-        share: Share of each class's images to hold out, rounded up: its last ones in file order.
+        data: Training set.
+        sizes: Images of each class to hold out, its last ones in file order.
+        option: What asks for it, for the error.
 
     Returns:
         What is left to train on, and what is held out.
@@ -188,18 +109,49 @@ def hold_out(dataset: Dataset, share: float) -> Tuple[Dataset, Dataset]:
     Raises:
         InputError: If a class is left without training images.
     """
-    targets = np.asarray(dataset.targets)
-    counts = np.bincount(targets)
-    kept = [count - math.ceil(round(share * count, 6)) for count in counts]
+    kept = [count - size for count, size in zip(data.class_counts, sizes)]
     if min(kept) < 1:
-        bare = int(np.argmin(kept))
+        bare = kept.index(min(kept))
         raise InputError(
-            f'holdout {share:g} leaves class {bare} with no training image of {counts[bare]}: choose a smaller share, '
-            'or a lower imb-factor.')
-    keep = long_tailed_indices(targets, kept)
-    parts = []
-    for index in (keep, np.setdiff1d(np.arange(len(targets)), keep)):
-        part = copy.copy(dataset)
-        part.data, part.targets = dataset.data[index], targets[index].tolist()
-        parts.append(part)
-    return tuple(parts)
+            f'{option} leaves class {bare} with no training image of {data.class_counts[bare]}: hold out fewer, '
+            'or choose a lower imb-factor.')
+    keep = long_tailed_indices(data.targets, kept)
+    return _take(data, keep), _take(data, np.setdiff1d(np.arange(len(data.targets)), keep))
+
+
+def _load_train(
+        source: Callable[[DataRequest, bool], ImageSet],
+        request: DataRequest,
+) -> Tuple[ImageSet, Optional[ImageSet]]:
+    data, held_out = source(request, True), None
+    if request.val_per_class:
+        sizes = [request.val_per_class] * len(data.class_counts)
+        data, held_out = hold_out(data, sizes, f'val-per-class {request.val_per_class}')
+    counts = long_tailed_counts(
+        min(data.class_counts), len(data.class_counts), request.imb_factor, request.imb_type)
+    data = _take(data, long_tailed_indices(data.targets, counts))
+    if request.holdout:
+        sizes = [math.ceil(round(request.holdout * count, 6)) for count in counts]
+        data, held_out = hold_out(data, sizes, f'holdout {request.holdout:g}')
+    return data, held_out
+
+
+def register_long_tailed(name: str, source: Callable[[DataRequest, bool], ImageSet]) -> None:
+    """Make the long-tailed subset of a balanced data set known by a name.
+
+    Args:
+        name: Name of the subset.
+        source: Gives the whole training set, or the test set, as a set in memory.
+    """
+    register_dataset(DatasetEntry(
+        name,
+        partial(_load_train, source),
+        lambda request: source(request, False),
+        has_imb_factor=True,
+        eval_split='test',
+    ))
+
+
+register_long_tailed('cifar10_lt', partial(_cifar, CIFAR10))
+register_long_tailed('cifar100_lt', partial(_cifar, CIFAR100))
+register_long_tailed('digits_lt', _digits)

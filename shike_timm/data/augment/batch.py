@@ -1,5 +1,4 @@
 """The CIFAR recipe's augmentation of many images at once, drawn per image, where the images lie."""
-from dataclasses import dataclass
 from typing import List, Optional
 
 import torch
@@ -7,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
+from . import Augmentation
 from .ops import OPS
 
-__all__ = ['BatchAugment', 'auto_augment', 'crop', 'cutout']
+__all__ = ['augment_batch', 'auto_augment', 'batch_gap', 'crop', 'cutout']
 
 NUM_MAGNITUDES = 10  # of torchvision's AutoAugment
 
@@ -78,45 +78,52 @@ def auto_augment(images: Tensor, generator: Optional[torch.Generator] = None) ->
     return images
 
 
-@dataclass
-class BatchAugment:
-    """Random crop, flips, AutoAugment and Cutout, in that order: `create_train_transform` for a batch.
+def augment_batch(
+        images: Tensor,
+        augmentation: Augmentation,
+        generator: Optional[torch.Generator] = None,
+) -> Tensor:
+    """What `create_train_transform` does with the same augmentation, for a batch; `batch_gap` must be None.
 
-    Attributes:
-        pad_crop: Crop after padding by 1/8 of the side.
-        hflip: Horizontal flip probability.
-        vflip: Vertical flip probability.
-        auto_augment: Apply the AutoAugment CIFAR-10 policy.
-        cutout: Side in pixels of a square to blacken; 0 for none.
+    Args:
+        images: uint8 images [N, 3, H, W].
+        augmentation: Crop, flips, AutoAugment and Cutout, in that order.
+        generator: Source of random numbers, on the CPU.
     """
+    num_images, _, height, width = images.shape
+    device = images.device
 
-    pad_crop: bool = False
-    hflip: float = 0.
-    vflip: float = 0.
-    auto_augment: bool = False
-    cutout: int = 0
+    def draw_integers(high: int) -> Tensor:
+        return torch.randint(high, (num_images,), generator=generator).to(device, non_blocking=True)
 
-    def __call__(self, images: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
-        """Augment uint8 images [N, 3, H, W] with random numbers from a generator on the CPU."""
-        num_images, _, height, width = images.shape
-        device = images.device
+    def draw_flips(probability: float) -> Tensor:
+        flips = torch.rand(num_images, generator=generator) < probability
+        return flips.to(device, non_blocking=True)[:, None, None, None]
 
-        def draw_integers(high: int) -> Tensor:
-            return torch.randint(high, (num_images,), generator=generator).to(device, non_blocking=True)
-
-        def draw_flips(probability: float) -> Tensor:
-            flips = torch.rand(num_images, generator=generator) < probability
-            return flips.to(device, non_blocking=True)[:, None, None, None]
-
-        if self.pad_crop:
-            padding = [height // 8, width // 8]
-            images = crop(images, *(draw_integers(2 * side + 1) for side in padding), padding)
-        if self.hflip:
-            images = torch.where(draw_flips(self.hflip), images.flip(3), images)
-        if self.vflip:
-            images = torch.where(draw_flips(self.vflip), images.flip(2), images)
-        if self.auto_augment:
-            images = auto_augment(images, generator)
-        if self.cutout:
-            images = cutout(images, draw_integers(height), draw_integers(width), self.cutout)
+    if augmentation.no_aug:
         return images
+    if augmentation.train_crop_mode == 'pad':
+        padding = [height // 8, width // 8]
+        images = crop(images, *(draw_integers(2 * side + 1) for side in padding), padding)
+    if augmentation.hflip:
+        images = torch.where(draw_flips(augmentation.hflip), images.flip(3), images)
+    if augmentation.vflip:
+        images = torch.where(draw_flips(augmentation.vflip), images.flip(2), images)
+    if augmentation.auto_augment:
+        images = auto_augment(images, generator)
+    if augmentation.cutout:
+        images = cutout(images, draw_integers(height), draw_integers(width), augmentation.cutout)
+    return images
+
+
+def batch_gap(augmentation: Augmentation) -> Optional[str]:
+    """The first part of an augmentation that has no batched form, as its option reads; None if all have."""
+    if augmentation.no_aug:
+        return None
+    if augmentation.train_crop_mode != 'pad':
+        return f"--train-crop-mode {augmentation.train_crop_mode or 'rrc'}"
+    if augmentation.auto_augment not in (None, '', 'cifar10'):
+        return f'--aa {augmentation.auto_augment}'
+    if augmentation.color_jitter and not augmentation.auto_augment:
+        return f'--color-jitter {augmentation.color_jitter:g}'
+    return f'--reprob {augmentation.re_prob:g}' if augmentation.re_prob else None

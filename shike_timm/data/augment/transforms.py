@@ -1,10 +1,12 @@
 """Training transforms: timm's, with the parts of the CIFAR recipe that timm lacks put in their places."""
-from typing import Any, Optional, Tuple
+from typing import Tuple
 
 import torch
-from timm.data import create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torchvision import transforms
+
+from . import Augmentation
 
 __all__ = ['Cutout', 'create_train_transform']
 
@@ -36,32 +38,40 @@ class Cutout(torch.nn.Module):
 
 def create_train_transform(
         input_size: Tuple[int, int, int],
-        train_crop_mode: Optional[str] = None,
-        auto_augment: Optional[str] = None,
-        cutout: int = 0,
-        no_aug: bool = False,
-        **timm_kwargs: Any,
+        augmentation: Augmentation,
+        mean: Tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+        std: Tuple[float, ...] = IMAGENET_DEFAULT_STD,
 ) -> transforms.Compose:
     """Transform from PIL images to uint8 tensors, as timm's prefetching loader takes them.
 
     Args:
         input_size: Channels, height and width.
-        train_crop_mode: timm's 'rrc', 'rkrc' or 'rkrr', or 'pad': a crop after padding by 1/8 of the side with black.
-        auto_augment: timm's policy string, or 'cifar10': torchvision's AutoAugment CIFAR-10 policy with fill 128.
-        cutout: Side in pixels of a square to blacken last; 0 for none.
-        no_aug: Resize and crop only.
-        **timm_kwargs: Other arguments of `timm.data.create_transform`.
+        augmentation: What to do; random erasing is left to the loader.
+        mean: Mean of each channel, of images in 0..1, which some of timm's policies fill with.
+        std: Standard deviation of each channel.
     """
-    timm_kwargs.update(input_size=input_size, is_training=True, use_prefetcher=True)
-    if no_aug:
-        return create_transform(no_aug=True, **timm_kwargs)
-    pad_crop = train_crop_mode == 'pad'
-    cifar_policy = auto_augment == 'cifar10'
+    options = dict(
+        input_size=input_size,
+        is_training=True,
+        use_prefetcher=True,
+        mean=mean,
+        std=std,
+        scale=augmentation.scale,
+        ratio=augmentation.ratio,
+        hflip=augmentation.hflip,
+        vflip=augmentation.vflip,
+        color_jitter=augmentation.color_jitter,
+        interpolation=augmentation.interpolation,
+    )
+    if augmentation.no_aug:
+        return create_transform(no_aug=True, **options)
+    pad_crop = augmentation.train_crop_mode == 'pad'
+    cifar_policy = augmentation.auto_augment == 'cifar10'
     first, second, last = create_transform(
-        train_crop_mode=None if pad_crop else train_crop_mode,
-        auto_augment=None if cifar_policy else auto_augment,
+        train_crop_mode=None if pad_crop else augmentation.train_crop_mode,
+        auto_augment=None if cifar_policy else augmentation.auto_augment,
         separate=True,
-        **timm_kwargs,
+        **options,
     )
     first, second, last = list(first.transforms), list(second.transforms), list(last.transforms)
     if pad_crop:
@@ -69,6 +79,6 @@ def create_train_transform(
         first[:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=[side // 8 for side in size[::-1]])]
     if cifar_policy:
         second = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=[128] * 3)]
-    if cutout:
-        last.append(Cutout(cutout))
+    if augmentation.cutout:
+        last.append(Cutout(augmentation.cutout))
     return transforms.Compose(first + second + last)
