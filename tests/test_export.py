@@ -138,9 +138,11 @@ def test_real_images_have_the_same_top_1(exported_to, model, cifar_root):
     exported = load_exported(folder / 'model.onnx', 'onnx')
     with torch.inference_mode():
         expected, logits = (torch.cat([run(batch) for batch in images.split(50)]) for run in (model, exported))
-    assert torch.equal(logits.argmax(1), expected.argmax(1))
     assert expected.argmax(1).unique().numel() >= 20
     assert float((logits - expected).abs().max()) < 1e-4
+    first, second = expected.topk(2).values.unbind(1)
+    clear = first - second > 2e-4  # others may turn within that tolerance
+    assert clear.float().mean() > 0.99 and torch.equal(logits.argmax(1)[clear], expected.argmax(1)[clear])
 
 
 @pytest.mark.parametrize('name, arguments', [('resnext50_shike', {}), ('shike', dict(backbone='resnet10t'))])
