@@ -15,7 +15,7 @@ from .checkpoints import StageSaver, export_model, load_checkpoint, load_weights
 from .engine import Interrupted, StopFlag, fit, stop_signals
 from .errors import InputError
 from .metrics import format_table
-from .options import parse_train_args, run_folder
+from .options import changed_option, run_folder
 from .stages import STAGES, Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
 
 __all__ = ['retrain', 'saved_args', 'train']
@@ -152,16 +152,12 @@ def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
     wanted = {'state_dict', 'optimizer', 'epoch', 'saver'}
     if not wanted <= set(checkpoint) or not isinstance(checkpoint.get('args'), argparse.Namespace):
         raise InputError(f"checkpoint '{path}' holds no state to resume from: use one that train.py wrote.")
-    # What may differ without changing the epochs that are left: where things are, and how the run is watched.
-    free = {
-        'data_dir', 'dataset_download', 'device', 'workers', 'output', 'experiment', 'resume', 'hparams',
-        'log_interval', 'val_interval', 'checkpoint_hist', 'crt_epochs',
-    }
-    # What an older version did not know of has its default.
-    for key, old in {**vars(parse_train_args([])), **vars(checkpoint['args'])}.items():
-        new = getattr(args, key, old)
-        if key not in free and new != old:
-            raise InputError(f"--{key.replace('_', '-')} {new} differs from the resumed run's {old}: leave it out.")
+    before = vars(checkpoint['args'])
+    option = changed_option(args, before)
+    if option is not None:
+        raise InputError(
+            f"{option.flag} {getattr(args, option.name)} differs from the resumed run's "
+            f'{before.get(option.name, option.default)}: leave it out.')
     return checkpoint
 
 
@@ -169,7 +165,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     """Run stage one and, unless `crt_epochs` is 0, stage two.
 
     Args:
-        args: What `shike_timm.options.parse_train_args` gives.
+        args: What `shike_timm.commands.train.parse_train_args` gives.
 
     Returns:
         What is written to `metrics.json`: metrics and seconds of `stage_one` and `stage_two`.
@@ -212,7 +208,7 @@ def retrain(args: argparse.Namespace) -> Dict[str, Any]:
     """Run stage two alone, on the trunk and experts of a stage-one checkpoint, into a run folder of its own.
 
     Args:
-        args: What `shike_timm.options.parse_retrain_args` gives.
+        args: What `shike_timm.commands.retrain_classifier.parse_retrain_args` gives.
 
     Returns:
         What is written to `metrics.json`: metrics and seconds of `stage_two`.

@@ -1,0 +1,32 @@
+"""Retraining of the classifiers: stage two alone."""
+import argparse
+from typing import Optional, Sequence
+
+from ..options import TRAINING, Group, Option, check_values, complete, defaults, read_command_line
+from ..runs import retrain, saved_args
+from .cli import run_script
+
+__all__ = ['OPTIONS', 'main', 'parse_retrain_args']
+
+OPTIONS = (
+    Group('Stage one', Option(
+        'checkpoint', str, None, 'run folder of train.py, or a checkpoint of its stage one', 'RUN', required=True)),
+    *TRAINING,
+)
+
+
+def parse_retrain_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of retrain_classifier.py; those the checkpoint was trained with are the defaults.
+
+    Raises:
+        InputError: If an argument, the checkpoint, or a line of the hparams file is wrong.
+    """
+    given = read_command_line('Retrain the classifiers of a stage-one checkpoint: stage two alone.', OPTIONS, argv)
+    own = set(defaults(TRAINING)) - {'output', 'experiment', 'hparams', 'device'}
+    saved = {key: value for key, value in saved_args(given['checkpoint']).items() if key in own}
+    saved = check_values(TRAINING, saved, f"checkpoint '{given['checkpoint']}'")
+    return complete(OPTIONS, given, saved=saved)
+
+
+def main() -> int:
+    return run_script(lambda: retrain(parse_retrain_args()))
