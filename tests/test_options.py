@@ -263,22 +263,22 @@ def test_from_python(tmp_path, tiny_run):
     assert result['top1'] == pytest.approx(before['top1'], abs=0.3)
 
 
-def test_commands(tmp_path):
-    """The console script lists each command without importing torch, and runs it under its name."""
-    code = 'import sys, shike_timm_cli; status = shike_timm_cli.main(); assert not {"torch", "shike_timm"} & {*sys.modules}'
+def test_the_console_script(tmp_path):
+    """It lists the commands without importing torch or the package, and runs one under its name."""
 
-    def shike(code, *argv):
-        return subprocess.run(
+    def shike(*argv):
+        code = 'import sys, shike_timm_cli as cli; status = cli.main(); print(*sys.modules); sys.exit(status)'
+        result = subprocess.run(
             [sys.executable, '-c', code, *argv], cwd=tmp_path, capture_output=True, text=True,
             env=dict(os.environ, PYTHONPATH=str(ROOT)))
+        return result.returncode, result.stdout, result.stderr
 
-    result = shike(code, '--help')
-    assert result.returncode == 0, result.stderr
-    assert all(name in result.stdout for name in COMMANDS)
-    result = shike('import sys, shike_timm_cli; sys.exit(shike_timm_cli.main())', 'tran')
-    assert result.returncode == 2 and result.stderr.startswith("shike: error: 'tran' is not a command")
-    result = shike('import sys, shike_timm_cli; sys.exit(shike_timm_cli.main())', 'eval', '--batchsize', '3')
-    assert result.returncode == 2 and result.stderr.startswith('shike eval: error: ')
+    status, out, _ = shike('--help')
+    assert status == 0 and all(name in out for name in COMMANDS) and not {'torch', 'shike_timm'} & set(out.split())
+    status, _, error = shike('tran')
+    assert status == 2 and error.startswith("shike: error: 'tran' is not a command") and len(error.splitlines()) == 1
+    status, _, error = shike('eval', '--batchsize', '3')
+    assert status == 2 and error.startswith('shike eval: error: ') and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize('name', COMMANDS)

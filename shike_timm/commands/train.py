@@ -3,7 +3,7 @@ import argparse
 import os
 from typing import Any, Dict, Optional, Sequence
 
-from ..options import TRAIN, complete, read_command_line, run_folder
+from ..options import TRAIN, complete, defaults, read_command_line, run_folder
 from ..runs import train
 from .cli import run_script
 
@@ -18,7 +18,7 @@ def complete_train_args(given: Dict[str, Any]) -> argparse.Namespace:
     Raises:
         InputError: If a value is out of its range, or a line of the hparams file is wrong.
     """
-    folder = run_folder(complete(OPTIONS, dict(given, hparams=None)))
+    folder = run_folder(argparse.Namespace(**{**defaults(OPTIONS), **given}))
     saved = os.path.join(folder, 'args.yaml') if folder else ''
     return complete(OPTIONS, given, saved if os.path.isfile(saved) else None)
 
