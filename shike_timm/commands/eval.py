@@ -18,17 +18,7 @@ from ..loading import load_trained_model
 from ..measure import inference_costs
 from ..metrics import evaluate, format_subsets, format_table
 from ..models import Shike
-from ..options import (
-    DATA,
-    DEVICE,
-    HPARAMS,
-    PREPROCESSING,
-    TRAINED_MODEL,
-    Group,
-    Option,
-    complete,
-    read_command_line,
-)
+from ..options import DATA, DEVICE, HPARAMS, PREPROCESSING, TRAINED_MODEL, Group, Option, complete, read_command_line
 from .cli import run_script
 
 __all__ = ['OPTIONS', 'evaluate_model', 'main', 'parse_eval_args']
