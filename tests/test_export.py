@@ -164,7 +164,7 @@ def test_every_model_exports_to_onnx(name, arguments, tmp_path):
 
 def test_no_registered_name_is_left_out():
     names = {'resnet32_shike', 'resnet50_shike', 'resnext50_shike', 'resnet152_shike', 'shike'}
-    assert set(timm.list_models(module='shike')) == names
+    assert set(timm.list_models(module='registry')) == names
 
 
 def test_only_the_chosen_experts_are_exported(source, exported_to, tmp_path):
