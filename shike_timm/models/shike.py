@@ -1,8 +1,4 @@
-"""SHIKE: experts that share a trunk and each fuse features of another depth.
-
-Paper: `Long-Tailed Visual Recognition via Self-Heterogeneous Integration with Knowledge Excavation`,
-Jin et al., CVPR 2023.
-"""
+"""SHIKE: experts that share a trunk and each fuse features of another depth (Jin et al., CVPR 2023)."""
 import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -100,18 +96,14 @@ class Shike(nn.Module):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f'num_experts must be at least 1, got {num_experts}.')
-        for name, value, known in (
-                ('classifier', classifier, CLASSIFIERS),
-                ('aligner', aligner, ALIGNERS),
-                ('authors_classifiers', authors_classifiers, CLASSIFIER_SETS),
-        ):
+        given = dict(classifier=classifier, aligner=aligner, authors_classifiers=authors_classifiers)
+        for (name, value), known in zip(given.items(), (CLASSIFIERS, ALIGNERS, CLASSIFIER_SETS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got '{value}'.")
         dd = dict(device=device, dtype=dtype)
-        net = backbone(
-            num_experts=num_experts, in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride, **dd)
+        shared = dict(in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride)
+        net = backbone(num_experts=num_experts, **shared, **dd)
         depths = self._resolve_depths(depths, num_experts, len(net.stages))
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_experts = num_experts
         self.classifier_type = classifier
@@ -120,7 +112,7 @@ class Shike(nn.Module):
         self.grad_checkpointing = False
         self.trunk_frozen = False
         self.backbone_name = net.name
-        self.pretrained_cfg: Dict[str, Any] = {}  # what timm puts its own in place of
+        self.pretrained_cfg = {}  # timm puts its own in place of it
 
         self.stem = net.stem
         self.stages = nn.ModuleList(net.stages)
@@ -255,8 +247,7 @@ class Shike(nn.Module):
             if global_pool not in ('', 'avg', 'max', 'avgmax'):
                 raise ValueError(f"global_pool must be 'avg', 'max', 'avgmax' or '', got '{global_pool}'.")
             if num_classes and not global_pool:
-                raise ValueError(
-                    f"global_pool '' goes with num_classes=0, got {num_classes}: classifiers need pooling.")
+                raise ValueError(f"global_pool '' goes with num_classes=0, got {num_classes}: classifiers need it.")
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
             self.global_pool.train(self.training)
         self.num_classes = num_classes
@@ -293,8 +284,8 @@ class Shike(nn.Module):
         if self.num_classes:
             self.classifier.keep_experts(experts)
         # What timm writes into the configuration of a saved model.
-        self._model_args = dict(
-            getattr(self, '_model_args', {}), num_experts=len(experts), depths=list(self.depths))
+        made_with = getattr(self, '_model_args', {})
+        self._model_args = dict(made_with, num_experts=len(experts), depths=list(self.depths))
 
     def _levels(self, indices: Union[None, int, Sequence[int]]) -> List[int]:
         """Feature levels as indices from 0, of indices that may count from the end, or of how many of the last."""
