@@ -19,7 +19,7 @@ from shike_timm.data import load_training_data
 from shike_timm.errors import InputError
 from shike_timm.loading import load_teacher
 from shike_timm.models import Shike
-from shike_timm.models.shike import WEIGHTS
+from shike_timm.models.registry import WEIGHTS
 from shike_timm.options import parse_train_args
 
 RESULTS = ROOT / 'results'
