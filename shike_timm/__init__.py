@@ -1,5 +1,5 @@
 """SHIKE for timm: importing this package registers its models with `timm.create_model`."""
-from typing import Any, Union
+from typing import Any, Dict, Union
 
 import timm
 
@@ -24,3 +24,32 @@ def shike(backbone: str, pretrained_backbone: Union[None, Source] = None, **kwar
     if pretrained_backbone:
         model.load_backbone(pretrained_backbone, kwargs.get('cache_dir'))
     return model
+
+
+def train(**options: Any) -> Dict[str, Any]:
+    """Train as `train.py` does, with its options as keyword arguments: `train(hparams='quickstart', epochs=3)`.
+
+    Returns:
+        Metrics and seconds by stage, what is also in `metrics.json` of the run folder.
+
+    Raises:
+        ValueError: If an option is unknown or cannot work; nothing has been written then.
+    """
+    from . import runs
+    from .commands.train import OPTIONS, complete_train_args
+    from .options import check_values
+    return runs.train(complete_train_args(check_values(OPTIONS, options, 'train()')))
+
+
+def evaluate(**options: Any) -> Dict[str, Any]:
+    """Evaluate as `eval.py` does, with its options as keyword arguments.
+
+    Returns:
+        The metrics of `shike_timm.metrics.evaluate`, `per_class` with `names` and `class_counts`.
+
+    Raises:
+        ValueError: If an option is unknown or cannot work.
+    """
+    from .commands.eval import OPTIONS, evaluate_model
+    from .options import check_values, complete
+    return evaluate_model(complete(OPTIONS, check_values(OPTIONS, options, 'evaluate()')))

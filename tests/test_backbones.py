@@ -15,10 +15,10 @@ from torch import nn
 import shike_timm
 from shike_timm.build import create_model
 from shike_timm.checkpoints import load_checkpoint
+from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.losses import representation_loss
 from shike_timm.models.backbones.split import find_chain
-from shike_timm.options import parse_train_args
 
 CONVOLUTIONAL = [
     'resnet18', 'resnet34d', 'seresnet50', 'resnext50_32x4d', 'resnetv2_50', 'regnetx_008', 'regnety_016',

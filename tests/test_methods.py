@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.loss import compute_class_weights
 
+from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.losses import (
     balanced_softmax,
@@ -16,7 +17,6 @@ from shike_timm.losses import (
     representation_loss,
 )
 from shike_timm.methods import METHODS, plan_stages
-from shike_timm.options import parse_train_args
 
 COUNTS = [50, 30, 10, 5, 2]
 N = torch.tensor(COUNTS)
