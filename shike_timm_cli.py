@@ -29,3 +29,7 @@ def main() -> int:
         return 2
     sys.argv[:2] = [f'shike {name}']  # what --help and messages call it
     return importlib.import_module(f"shike_timm.commands.{name.replace('-', '_')}").main()
+
+
+if __name__ == '__main__':
+    sys.exit(main())
