@@ -2,9 +2,7 @@
 """Measure throughput, time per part, memory and FLOP/s of SHIKE models beside plain timm models."""
 import sys
 
-from shike_timm.commands.benchmark import benchmark
-from shike_timm.commands.cli import run_script
-from shike_timm.options import parse_benchmark_args
+from shike_timm.commands.benchmark import main
 
 if __name__ == '__main__':
-    sys.exit(run_script(lambda: benchmark(parse_benchmark_args())))
+    sys.exit(main())

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import shike_timm  # noqa: E402, F401
 from shike_timm.data import load_training_data  # noqa: E402
-from shike_timm.models.shike import CIFAR_MEAN, CIFAR_STD  # noqa: E402
+from shike_timm.models.registry import CIFAR_MEAN, CIFAR_STD  # noqa: E402
 
 
 class NumpyCutout:

@@ -16,7 +16,7 @@ from shike_timm.commands.publish import find_model, read_run
 from shike_timm.errors import InputError
 from shike_timm.loading import load_trained_model
 from shike_timm.model_card import model_card
-from shike_timm.models.shike import WEIGHTS, default_cfgs
+from shike_timm.models.registry import WEIGHTS, default_cfgs
 
 
 def place(run: str, name: str, weights: Path) -> None:

@@ -1,20 +1,55 @@
 """SHIKE for timm: importing this package registers its models with `timm.create_model`."""
-from typing import Any
+from typing import Any, Dict, Union
 
 import timm
 
 from . import models as models
+from .models.backbones import Source
 from .version import __version__ as __version__
 
 
-def shike(backbone: str, **kwargs: Any) -> models.Shike:
-    """A SHIKE model on any convolutional network of timm, short for `timm.create_model('shike', backbone=...)`.
+def shike(backbone: str, pretrained_backbone: Union[None, Source] = None, **kwargs: Any) -> models.Shike:
+    """A SHIKE model on any convolutional network of timm.
 
     Args:
         backbone: Name of timm's network, such as 'regnety_016'.
+        pretrained_backbone: Weights of it to start from, as `Shike.load_backbone` takes them; None for none.
         **kwargs: Arguments of `timm.create_model` and of `shike_timm.models.Shike`.
 
     Raises:
-        ValueError: If the network cannot be split; the message says why.
+        ValueError: If the network cannot be split, or there are no such weights; the message says why.
+        RuntimeError: If timm knows no such tag, or a weight has another shape.
     """
-    return timm.create_model('shike', backbone=backbone, **kwargs)
+    model = timm.create_model('shike', backbone=backbone, **kwargs)
+    if pretrained_backbone:
+        model.load_backbone(pretrained_backbone, kwargs.get('cache_dir'))
+    return model
+
+
+def train(**options: Any) -> Dict[str, Any]:
+    """Train as `train.py` does, with its options as keyword arguments: `train(hparams='quickstart', epochs=3)`.
+
+    Returns:
+        Metrics and seconds by stage, what is also in `metrics.json` of the run folder.
+
+    Raises:
+        ValueError: If an option is unknown or cannot work; nothing has been written then.
+    """
+    from . import runs
+    from .commands.train import OPTIONS, complete_train_args
+    from .options import check_values
+    return runs.train(complete_train_args(check_values(OPTIONS, options, 'train()')))
+
+
+def evaluate(**options: Any) -> Dict[str, Any]:
+    """Evaluate as `eval.py` does, with its options as keyword arguments.
+
+    Returns:
+        The metrics of `shike_timm.metrics.evaluate`, `per_class` with `names` and `class_counts`.
+
+    Raises:
+        ValueError: If an option is unknown or cannot work.
+    """
+    from .commands.eval import OPTIONS, evaluate_model
+    from .options import check_values, complete
+    return evaluate_model(complete(OPTIONS, check_values(OPTIONS, options, 'evaluate()')))

@@ -87,7 +87,7 @@ def check_model_name(name: str) -> None:
     Raises:
         InputError: If it is not; the message names the nearest.
     """
-    known = timm.list_models(module='shike')
+    known = timm.list_models(module='registry')
     if get_arch_name(name) not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         raise InputError(f"model '{name}' is not a SHIKE model, the nearest one is '{nearest}'.")
@@ -124,13 +124,13 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
             aligner=args.aligner,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
-            pretrained_backbone=source,
-            # Says that other weights follow, while the preprocessing is still that of the backbone's.
-            pretrained_model_args=None if fresh else dict(pretrained_backbone=source),
         )
+        if source and fresh:
+            model.load_backbone(source)
+        elif source:
+            model.set_preprocessing(source)  # of the weights that those of the checkpoint came from
     except (ValueError, RuntimeError, OSError) as error:  # the Hub's are of the last kind
         raise InputError(f"model '{args.model}' cannot be made: {one_line(error)}.") from error
-    model._model_args.pop('pretrained_backbone', None)  # of no use to who loads the model, and perhaps a path of ours
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.freeze_trunk:
         model.freeze_trunk()

@@ -1,7 +1,8 @@
 """The one exception a user is meant to read, and the words of others in it."""
-from typing import Union
+import difflib
+from typing import Iterable, Union
 
-__all__ = ['InputError', 'one_line']
+__all__ = ['InputError', 'nearest', 'one_line']
 
 LONGEST = 300  # characters of another library's message, which can be a line a parameter
 
@@ -24,3 +25,9 @@ def one_line(message: Union[str, BaseException]) -> str:
     if isinstance(message, BaseException):
         text = text or type(message).__name__
     return text if len(text) <= LONGEST else f'{text[:LONGEST]} [...]'
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Words for a message that name the valid name one may have meant, and none where nothing is near."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.75)
+    return f", the nearest valid one is '{matches[0]}'" if matches else ''

@@ -18,7 +18,7 @@ from .data import TrainingData
 from .errors import InputError, one_line
 from .models import Shike
 from .models.authors import is_authors_layout, num_classes_and_experts
-from .options import parse_train_args
+from .options import PREPROCESSING, TRAIN, defaults
 
 __all__ = ['TrainedModel', 'load_teacher', 'load_trained_model']
 
@@ -84,10 +84,10 @@ def _load_checkpoint(path: str, authors_classifiers: str) -> TrainedModel:
     if not isinstance(saved, argparse.Namespace) or not hasattr(saved, 'class_counts'):
         raise InputError(f"checkpoint '{path}' does not say what model it is of: use one of train.py.")
     # What an older version did not know of has its default.
-    saved = argparse.Namespace(**{**vars(parse_train_args([])), **vars(saved)})
+    saved = argparse.Namespace(**{**defaults(TRAIN), **vars(saved)})
     model = create_model(saved, len(saved.class_counts))
     load_weights(model, weights, path)
-    data_args = {key: getattr(saved, key) for key in ('img_size', 'mean', 'std', 'crop_pct', 'interpolation')}
+    data_args = {option.name: getattr(saved, option.name) for option in PREPROCESSING.options}
     return TrainedModel(model, saved.class_counts, saved.class_names, data_args)
 
 

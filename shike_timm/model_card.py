@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .data import find_dataset
 from .metrics import METRICS, shot_divisions
 from .models import Shike
-from .options import parse_train_args
+from .options import TEACHER, card_options
 
 __all__ = ['model_card']
 
@@ -21,28 +21,6 @@ METRIC_NAMES = {
     'few': 'Few-shot accuracy',
 }
 STAGE_NAMES = {'stage_one': 'one', 'stage_two': 'two'}
-
-# Options that make the model what it is. Folders, devices and the like are the trainer's own and stay out.
-RECIPE = (
-    'model', 'backbone', 'pretrained_backbone', 'freeze_trunk', 'num_experts', 'depths', 'fusion', 'aligner',
-    'classifier', 'drop', 'drop_path',
-    'dataset', 'train_split', 'val_split', 'imb_factor', 'imb_type', 'img_size',
-    'batch_size', 'opt', 'momentum', 'weight_decay', 'opt_kwargs', 'layer_decay', 'clip_grad', 'sched',
-    'epochs', 'lr', 'warmup_epochs', 'warmup_lr', 'min_lr',
-    'crt_epochs', 'crt_lr', 'crt_warmup_epochs', 'crt_warmup_lr',
-    'alpha', 'beta', 'detach_teacher',
-    'no_aug', 'train_crop_mode', 'hflip', 'vflip', 'color_jitter', 'aa', 'cutout', 'reprob', 'mixup', 'cutmix',
-    'amp', 'model_ema', 'seed',
-)
-# Of these, what differs from the default.
-FINE_PRINT = (
-    'method', 'tau', 'focal_gamma', 'val_per_class',
-    'holdout', 'num_classes', 'mean', 'std', 'crop_pct', 'interpolation', 'clip_mode', 'decay_epochs', 'decay_rate',
-    'scale', 'ratio', 'remode', 'recount', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'train_interpolation',
-    'device_data', 'amp_dtype', 'grad_checkpointing', 'model_ema_decay',
-)
-# Of these, all where there is a teacher.
-TEACHING = ('kd_model_name', 'distill_loss_weight', 'kd_temperature')
 
 CITATION = """@inproceedings{jin2023shike,
   title     = {Long-Tailed Visual Recognition via Self-Heterogeneous Integration with Knowledge Excavation},
@@ -112,22 +90,21 @@ def _data_section(config: Dict[str, Any], args: Dict[str, Any]) -> str:
 def _recipe_section(metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
     if not args:
         return ''
-    default = vars(parse_train_args([]))
-    teaching = TEACHING if args.get('kd_model_name') else ()
-    keys = [*RECIPE, *teaching, *(key for key in FINE_PRINT if args.get(key) != default[key])]
     entry = find_dataset(args.get('dataset') or '')
     unused = {'train_split', 'val_split'} if entry.eval_split else set()
     if not entry.has_imb_factor:
         unused |= {'imb_factor', 'imb_type'}
     if 'stage_two' not in metrics:
-        unused |= {key for key in RECIPE if key.startswith('crt_')}
-    recipe = {key: args[key] for key in keys if key not in unused and args.get(key) not in (None, {})}
+        unused |= {key for key in args if key.startswith('crt_')}
+    if not args.get('kd_model_name'):
+        unused |= {option.name for option in TEACHER.options}
+    recipe = {key: value for key, value in card_options(args).items() if key not in unused}
     for key in {'pretrained_backbone', 'train_split', 'val_split'} & set(recipe):
         recipe[key] = re.split(r'[/\\]', recipe[key])[-1]  # of a file, whose folder is the trainer's own
     if recipe.get('kd_model_name', '').startswith('local-dir:'):
         folders = [part for part in re.split(r'[/\\]', recipe['kd_model_name'][len('local-dir:'):]) if part]
         recipe['kd_model_name'] = 'local-dir:' + '/'.join(folders[-2:])  # RUN/model
-    taught = ', `kd_model_name` is the teacher' if teaching else ''
+    taught = ', `kd_model_name` is the teacher' if 'kd_model_name' in recipe else ''
     return (
         "## Recipe\n\nOptions of shike-timm's `train.py`; names with `crt_` are of stage two, `alpha` and `beta` weigh "
         f'the distillation terms{taught}.\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```'

@@ -1,335 +1,465 @@
-"""Arguments of the scripts: timm's names, with defaults overridden by an hparams file and that by the command line."""
+"""Options of the commands: each fact of one stands here, or beside the one command that has it."""
 import argparse
-import difflib
+import ast
+import copy
 import os
-from pathlib import Path
-from typing import Any, Callable, Dict, NoReturn, Optional, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, Dict, NoReturn, Optional, Sequence, Tuple
 
-import yaml
-from timm.utils import ParseKwargs
-
-from .errors import InputError
+from .config import read_hparams
+from .errors import InputError, nearest
 
 __all__ = [
-    'parse_benchmark_args', 'parse_eval_args', 'parse_export_args', 'parse_publish_args', 'parse_retrain_args',
-    'parse_train_args',
+    'Group', 'Option', 'card_options', 'changed_option', 'check_values', 'complete', 'defaults', 'read_command_line',
+    'run_folder',
 ]
+
+_KINDS = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', dict: 'names with values'}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        name: Its name in hparams files, in `args.yaml` and in Python; its flag has hyphens.
+        kind: Type of the value, or of each item of a list: int, float, str, dict (KEY=VALUE KEY=VALUE), or bool,
+            whose flag has a twin that begins with `--no-`.
+        default: Its value where none is given. Where that is None, it may be set to None.
+        help: What it is, on a line.
+        metavar: What stands for the value in the help, where the kind does not say enough.
+        choices: All values there are.
+        nargs: Length of a list, '+' for any but none.
+        const: Value of the flag alone; its twin with `--no-` gives None.
+        low: Least value.
+        below: What the value must be less than.
+        flags: Further flags.
+        required: Whether it must be given.
+        positional: Whether it is given without a flag.
+        may_change: Whether a resumed run may have another value than it began with.
+        card: Whether a model's card tells it: 'always', where it was 'changed' from its default, or 'never'.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    metavar: Optional[str] = None
+    choices: Optional[Sequence[Any]] = None
+    nargs: Any = None
+    const: Optional[str] = None
+    low: Optional[float] = None
+    below: Optional[float] = None
+    flags: Sequence[str] = ()
+    required: bool = False
+    positional: bool = False
+    may_change: bool = False
+    card: str = 'always'
+
+    @property
+    def flag(self) -> str:
+        return '--' + self.name.replace('_', '-')
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for the value, such as `N` or `{exp,step}`."""
+        if self.choices:
+            return '{' + ','.join(map(str, self.choices)) + '}'
+        return self.metavar or {int: 'N', float: 'X', str: 'NAME', dict: 'KEY=VALUE'}[self.kind]
+
+    @property
+    def shown_default(self) -> str:
+        """The default as on the command line, empty where it says nothing."""
+        if self.kind in (bool, dict) or self.default is None:
+            return ''
+        return ' '.join(f'{item:g}' if self.kind is float else str(item) for item in _items(self.default))
+
+    def check(self, value: Any, where: str) -> Any:
+        """The value in its type, from the command line, a file or Python; `where` begins the message.
+
+        Raises:
+            InputError: If it has another type, or is not one of the choices.
+        """
+        if value is None and self.default is None and not self.required:
+            return None
+        if value is None:
+            raise InputError(f'{where} is empty, expected a value.')
+        if self.kind in (bool, dict):
+            if not isinstance(value, self.kind):
+                raise InputError(f'{where} is {value!r}, expected {_KINDS[self.kind]}.')
+            return value
+        if self.nargs is None:
+            return self._check_item(value, where)
+        if not isinstance(value, (list, tuple)) or not value or self.nargs not in ('+', len(value)):
+            length = '' if self.nargs == '+' else f' of {self.nargs}'
+            raise InputError(f'{where} is {value!r}, expected a list{length}.')
+        return [self._check_item(item, where) for item in value]
+
+    def _check_item(self, value: Any, where: str) -> Any:
+        wrong = value is None or isinstance(value, (bool, list, dict)) or self.kind is int and isinstance(value, float)
+        try:
+            converted = self.kind(value)  # also of text, since YAML reads 5e-4 as such
+        except (ValueError, TypeError, OverflowError):
+            wrong = True
+        if wrong:
+            raise InputError(f'{where} is {value!r}, expected {_KINDS[self.kind]}.')
+        if self.choices and converted not in self.choices:
+            raise InputError(f"{where} is {value!r}, expected one of {', '.join(map(str, self.choices))}.")
+        return converted
+
+    def check_range(self, value: Any) -> None:
+        """Check that a value is not too small or too large.
+
+        Raises:
+            InputError: If it is.
+        """
+        for item in () if value is None else _items(value):
+            if self.low is not None and not item >= self.low:
+                raise InputError(f'{self.flag} {item} is out of range: give at least {self.low:g}.')
+            if self.below is not None and not item < self.below:
+                raise InputError(f'{self.flag} {item} is out of range: give less than {self.below:g}.')
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options that belong together, under a title."""
+
+    title: str
+    options: Tuple[Option, ...]
+
+    def __init__(self, title: str, *options: Option):
+        object.__setattr__(self, 'title', title)
+        object.__setattr__(self, 'options', options)
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _by_name(groups: Sequence[Group]) -> Dict[str, Option]:
+    return {option.name: option for group in groups for option in group.options}
+
+
+HPARAMS = Group('Configuration', Option(
+    'hparams', str, None, "YAML file of values for these options, over those of the file it names as 'base'; or the "
+    "name of one of the package's recipes, such as quickstart", 'FILE', flags=('-c', '--config'), may_change=True,
+    card='never'))
+
+RESUME = Group('Resuming', Option(
+    'resume', str, None, 'go on with a run: its folder, a checkpoint in it, or alone with --experiment', 'RUN',
+    const='', may_change=True, card='never'))
+
+DATA = Group(
+    'Data',
+    Option('data_dir', str, None, 'folder of the data', 'DIR', may_change=True, card='never'),
+    Option('dataset', str, '', "cifar10_lt, cifar100_lt, digits_lt, a name of timm's, or none for a folder of images"),
+    Option('val_split', str, 'validation', 'split to evaluate on'),
+    Option(
+        'dataset_download', bool, False, 'download the data where possible', may_change=True, card='never'),
+    Option('imb_factor', float, 100., 'imbalance factor of the *_lt data sets, largest over smallest class'),
+    Option('imb_type', str, 'exp', 'profile of the *_lt data sets', choices=('exp', 'step')),
+)
+
+# What a model trained with other images than its configuration says was trained with.
+PREPROCESSING = Group(
+    'Preprocessing',
+    Option('img_size', int, None, "side of the images, the model's own by default", low=1),
+    Option('crop_pct', float, None, 'centre crop at evaluation', low=0.01, card='changed'),
+    Option('mean', float, None, 'channel means, of images in 0..1', nargs='+', card='changed'),
+    Option('std', float, None, 'channel standard deviations', nargs='+', card='changed'),
+    Option(
+        'interpolation', str, None, 'interpolation at evaluation',
+        choices=('nearest', 'bilinear', 'bicubic', 'lanczos'), card='changed'),
+)
+
+DEVICE = Group(
+    'Device',
+    Option('device', str, None, 'cuda where there is one, else cpu', may_change=True, card='never'),
+    Option('workers', int, 4, 'data loading processes', low=0, flags=('-j',), may_change=True, card='never'),
+)
+
+TRAINING_DATA = Group(
+    'Training data',
+    Option('train_split', str, 'train', 'split to train on'),
+    Option(
+        'holdout', float, 0., 'keep this share of each class of a *_lt training set out of training and evaluate on '
+        'it, to choose settings without looking at the test split', 'SHARE', low=0, below=1, card='changed'),
+    Option(
+        'val_per_class', int, 0, 'set the last N training images of each class of a *_lt set aside before its '
+        'long-tailed subset is cut, and evaluate on them', low=0, card='changed'),
+    Option('batch_size', int, 128, 'images a training batch', low=1, flags=('-b',)),
+    Option('validation_batch_size', int, 256, 'images an evaluation batch', low=1, flags=('-vb',), card='never'),
+    Option(
+        'device_data', bool, None, 'keep the data on the device and augment it there in large batches rather than in '
+        'worker processes; by default where the data set (*_lt, torch/cifar*) and the augmentation allow it',
+        card='changed'),
+)
+
+MODEL = Group(
+    'Model',
+    Option('model', str, 'resnet50_shike', 'registered SHIKE model'),
+    Option('backbone', str, None, "timm's network to split, for --model shike"),
+    Option(
+        'pretrained_backbone', str, None, "start trunk and experts from timm's weights: its default ones, those of a "
+        'tag, or a file', 'TAG|FILE', const='default'),
+    Option('freeze_trunk', bool, False, 'keep the shared stages as they are, BatchNorm in eval mode'),
+    Option('num_classes', int, None, 'classes, those of the data by default', low=1, card='changed'),
+    Option('num_experts', int, None, 'experts'),
+    Option('depths', int, None, 'shared stage each expert fuses, from 1 at the shallowest', nargs='+'),
+    Option('fusion', bool, None, 'fuse shared features; off is a mixture of experts'),
+    Option('classifier', str, None, 'kind of classifier', choices=('cosine', 'linear')),
+    Option('aligner', str, None, 'kind of aligner', choices=('conv', 'bottleneck')),
+    Option('drop', float, None, 'dropout rate', 'RATE', low=0, below=1),
+    Option('drop_path', float, None, 'stochastic depth rate', 'RATE', low=0, below=1),
+    Option('grad_checkpointing', bool, False, 'recompute activations to save memory', card='changed'),
+)
+
+METHOD = Group(
+    'Method and loss of stage one',
+    Option(
+        'method', str, 'shike', 'shike, ce, balanced_softmax, logit_adjusted, focal or ldam_drw', card='changed'),
+    Option('tau', float, 1., 'strength of logit_adjusted', 'T', card='changed'),
+    Option('focal_gamma', float, 2., 'exponent of focal', 'G', low=0, card='changed'),
+    Option('alpha', float, 0.1, 'weight of dynamic knowledge transfer'),
+    Option('beta', float, 0.01, 'weight of mutual distillation'),
+    Option('detach_teacher', bool, False, 'stop gradients through the teacher of dynamic knowledge transfer'),
+)
+
+TEACHER = Group(
+    'Teacher',
+    Option(
+        'kd_model_name', str, None, 'trained model of the same classes whose logits every expert learns as well: a '
+        'registered name, local-dir:RUN/model or hf-hub:USER/NAME'),
+    Option('distill_loss_weight', float, 1., 'weight of what --kd-model-name teaches', 'W', low=0),
+    Option('kd_temperature', float, 4., 'temperature of what --kd-model-name teaches', 'T', low=0.01),
+)
+
+OPTIMIZER = Group(
+    'Optimizer',
+    Option('opt', str, 'momentum', "timm's optimizer name"),
+    Option('momentum', float, 0.9, 'momentum', 'M'),
+    Option('weight_decay', float, 5e-4, 'weight decay', 'W', low=0),
+    Option('opt_kwargs', dict, {}, 'further arguments of timm.optim.create_optimizer_v2'),
+    Option('layer_decay', float, None, 'factor of the learning rate from layer to layer', 'D', low=0),
+    Option('clip_grad', float, None, 'clip gradients'),
+    Option('clip_mode', str, 'norm', 'how to clip', choices=('norm', 'value', 'agc'), card='changed'),
+)
+
+SCHEDULE = Group(
+    'Schedule',
+    Option('sched', str, 'cosine', 'schedule after the warm-up', choices=('cosine', 'tanh', 'step', 'poly')),
+    Option('epochs', int, 180, 'epochs of stage one, warm-up included', low=1),
+    Option('lr', float, 0.1, 'peak learning rate of stage one', 'LR', low=0),
+    Option('warmup_epochs', int, 5, 'linear warm-up of stage one', low=0),
+    Option('warmup_lr', float, 1e-5, 'learning rate at the start', 'LR', low=0),
+    Option('min_lr', float, 0., 'learning rate the schedule ends at', 'LR', low=0),
+    Option('decay_epochs', float, 90., 'epochs between steps', low=1, card='changed'),
+    Option('decay_rate', float, 0.1, 'factor of a step, power of poly', 'RATE', card='changed'),
+    Option(
+        'crt_epochs', int, None, 'epochs of stage two, classifier retraining, warm-up included; 0 for none; by default '
+        "the method's own, 20 for shike, 0 for the others", low=0, may_change=True),
+    Option('crt_lr', float, 0.1, 'peak learning rate of stage two', 'LR', low=0),
+    Option('crt_warmup_epochs', int, 0, 'linear warm-up of stage two', low=0),
+    Option('crt_warmup_lr', float, 1e-5, 'as --warmup-lr, for stage two', 'LR', low=0),
+)
+
+AUGMENTATION = Group(
+    'Augmentation',
+    Option('no_aug', bool, False, 'no augmentation at all'),
+    Option(
+        'train_crop_mode', str, None, "timm's crop modes, or pad: a random crop after padding by 1/8 of the side",
+        choices=('rrc', 'rkrc', 'rkrr', 'pad')),
+    Option('scale', float, [0.08, 1.], 'area of rrc', 'PCT', nargs=2, card='changed'),
+    Option('ratio', float, [3 / 4, 4 / 3], 'aspect of rrc', 'R', nargs=2, card='changed'),
+    Option('hflip', float, 0.5, 'horizontal flip probability', 'P'),
+    Option('vflip', float, 0., 'vertical flip probability', 'P'),
+    Option('color_jitter', float, 0.4, 'colour jitter, off with --aa'),
+    Option('aa', str, None, "cifar10 (torchvision's AutoAugment policy), or timm's: original, rand-m9-mstd0.5"),
+    Option('cutout', int, 0, 'side of a square to blacken', low=0),
+    Option('reprob', float, 0., 'random erasing probability', 'P'),
+    Option('remode', str, 'pixel', 'random erasing fill', choices=('const', 'rand', 'pixel'), card='changed'),
+    Option('recount', int, 1, 'random erasing regions', card='changed'),
+    Option('mixup', float, 0., 'Mixup alpha; needs --alpha 0', 'A'),
+    Option('cutmix', float, 0., 'CutMix alpha; needs --alpha 0', 'A'),
+    Option('mixup_prob', float, 1., 'probability of Mixup or CutMix', 'P', card='changed'),
+    Option('mixup_switch_prob', float, 0.5, 'probability of CutMix where both are on', 'P', card='changed'),
+    Option('mixup_mode', str, 'batch', 'how to mix', choices=('batch', 'pair', 'elem'), card='changed'),
+    Option(
+        'train_interpolation', str, 'random', 'interpolation in training', choices=('random', 'bilinear', 'bicubic'),
+        card='changed'),
+)
+
+RUN = Group(
+    'Run',
+    Option('seed', int, 42, 'random seed', low=0),
+    Option('amp', bool, False, 'mixed precision'),
+    Option(
+        'amp_dtype', str, None, 'by default float16 on CUDA, and bfloat16 on a CPU that has instructions for it, else '
+        'float32', choices=('float16', 'bfloat16'), card='changed'),
+    Option('channels_last', bool, False, 'channels_last memory layout', card='never'),
+    Option(
+        'torchcompile', str, None, 'compile the forward and backward of stage one, with inductor or the named backend',
+        'BACKEND', const='inductor', card='never'),
+    Option(
+        'torchcompile_mode', str, None, 'mode of torch.compile: reduce-overhead (CUDA graphs), max-autotune, ...',
+        'MODE', card='never'),
+    Option('model_ema', bool, False, 'keep and evaluate an average of the weights'),
+    Option('model_ema_decay', float, 0.9998, 'decay of the average', 'D', card='changed'),
+    Option('log_interval', int, 50, 'steps between log lines', low=1, may_change=True, card='never'),
+    Option('val_interval', int, 1, 'epochs between evaluations', low=1, may_change=True, card='never'),
+    Option('checkpoint_hist', int, 2, 'checkpoints kept of each stage', low=1, may_change=True, card='never'),
+    Option('output', str, 'output/train', 'folder of run folders', 'DIR', may_change=True, card='never'),
+    Option(
+        'experiment', str, '', 'name of the run folder; time and model by default', may_change=True, card='never'),
+)
+
+# What both stages of a run are made from, and what is timed.
+TRAINING = (
+    DATA, PREPROCESSING, TRAINING_DATA, MODEL, METHOD, TEACHER, OPTIMIZER, SCHEDULE, AUGMENTATION, RUN, DEVICE, HPARAMS)
+TRAIN = (*TRAINING, RESUME)
+
+TRAINED_MODEL = Group(
+    'Trained model',
+    Option('model', str, None, 'local-dir:RUN/model, hf-hub:USER/NAME, or a registered name'),
+    Option('pretrained', bool, False, "load a registered name's published weights"),
+    Option('checkpoint', str, None, "checkpoint of train.py, or of the authors' CIFAR code", 'FILE'),
+    Option(
+        'authors_classifiers', str, 'rt_classifiers', "which of the two sets in a checkpoint of the authors' code: the "
+        'retrained ones or those of stage one', choices=('rt_classifiers', 'classifiers')),
+    Option('experts', int, None, 'experts to keep, counted from 0', nargs='+'),
+)
 
 
 class _Parser(argparse.ArgumentParser):
     """Reports bad input as an InputError of one sentence."""
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
-        self.nullable: Optional[Set[str]] = None  # options that are unset by default
-
     def error(self, message: str) -> NoReturn:
         raise InputError(f'{message[0].upper()}{message[1:]}: see --help.')
 
-    def parse(self, argv: Optional[Sequence[str]]) -> argparse.Namespace:
-        try:
-            args, unknown = self.parse_known_args(argv)
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f'An argument is not of the form KEY=VALUE ({error}): see --help.') from error
-        if unknown:
-            nearest = _nearest(unknown[0].split('=')[0], self._option_string_actions)
-            raise InputError(f"Unknown argument '{unknown[0]}'{nearest}: see --help.")
-        return args
 
-    def set_checked_defaults(self, values: Dict[Any, Any], source: str) -> None:
-        """Override defaults with values from `source`, each of which must name an option and have its type."""
-        actions = {action.dest: action for action in self._actions if action.dest not in ('help', 'hparams')}
-        if self.nullable is None:
-            self.nullable = {name for name, action in actions.items() if action.default is None}
-        checked = {}
-        for key, value in values.items():
-            name = str(key).replace('-', '_')
-            if name not in actions:
-                raise InputError(f"{source} has an unknown key '{key}'{_nearest(name, actions)}.")
-            where = f"{source}: '{key}'"
-            if value is None and name not in self.nullable:
-                raise InputError(f'{where} is empty, expected a value.')
-            checked[name] = None if value is None else _check_value(actions[name], value, where)
-        self.set_defaults(**checked)
-
-
-def _nearest(name: str, valid) -> str:
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0)
-    return f", the nearest valid one is '{matches[0]}'" if matches else ''
-
-
-def _check_value(action: argparse.Action, value: Any, where: str) -> Any:
-    if isinstance(action, (argparse.BooleanOptionalAction, argparse._StoreTrueAction)):
-        if not isinstance(value, bool):
-            raise InputError(f'{where} is {value!r}, expected true or false.')
-        return value
-    if isinstance(action, ParseKwargs):
-        if not isinstance(value, dict):
-            raise InputError(f'{where} is {value!r}, expected a mapping of names to values.')
-        return value
-    if action.nargs == '+' or isinstance(action.nargs, int):
-        if not isinstance(value, list) or not value or action.nargs not in ('+', len(value)):
-            length = '' if action.nargs == '+' else f' of {action.nargs}'
-            raise InputError(f'{where} is {value!r}, expected a list{length}.')
-        return [_check_scalar(action, item, where) for item in value]
-    return _check_scalar(action, value, where)
-
-
-def _check_scalar(action: argparse.Action, value: Any, where: str) -> Any:
-    kind = action.type or str
-    expected = {int: 'a whole number', float: 'a number', str: 'text'}[kind]
-    wrong = isinstance(value, (bool, list, dict)) or (kind is int and isinstance(value, float))
+def _pair(text: str) -> Tuple[str, Any]:
+    key, equals, value = text.partition('=')
+    if not equals:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form KEY=VALUE")
     try:
-        # A YAML string is converted as a command line would, since YAML reads 5e-4 as text.
-        converted = kind(value)
-    except (ValueError, TypeError, OverflowError):
-        wrong = True
-    if wrong:
-        raise InputError(f'{where} is {value!r}, expected {expected}.')
-    if action.choices is not None and converted not in action.choices:
-        raise InputError(f"{where} is {value!r}, expected one of {', '.join(map(str, action.choices))}.")
-    return converted
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
 
 
-def _read_hparams(path: str) -> Dict[Any, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError as error:
-        raise InputError(f"hparams file '{path}' does not exist.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"hparams file '{path}' cannot be read: {error}.") from error
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, 'problem_mark', None)
-        line = f' at line {mark.line + 1}' if mark else ''
-        problem = ' '.join(str(getattr(error, 'problem', error)).split())
-        raise InputError(f"hparams file '{path}' is not valid YAML{line}: {problem}.") from error
-    if not isinstance(values or {}, dict):
-        raise InputError(f"hparams file '{path}' holds a {type(values).__name__}, expected lines of 'name: value'.")
-    return values or {}
+def _add(section: Any, option: Option) -> None:
+    flags, dest = (*option.flags, option.flag), option.name
+    text = option.help + (f' (default: {option.shown_default})' if option.shown_default else '')
+    if option.positional:
+        section.add_argument(dest, metavar=option.placeholder, help=text)
+    elif option.kind is bool:
+        action: Any = 'store_true' if dest.startswith('no_') else argparse.BooleanOptionalAction
+        section.add_argument(*flags, dest=dest, action=action, help=text, default=argparse.SUPPRESS)
+    else:
+        nargs = '*' if option.kind is dict else option.nargs if option.const is None else '?'
+        section.add_argument(
+            *flags, dest=dest, nargs=nargs, const=option.const, type=_pair if option.kind is dict else str,
+            required=option.required, metavar=option.placeholder, help=text)
+    if option.const is not None:
+        section.add_argument(
+            f'--no-{option.flag[2:]}', dest=dest, action='store_const', const=None, help=f'leave out {option.flag}')
 
 
-def _read_hparams_chain(path: str) -> Dict[str, Dict[Any, Any]]:
-    """Values by hparams file: those of the file that `base` names first, then the file's own, which override them."""
-    chain: Dict[str, Dict[Any, Any]] = {}
-    while path:
-        if os.path.normpath(path) in map(os.path.normpath, chain):
-            raise InputError(f"hparams file '{path}' has itself among its bases: name another as 'base'.")
-        values = chain[path] = _read_hparams(path)
-        base = values.pop('base', None)
-        if base is not None and not (isinstance(base, str) and base):
-            raise InputError(f"hparams file '{path}': 'base' is {base!r}, expected the path of another hparams file.")
-        path = os.path.join(os.path.dirname(path), base) if base else ''
-    return dict(reversed(chain.items()))
+def read_command_line(
+        description: str,
+        groups: Sequence[Group],
+        argv: Optional[Sequence[str]] = None,
+) -> Dict[str, Any]:
+    """Values that a command line gives, that of the process by default, checked but for their ranges.
+
+    Raises:
+        InputError: If it has an unknown argument or a wrong value.
+    """
+    options = _by_name(groups)
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for group in groups:
+        section = parser.add_argument_group(group.title)
+        for option in group.options:
+            _add(section, option)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for option in options.values() for flag in (option.flag, *option.flags)]
+        raise InputError(f"Unknown argument '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}: see --help.")
+    return {
+        name: options[name].check(dict(value) if options[name].kind is dict else value, options[name].flag)
+        for name, value in vars(given).items()
+    }
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Data')
-    group.add_argument('--data-dir', metavar='DIR', help='folder of the data')
-    group.add_argument(
-        '--dataset', default='', metavar='NAME',
-        help="cifar10_lt, cifar100_lt, digits_lt, a name of timm's, or none for a folder of images")
-    group.add_argument('--val-split', default='validation', metavar='NAME', help='split to evaluate on')
-    group.add_argument('--dataset-download', action='store_true', help='download the data where possible')
-    group.add_argument(
-        '--imb-factor', type=float, default=100., metavar='N',
-        help='imbalance factor of the *_lt data sets, largest over smallest class')
-    group.add_argument(
-        '--imb-type', default='exp', choices=['exp', 'step'], help='profile of the *_lt data sets')
-    group.add_argument('--img-size', type=int, metavar='N', help="side of the images, the model's own by default")
-    group.add_argument('--crop-pct', type=float, metavar='N', help='centre crop at evaluation')
-    group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='channel means, of images in 0..1')
-    group.add_argument('--std', type=float, nargs='+', metavar='STD', help='channel standard deviations')
-    group.add_argument(
-        '--interpolation', choices=['nearest', 'bilinear', 'bicubic', 'lanczos'], help='interpolation at evaluation')
+def check_values(groups: Sequence[Group], values: Dict[Any, Any], source: str) -> Dict[str, Any]:
+    """Values by name from a file or from Python, checked but for their ranges.
+
+    Raises:
+        InputError: If one names no option or has another type; the message begins with `source`.
+    """
+    options, checked = _by_name(groups), {}
+    for key, value in values.items():
+        name = str(key).replace('-', '_')
+        if name not in options:
+            raise InputError(f"{source} has an unknown key '{key}'{nearest(name, options)}.")
+        checked[name] = options[name].check(value, f"{source}: '{key}'")
+    return checked
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Device')
-    group.add_argument('--device', metavar='NAME', help='cuda where there is one, else cpu')
-    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
+def defaults(groups: Sequence[Group]) -> Dict[str, Any]:
+    """The default of each option."""
+    return {name: copy.copy(option.default) for name, option in _by_name(groups).items()}
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Training data')
-    group.add_argument('--train-split', default='train', metavar='NAME', help='split to train on')
-    group.add_argument(
-        '--holdout', type=float, default=0., metavar='SHARE',
-        help='keep this share of each class of a *_lt training set out of training and evaluate on it, to choose '
-        'settings without looking at the test split')
-    group.add_argument(
-        '--val-per-class', type=int, default=0, metavar='N',
-        help='set the last N training images of each class of a *_lt set aside before its long-tailed subset is cut, '
-        'and evaluate on them')
-    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images a training batch')
-    group.add_argument(
-        '-vb', '--validation-batch-size', type=int, default=256, metavar='N', help='images an evaluation batch')
-    group.add_argument(
-        '--device-data', action=argparse.BooleanOptionalAction,
-        help='keep the data on the device and augment it there in large batches rather than in worker processes; '
-        'by default where the data set (*_lt, torch/cifar*) and the augmentation allow it')
+def complete(
+        groups: Sequence[Group],
+        given: Dict[str, Any],
+        hparams: Optional[str] = None,
+        saved: Optional[Dict[str, Any]] = None,
+) -> argparse.Namespace:
+    """Values of all options: what is given, over the hparams file, over what was saved, over the defaults.
 
-    group = parser.add_argument_group('Model')
-    group.add_argument('--model', default='resnet50_shike', metavar='NAME', help='registered SHIKE model')
-    group.add_argument('--backbone', metavar='NAME', help="timm's network to split, for --model shike")
-    group.add_argument(
-        '--pretrained-backbone', nargs='?', const='default', metavar='TAG|FILE',
-        help="start trunk and experts from timm's weights: its default ones, those of a tag, or a file")
-    group.add_argument(
-        '--freeze-trunk', action='store_true', help='keep the shared stages as they are, BatchNorm in eval mode')
-    group.add_argument('--num-classes', type=int, metavar='N', help='classes, those of the data by default')
-    group.add_argument('--num-experts', type=int, metavar='N', help='experts')
-    group.add_argument(
-        '--depths', type=int, nargs='+', metavar='N', help='shared stage each expert fuses, from 1 at the shallowest')
-    group.add_argument(
-        '--fusion', action=argparse.BooleanOptionalAction, help='fuse shared features; off is a mixture of experts')
-    group.add_argument('--classifier', choices=['cosine', 'linear'], help='kind of classifier')
-    group.add_argument('--aligner', choices=['conv', 'bottleneck'], help='kind of aligner')
-    group.add_argument('--drop', type=float, metavar='RATE', help='dropout rate')
-    group.add_argument('--drop-path', type=float, metavar='RATE', help='stochastic depth rate')
-    group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations to save memory')
+    Args:
+        groups: The options.
+        given: Checked values of the command line or from Python.
+        hparams: The hparams file where none is given.
+        saved: Checked values of an earlier run.
 
-    group = parser.add_argument_group('Loss of stage one')
-    group.add_argument(
-        '--method', default='shike', metavar='NAME',
-        help='shike, ce, balanced_softmax, logit_adjusted, focal or ldam_drw')
-    group.add_argument('--tau', type=float, default=1., metavar='T', help='strength of logit_adjusted')
-    group.add_argument('--focal-gamma', type=float, default=2., metavar='G', help='exponent of focal')
-    group.add_argument('--alpha', type=float, default=0.1, help='weight of dynamic knowledge transfer')
-    group.add_argument('--beta', type=float, default=0.01, help='weight of mutual distillation')
-    group.add_argument(
-        '--detach-teacher', action='store_true',
-        help='stop gradients through the teacher of dynamic knowledge transfer')
-    group.add_argument(
-        '--kd-model-name', metavar='NAME',
-        help='trained model of the same classes whose logits every expert learns as well: a registered name, '
-        'local-dir:RUN/model or hf-hub:USER/NAME')
-    group.add_argument(
-        '--distill-loss-weight', type=float, default=1., metavar='W', help='weight of what --kd-model-name teaches')
-    group.add_argument(
-        '--kd-temperature', type=float, default=4., metavar='T', help='temperature of what --kd-model-name teaches')
-
-    group = parser.add_argument_group('Optimizer')
-    group.add_argument('--opt', default='momentum', metavar='NAME', help="timm's optimizer name")
-    group.add_argument('--momentum', type=float, default=0.9, metavar='M', help='momentum')
-    group.add_argument('--weight-decay', type=float, default=5e-4, metavar='W', help='weight decay')
-    group.add_argument(
-        '--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-        help='further arguments of timm.optim.create_optimizer_v2')
-    group.add_argument('--layer-decay', type=float, metavar='D', help='factor of the learning rate from layer to layer')
-    group.add_argument('--clip-grad', type=float, metavar='N', help='clip gradients')
-    group.add_argument('--clip-mode', default='norm', choices=['norm', 'value', 'agc'], help='how to clip')
-
-    group = parser.add_argument_group('Schedule')
-    group.add_argument(
-        '--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'], help='schedule after the warm-up')
-    group.add_argument('--epochs', type=int, default=180, metavar='N', help='epochs of stage one, warm-up included')
-    group.add_argument('--lr', type=float, default=0.1, metavar='LR', help='peak learning rate of stage one')
-    group.add_argument('--warmup-epochs', type=int, default=5, metavar='N', help='linear warm-up of stage one')
-    group.add_argument('--warmup-lr', type=float, default=1e-5, metavar='LR', help='learning rate at the start')
-    group.add_argument('--min-lr', type=float, default=0., metavar='LR', help='learning rate the schedule ends at')
-    group.add_argument('--decay-epochs', type=float, default=90., metavar='N', help='epochs between steps')
-    group.add_argument('--decay-rate', type=float, default=0.1, metavar='RATE', help='factor of a step, power of poly')
-    group.add_argument(
-        '--crt-epochs', type=int, metavar='N',
-        help='epochs of stage two, classifier retraining, warm-up included; 0 for none, 20 by default for shike')
-    group.add_argument('--crt-lr', type=float, default=0.1, metavar='LR', help='peak learning rate of stage two')
-    group.add_argument('--crt-warmup-epochs', type=int, default=0, metavar='N', help='linear warm-up of stage two')
-    group.add_argument('--crt-warmup-lr', type=float, default=1e-5, metavar='LR', help='as --warmup-lr, for stage two')
-
-    group = parser.add_argument_group('Augmentation')
-    group.add_argument('--no-aug', action='store_true', help='no augmentation at all')
-    group.add_argument(
-        '--train-crop-mode', choices=['rrc', 'rkrc', 'rkrr', 'pad'],
-        help="timm's crop modes, or pad: a random crop after padding by 1/8 of the side")
-    group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.], metavar='PCT', help='area of rrc')
-    group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='R', help='aspect of rrc')
-    group.add_argument('--hflip', type=float, default=0.5, metavar='P', help='horizontal flip probability')
-    group.add_argument('--vflip', type=float, default=0., metavar='P', help='vertical flip probability')
-    group.add_argument('--color-jitter', type=float, default=0.4, metavar='N', help='colour jitter, off with --aa')
-    group.add_argument(
-        '--aa', metavar='NAME', help="cifar10 (torchvision's AutoAugment policy), or timm's: original, rand-m9-mstd0.5")
-    group.add_argument('--cutout', type=int, default=0, metavar='N', help='side of a square to blacken')
-    group.add_argument('--reprob', type=float, default=0., metavar='P', help='random erasing probability')
-    group.add_argument('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='random erasing fill')
-    group.add_argument('--recount', type=int, default=1, metavar='N', help='random erasing regions')
-    group.add_argument('--mixup', type=float, default=0., metavar='A', help='Mixup alpha; needs --alpha 0')
-    group.add_argument('--cutmix', type=float, default=0., metavar='A', help='CutMix alpha; needs --alpha 0')
-    group.add_argument('--mixup-prob', type=float, default=1., metavar='P', help='probability of Mixup or CutMix')
-    group.add_argument(
-        '--mixup-switch-prob', type=float, default=0.5, metavar='P', help='probability of CutMix where both are on')
-    group.add_argument('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='how to mix')
-    group.add_argument(
-        '--train-interpolation', default='random', choices=['random', 'bilinear', 'bicubic'],
-        help='interpolation in training')
-
-    group = parser.add_argument_group('Run')
-    group.add_argument('--seed', type=int, default=42, metavar='N', help='random seed')
-    group.add_argument('--amp', action=argparse.BooleanOptionalAction, default=False, help='mixed precision')
-    group.add_argument(
-        '--amp-dtype', choices=['float16', 'bfloat16'],
-        help='by default float16 on CUDA, and bfloat16 on a CPU that has instructions for it, else float32')
-    group.add_argument(
-        '--channels-last', action=argparse.BooleanOptionalAction, default=False, help='channels_last memory layout')
-    group.add_argument(
-        '--no-torchcompile', dest='torchcompile', action='store_const', const=None, help='do not compile')
-    group.add_argument(
-        '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
-        help='compile the forward and backward of stage one, with inductor or the named backend')
-    group.add_argument(
-        '--torchcompile-mode', metavar='MODE',
-        help='mode of torch.compile: reduce-overhead (CUDA graphs), max-autotune, ...')
-    group.add_argument('--model-ema', action='store_true', help='keep and evaluate an average of the weights')
-    group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D', help='decay of the average')
-    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='steps between log lines')
-    group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between evaluations')
-    group.add_argument('--checkpoint-hist', type=int, default=2, metavar='N', help='checkpoints kept of each stage')
-    group.add_argument('--output', default='output/train', metavar='DIR', help='folder of run folders')
-    group.add_argument(
-        '--experiment', default='', metavar='NAME', help='name of the run folder; time and model by default')
-
-
-def _add_checkpoint(parser: _Parser) -> None:
-    parser.add_argument('--checkpoint', metavar='FILE', help="checkpoint of train.py, or of the authors' CIFAR code")
-    parser.add_argument(
-        '--authors-classifiers', default='rt_classifiers', choices=['rt_classifiers', 'classifiers'],
-        help="which of the two sets in a checkpoint of the authors' code: the retrained ones or those of stage one")
-    parser.add_argument('--experts', type=int, nargs='+', metavar='N', help='experts to keep, counted from 0')
-
-
-def _parser(description: str) -> _Parser:
-    parser = _Parser(description=description)
-    parser.add_argument(
-        '-c', '--config', '--hparams', dest='hparams', metavar='FILE',
-        help="YAML file of defaults for these arguments, over those of the file it names as 'base'")
-    return parser
-
-
-def _check_ranges(args: argparse.Namespace) -> argparse.Namespace:
-    at_least = dict(
-        batch_size=1, validation_batch_size=1, epochs=1, crt_epochs=0, warmup_epochs=0, crt_warmup_epochs=0,
-        num_warm_iter=1, num_bench_iter=1, num_rounds=1,
-        log_interval=1, val_interval=1, checkpoint_hist=1, workers=0, seed=0, num_classes=1, img_size=1, cutout=0,
-        val_per_class=0, focal_gamma=0,
-        lr=0, crt_lr=0, warmup_lr=0, crt_warmup_lr=0, min_lr=0, weight_decay=0, drop=0, drop_path=0,
-        layer_decay=0, decay_epochs=1, crop_pct=0.01, distill_loss_weight=0, kd_temperature=0.01)
-    for name, low in at_least.items():
-        value = getattr(args, name, None)
-        if value is not None and not value >= low:
-            raise InputError(f"--{name.replace('_', '-')} {value} is out of range: give at least {low}.")
-    for name in ('drop', 'drop_path'):
-        if getattr(args, name, None) and getattr(args, name) >= 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is out of range: give less than 1.")
-    if not 0 <= getattr(args, 'holdout', 0) < 1:
-        raise InputError(f'--holdout {args.holdout:g} is out of range: give a share from 0 to less than 1.')
+    Raises:
+        InputError: If the hparams file is wrong, or a value is out of its range.
+    """
+    args = argparse.Namespace(**{**defaults(groups), **(saved or {})})
+    in_files = [group for group in groups if group is not HPARAMS]
+    hparams = given.get('hparams') or hparams
+    for path, values in read_hparams(hparams).items() if hparams else ():
+        vars(args).update(check_values(in_files, values, f"hparams file '{path}'"))
+    vars(args).update(given)
+    for name, option in _by_name(groups).items():
+        option.check_range(getattr(args, name))
     return args
 
 
-def _parse(parser: _Parser, argv: Optional[Sequence[str]], hparams: Optional[str]) -> argparse.Namespace:
-    for path, values in _read_hparams_chain(hparams).items() if hparams else ():
-        parser.set_checked_defaults(values, f"hparams file '{path}'")
-    return _check_ranges(parser.parse(argv))
+def changed_option(args: argparse.Namespace, before: Dict[str, Any]) -> Optional[Option]:
+    """The first option of train.py that a resumed run has otherwise than before, though it may not change.
+
+    Args:
+        args: Arguments of the resumed run.
+        before: Arguments it began with; what they do not name had its default.
+    """
+    before = {**defaults(TRAIN), **before}
+    for name, option in _by_name(TRAIN).items():
+        if not option.may_change and getattr(args, name) != before[name]:
+            return option
+    return None
+
+
+def card_options(args: Dict[str, Any]) -> Dict[str, Any]:
+    """Of a run's arguments, those that a model's card tells: what makes the model what it is."""
+    return {
+        name: args[name] for name, option in _by_name(TRAIN).items()
+        if args.get(name) not in (None, {})
+        and (option.card == 'always' or option.card == 'changed' and args[name] != option.default)
+    }
 
 
 def run_folder(args: argparse.Namespace) -> Optional[str]:
@@ -347,136 +477,3 @@ def run_folder(args: argparse.Namespace) -> Optional[str]:
     if not args.experiment:
         raise InputError('--resume without a path needs --experiment NAME, the run folder to go on with.')
     return os.path.join(args.output, args.experiment)
-
-
-def parse_train_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of train.py.
-
-    A resumed run takes its own `args.yaml` as hparams file unless another is given.
-
-    Raises:
-        InputError: If an argument or a line of the hparams file is wrong.
-    """
-    parser = _parser('Train SHIKE: stage one, then classifier retraining.')
-    _add_data(parser)
-    _add_training(parser)
-    _add_device(parser)
-    parser.add_argument(
-        '--resume', nargs='?', const='', metavar='RUN',
-        help='go on with a run: its folder, a checkpoint in it, or alone with --experiment')
-    first = parser.parse(argv)
-    hparams = first.hparams
-    folder = run_folder(first)
-    if folder and not hparams and os.path.isfile(os.path.join(folder, 'args.yaml')):
-        hparams = os.path.join(folder, 'args.yaml')
-    return _parse(parser, argv, hparams)
-
-
-def parse_retrain_args(
-        argv: Optional[Sequence[str]] = None,
-        saved_args: Callable[[str], Dict[str, Any]] = lambda checkpoint: {},
-) -> argparse.Namespace:
-    """Arguments of retrain_classifier.py.
-
-    Args:
-        argv: Command line, that of the process by default.
-        saved_args: From `--checkpoint` to the arguments it was trained with, which are the defaults of stage two.
-
-    Raises:
-        InputError: If an argument or a line of the hparams file is wrong.
-    """
-    parser = _parser('Retrain the classifiers of a stage-one checkpoint: stage two alone.')
-    parser.add_argument(
-        '--checkpoint', required=True, metavar='RUN', help='run folder of train.py, or a checkpoint of its stage one')
-    _add_data(parser)
-    _add_training(parser)
-    _add_device(parser)
-    first = parser.parse(argv)
-    own = {action.dest for action in parser._actions} - {'output', 'experiment', 'hparams', 'checkpoint', 'device'}
-    saved = {key: value for key, value in saved_args(first.checkpoint).items() if key in own}
-    parser.set_checked_defaults(saved, f"checkpoint '{first.checkpoint}'")
-    return _parse(parser, argv, first.hparams)
-
-
-def parse_eval_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of eval.py.
-
-    Raises:
-        InputError: If an argument or a line of the hparams file is wrong.
-    """
-    parser = _parser('Evaluate a SHIKE model on many-, medium- and few-shot classes.')
-    parser.add_argument(
-        '--model', metavar='NAME', help='local-dir:RUN/model, hf-hub:USER/NAME, or a registered name')
-    parser.add_argument('--pretrained', action='store_true', help="load a registered name's published weights")
-    _add_checkpoint(parser)
-    parser.add_argument(
-        '--expert-subsets', action='store_true', help='also tell accuracy and cost of every choice of experts')
-    parser.add_argument(
-        '--flip', action='store_true', help='average the logits with those of the mirrored images, at twice the cost')
-    parser.add_argument('-b', '--batch-size', type=int, default=256, metavar='N', help='images a batch')
-    parser.add_argument('--results-file', metavar='FILE', help='JSON file to write the metrics to')
-    _add_data(parser)
-    _add_device(parser)
-    first = parser.parse(argv)
-    return _parse(parser, argv, first.hparams)
-
-
-def parse_benchmark_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of benchmark.py: those of train.py, which decide what is timed, and a few of its own.
-
-    Raises:
-        InputError: If an argument or a line of the hparams file is wrong.
-    """
-    parser = _parser('Time training and inference; without a data set, on noise.')
-    parser.add_argument(
-        '--bench', default='both', choices=['both', 'train', 'inference'], help='what to time')
-    parser.add_argument('--stage', type=int, default=1, choices=[1, 2], help='stage whose training step is timed')
-    parser.add_argument(
-        '--compare', nargs='+', default=[], metavar='NAME',
-        help="timm's models to time beside it, turn by turn, on noise of the same size")
-    parser.add_argument('--num-warm-iter', type=int, default=10, metavar='N', help='steps before timing')
-    parser.add_argument(
-        '--num-bench-iter', type=int, metavar='N', help='steps of a round; an epoch of data or 40 on noise by default')
-    parser.add_argument('--num-rounds', type=int, default=5, metavar='N', help='rounds, of which the median counts')
-    parser.add_argument('--results-file', metavar='FILE', help='JSON file to write the figures to')
-    _add_data(parser)
-    _add_training(parser)
-    _add_device(parser)
-    first = parser.parse(argv)
-    return _parse(parser, argv, first.hparams)
-
-
-def parse_publish_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of publish.py.
-
-    Raises:
-        InputError: If an argument is wrong.
-    """
-    parser = _Parser(description='Publish a trained model and its card to the Hugging Face Hub.')
-    parser.add_argument('model', metavar='RUN', help='run folder of train.py, or a model folder such as RUN/model')
-    parser.add_argument('--repo-id', required=True, metavar='USER/NAME', help='name on the Hub')
-    parser.add_argument('--private', action='store_true', help='make the repository private')
-    parser.add_argument('--update', action='store_true', help='replace what is already published there')
-    parser.add_argument(
-        '--license', metavar='ID', help="license on the card, such as mit; by default that of the backbone's weights")
-    return parser.parse(argv)
-
-
-def parse_export_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of export.py.
-
-    Raises:
-        InputError: If an argument or a line of the hparams file is wrong.
-    """
-    parser = _parser('Export a model to a file that runs without this package.')
-    parser.add_argument(
-        '--model', metavar='NAME', help='local-dir:RUN/model, hf-hub:USER/NAME, or a registered name')
-    parser.add_argument('--pretrained', action='store_true', help="load a registered name's published weights")
-    _add_checkpoint(parser)
-    parser.add_argument(
-        '--format', default='onnx', choices=['onnx', 'torchscript', 'torch-export'], help='format to write')
-    parser.add_argument('--opset', type=int, metavar='N', help="version of ONNX's operators, torch's choice by default")
-    parser.add_argument('--img-size', type=int, metavar='N', help="side of the images, the model's own by default")
-    parser.add_argument('--output', metavar='DIR', help='folder to write, exported/NAME-FORMAT by default')
-    first = parser.parse(argv)
-    return _parse(parser, argv, first.hparams)

@@ -34,7 +34,7 @@ from .errors import InputError
 from .loading import load_teacher
 from .methods import STAGES, Stage, plan_stages
 from .metrics import evaluate, format_table
-from .options import parse_train_args, run_folder
+from .options import changed_option, run_folder
 
 __all__ = [
     'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'load_stage_one', 'loop_config', 'prepare', 'retrain',
@@ -294,16 +294,12 @@ def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
     wanted = {'state_dict', 'optimizer', 'epoch', 'saver'}
     if not wanted <= set(checkpoint) or not isinstance(checkpoint.get('args'), argparse.Namespace):
         raise InputError(f"checkpoint '{path}' holds no state to resume from: use one that train.py wrote.")
-    # What may differ without changing the epochs that are left: where things are, and how the run is watched.
-    free = {
-        'data_dir', 'dataset_download', 'device', 'workers', 'output', 'experiment', 'resume', 'hparams',
-        'log_interval', 'val_interval', 'checkpoint_hist', 'crt_epochs',
-    }
-    # What an older version did not know of has its default.
-    for key, old in {**vars(parse_train_args([])), **vars(checkpoint['args'])}.items():
-        new = getattr(args, key, old)
-        if key not in free and new != old:
-            raise InputError(f"--{key.replace('_', '-')} {new} differs from the resumed run's {old}: leave it out.")
+    before = vars(checkpoint['args'])
+    option = changed_option(args, before)
+    if option is not None:
+        raise InputError(
+            f"{option.flag} {getattr(args, option.name)} differs from the resumed run's "
+            f'{before.get(option.name, option.default)}: leave it out.')
     return checkpoint
 
 
@@ -311,7 +307,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     """Run stage one and, unless `crt_epochs` is 0, stage two.
 
     Args:
-        args: What `shike_timm.options.parse_train_args` gives.
+        args: What `shike_timm.commands.train.parse_train_args` gives.
 
     Returns:
         What is written to `metrics.json`: metrics and seconds of each stage by name, `stage_one` and `stage_two`.
@@ -361,7 +357,7 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
     """Run stage two alone, on the trunk and experts of stage one, into a run folder of its own.
 
     Args:
-        args: What `shike_timm.options.parse_retrain_args` gives.
+        args: Those that `shike_timm.commands.retrain_classifier.parse_retrain_args` gives.
         checkpoint: What `load_stage_one` gives.
 
     Returns:

@@ -55,7 +55,7 @@ def run_script(monkeypatch, capsys):
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory):
     """Run folder of an undisturbed tiny run, not to be written to."""
-    from shike_timm.options import parse_train_args
+    from shike_timm.commands.train import parse_train_args
     from shike_timm.runs import train
 
     output = tmp_path_factory.mktemp('tiny')

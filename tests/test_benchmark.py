@@ -8,10 +8,9 @@ import torch
 from conftest import ROOT
 
 from shike_timm.build import check_compiler, resolve_autocast
-from shike_timm.commands.benchmark import benchmark, format_report
+from shike_timm.commands.benchmark import benchmark, format_report, parse_benchmark_args
 from shike_timm.engine import LoopConfig, train_step
 from shike_timm.measure import measure_ceilings, peak_memory, time_parts
-from shike_timm.options import parse_benchmark_args
 from shike_timm.tasks import RepresentationTask
 
 QUICK = ['--device', 'cpu', '--num-warm-iter', '1', '--num-bench-iter', '1', '--num-rounds', '3', '--batch-size', '4']
@@ -122,7 +121,7 @@ def test_ceilings_are_positive():
     (['--torchcompile-mode', 'max-autotune'], '--torchcompile-mode max-autotune goes with --torchcompile'),
     (['--results-file', 'nowhere/figures.json'], "results-file 'nowhere/figures.json' is in a folder"),
     (['--kd-model-name', 'resnet32_shike'], "--kd-model-name 'resnet32_shike' teaches the classes of a data set"),
-    (['--stage', '3'], 'invalid choice: 3'),
+    (['--stage', '3'], '--stage is '),
 ])
 def test_bad_input(run_script, options, message):
     status, _, err = run_script('benchmark.py', *QUICK, *options)

@@ -17,9 +17,8 @@ from torchvision.datasets import CIFAR100
 import shike_timm  # noqa: F401
 from shike_timm.checkpoints import export_model
 from shike_timm.commands import export as exporting
-from shike_timm.commands.export import FILES, export, load_exported, save_exported
+from shike_timm.commands.export import FILES, export, load_exported, parse_export_args, save_exported
 from shike_timm.errors import InputError
-from shike_timm.options import parse_export_args
 
 CLASS_NAMES = [f'class {i}' for i in range(100)]
 CLASS_COUNTS = list(range(500, 0, -5))

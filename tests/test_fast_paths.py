@@ -9,12 +9,12 @@ import torch
 from conftest import ROOT
 
 from shike_timm.build import create_optimizer
+from shike_timm.commands.train import parse_train_args
 from shike_timm.devices import keep_freed_memory
 from shike_timm.engine import LoopConfig, train_step
 from shike_timm.losses import balanced_softmax, representation_loss
 from shike_timm.models.backbones import cifar_resnet
 from shike_timm.models.shike import Shike
-from shike_timm.options import parse_train_args
 from shike_timm.tasks import ClassifierRetrainingTask, RepresentationTask
 
 CLASSES = 20

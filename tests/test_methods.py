@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.loss import compute_class_weights
 
+from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.losses import (
     balanced_softmax,
@@ -16,7 +17,7 @@ from shike_timm.losses import (
     representation_loss,
 )
 from shike_timm.methods import METHODS, plan_stages
-from shike_timm.options import parse_train_args
+from shike_timm.options import METHOD
 
 COUNTS = [50, 30, 10, 5, 2]
 N = torch.tensor(COUNTS)
@@ -67,6 +68,11 @@ def test_stages():
     assert second.first_row == 30
     assert len(plan('--method', 'ce')) == 1 and len(plan('--crt-epochs', '0')) == 1
     assert [stage.epochs for stage in plan('--method', 'focal', '--epochs', '9', '--crt-epochs', '7')] == [9, 7]
+
+
+def test_help_names_every_method():
+    option, = (option for option in METHOD.options if option.name == 'method')
+    assert all(name in option.help for name in METHODS)
 
 
 @pytest.mark.parametrize('options, message', [

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error
 
-from shike_timm.commands.eval import evaluate_model
+from shike_timm.commands.eval import evaluate_model, parse_eval_args
 from shike_timm.metrics import ExpertEvaluator, evaluate, format_table, shot_divisions
-from shike_timm.options import parse_eval_args
 
 
 def test_shot_divisions_at_the_borders():

@@ -1,21 +1,14 @@
 import pytest
 import timm
 import torch
-from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 import shike_timm  # noqa: F401
 from shike_timm.models.aligners import bottleneck_aligner, conv_aligner
 
-NAMES = ['resnet32_shike', 'resnet50_shike', 'resnext50_shike', 'resnet152_shike', 'shike']
-
 
 def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def test_names_are_registered():
-    assert set(timm.list_models(module='shike')) == set(NAMES)
 
 
 def test_resnet32_has_the_authors_parameters():
@@ -28,43 +21,6 @@ def test_resnet50_has_the_parameters_counted_by_hand(aligner, expected):
         model = timm.create_model('resnet50_shike', aligner=aligner)
     one_classifier = 2048 * 1000
     assert (count(model) - 2 * one_classifier) / 1e6 == pytest.approx(expected, abs=0.05)
-
-
-def test_plain_network_is_timms():
-    with torch.device('meta'):
-        plain = timm.create_model('resnet50_shike', num_experts=1, fusion=False, classifier='linear')
-        assert count(plain) == count(timm.create_model('resnet50'))
-        wide = timm.create_model('resnet152_shike', num_experts=1, fusion=False, num_classes=0)
-        assert count(wide) == count(timm.create_model('resnet152', num_classes=0))
-
-
-@pytest.mark.parametrize('name', NAMES[:3])
-def test_forward(name):
-    size = 32 if name == 'resnet32_shike' else 64
-    model = timm.create_model(name, num_classes=7).eval()
-    images = torch.randn(2, 3, size, size)
-    with torch.inference_mode():
-        experts, averaged = model.forward_experts(images), model(images)
-        features = model.forward_features(images)
-    assert experts.shape == (2, 3, 7) and averaged.shape == (2, 7)
-    assert torch.equal(averaged, experts.mean(1))
-    assert features.shape[:2] == (2, model.num_features)
-    assert model.feature_info[-1]['num_chs'] == model.num_features
-    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
-    with torch.inference_mode():
-        x = images
-        for info, stage in zip(model.feature_info, [model.stem, *model.stages]):
-            x = stage(x)
-            assert x.shape[1] == info['num_chs'] and size // x.shape[2] == info['reduction']
-    assert images.shape[-1] // features.shape[-1] == model.feature_info[-1]['reduction']
-    assert f"{model.default_cfg['first_conv']}.weight" in model.state_dict()
-    assert f"{model.default_cfg['classifier']}.weight" in model.state_dict()
-
-
-def test_every_parameter_gets_a_gradient():
-    model = timm.create_model('resnet32_shike', num_classes=5)
-    model(torch.randn(4, 3, 16, 16)).mean().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize('num_experts, depths', [(1, (1,)), (2, (1, 2)), (3, (1, 2, 1)), (4, (1, 2, 1, 2))])
@@ -129,17 +85,6 @@ def test_cosine_classifier():
         assert model.classifier(features).dtype == torch.float32
 
 
-def test_traces_and_scripts_exactly():
-    model = timm.create_model('resnet32_shike', num_classes=5).eval()
-    images = torch.randn(2, 3, 32, 32)
-    with torch.inference_mode():
-        expected = model(images)
-    traced = create_feature_extractor(model, ['classifier'])
-    assert torch.equal(traced(images)['classifier'].mean(1), expected)
-    features = torch.randn(2, 3, 64)
-    assert torch.equal(torch.jit.script(model.classifier)(features), model.classifier(features))
-
-
 def test_linear_classifier():
     model = timm.create_model('resnet32_shike', num_classes=5, classifier='linear')
     features = torch.randn(4, 3, 64)
@@ -154,21 +99,6 @@ def test_a_wrong_number_of_classes_changes_nothing(num_classes):
     with pytest.raises(ValueError, match='num_classes must be a whole number'):
         model.reset_classifier(num_classes)
     assert model.num_classes == 4 and model(torch.randn(1, 3, 32, 32)).shape == (1, 4)
-
-
-def test_reset_classifier():
-    model = timm.create_model('resnet32_shike').eval()
-    images = torch.randn(2, 3, 32, 32)
-    before = model.classifier.weight
-    model.reset_classifier(100)
-    assert not torch.equal(before, model.get_classifier().weight)
-    model.reset_classifier(7)
-    assert model(images).shape == (2, 7)
-    model.reset_classifier(0)
-    assert model(images).shape == (2, 192)
-    model.reset_classifier(0, '')
-    assert model(images).shape == (2, 192, 8, 8)
-    assert timm.create_model('resnet32_shike', num_classes=0, global_pool='')(images).shape == (2, 192, 8, 8)
 
 
 def test_dropout_acts_in_training_only():
@@ -186,7 +116,7 @@ def test_dropout_acts_in_training_only():
     (dict(classifier='tree'), "cosine, linear, got 'tree'"),
     (dict(aligner='none'), "conv, bottleneck, got 'none'"),
     (dict(global_pool='catavgmax'), "got 'catavgmax'"),
-    (dict(global_pool=''), 'classifiers need pooling'),
+    (dict(global_pool=''), "global_pool ''.*num_classes=0"),
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

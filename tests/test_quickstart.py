@@ -5,7 +5,7 @@ import statistics
 import pytest
 from conftest import ROOT
 
-from shike_timm.options import parse_train_args
+from shike_timm.commands.train import parse_train_args
 from shike_timm.runs import train
 
 SEED_STD = 5.  # points of top-1 between seeds, over six of each side

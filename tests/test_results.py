@@ -15,12 +15,12 @@ from conftest import ROOT
 from PIL import Image
 
 from shike_timm.checkpoints import export_model
+from shike_timm.commands.train import parse_train_args
 from shike_timm.data import load_training_data
 from shike_timm.errors import InputError
 from shike_timm.loading import load_teacher
 from shike_timm.models import Shike
-from shike_timm.models.shike import WEIGHTS
-from shike_timm.options import parse_train_args
+from shike_timm.models.registry import WEIGHTS
 
 RESULTS = ROOT / 'results'
 # The package's weights by tag, and the run each is from.

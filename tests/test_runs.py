@@ -16,11 +16,11 @@ from conftest import ROOT, TINY
 
 from shike_timm import engine
 from shike_timm.checkpoints import load_checkpoint
-from shike_timm.commands.retrain_classifier import retrain_classifier
+from shike_timm.commands.retrain_classifier import parse_retrain_args
+from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.metrics import METRICS
-from shike_timm.options import parse_train_args
-from shike_timm.runs import train
+from shike_timm.runs import retrain, train
 
 
 def without_seconds(path):
@@ -119,7 +119,8 @@ def test_eval_reprints_the_metrics(tiny_run, run_script, tmp_path):
 
 def test_retraining_repeats_stage_two(tiny_run, tmp_path):
     for source in (tiny_run, tiny_run / 'stage_one' / 'checkpoint-1.pth.tar'):
-        retrain_classifier(['--checkpoint', str(source), '--output', str(tmp_path), '--experiment', 'again'])
+        options = ['--checkpoint', str(source), '--output', str(tmp_path), '--experiment', 'again']
+        retrain(*parse_retrain_args(options))
         folder = tmp_path / 'again'
         assert without_seconds(folder)['stage_two'] == without_seconds(tiny_run)['stage_two']
         assert (folder / 'model' / 'config.json').exists()
@@ -256,7 +257,7 @@ def test_a_run_learns_from_another(tmp_path, tiny_run, caplog):
     assert student.keys() == alone.keys()
     shutil.rmtree(tmp_path / 'teacher')  # stage two learns from nobody
     options = ['--checkpoint', str(folder), '--crt-epochs', '2', '--output', str(tmp_path), '--experiment', 'two']
-    assert list(retrain_classifier(options)) == ['stage_two']
+    assert list(retrain(*parse_retrain_args(options))) == ['stage_two']
 
 
 def test_stage_one_alone(tmp_path):

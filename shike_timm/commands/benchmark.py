@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence
 
 import numpy as np
 import timm
@@ -25,9 +25,27 @@ from ..errors import InputError, one_line
 from ..measure import PARTS, count_flops, measure_ceilings, peak_memory, rates_by_turns, time_parts
 from ..methods import Stage, plan_stages
 from ..models import Shike
+from ..options import TRAINING, Group, Option, complete, read_command_line
 from ..runs import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
+from .cli import run_script
 
-__all__ = ['benchmark', 'format_report']
+__all__ = ['OPTIONS', 'benchmark', 'format_report', 'main', 'parse_benchmark_args']
+
+OPTIONS = (
+    Group(
+        'Benchmark',
+        Option('bench', str, 'both', 'what to time', choices=('both', 'train', 'inference')),
+        Option('stage', int, 1, 'stage whose training step is timed', choices=(1, 2)),
+        Option(
+            'compare', str, [], "timm's models to time beside it, turn by turn, on noise of the same size", nargs='+'),
+        Option('num_warm_iter', int, 10, 'steps before timing', low=1),
+        Option(
+            'num_bench_iter', int, None, 'steps of a round; an epoch of data or 40 on noise by default', low=1),
+        Option('num_rounds', int, 5, 'rounds, of which the median counts', low=1),
+        Option('results_file', str, None, 'JSON file to write the figures to', 'FILE'),
+    ),
+    *TRAINING,
+)
 
 NUM_BENCH_ITER = 40  # steps of a round on noise
 
@@ -156,7 +174,7 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
     A training step is the one of train.py, without its logs.
 
     Args:
-        args: What `shike_timm.options.parse_benchmark_args` gives.
+        args: What `parse_benchmark_args` gives.
 
     Returns:
         `device`, `threads`, `dtype`, `ceilings` and `results`, one for each model and kind of work: images a second
@@ -248,3 +266,17 @@ def format_report(report: Dict[str, Any]) -> str:
             f"{first['model']} over {r['model']}, {r['bench']}: {ratio:.3f} of its images a second, by their FLOPs "
             f'{predicted:.3f}: {ratio / predicted:.3f}; {memory:.2f} of its memory')
     return '\n'.join(lines)
+
+
+def parse_benchmark_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of benchmark.py: those of train.py, which decide what is timed, and a few of its own.
+
+    Raises:
+        InputError: If an argument or a line of the hparams file is wrong.
+    """
+    return complete(
+        OPTIONS, read_command_line('Time training and inference; without a data set, on noise.', OPTIONS, argv))
+
+
+def main() -> int:
+    return run_script(lambda: benchmark(parse_benchmark_args()))

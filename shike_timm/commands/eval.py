@@ -4,7 +4,7 @@ import copy
 import itertools
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,22 @@ from ..loading import load_trained_model
 from ..measure import inference_costs
 from ..metrics import evaluate, format_subsets, format_table
 from ..models import Shike
+from ..options import DATA, DEVICE, HPARAMS, PREPROCESSING, TRAINED_MODEL, Group, Option, complete, read_command_line
+from .cli import run_script
 
-__all__ = ['evaluate_model']
+__all__ = ['OPTIONS', 'evaluate_model', 'main', 'parse_eval_args']
+
+OPTIONS = (
+    TRAINED_MODEL,
+    Group(
+        'Evaluation',
+        Option('expert_subsets', bool, False, 'also tell accuracy and cost of every choice of experts'),
+        Option('flip', bool, False, 'average the logits with those of the mirrored images, at twice the cost'),
+        Option('batch_size', int, 256, 'images a batch', low=1, flags=('-b',)),
+        Option('results_file', str, None, 'JSON file to write the metrics to', 'FILE'),
+    ),
+    DATA, PREPROCESSING, DEVICE, HPARAMS,
+)
 
 
 def _all_subsets(num_experts: int) -> List[Tuple[int, ...]]:
@@ -48,7 +62,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     """Evaluate a trained model, in float32.
 
     Args:
-        args: What `shike_timm.options.parse_eval_args` gives.
+        args: What `parse_eval_args` gives.
 
     Returns:
         The metrics of `shike_timm.metrics.evaluate`, `per_class` with the `names` of the classes, None where they are
@@ -93,3 +107,17 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         print(f"\n{format_subsets(metrics['subsets'])}")
         _write_results(args.results_file, metrics)
     return metrics
+
+
+def parse_eval_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of eval.py.
+
+    Raises:
+        InputError: If an argument or a line of the hparams file is wrong.
+    """
+    return complete(
+        OPTIONS, read_command_line('Evaluate a model on many-, medium- and few-shot classes.', OPTIONS, argv))
+
+
+def main() -> int:
+    return run_script(lambda: evaluate_model(parse_eval_args()))

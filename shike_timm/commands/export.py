@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from ..checkpoints import export_model
 from ..errors import InputError, one_line
 from ..loading import load_trained_model
+from ..options import HPARAMS, TRAINED_MODEL, Group, Option, complete, read_command_line
+from .cli import run_script
 
-__all__ = ['FILES', 'export', 'load_exported', 'save_exported']
+__all__ = ['OPTIONS', 'FILES', 'export', 'load_exported', 'main', 'parse_export_args', 'save_exported']
 
 FILES = {'onnx': 'model.onnx', 'torchscript': 'model.torchscript.pt', 'torch-export': 'model.pt2'}
 
@@ -192,7 +194,7 @@ def export(args: argparse.Namespace) -> Path:
     """Export a trained model.
 
     Args:
-        args: What `shike_timm.options.parse_export_args` gives.
+        args: What `parse_export_args` gives.
 
     Returns:
         The folder written.
@@ -221,3 +223,30 @@ def export(args: argparse.Namespace) -> Path:
     _logger.info(f'Largest difference from torch: {difference:.1e} of the largest logit.')
     print(folder / FILES[args.format])
     return folder
+
+
+OPTIONS = (
+    TRAINED_MODEL,
+    Group(
+        'Export',
+        Option('format', str, 'onnx', 'format to write', choices=tuple(FILES)),
+        Option('opset', int, None, "version of ONNX's operators, torch's choice by default"),
+        Option('img_size', int, None, "side of the images, the model's own by default", low=1),
+        Option('output', str, None, 'folder to write, exported/NAME-FORMAT by default', 'DIR'),
+    ),
+    HPARAMS,
+)
+
+
+def parse_export_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of export.py.
+
+    Raises:
+        InputError: If an argument or a line of the hparams file is wrong.
+    """
+    return complete(
+        OPTIONS, read_command_line('Export a model to a file that runs without this package.', OPTIONS, argv))
+
+
+def main() -> int:
+    return run_script(lambda: export(parse_export_args()))

@@ -3,7 +3,7 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
@@ -14,8 +14,10 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from ..errors import InputError, one_line
 from ..loading import load_trained_model
 from ..model_card import model_card
+from ..options import Group, Option, complete, read_command_line
+from .cli import run_script
 
-__all__ = ['PublishError', 'find_model', 'publish', 'read_run']
+__all__ = ['OPTIONS', 'PublishError', 'find_model', 'main', 'parse_publish_args', 'publish', 'read_run']
 
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 
@@ -116,7 +118,7 @@ def publish(args: argparse.Namespace) -> str:
     """Publish a model with its card, in one commit.
 
     Args:
-        args: What `shike_timm.options.parse_publish_args` gives.
+        args: What `parse_publish_args` gives.
 
     Returns:
         The model's URL.
@@ -158,3 +160,31 @@ def publish(args: argparse.Namespace) -> str:
         raise _explain(error, args.repo_id, api.endpoint) from error
     print(f"{url} - load it with: import shike_timm, timm; timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")
     return url
+
+
+OPTIONS = (
+    Group(
+        'Publishing',
+        Option(
+            'model', str, None, 'run folder of train.py, or a model folder such as RUN/model', 'RUN', positional=True),
+        Option('repo_id', str, None, 'name on the Hub', 'USER/NAME', required=True),
+        Option('private', bool, False, 'make the repository private'),
+        Option('update', bool, False, 'replace what is already published there'),
+        Option(
+            'license', str, None, "license on the card, such as mit; by default that of the backbone's weights", 'ID'),
+    ),
+)
+
+
+def parse_publish_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of publish.py.
+
+    Raises:
+        InputError: If an argument is wrong.
+    """
+    return complete(
+        OPTIONS, read_command_line('Publish a trained model and its card to the Hugging Face Hub.', OPTIONS, argv))
+
+
+def main() -> int:
+    return run_script(lambda: publish(parse_publish_args()))

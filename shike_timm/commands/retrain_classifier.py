@@ -1,16 +1,33 @@
-"""Stage two alone, on the trunk and experts of a stage-one checkpoint."""
-from typing import Any, Dict, Optional, Sequence
+"""Retraining of the classifiers: stage two alone."""
+import argparse
+from typing import Any, Dict, Optional, Sequence, Tuple
 
-from ..options import parse_retrain_args
+from ..options import TRAINING, Group, Option, check_values, complete, defaults, read_command_line
 from ..runs import load_stage_one, retrain, saved_args
+from .cli import run_script
+
+__all__ = ['OPTIONS', 'main', 'parse_retrain_args']
+
+OPTIONS = (
+    Group('Stage one', Option(
+        'checkpoint', str, None, 'run folder of train.py, or a checkpoint of its stage one', 'RUN', required=True)),
+    *TRAINING,
+)
 
 
-def retrain_classifier(argv: Optional[Sequence[str]] = None) -> Dict[str, Any]:
-    """Retrain as a command line asks, by default that of the process; gives what `shike_timm.runs.retrain` gives."""
-    checkpoint: Dict[str, Any] = {}
+def parse_retrain_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, Dict[str, Any]]:
+    """Arguments of retrain_classifier.py and the checkpoint that they name; those it was trained with are the defaults.
 
-    def read(path: str) -> Dict[str, Any]:
-        checkpoint.update(load_stage_one(path))
-        return saved_args(checkpoint)
+    Raises:
+        InputError: If an argument, the checkpoint, or a line of the hparams file is wrong.
+    """
+    given = read_command_line('Retrain the classifiers of a stage-one checkpoint: stage two alone.', OPTIONS, argv)
+    checkpoint = load_stage_one(given['checkpoint'])
+    own = set(defaults(TRAINING)) - {'output', 'experiment', 'hparams', 'device'}
+    saved = {key: value for key, value in saved_args(checkpoint).items() if key in own}
+    saved = check_values(TRAINING, saved, f"checkpoint '{given['checkpoint']}'")
+    return complete(OPTIONS, given, saved=saved), checkpoint
 
-    return retrain(parse_retrain_args(argv, read), checkpoint)
+
+def main() -> int:
+    return run_script(lambda: retrain(*parse_retrain_args()))

@@ -1,41 +1,20 @@
-"""SHIKE: experts that share a trunk and each fuse features of another depth.
-
-Paper: `Long-Tailed Visual Recognition via Self-Heterogeneous Integration with Knowledge Excavation`,
-Jin et al., CVPR 2023.
-"""
-import json
+"""SHIKE: experts that share a trunk and each fuse features of another depth (Jin et al., CVPR 2023)."""
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint,
-    generate_default_cfgs,
-    get_pretrained_cfg,
-    register_model,
-    resolve_pretrained_cfg,
-)
-from timm.models._features import feature_take_indices
+from timm.models import checkpoint
 from torch import Tensor, nn
 
 from .aligners import ALIGNERS
 from .authors import CLASSIFIER_SETS, is_authors_layout, translate_authors_weights
-from .backbones import BackboneFn, cifar_resnet, tagged_name, timm_backbone
+from .backbones import BackboneFn, Source, preprocessing, pretrained_parts
 from .classifiers import CLASSIFIERS
 
 __all__ = ['Shike']
-
-WEIGHTS = Path(__file__).parents[1] / 'weights'  # what the package brings, a folder NAME.TAG each
-
-CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR_STD = (0.2023, 0.1994, 0.2010)
 
 
 class Expert(nn.Module):
@@ -85,8 +64,6 @@ class Shike(nn.Module):
         drop_rate: Dropout on the pooled features.
         drop_path_rate: Stochastic depth in the backbone, where it has one; None leaves the backbone its own rate.
         output_stride: 8 or 16 to dilate the backbone, where it can be.
-        pretrained_backbone: Start from weights of the backbone: True for timm's default ones, the tag of others, or a
-            file. The experts' last stages are copies, aligners and classifiers fresh.
         authors_classifiers: Which classifiers to take from a checkpoint in the authors' layout, which holds two sets:
             'rt_classifiers', the retrained ones, or 'classifiers', those of stage one.
         device: Device of the parameters.
@@ -112,7 +89,6 @@ class Shike(nn.Module):
             drop_rate: float = 0.,
             drop_path_rate: Optional[float] = None,
             output_stride: int = 32,
-            pretrained_backbone: Union[bool, str] = False,
             authors_classifiers: str = 'rt_classifiers',
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
@@ -120,24 +96,14 @@ class Shike(nn.Module):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f'num_experts must be at least 1, got {num_experts}.')
-        for name, value, known in (
-                ('classifier', classifier, CLASSIFIERS),
-                ('aligner', aligner, ALIGNERS),
-                ('authors_classifiers', authors_classifiers, CLASSIFIER_SETS),
-        ):
+        given = dict(classifier=classifier, aligner=aligner, authors_classifiers=authors_classifiers)
+        for (name, value), known in zip(given.items(), (CLASSIFIERS, ALIGNERS, CLASSIFIER_SETS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got '{value}'.")
         dd = dict(device=device, dtype=dtype)
-        net = backbone(
-            num_experts=num_experts,
-            in_chans=in_chans,
-            drop_path_rate=drop_path_rate,
-            output_stride=output_stride,
-            pretrained=pretrained_backbone,
-            **dd,
-        )
+        shared = dict(in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride)
+        net = backbone(num_experts=num_experts, **shared, **dd)
         depths = self._resolve_depths(depths, num_experts, len(net.stages))
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_experts = num_experts
         self.classifier_type = classifier
@@ -145,6 +111,8 @@ class Shike(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.trunk_frozen = False
+        self.backbone_name = net.name
+        self.pretrained_cfg = {}  # timm puts its own in place of it
 
         self.stem = net.stem
         self.stages = nn.ModuleList(net.stages)
@@ -213,6 +181,32 @@ class Shike(nn.Module):
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
+    def load_backbone(self, source: Source = True, cache_dir: Union[None, str, Path] = None) -> None:
+        """Load pretrained weights of the backbone, into the last stage of each expert the same.
+
+        Aligners and classifiers stay as they are; the preprocessing is that of the weights from then on.
+
+        Args:
+            source: True for timm's default weights, the tag of others, or a file of a state dict in timm's layout.
+            cache_dir: Folder that downloaded weights are kept in.
+
+        Raises:
+            ValueError: If there are no weights of the backbone, or the file is missing, damaged or of another network.
+            RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
+        """
+        *trunk, last = pretrained_parts(self.backbone_name, source, self.in_chans, cache_dir)
+        for own, loaded in [*zip([self.stem, *self.stages], trunk), *((expert.stage, last) for expert in self.experts)]:
+            own.load_state_dict(loaded.state_dict())
+        self.set_preprocessing(source)
+
+    @torch.jit.ignore
+    def set_preprocessing(self, source: Source = True) -> None:
+        """Configure the preprocessing that weights of the backbone expect, as `load_backbone` does, without them."""
+        config = preprocessing(self.backbone_name, source)
+        self.pretrained_cfg.pop('license', None)  # of other weights
+        self.pretrained_cfg.update(config)
+
+    @torch.jit.ignore
     def freeze_trunk(self) -> None:
         """Keep the shared part, stem and stages, as it is: no gradients, BatchNorm always in eval mode."""
         self.trunk_frozen = True
@@ -253,8 +247,7 @@ class Shike(nn.Module):
             if global_pool not in ('', 'avg', 'max', 'avgmax'):
                 raise ValueError(f"global_pool must be 'avg', 'max', 'avgmax' or '', got '{global_pool}'.")
             if num_classes and not global_pool:
-                raise ValueError(
-                    f"global_pool '' goes with num_classes=0, got {num_classes}: classifiers need pooling.")
+                raise ValueError(f"global_pool '' goes with num_classes=0, got {num_classes}: classifiers need it.")
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
             self.global_pool.train(self.training)
         self.num_classes = num_classes
@@ -291,8 +284,17 @@ class Shike(nn.Module):
         if self.num_classes:
             self.classifier.keep_experts(experts)
         # What timm writes into the configuration of a saved model.
-        self._model_args = dict(
-            getattr(self, '_model_args', {}), num_experts=len(experts), depths=list(self.depths))
+        made_with = getattr(self, '_model_args', {})
+        self._model_args = dict(made_with, num_experts=len(experts), depths=list(self.depths))
+
+    def _levels(self, indices: Union[None, int, Sequence[int]]) -> List[int]:
+        """Feature levels as indices from 0, of indices that may count from the end, or of how many of the last."""
+        num_levels = len(self.feature_info)
+        if indices is None or isinstance(indices, int):
+            indices = range(-(num_levels if indices is None else indices), 0)
+        if not indices or not all(-num_levels <= i < num_levels for i in indices):
+            raise ValueError(f'indices must be of the {num_levels} feature levels of the model, got {list(indices)}.')
+        return [i % num_levels for i in indices]
 
     @torch.jit.ignore
     def prune_intermediate_layers(
@@ -311,17 +313,18 @@ class Shike(nn.Module):
         Returns:
             The levels kept, as indices from 0.
         """
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        if max_index < len(self.feature_info) - 1:
-            self.feature_info = self.feature_info[:max_index + 1]
-            self.stages = self.stages[:max_index + 1 - self.num_stem_levels]
+        levels = self._levels(indices)
+        num_left = max(levels) + 1
+        if num_left < len(self.feature_info):
+            self.feature_info = self.feature_info[:num_left]
+            self.stages = self.stages[:num_left - self.num_stem_levels]
             self.experts = nn.ModuleList()
             self.num_experts = 1  # the classifier's view of plain features
             self.num_features = self.feature_info[-1]['num_chs']
             prune_head = True
         if prune_head:
             self.reset_classifier(0, '')
-        return take_indices
+        return levels
 
     def _forward_trunk(self, x: Tensor) -> List[Tensor]:
         """Feature maps of the stem and of each shared stage."""
@@ -372,15 +375,15 @@ class Shike(nn.Module):
             The final features and a list of the intermediate ones, or that list alone.
         """
         assert output_fmt == 'NCHW', 'Output format must be NCHW.'
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        levels = self._levels(indices)
         shared = self._forward_trunk(x)
-        levels = shared[1 - self.num_stem_levels:]
-        if len(self.experts) and not (stop_early and max_index < len(levels)):
-            levels.append(self._forward_fused(shared))
-        intermediates = [levels[i] for i in take_indices]
+        features = shared[1 - self.num_stem_levels:]
+        if len(self.experts) and not (stop_early and max(levels) < len(features)):
+            features.append(self._forward_fused(shared))
+        intermediates = [features[i] for i in levels]
         if intermediates_only:
             return intermediates
-        return levels[-1], intermediates
+        return features[-1], intermediates
 
     def forward_expert_head(self, x: Tensor) -> Tensor:
         """Logits of each expert, [B, M, num_classes], from the feature maps of `forward_features`."""
@@ -411,144 +414,3 @@ def _translate_on_load(model: Shike, state_dict: Dict[str, Tensor], prefix: str,
         for name in own:
             del state_dict[prefix + name]
         state_dict.update({prefix + name: value for name, value in translated.items()})
-
-
-def _translate_pretrained(state_dict: Dict[str, Tensor], model: Shike) -> Dict[str, Tensor]:
-    """Translate before timm adapts weights to other image channels and another number of classes."""
-    if not is_authors_layout(state_dict):
-        return state_dict
-    first_conv = model._traits['first_conv']
-    return translate_authors_weights(
-        state_dict, model.state_dict(), model.authors_classifiers, (f'{first_conv}.weight', 'classifier.weight'))
-
-
-def _check_published(variant: str, kwargs: Dict[str, Any]) -> None:
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    if not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(
-            f"No weights are published for '{variant}': leave pretrained out and train it with train.py, or load a "
-            "trained model as 'hf-hub:USER/NAME' or 'local-dir:FOLDER'.")
-
-
-def _create_shike(
-        variant: str,
-        backbone: BackboneFn,
-        pretrained: bool = False,
-        pretrained_model_args: Optional[Dict[str, Any]] = None,
-        **kwargs: Any,
-) -> Shike:
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    if overlay.get('url') or overlay.get('hf_hub_id'):
-        # timm takes a file before either, and the one that comes with the package is not what was asked for.
-        kwargs['pretrained_cfg_overlay'] = {'file': None, **overlay}
-    if pretrained:
-        _check_published(variant, kwargs)
-    if pretrained or pretrained_model_args:
-        kwargs.pop('pretrained_backbone', None)  # a saved model brings weights of its own
-    return build_model_with_cfg(
-        Shike,
-        variant,
-        pretrained,
-        backbone=backbone,
-        pretrained_model_args=pretrained_model_args,
-        pretrained_filter_fn=_translate_pretrained,
-        feature_cfg=dict(feature_cls='getter', out_indices=None),
-        **kwargs,
-    )
-
-
-def _cfg(**kwargs) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.0', 'classifier': 'classifier',
-        **kwargs,
-    }
-
-
-def _packaged(name: str) -> Dict[str, Any]:
-    """Where the weights are that come with the package under `NAME.TAG`, and their labels; nothing without weights."""
-    folder = WEIGHTS / name
-    if not folder.is_dir():
-        return {}
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    return dict(file=str(folder / 'model.safetensors'), label_names=tuple(config['label_names']))
-
-
-def _cifar_cfg(name: str) -> Dict[str, Any]:
-    return _cfg(
-        num_classes=100, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR_MEAN, std=CIFAR_STD,
-        **_packaged(name))
-
-
-default_cfgs = generate_default_cfgs({
-    'resnet32_shike.cifar100_lt_if100': _cifar_cfg('resnet32_shike.cifar100_lt_if100'),
-    'resnet32_shike.paper_cifar100_lt_if100': _cifar_cfg('resnet32_shike.paper_cifar100_lt_if100'),
-    'resnet50_shike.untrained': _cfg(),
-    'resnext50_shike.untrained': _cfg(),
-    'resnet152_shike.untrained': _cfg(),
-    'shike.untrained': _cfg(),
-})
-
-
-def _backbone_cfg(name: str, pretrained: Union[None, bool, str]) -> Dict[str, Any]:
-    """A configuration with the preprocessing that a backbone's weights expect, and their license if they are used."""
-    cfg = get_pretrained_cfg(tagged_name(name, pretrained), allow_unregistered=True)
-    keys = ['input_size', 'pool_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std']
-    if pretrained is True or tagged_name(name, pretrained) != name:
-        keys.append('license')
-    return _cfg(**{key: getattr(cfg, key) for key in keys if getattr(cfg, key, None) is not None})
-
-
-def _create_on_timm(variant: str, backbone: str, pretrained: bool = False, **kwargs: Any) -> Shike:
-    source = kwargs.get('pretrained_backbone')
-    if not isinstance(source, (type(None), bool, str)):  # timm keeps the argument, and could not save the model
-        raise ValueError(f'pretrained_backbone must be True, a tag or a path as text, got {source!r}.')
-    # A tag as configuration says no more than the name does.
-    given = kwargs.get('pretrained_cfg') is not None and not isinstance(kwargs['pretrained_cfg'], str)
-    follow = not given and (variant == 'shike' or source and not pretrained) and timm.is_model(backbone.split('.')[0])
-    if follow:
-        kwargs['pretrained_cfg'] = _backbone_cfg(backbone, source)
-    make_backbone = partial(timm_backbone, backbone, cache_dir=kwargs.get('cache_dir'))
-    model = _create_shike(variant, make_backbone, pretrained=pretrained, **kwargs)
-    if follow:
-        model.pretrained_cfg['first_conv'] = timm.models.get_model_traits(model)['first_conv']
-    return model
-
-
-@register_model
-def resnet32_shike(pretrained: bool = False, **kwargs) -> Shike:
-    """SHIKE on the CIFAR ResNet-32, 32x32 images, with the authors' aligner."""
-    model_args = dict(backbone=partial(cifar_resnet, 5), aligner='conv')
-    return _create_shike('resnet32_shike', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def resnet50_shike(pretrained: bool = False, **kwargs) -> Shike:
-    """SHIKE on ResNet-50."""
-    return _create_on_timm('resnet50_shike', 'resnet50', pretrained=pretrained, **kwargs)
-
-
-@register_model
-def resnext50_shike(pretrained: bool = False, **kwargs) -> Shike:
-    """SHIKE on ResNeXt-50 32x4d."""
-    return _create_on_timm('resnext50_shike', 'resnext50_32x4d', pretrained=pretrained, **kwargs)
-
-
-@register_model
-def resnet152_shike(pretrained: bool = False, **kwargs) -> Shike:
-    """SHIKE on ResNet-152."""
-    return _create_on_timm('resnet152_shike', 'resnet152', pretrained=pretrained, **kwargs)
-
-
-@register_model
-def shike(pretrained: bool = False, backbone: str = 'resnet50', **kwargs) -> Shike:
-    """SHIKE on any convolutional network of timm, split where its last stage begins.
-
-    Args:
-        pretrained: Load weights of the whole model, which only a saved model has.
-        backbone: Name of timm's network.
-        **kwargs: Arguments of `Shike`.
-    """
-    return _create_on_timm('shike', backbone, pretrained=pretrained, **kwargs)

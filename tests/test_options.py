@@ -1,18 +1,27 @@
-"""Options, hparams files, and the published schedules."""
+"""Options, from the command line, hparams files and Python, and the published schedules."""
+import importlib
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, read_yaml
 
+import shike_timm
 from shike_timm.build import create_model, create_optimizer, create_schedule, mixup_options, resolve_autocast
+from shike_timm.commands.eval import parse_eval_args
+from shike_timm.commands.retrain_classifier import parse_retrain_args
+from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.methods import plan_stages
-from shike_timm.options import parse_eval_args, parse_retrain_args, parse_train_args
+from shike_timm.options import HPARAMS, TRAIN, card_options, check_values, complete, read_command_line
+from shike_timm_cli import COMMANDS
 
-HPARAMS = sorted((ROOT / 'hparams').rglob('*.yaml'))
+RECIPES = sorted((ROOT / 'hparams').rglob('*.yaml'))
 
 
 def write(tmp_path, text):
@@ -53,7 +62,7 @@ def test_short_recipe_learning_rates():
     assert two[2:] == pytest.approx([cosine(0.1, 2, 10, epoch) for epoch in range(2, 10)], abs=1e-9, rel=0)
 
 
-@pytest.mark.parametrize('path', HPARAMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
 def test_published_hparams_parse(path):
     args = parse_train_args(['--hparams', str(path)])
     for key, value in read_yaml(path).items():
@@ -112,25 +121,24 @@ def test_bad_bases(tmp_path, text, message):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('learning_rate: 0.1', "unknown key 'learning_rate', the nearest valid one is '"),
+    ('learning_rate: 0.1', "unknown key 'learning_rate'."),
+    ('hparams: a.yaml', "unknown key 'hparams'"),
     ('epoch: 3', "unknown key 'epoch', the nearest valid one is 'epochs'"),
     ('lr: fast', "'lr' is 'fast', expected a number"),
     ('epochs: 1.5', "'epochs' is 1.5, expected a whole number"),
     ('epochs: true', "'epochs' is True, expected a whole number"),
     ('amp: 1', "'amp' is 1, expected true or false"),
-    ('fusion: sometimes', "'fusion' is 'sometimes', expected true or false"),
     ('depths: 1', "'depths' is 1, expected a list"),
     ('depths: [1, two]', "'depths' is 'two', expected a whole number"),
-    ('opt_kwargs: 3', "'opt_kwargs' is 3, expected a mapping"),
-    ('epochs:', "'epochs' is empty, expected a value"),
-    ('epochs: .inf', "'epochs' is inf, expected a whole number"),
-    ('seed: 2024-01-01', 'expected a whole number'),
-    ('x: 2024-13-45', 'is not valid YAML'),
     ('depths: [1, null]', "'depths' is None, expected a whole number"),
     ('depths: []', "'depths' is [], expected a list"),
-    ('scale: []', "'scale' is [], expected a list of 2"),
     ('scale: [0.5]', "'scale' is [0.5], expected a list of 2"),
+    ('opt_kwargs: 3', "'opt_kwargs' is 3, expected names with values"),
+    ('epochs:', "'epochs' is empty"),
+    ('epochs: .inf', "'epochs' is inf, expected a whole number"),
+    ('seed: 2024-01-01', 'expected a whole number'),
     ('sched: linear', "'sched' is 'linear', expected one of cosine, tanh, step, poly"),
+    ('x: 2024-13-45', 'is not valid YAML'),
     ('lr: [0.1', 'is not valid YAML at line 1'),
     ('- lr', 'holds a list, expected lines'),
 ])
@@ -140,10 +148,16 @@ def test_bad_hparams(tmp_path, text, message):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--hparams', 'nowhere.yaml'], "hparams file 'nowhere.yaml' does not exist"),
-    (['--epoch', '3'], "Unknown argument '--epoch', the nearest valid one is '--epochs'"),
-    (['--epochs', 'ten'], "invalid int value: 'ten'"),
+    (['--hparams', 'nowhere.yaml'], "hparams file 'nowhere.yaml' does not exist."),
+    (['--hparams', 'quickstar'], "hparams file 'quickstar' does not exist, the nearest valid one is 'quickstart'"),
+    (['--epoch', '3'], "'--epoch', the nearest valid one is '--epochs'"),
+    (['--class-map', 'x'], "Unknown argument '--class-map': "),
+    (['--epochs', 'ten'], "--epochs is 'ten', expected a whole number"),
     (['--epochs', '0'], '--epochs 0 is out of range: give at least 1'),
+    (['--lr', 'nan'], '--lr nan is out of range'),
+    (['--drop', '1'], '--drop 1.0 is out of range: give less than 1'),
+    (['--opt-kwargs', 'eps'], "'eps' is not of the form KEY=VALUE"),
+    (['--scale', '1'], '--scale: expected 2 arguments'),
     (['--resume'], '--resume without a path needs --experiment'),
 ])
 def test_bad_command_lines(argv, message):
@@ -187,10 +201,105 @@ def test_model_options():
     assert plain.experts[0].aligner is None
 
 
-def test_compiling_can_be_switched_off_again(tmp_path):
-    path = write(tmp_path, 'torchcompile: inductor\n')
-    assert parse_train_args(['--hparams', str(path)]).torchcompile == 'inductor'
-    assert parse_train_args(['--hparams', str(path), '--no-torchcompile']).torchcompile is None
+def sample(option):
+    """A valid value that is not the default, and the arguments that give it."""
+    if option.kind is bool:
+        return (True, [option.flag]) if not option.default else (False, [f'--no-{option.flag[2:]}'])
+    if option.kind is dict:
+        return {'eps': 0.5, 'name': 'x'}, [option.flag, 'eps=0.5', 'name=x']
+    if option.choices:
+        value = option.choices[-1] if option.choices[-1] != option.default else option.choices[0]
+    else:
+        value = option.kind(f'{(option.below or 20) - 0.5:g}' if option.kind is float else 31)
+    value = value if option.nargs is None else [value] * (2 if option.nargs == '+' else option.nargs)
+    return value, [option.flag, *map(str, value if isinstance(value, list) else [value])]
+
+
+def test_every_option_by_command_line_file_and_keyword(tmp_path):
+    """The three ways agree, and each option stands on the card as it is declared to."""
+    for group in TRAIN:
+        for option in () if group is HPARAMS else group.options:
+            value, argv = sample(option)
+            given = complete(TRAIN, read_command_line('', TRAIN, argv))
+            assert getattr(given, option.name) == value != option.default
+            in_file = complete(TRAIN, {}, write(tmp_path, yaml.safe_dump({option.name: value})))
+            assert vars(complete(TRAIN, check_values(TRAIN, {option.name: value}, ''))) == vars(in_file) == vars(given)
+            assert (option.name in card_options(vars(given))) == (option.card != 'never')
+    told = card_options(vars(complete(TRAIN, {})))
+    assert told['lr'] == 0.1 and not {'method', 'tau', 'focal_gamma', 'val_per_class', 'data_dir'} & set(told)
+
+
+def test_what_a_file_sets_can_be_unset(tmp_path):
+    path = write(tmp_path, 'torchcompile: inductor\namp: true\ncrt_epochs: 3\n')
+    args = parse_train_args(['--hparams', path, '--no-torchcompile', '--no-amp'])
+    assert (args.torchcompile, args.amp, args.crt_epochs) == (None, False, 3)
+    assert parse_train_args(['--torchcompile']).torchcompile == 'inductor'
+    assert complete(TRAIN, dict(hparams=path, crt_epochs=None)).crt_epochs is None
+
+
+def test_recipes_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_train_args(['--hparams', 'quickstart']).dataset == 'digits_lt'
+    assert parse_train_args(['--hparams', write(tmp_path, 'base: ablation/3_dkf')]).dataset == 'cifar100_lt'
+    (tmp_path / 'quickstart').write_text('epochs: 77')  # the working folder goes first
+    assert parse_train_args(['--hparams', 'quickstart']).epochs == 77
+
+
+def test_from_python(tmp_path, tiny_run):
+    for options, message in (
+            (dict(epoch=3), "train() has an unknown key 'epoch', the nearest valid one is 'epochs'."),
+            (dict(class_map=3), "train() has an unknown key 'class_map'."),
+            (dict(lr='fast'), "train(): 'lr' is 'fast', expected a number"),
+            (dict(epochs=0), '--epochs 0 is out of range')):
+        with pytest.raises(InputError, match=re.escape(message)):
+            shike_timm.train(**options)
+    metrics = shike_timm.train(
+        hparams=str(tiny_run / 'args.yaml'), output=tmp_path, experiment='again', epochs=2, crt_epochs=0)
+    before = yaml.safe_load((tiny_run / 'metrics.json').read_text())['stage_one']
+    assert list(metrics) == ['stage_one'] and metrics['stage_one']['top1'] == before['top1']
+    result = shike_timm.evaluate(
+        model=f'local-dir:{tmp_path}/again/model', dataset='digits_lt', experts=[0, 1, 2], workers=0, device='cpu')
+    assert result['top1'] == pytest.approx(before['top1'], abs=0.3)
+
+
+def test_the_console_script(tmp_path):
+    """It lists the commands without importing torch or the package, and runs one under its name."""
+
+    def shike(*argv):
+        code = 'import sys, shike_timm_cli as cli; status = cli.main(); print(*sys.modules); sys.exit(status)'
+        result = subprocess.run(
+            [sys.executable, '-c', code, *argv], cwd=tmp_path, capture_output=True, text=True,
+            env=dict(os.environ, PYTHONPATH=str(ROOT)))
+        return result.returncode, result.stdout, result.stderr
+
+    status, out, _ = shike('--help')
+    assert status == 0 and all(name in out for name in COMMANDS) and not {'torch', 'shike_timm'} & set(out.split())
+    status, _, error = shike('tran')
+    assert status == 2 and error.startswith("shike: error: 'tran' is not a command") and len(error.splitlines()) == 1
+    status, _, error = shike('eval', '--batchsize', '3')
+    assert status == 2 and error.startswith('shike eval: error: ') and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_of_a_command(name, capsys):
+    module = importlib.import_module(f"shike_timm.commands.{name.replace('-', '_')}")
+    with pytest.raises(SystemExit):
+        getattr(module, f"parse_{name.split('-')[0]}_args")(['--help'])
+    text = capsys.readouterr().out
+    assert COMMANDS[name][1:] in ' '.join(text.split())
+    assert all(option.flag in text or option.positional for group in module.OPTIONS for option in group.options)
+
+
+def test_the_page_of_options_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'docs')
+    assert (ROOT / 'docs' / 'options.md').read_text() == importlib.import_module('options').page()
+
+
+def test_every_package_is_in_the_wheel():
+    tomllib = pytest.importorskip('tomllib')
+    declared = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']['packages']
+    found = {'.'.join(path.parent.relative_to(ROOT).parts) for path in (ROOT / 'shike_timm').rglob('__init__.py')}
+    assert set(declared) == found | {'shike_timm.hparams'}
 
 
 def test_autocast_defaults():
@@ -214,11 +323,12 @@ def test_mixup_needs_soft_targets():
         mixup_options(parse_train_args(['--mixup', '0.2', '--alpha', '0', '--batch-size', '3']), 10, [])
 
 
-def test_retraining_takes_the_arguments_of_the_checkpoint(tmp_path):
-    saved = dict(dataset='digits_lt', crt_lr=0.3, output='elsewhere', experiment='old', resume=None, class_counts=[1])
-    args = parse_retrain_args(
-        ['--checkpoint', 'RUN', '--crt-lr', '0.4', '--hparams', write(tmp_path, 'seed: 7')], lambda path: saved)
-    assert (args.dataset, args.crt_lr, args.seed, args.experiment) == ('digits_lt', 0.4, 7, '')
+def test_retraining_takes_the_arguments_of_the_checkpoint(tmp_path, tiny_run):
+    args, checkpoint = parse_retrain_args(
+        ['--checkpoint', str(tiny_run), '--crt-lr', '0.4', '--hparams', write(tmp_path, 'seed: 7')])
+    assert (args.dataset, args.lr, args.crt_lr, args.seed) == ('digits_lt', 0.05, 0.4, 7)
+    assert (args.experiment, args.device, args.output) == ('', None, 'output/train')
+    assert checkpoint['args'].lr == 0.05
 
 
 def test_eval_args():

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Write options.md from the declarations of the options."""
+import importlib
+from pathlib import Path
+from typing import List
+
+from shike_timm.options import Group, Option
+from shike_timm_cli import COMMANDS
+
+PAGE = Path(__file__).with_suffix('.md')
+GIVEN_TO = 'train'  # whose runs are resumed and whose models have cards
+
+
+def _value(option: Option) -> str:
+    if option.kind is bool:
+        text = 'on or off'
+    elif option.choices:
+        text = ', '.join(map(str, option.choices))
+    else:
+        text = {int: 'whole number', float: 'number', str: 'text', dict: 'KEY=VALUE ...'}[option.kind]
+        text += {None: '', '+': ', one or more'}.get(option.nargs, f', {option.nargs} of them')
+    low = '' if option.low is None else f', at least {option.low:g}'
+    below = '' if option.below is None else f', less than {option.below:g}'
+    return text + low + below
+
+
+def _row(option: Option, training: bool) -> str:
+    name = option.placeholder if option.positional else ' '.join(f'`{flag}`' for flag in (*option.flags, option.flag))
+    cells = [name, _value(option), option.shown_default, option.help.replace('|', '\\|').replace('*', '\\*')]
+    if training:
+        cells += ['yes' if option.may_change else '', '' if option.card == 'never' else option.card]
+    return '| ' + ' | '.join(cells) + ' |'
+
+
+def page() -> str:
+    """The page: the commands, then each group of options once."""
+    groups: List[Group] = []
+    commands = []
+    for name, what in COMMANDS.items():
+        module = importlib.import_module(f"shike_timm.commands.{name.replace('-', '_')}")
+        groups += [group for group in module.OPTIONS if group not in groups]
+        commands.append(f"| `shike {name}` | {what} | {', '.join(group.title for group in module.OPTIONS)} |")
+    training = importlib.import_module(f'shike_timm.commands.{GIVEN_TO}').OPTIONS
+    lines = [
+        '# Options', '',
+        'Made by `python docs/options.py` from the declarations. In hparams files and in Python a name has underscores '
+        'and no `--`. What is on or off has a flag with `--no-` as well.', '',
+        '| command | what it does | options |', '|---|---|---|', *commands,
+    ]
+    for group in groups:
+        told = group in training
+        header = ['option', 'value', 'default', 'meaning', *(['may change on resume', 'on the card'] if told else [])]
+        lines += ['', f'## {group.title}', '', '| ' + ' | '.join(header) + ' |', '|---' * len(header) + '|']
+        lines += [_row(option, told) for option in group.options]
+    return '\n'.join(lines) + '\n'
+
+
+if __name__ == '__main__':
+    PAGE.write_text(page(), encoding='utf-8')

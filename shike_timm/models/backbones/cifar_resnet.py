@@ -1,0 +1,48 @@
+"""The ResNet for 32x32 images, of which timm has only the blocks."""
+import copy
+from typing import Any, Optional
+
+from timm.models.resnet import BasicBlock, make_blocks
+from torch import nn
+
+from .backbone import Backbone
+
+__all__ = ['cifar_resnet']
+
+
+def cifar_resnet(
+        blocks_per_stage: int,
+        num_experts: int,
+        in_chans: int = 3,
+        drop_path_rate: Optional[float] = None,
+        output_stride: int = 32,
+        **dd: Any,
+) -> Backbone:
+    """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem and three stages of n basic blocks with 16, 32 and 64 channels.
+
+    Args:
+        blocks_per_stage: Blocks n of each stage.
+        num_experts: Last stages to make.
+        in_chans: Channels of the input images.
+        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0. None is 0.
+        output_stride: Only 32, which leaves the strides as they are.
+        **dd: Device and data type of the parameters.
+
+    Raises:
+        ValueError: If another output stride is asked for.
+    """
+    if output_stride != 32:
+        raise ValueError(f'output_stride of the CIFAR ResNet cannot be changed, got {output_stride}: leave it out.')
+    channels = (16, 32, 64)
+    conv = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **dd)
+    stages, _ = make_blocks(
+        (BasicBlock,) * 3, channels, (blocks_per_stage,) * 3, inplanes=16, drop_path_rate=drop_path_rate or 0., **dd)
+    *shared, last = [stage for _, stage in stages]
+    return Backbone(
+        stem=nn.Sequential(conv, nn.BatchNorm2d(16, **dd), nn.ReLU(inplace=True)),
+        stages=shared,
+        last_stages=[last] + [copy.deepcopy(last) for _ in range(num_experts - 1)],
+        feature_info=[dict(num_chs=chs, reduction=red) for chs, red in zip((16, *channels), (1, 1, 2, 4))],
+        first_conv=[conv],
+        initialised=False,
+    )

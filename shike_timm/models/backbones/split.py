@@ -1,0 +1,202 @@
+"""Where a network of timm is cut into stem, shared stages and last stage, by a look at how it runs."""
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .pretrained import Source, create_pretrained
+
+__all__ = ['find_chain', 'pretrained_parts', 'timm_backbone']
+
+_MIN_REDUCTION = 4  # what comes before, at a higher resolution, is the stem
+
+
+def _refusal(name: str, reason: str) -> ValueError:
+    return ValueError(f"backbone '{name}' cannot be split: {reason}, choose another convolutional network.")
+
+
+def _pieces(net: nn.Module, levels: Sequence[str], prefix: str = ''):
+    """Modules of a network, by name, opened up only where a feature level lies inside."""
+    for name, child in net.named_children():
+        path = prefix + name
+        if any(level.startswith(path + '.') for level in levels):
+            yield from _pieces(child, levels, path + '.')
+        else:
+            yield path, child
+
+
+class _Call:
+    """A module's call: what it took and gave, and how often either had been written to by then."""
+
+    def __init__(self, path: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]):
+        self.path = path
+        self.inputs = (*args, *kwargs.values())
+        self.version_before = getattr(self.inputs[0], '_version', None)
+
+    def finish(self, output: Any) -> None:
+        self.output = output
+        self.output_version = getattr(output, '_version', None)
+
+    def takes(self, value: Any) -> bool:
+        return len(self.inputs) == 1 and self.inputs[0] is value
+
+
+@torch.inference_mode(False)  # where tensors do not count how often they are written to
+@torch.no_grad()
+def find_chain(net: nn.Module, name: str, in_chans: int) -> List[str]:
+    """Names of the modules that make up `net.forward_features`, each called on what the one before returned.
+
+    Args:
+        net: A timm model on the meta device.
+        name: Its name, for messages.
+        in_chans: Channels of its input.
+
+    Raises:
+        ValueError: If the model is anything but such a chain of convolutional feature maps; one sentence says why.
+    """
+    levels = [info['module'] for info in getattr(net, 'feature_info', None) or []]
+    if not hasattr(net, 'forward_features') or len(levels) < 2:
+        raise _refusal(name, 'timm knows no feature levels of it')
+    if getattr(net, 'output_fmt', 'NCHW') != 'NCHW':
+        raise _refusal(name, f'its feature maps are {net.output_fmt} and experts fuse NCHW ones')
+    calls: List[_Call] = []
+    for path, module in _pieces(net, levels):
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, path=path: calls.append(_Call(path, args, kwargs)), with_kwargs=True)
+        module.register_forward_hook(lambda _, args, output: calls[-1].finish(output))
+    value = torch.empty(1, in_chans, *net.default_cfg['input_size'][1:], device='meta', dtype=torch.float32)
+    output = net.eval().forward_features(value)
+    outputs: Dict[str, _Call] = {}
+    version = value._version
+    for call in calls:
+        if not call.takes(value) or call.version_before != version or call.path in outputs:
+            raise _refusal(name, f"more than a chain of modules happens before '{call.path}'")
+        outputs[call.path] = call
+        value, version = call.output, call.output_version
+    missing = [level for level in levels if level not in outputs]
+    if missing or output is not value:
+        raise _refusal(
+            name, 'its features are not the output of a chain of modules '
+            f"('{missing[0] if missing else levels[-1]}' is left out)")
+    for level in levels[:-1]:
+        if not isinstance(outputs[level].output, Tensor) or outputs[level].output.ndim != 4:
+            raise _refusal(name, f"'{level}' gives no feature map [B, C, h, w]")
+        if outputs[level].output._version != outputs[level].output_version:
+            raise _refusal(name, f"a later module overwrites the features of '{level}', which experts share")
+    if value.ndim != 4 or value.shape[1] != net.num_features:
+        raise _refusal(name, f'its last stage gives no feature map [B, {net.num_features}, h, w]')
+    return list(outputs)
+
+
+def _find_parts(net: nn.Module, name: str, in_chans: int) -> Tuple[List[List[str]], List[Dict[str, Any]]]:
+    """Names of the modules of stem, shared stages and last stage, and the feature levels that their ends are.
+
+    The stem's end need not be one of the levels.
+    """
+    chain = find_chain(net, name, in_chans)
+    *levels, last = net.feature_info
+    stem = [level for level in levels if level['reduction'] < _MIN_REDUCTION][-1:]
+    shared = [level for level in levels if level['reduction'] >= _MIN_REDUCTION]
+    if not shared:
+        raise _refusal(name, 'no stage comes before its last one')
+    ends = [chain.index(level['module']) + 1 for level in shared]
+    # A network without a level of high resolution has its stem end where its first stage begins.
+    start = chain.index(stem[0]['module']) + 1 if stem else ends[0] - 1
+    bounds = [0, start, *ends, len(chain)]
+    return [chain[a:b] for a, b in zip(bounds, bounds[1:])], [*stem, *shared, last]
+
+
+def _take_parts(net: nn.Module, parts: Sequence[Sequence[str]]) -> List[nn.Module]:
+    taken = []
+    for paths in parts:
+        modules = []
+        for module in map(net.get_submodule, paths):
+            modules += list(module) if type(module) is nn.Sequential else [module]
+        taken.append(nn.Sequential(*modules))
+    return taken
+
+
+def _create_skeleton(name: str, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **kwargs, device='meta')
+    except (TypeError, ValueError, AssertionError) as error:
+        reason = str(error).split('__init__() ')[-1].rstrip('.')
+        given = ', '.join(
+            f'{key}={value}' for key, value in kwargs.items() if value is not None and key != 'num_classes')
+        raise ValueError(f"backbone '{name}' cannot be made with {given}{reason and f': {reason}'}.") from error
+
+
+def timm_backbone(
+        name: str,
+        num_experts: int,
+        in_chans: int = 3,
+        drop_path_rate: Optional[float] = None,
+        output_stride: int = 32,
+        **dd: Any,
+) -> Backbone:
+    """A convolutional network of timm, cut where its own feature information says that the last stage begins.
+
+    Args:
+        name: Name of timm's model, tag included if need be.
+        num_experts: Last stages to make, each with initial values of its own.
+        in_chans: Channels of the input images.
+        drop_path_rate: Stochastic depth rate, for networks that have one; None leaves them theirs.
+        output_stride: Input over output resolution, for networks that can be dilated.
+        **dd: Device and data type of the parameters.
+
+    Raises:
+        ValueError: If there is no such network, it cannot be split, or it lacks an option; the message says which.
+    """
+    if not timm.is_model(name.split('.')[0]):
+        raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
+    kwargs = dict(num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate)  # timm leaves out what is None
+    kwargs.update(output_stride=output_stride if output_stride != 32 else None)
+    try:
+        skeleton = _create_skeleton(name, **kwargs)
+    except ValueError:
+        if drop_path_rate != 0:
+            raise
+        kwargs.update(drop_path_rate=None)  # a network without stochastic depth has a rate of 0
+        skeleton = _create_skeleton(name, **kwargs)
+    parts, levels = _find_parts(skeleton, name, in_chans)
+    first_conv = skeleton.default_cfg['first_conv']
+    if not first_conv:
+        raise _refusal(name, 'timm does not say which convolution sees the images')
+    nets = [timm.create_model(name, **kwargs, **dd) for _ in range(num_experts)]
+    stem, *stages, last = _take_parts(nets[0], parts)
+    channels = [*(level['num_chs'] for level in levels[:-1]), skeleton.num_features]
+    return Backbone(
+        stem=stem,
+        stages=stages,
+        last_stages=[last, *(_take_parts(net, parts[-1:])[0] for net in nets[1:])],
+        feature_info=[dict(num_chs=chs, reduction=level['reduction']) for chs, level in zip(channels, levels)],
+        first_conv=[nets[0].get_submodule(c) for c in ([first_conv] if isinstance(first_conv, str) else first_conv)],
+        initialised=True,
+        name=name,
+    )
+
+
+def pretrained_parts(
+        name: Optional[str],
+        source: Source,
+        in_chans: int = 3,
+        cache_dir: Union[None, str, Path] = None,
+) -> List[nn.Module]:
+    """The stem, shared stages and last stage of `timm_backbone` with pretrained weights, on the CPU.
+
+    Args:
+        name: Name of timm's model, None for a network that timm does not have.
+        source: The weights.
+        in_chans: Channels of the input images, to which timm adapts the first convolution.
+        cache_dir: Folder that downloaded weights are kept in.
+
+    Raises:
+        ValueError: If timm does not have the network, or the file is missing, damaged or of another network.
+        RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
+    """
+    net = create_pretrained(name, source, in_chans=in_chans, cache_dir=cache_dir)
+    parts, _ = _find_parts(_create_skeleton(name, num_classes=0, in_chans=in_chans), name, in_chans)
+    return _take_parts(net, parts)

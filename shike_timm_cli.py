@@ -1,0 +1,35 @@
+"""The command `shike`: a list of the commands, each imported when it runs.
+
+It lies beside the package since that imports timm, to register models with it, which takes seconds.
+"""
+import importlib
+import sys
+
+COMMANDS = {
+    'train': 'train a model: stage one, then classifier retraining',
+    'retrain-classifier': 'retrain the classifiers of a stage-one checkpoint: stage two alone',
+    'eval': 'evaluate a model on many-, medium- and few-shot classes',
+    'export': 'export a model to a file that runs without this package',
+    'publish': 'publish a trained model and its card to the Hugging Face Hub',
+    'benchmark': 'time training and inference; without a data set, on noise',
+}
+
+
+def main() -> int:
+    """Run the command that the command line names, and give its exit status."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ''
+    if name in ('-h', '--help'):
+        print('usage: shike COMMAND ...\n\nSHIKE, long-tailed visual recognition with timm.\n\ncommands:')
+        for command, what in COMMANDS.items():
+            print(f'  {command:20}{what}')
+        print("\n'shike COMMAND --help' tells the options of a command.")
+        return 0
+    if name not in COMMANDS:
+        print(f"shike: error: '{name}' is not a command, expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    sys.argv[:2] = [f'shike {name}']  # what --help and messages call it
+    return importlib.import_module(f"shike_timm.commands.{name.replace('-', '_')}").main()
+
+
+if __name__ == '__main__':
+    sys.exit(main())
