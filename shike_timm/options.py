@@ -184,6 +184,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         '--depths', type=int, nargs='+', metavar='N', help='shared stage each expert fuses, from 1 at the shallowest')
     group.add_argument(
         '--fusion', action=argparse.BooleanOptionalAction, help='fuse shared features; off is a mixture of experts')
+    group.add_argument(
+        '--fusion-type', choices=['product', 'residual'],
+        help='product (the paper), or residual, which starts as the backbone: the default with --pretrained-backbone')
     group.add_argument('--classifier', choices=['cosine', 'linear'], help='kind of classifier')
     group.add_argument('--aligner', choices=['conv', 'bottleneck'], help='kind of aligner')
     group.add_argument('--drop', type=float, metavar='RATE', help='dropout rate')
@@ -194,6 +197,9 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--method', default='shike', metavar='NAME',
         help='shike, ce, balanced_softmax, logit_adjusted, focal or ldam_drw')
+    group.add_argument(
+        '--trunk-grad', choices=['sum', 'mean'], default='sum',
+        help="the gradients that experts send into the shared stages: their sum, or their mean")
     group.add_argument('--tau', type=float, default=1., metavar='T', help='strength of logit_adjusted')
     group.add_argument('--focal-gamma', type=float, default=2., metavar='G', help='exponent of focal')
     group.add_argument('--alpha', type=float, default=0.1, help='weight of dynamic knowledge transfer')
