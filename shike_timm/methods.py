@@ -69,6 +69,7 @@ class Method:
 
 def _teaching(run: 'Run') -> Dict[str, Any]:
     return dict(
+        trunk_grad=run.args.trunk_grad,
         teacher_model=run.teacher,
         distill_loss_weight=run.args.distill_loss_weight,
         temperature=run.args.kd_temperature,

@@ -207,6 +207,10 @@ MODEL = Group(
     Option('num_experts', int, None, 'experts'),
     Option('depths', int, None, 'shared stage each expert fuses, from 1 at the shallowest', nargs='+'),
     Option('fusion', bool, None, 'fuse shared features; off is a mixture of experts'),
+    Option(
+        'fusion_type', str, None,
+        'product (the paper), or residual, which starts as the backbone and is the default with --pretrained-backbone',
+        choices=['product', 'residual']),
     Option('classifier', str, None, 'kind of classifier', choices=('cosine', 'linear')),
     Option('aligner', str, None, 'kind of aligner', choices=('conv', 'bottleneck')),
     Option('drop', float, None, 'dropout rate', 'RATE', low=0, below=1),
@@ -222,6 +226,9 @@ METHOD = Group(
     Option('focal_gamma', float, 2., 'exponent of focal', 'G', low=0, card='changed'),
     Option('alpha', float, 0.1, 'weight of dynamic knowledge transfer'),
     Option('beta', float, 0.01, 'weight of mutual distillation'),
+    Option(
+        'trunk_grad', str, 'sum', 'gradient of the shared stages: the sum of what experts send, or their mean',
+        choices=['sum', 'mean'], card='changed'),
     Option('detach_teacher', bool, False, 'stop gradients through the teacher of dynamic knowledge transfer'),
 )
 

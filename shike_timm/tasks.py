@@ -43,6 +43,8 @@ class ExpertTask(TrainingTask):
         late_loss: Loss from the share `late_from` of the stage's epochs on, None for the same one.
         late_from: Share of the epochs, which the loop tells by setting `progress`.
         freeze_features: Build no graph below the classifiers.
+        trunk_grad: What the shared stages are updated with: the 'sum' of the gradients that experts send, as the losses
+            are summed, or their 'mean', at which the trunk learns as fast as that of one network.
         teacher_model: Trained model of the same classes, or its name, which stays as it is and in eval mode; its logits
             of the same images are distilled into each expert.
         distill_loss_weight: Weight of that distillation.
@@ -61,6 +63,7 @@ class ExpertTask(TrainingTask):
             late_loss: Optional[Callable[[Tensor, Tensor], Tensor]] = None,
             late_from: float = 0.8,
             freeze_features: bool = False,
+            trunk_grad: str = 'sum',
             teacher_model: Union[str, nn.Module, DistillationTeacher, None] = None,
             distill_loss_weight: float = 1.,
             temperature: float = 4.,
@@ -70,6 +73,10 @@ class ExpertTask(TrainingTask):
     ):
         super().__init__(device=device)
         self.trainable_module = ExpertLogits(model, freeze_features)
+        if trunk_grad == 'mean':
+            for parameter in (*model.stem.parameters(), *model.stages.parameters()):
+                if parameter.requires_grad:
+                    parameter.register_hook(lambda grad: grad / model.num_experts)
         self.loss = loss
         self.late_loss = late_loss or loss
         self.late_from = late_from

@@ -17,14 +17,24 @@ from .classifiers import CLASSIFIERS
 __all__ = ['Shike']
 
 
+FUSIONS = ('product', 'residual', 'none')
+
+
 class Expert(nn.Module):
     """The last stage, and the aligner that brings a shared stage's features to its shape (Eq. 3)."""
 
-    def __init__(self, stage: nn.Module, depth: int, aligner: Optional[nn.Module] = None):
+    def __init__(
+            self,
+            stage: nn.Module,
+            depth: int,
+            aligner: Optional[nn.Module] = None,
+            residual: bool = False,
+    ):
         super().__init__()
         self.stage = stage
         self.depth = depth
         self.aligner = aligner
+        self.residual = residual
 
     def forward(self, x: Tensor, shallow: Tensor) -> Tensor:
         """Fused features [B, D, h, w] from the last and the chosen shared stage's features."""
@@ -32,7 +42,8 @@ class Expert(nn.Module):
         if self.aligner is not None:
             aligned = self.aligner(shallow)
             # Aligners round odd sizes up; a backbone that rounds them down drops the last row and column.
-            x = x * aligned[:, :, :x.shape[2], :x.shape[3]]
+            aligned = aligned[:, :, :x.shape[2], :x.shape[3]]
+            x = torch.addcmul(x, x, aligned) if self.residual else x * aligned
         return x
 
 
@@ -57,7 +68,9 @@ class Shike(nn.Module):
         num_experts: Experts M.
         depths: Shared stage that each expert fuses, counted from 1 at the shallowest. By default experts take
             stages 1, 2, ... in order and start over at the deepest.
-        fusion: Fuse at all (DKF); off gives a plain mixture of experts, and with `num_experts=1` the plain network.
+        fusion: How experts fuse (DKF): 'product' of an expert's own and the aligned features (the paper's, Eq. 3), or
+            'residual', `own * (1 + aligned)` with `aligned` zero at first, so that a fresh expert is its backbone.
+            False gives a plain mixture of experts, and with `num_experts=1` the plain network. True is 'product'.
         classifier: 'cosine' or 'linear'.
         aligner: 'conv' (the authors') or 'bottleneck' (far smaller on wide backbones).
         global_pool: 'avg', 'max', 'avgmax', or '' for unpooled features, which needs `num_classes=0`.
@@ -82,7 +95,7 @@ class Shike(nn.Module):
             in_chans: int = 3,
             num_experts: int = 3,
             depths: Optional[Sequence[int]] = None,
-            fusion: bool = True,
+            fusion: Union[bool, str] = 'product',
             classifier: str = 'cosine',
             aligner: str = 'bottleneck',
             global_pool: str = 'avg',
@@ -96,8 +109,9 @@ class Shike(nn.Module):
         super().__init__()
         if num_experts < 1:
             raise ValueError(f'num_experts must be at least 1, got {num_experts}.')
-        given = dict(classifier=classifier, aligner=aligner, authors_classifiers=authors_classifiers)
-        for (name, value), known in zip(given.items(), (CLASSIFIERS, ALIGNERS, CLASSIFIER_SETS)):
+        fusion = 'product' if fusion is True else fusion or 'none'
+        given = dict(fusion=fusion, classifier=classifier, aligner=aligner, authors_classifiers=authors_classifiers)
+        for (name, value), known in zip(given.items(), (FUSIONS, CLASSIFIERS, ALIGNERS, CLASSIFIER_SETS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got '{value}'.")
         dd = dict(device=device, dtype=dtype)
@@ -122,15 +136,19 @@ class Shike(nn.Module):
         self.experts = nn.ModuleList()
         for stage, depth in zip(net.last_stages, depths):
             align = None
-            if fusion:
+            if fusion != 'none':
                 shallow = levels[self.num_stem_levels + depth - 1]
                 num_halvings = round(math.log2(last['reduction'] / shallow['reduction']))
                 align = ALIGNERS[aligner](shallow['num_chs'], last['num_chs'], num_halvings, **dd)
                 if net.initialised:
                     _init_convolutions(align)
-            self.experts.append(Expert(stage, depth, align))
+            self.experts.append(Expert(stage, depth, align, residual=fusion == 'residual'))
         if not net.initialised:
             _init_convolutions(self)
+        if fusion == 'residual':
+            for expert in self.experts:
+                norm = [module for module in expert.aligner if isinstance(module, nn.BatchNorm2d)][-1]
+                nn.init.zeros_(norm.weight)
         modules = ['stem'] * self.num_stem_levels + [f'stages.{i}' for i in range(len(self.stages))]
         self.feature_info = [dict(info, module=module) for info, module in zip(levels, modules)]
         self.feature_info.append(dict(last, num_chs=num_experts * last['num_chs'], module='experts'))
