@@ -321,6 +321,8 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     stages = plan_stages(args)
     args.crt_epochs = sum(stage.epochs for stage in stages[1:])
     resumed = args.resume is not None
+    if args.pretrained_backbone and args.fusion_type is None and not resumed:
+        args.fusion_type = 'residual'
     checkpoint = None
     if resumed:
         folder = Path(run_folder(args))

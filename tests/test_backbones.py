@@ -317,6 +317,7 @@ def test_train_py_fine_tunes_a_backbone(tmp_path, run_script, image_folder, weig
     assert status == 0, err
     one, two = (load_checkpoint(tmp_path / 'frozen' / f'stage_{n}' / 'last.pth.tar') for n in ('one', 'two'))
     plain = weights[1].state_dict()
+    assert one['args'].fusion_type == two['args'].fusion_type == 'residual'  # the default with a pretrained backbone
     for checkpoint in (one, two):
         assert torch.equal(checkpoint['state_dict']['stages.1.0.conv1.weight'], plain['layer2.0.conv1.weight'])
         assert torch.equal(checkpoint['state_dict']['stem.1.running_mean'], plain['conv1.1.running_mean'])

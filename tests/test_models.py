@@ -47,6 +47,32 @@ def test_fusion_is_a_product():
         assert torch.equal(model.forward_features(images), expected)
 
 
+@pytest.mark.parametrize('name', ['resnet32_shike', 'shike'])
+def test_residual_fusion_starts_as_the_backbone(name):
+    """deep * (1 + aligned), with `aligned` zero at first and learning from the first step."""
+    options = {} if name == 'resnet32_shike' else dict(backbone='resnet18')
+    model = timm.create_model(name, num_classes=3, fusion='residual', **options).eval()
+    plain = timm.create_model(name, num_classes=3, fusion=False, **options).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images), plain(images))
+    model(images).sum().backward()
+    norm = [module for module in model.experts[0].aligner if isinstance(module, nn.BatchNorm2d)][-1]
+    assert norm.weight.grad.abs().max() > 0
+    nn.init.ones_(norm.weight)
+    with torch.inference_mode():
+        shared = model._forward_trunk(images)
+        expert = model.experts[0]
+        own, aligned = expert.stage(shared[-1]), expert.aligner(shared[expert.depth])
+        assert torch.allclose(expert(shared[-1], shared[expert.depth]), own * (1 + aligned))
+
+
+def test_a_saved_model_keeps_its_fusion(tmp_path):
+    model = timm.create_model('resnet32_shike', num_classes=3, fusion='residual')
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert timm.create_model(f'local-dir:{tmp_path}').experts[0].residual
+
+
 @pytest.mark.parametrize('halvings, kinds', [
     (1, ['Conv2d', 'BatchNorm2d', 'ReLU']),
     (2, ['Conv2d', 'BatchNorm2d', 'ReLU', 'Conv2d', 'BatchNorm2d']),

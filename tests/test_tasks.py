@@ -8,8 +8,8 @@ import torch.multiprocessing as mp
 from timm.task import DistillationTeacher
 from torch import nn
 
-from shike_timm.losses import balanced_softmax, knowledge_distillation, representation_loss
-from shike_timm.tasks import ClassifierRetrainingTask, RepresentationTask
+from shike_timm.losses import balanced_softmax, expert_cross_entropy, knowledge_distillation, representation_loss
+from shike_timm.tasks import ClassifierRetrainingTask, ExpertTask, RepresentationTask
 
 COUNTS = [50, 30, 10, 5, 2]
 
@@ -168,3 +168,16 @@ def test_distributed_gradients_are_those_of_the_whole_batch(tmp_path, unused_por
         assert set(results[name]) == set(expected)
         for key, gradient in expected.items():
             assert torch.allclose(results[name][key], gradient, rtol=1e-3, atol=1e-5), key
+
+
+def test_mean_of_the_gradients_that_experts_send_into_the_trunk():
+    model = make_model()
+    images, target = batch()
+    gradients = []
+    for trunk_grad in ('sum', 'mean'):
+        copied = copy.deepcopy(model)
+        ExpertTask(copied, expert_cross_entropy, trunk_grad=trunk_grad)(images, target)['loss'].backward()
+        gradients.append({name: parameter.grad for name, parameter in copied.named_parameters()})
+    for name, summed in gradients[0].items():
+        share = 3 if name.startswith(('stem', 'stages')) else 1
+        torch.testing.assert_close(gradients[1][name] * share, summed, rtol=1e-4, atol=1e-7)
