@@ -1,4 +1,5 @@
 """Checkpoints of the authors' CIFAR code: a file in their layout, and a network of its description."""
+import itertools
 import re
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 import shike_timm  # noqa: F401
 from shike_timm.errors import InputError
 from shike_timm.loading import load_trained_model
-from shike_timm.models.authors import is_authors_layout
+from shike_timm.models.authors import is_authors_layout, translate_authors_weights
+from shike_timm.tasks import ClassifierRetrainingTask, RepresentationTask
 
 SETS = ('rt_classifiers', 'classifiers')
 
@@ -57,7 +59,6 @@ class Authors(nn.Module):
             if value.ndim == 1:
                 value.add_(0.2 * torch.rand(value.shape))
 
-    @torch.inference_mode()
     def forward(self, x, classifiers):
         first = self.layer1(F.relu(self.bn1(self.conv1(x))))
         second = self.layer2(first)
@@ -78,7 +79,41 @@ def authors_weights(**kwargs):
 def authors_logits(weights, images, classifiers, **kwargs):
     network = Authors(**kwargs)
     network.load_state_dict(weights)
-    return network.eval()(images, classifiers)
+    with torch.inference_mode():
+        return network.eval()(images, classifiers)
+
+
+def elementwise_kl(p, q):
+    return p * (p.log() - q.log())
+
+
+def authors_stage_one(logits, target, target_mass):
+    """Their loss, pair by pair and sample by sample: KL terms averaged over batch and classes, DKT times 10.
+
+    Their DKT puts the logits 0 and -30 of teacher and student at the target, where Eq. 8 leaves the class out.
+    """
+    batch, num_experts, num_classes = logits.shape
+    total = sum(F.cross_entropy(logits[:, m], target) for m in range(num_experts))
+    probs = logits.softmax(-1)
+    for j, k in itertools.permutations(range(num_experts), 2):
+        total = total + elementwise_kl(probs[:, j], probs[:, k]).sum() / (batch * num_classes)
+    for sample, label in zip(logits, target.tolist()):
+        others = torch.tensor([c for c in range(num_classes) if c != label])
+        average, teacher = sample.mean(0)[others], sample.max(0).values[others]
+        hardest = average.argmax()
+        teacher = torch.where(torch.arange(len(others)) == hardest, average, teacher)
+        students = sample[:, others]
+        if target_mass:
+            teacher = torch.cat([teacher, teacher.new_zeros(1)])
+            students = torch.cat([students, students.new_full((num_experts, 1), -30)], dim=1)
+        for student in students:
+            kl = elementwise_kl(teacher.softmax(-1), student.softmax(-1)).sum()
+            total = total + 10 * kl / (batch * num_classes)
+    return total
+
+
+def authors_stage_two(logits, target, counts):
+    return sum(F.cross_entropy(logits[:, m] + counts.log(), target) for m in range(logits.shape[1]))
 
 
 @pytest.fixture(scope='module')
@@ -221,3 +256,52 @@ def test_the_file_is_never_unpickled(tmp_path, weights):
     with pytest.raises(InputError, match='could run any code'):
         load_trained_model(checkpoint=str(tmp_path / 'theirs.pth.tar'))
     assert not (tmp_path / 'executed').exists()
+
+
+def relative_difference(ours, theirs):
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def compare_with_the_authors(classifiers, make_task, reference_loss):
+    """Largest relative difference of loss and of each parameter's gradient, in training mode and float64."""
+    network = Authors().double().train()
+    model = timm.create_model('resnet32_shike')
+    model.load_state_dict(translate_authors_weights(network.state_dict(), model.state_dict(), classifiers))
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
+    target = torch.randint(100, (8,), generator=generator)
+    task = make_task(model)
+    model.double().train()
+    with torch.no_grad():  # new classifiers of stage two start from the same values
+        weights = translate_authors_weights(network.state_dict(), model.state_dict(), classifiers)
+        model.classifier.weight.copy_(weights['classifier.weight'])
+    loss = task(images, target)['loss']
+    loss.backward()
+    expected = reference_loss(network(images, classifiers), target)
+    expected.backward()
+    gradients = {
+        name: torch.zeros_like(value) if value.grad is None else value.grad
+        for name, value in (*network.named_parameters(), *network.named_buffers())}
+    gradients = translate_authors_weights(gradients, model.state_dict(), classifiers)
+    compared = [
+        relative_difference(value.grad, gradients[name]) for name, value in model.named_parameters()
+        if value.requires_grad]
+    return relative_difference(loss.detach(), expected.detach()), max(compared), len(compared)
+
+
+@pytest.mark.parametrize('target_mass, low, high', [(False, 0, 1e-9), (True, 1e-6, 1e-3)])
+def test_stage_one_agrees_with_the_authors(target_mass, low, high):
+    """To rounding with Eq. 8; the mass that their code leaves on the target, which we do not, moves it a little."""
+    loss, gradient, num_compared = compare_with_the_authors(
+        'classifiers', RepresentationTask, lambda logits, target: authors_stage_one(logits, target, target_mass))
+    print(f'stage one, {target_mass=}: loss {loss:.1e}, gradients {gradient:.1e}')
+    assert low <= loss <= high and low <= gradient <= high and num_compared == 181
+
+
+def test_stage_two_agrees_with_the_authors():
+    counts = torch.linspace(500, 5, 100).long()
+    loss, gradient, num_compared = compare_with_the_authors(
+        'rt_classifiers', lambda model: ClassifierRetrainingTask(model, counts.tolist()),
+        lambda logits, target: authors_stage_two(logits, target, counts.double()))
+    print(f'stage two: loss {loss:.1e}, gradients {gradient:.1e}')
+    assert loss <= 1e-9 and gradient <= 1e-9 and num_compared == 1
