@@ -48,7 +48,20 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
     ]),
     'ablation': ('The ablation, CIFAR-100-LT (100), 180 + 20 epochs:', [
         *ABLATION,
-        ('all of SHIKE', ['if100_seed0'], '56.34'),
+        ('all of SHIKE', ['shike'], '56.34'),
+    ]),
+    'fusion': ('Fusion and the gradient of the trunk, on 50 training images a class set aside, 180 + 20 epochs:', [
+        ('product, sum', ['val_product'], None),
+        ('residual, sum', ['val_residual'], None),
+        ('residual, mean', ['val_residual_mean'], None),
+    ]),
+    'methods_short': ('Methods on one network with a cosine classifier, CIFAR-100-LT (100), 40 epochs:', [
+        ('`ce`', ['ce_short'], None),
+        ('`focal`', ['focal_short'], None),
+        ('`ldam_drw`', ['ldam_drw_short'], None),
+        ('`balanced_softmax`', ['balanced_softmax_short'], None),
+        ('`logit_adjusted`', ['logit_adjusted_short'], None),
+        ('`ce`, classifier retrained in 10 more', ['ce_retrained_short'], None),
     ]),
     'ablation_short': ("The ablation in 40 + 10 epochs, beside the paper's figures after 180 + 20:", [
         *_short(ABLATION),
