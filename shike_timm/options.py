@@ -221,7 +221,7 @@ MODEL = Group(
 METHOD = Group(
     'Method and loss of stage one',
     Option(
-        'method', str, 'shike', 'shike, ce, balanced_softmax, logit_adjusted, focal or ldam_drw', card='changed'),
+        'method', str, 'shike', 'what stage one trains with; an unknown name lists all', card='changed'),
     Option('tau', float, 1., 'strength of logit_adjusted', 'T', card='changed'),
     Option('focal_gamma', float, 2., 'exponent of focal', 'G', low=0, card='changed'),
     Option('alpha', float, 0.1, 'weight of dynamic knowledge transfer'),
