@@ -1,12 +1,7 @@
 """From parsed arguments to models, optimizers, schedules, data and settings, each checked with a clear error."""
 import argparse
-import difflib
-import importlib.util
 import inspect
 import logging
-import os
-import shutil
-import sys
 from typing import Any, Dict, Optional, Sequence
 
 import timm
@@ -20,7 +15,7 @@ from torch import nn
 
 from .data import TrainingData, load_training_data
 from .devices import computes_bfloat16
-from .errors import InputError, one_line
+from .errors import InputError, nearest, one_line
 from .methods import Stage
 from .models import Shike
 
@@ -49,36 +44,21 @@ def resolve_autocast(args: argparse.Namespace, device: torch.device) -> Optional
 
 
 def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.device) -> None:
-    """Check that a model can be compiled, before the first step would find out.
+    """Compile and run one addition, so that what compiling lacks shows before anything is written.
 
     Raises:
-        InputError: If there is no such backend or mode, or the compiler that inductor needs is missing.
+        InputError: If there is no such backend or mode, or a compiler that it needs is missing.
     """
+    if mode and not backend:
+        raise InputError(f'--torchcompile-mode {mode} goes with --torchcompile, which is not given: add it.')
     if not backend:
-        if mode:
-            raise InputError(f'--torchcompile-mode {mode} goes with --torchcompile, which is not given: add it.')
         return
-    if backend not in torch.compiler.list_backends(exclude_tags=()):
-        raise InputError(f"--torchcompile '{backend}' is not a backend of torch.compile: leave the name out.")
-    if mode and backend != 'inductor':
-        raise InputError(f"--torchcompile-mode '{mode}' is of inductor, not of '{backend}': leave it out.")
-    if mode:
-        try:
-            torch.compile(nn.Identity(), mode=mode)  # which compiles nothing before a call
-        except RuntimeError as error:
-            raise InputError(
-                f"--torchcompile-mode '{mode}' is unknown to '{backend}': {one_line(error)}.") from error
-    if backend != 'inductor':
-        return
-    if device.type == 'cpu':
-        compilers = [os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')]
-    else:
-        compilers = [os.environ['CC']] if 'CC' in os.environ else ['gcc', 'clang']
-    if not any(shutil.which(name) for name in compilers):
-        raise InputError(
-            f"--torchcompile needs a compiler and there is no '{compilers[0]}': install one or add --no-torchcompile.")
-    if device.type == 'cuda' and not importlib.util.find_spec('triton'):
-        raise InputError('--torchcompile needs Triton on CUDA: pip install triton, or add --no-torchcompile.')
+    try:
+        torch.compile(lambda x: x + 1, backend=backend, mode=mode)(torch.ones(1, device=device))
+    except Exception as error:  # each backend has its own
+        given = f"--torchcompile '{backend}'" + (f" with --torchcompile-mode '{mode}'" if mode else '')
+        reason = one_line(str(error).splitlines()[0])
+        raise InputError(f'{given} does not work here ({reason}): mend that, or add --no-torchcompile.') from error
 
 
 def check_model_name(name: str) -> None:
@@ -89,8 +69,8 @@ def check_model_name(name: str) -> None:
     """
     known = timm.list_models(module='registry')
     if get_arch_name(name) not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise InputError(f"model '{name}' is not a SHIKE model, the nearest one is '{nearest}'.")
+        raise InputError(
+            f"model '{name}' is not a SHIKE model{nearest(name, known)}: choose one of {', '.join(known)}.")
 
 
 def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False) -> Shike:

@@ -1,6 +1,5 @@
 """Methods by name: what the stages of a run train with. A method is an entry of `METHODS`, a few lines over a loss."""
 import argparse
-import difflib
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
@@ -9,7 +8,7 @@ import torch
 from timm.loss import compute_class_weights
 from timm.task import TrainingTask
 
-from .errors import InputError
+from .errors import InputError, nearest
 from .losses import balanced_softmax, expert_cross_entropy, focal, ldam, logit_adjusted
 from .models.classifiers import CosineClassifier
 from .tasks import ClassifierRetrainingTask, ExpertTask, RepresentationTask
@@ -132,9 +131,7 @@ def get_method(name: str) -> Method:
         InputError: If there is none of that name.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose {', '.join(METHODS)}."
-        raise InputError(f"--method '{name}' is unknown: {hint}")
+        raise InputError(f"--method '{name}' is unknown{nearest(name, METHODS)}: choose one of {', '.join(METHODS)}.")
     return METHODS[name]
 
 

@@ -10,8 +10,8 @@ from .config import read_hparams
 from .errors import InputError, nearest
 
 __all__ = [
-    'Group', 'Option', 'card_options', 'changed_option', 'check_values', 'complete', 'defaults', 'read_command_line',
-    'run_folder',
+    'Group', 'Option', 'card_options', 'changed_option', 'check_values', 'complete', 'defaults', 'parse_args',
+    'read_command_line', 'run_folder',
 ]
 
 _KINDS = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', dict: 'names with values'}
@@ -444,6 +444,11 @@ def complete(
     for name, option in _by_name(groups).items():
         option.check_range(getattr(args, name))
     return args
+
+
+def parse_args(description: str, groups: Sequence[Group], argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Values of all options, from a command line: `complete` over `read_command_line`, which say what is raised."""
+    return complete(groups, read_command_line(description, groups, argv))
 
 
 def changed_option(args: argparse.Namespace, before: Dict[str, Any]) -> Optional[Option]:

@@ -4,9 +4,10 @@ import copy
 import json
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable
 
 import numpy as np
 import timm
@@ -25,7 +26,7 @@ from ..errors import InputError, one_line
 from ..measure import PARTS, count_flops, measure_ceilings, peak_memory, rates_by_turns, time_parts
 from ..methods import Stage, plan_stages
 from ..models import Shike
-from ..options import TRAINING, Group, Option, complete, read_command_line
+from ..options import TRAINING, Group, Option, parse_args
 from ..runs import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
 from .cli import run_script
 
@@ -268,14 +269,7 @@ def format_report(report: Dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def parse_benchmark_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of benchmark.py: those of train.py, which decide what is timed, and a few of its own.
-
-    Raises:
-        InputError: If an argument or a line of the hparams file is wrong.
-    """
-    return complete(
-        OPTIONS, read_command_line('Time training and inference; without a data set, on noise.', OPTIONS, argv))
+parse_benchmark_args = partial(parse_args, 'Time training and inference; without a data set, on noise.', OPTIONS)
 
 
 def main() -> int:

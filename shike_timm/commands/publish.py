@@ -2,8 +2,9 @@
 import argparse
 import json
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Tuple
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
@@ -14,7 +15,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from ..errors import InputError, one_line
 from ..loading import load_trained_model
 from ..model_card import model_card
-from ..options import Group, Option, complete, read_command_line
+from ..options import Group, Option, parse_args
 from .cli import run_script
 
 __all__ = ['OPTIONS', 'PublishError', 'find_model', 'main', 'parse_publish_args', 'publish', 'read_run']
@@ -176,14 +177,7 @@ OPTIONS = (
 )
 
 
-def parse_publish_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of publish.py.
-
-    Raises:
-        InputError: If an argument is wrong.
-    """
-    return complete(
-        OPTIONS, read_command_line('Publish a trained model and its card to the Hugging Face Hub.', OPTIONS, argv))
+parse_publish_args = partial(parse_args, 'Publish a trained model and its card to the Hugging Face Hub.', OPTIONS)
 
 
 def main() -> int:
