@@ -150,7 +150,7 @@ def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stag
     if crt_epochs is None:
         crt_epochs = RETRAINING_EPOCHS if retraining else method.crt_epochs
     if retraining and not crt_epochs:
-        raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1.')
+        raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1, or leave it out.')
     first = Stage(
         STAGES[0],
         1,
