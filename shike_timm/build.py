@@ -2,7 +2,7 @@
 import argparse
 import inspect
 import logging
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, cast
 
 import timm
 import timm.data
@@ -93,7 +93,7 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
         raise InputError('--freeze-trunk would keep random shared stages: add --pretrained-backbone.')
     source = True if args.pretrained_backbone == 'default' else args.pretrained_backbone
     try:
-        model = timm.create_model(
+        model = cast(Shike, timm.create_model(
             args.model,
             num_classes=num_classes,
             backbone=args.backbone,
@@ -104,7 +104,7 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
             aligner=args.aligner,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
-        )
+        ))
         if source and fresh:
             model.load_backbone(source)
         elif source:
@@ -139,12 +139,12 @@ def create_optimizer(args: argparse.Namespace, lr: float, model: nn.Module) -> t
     Raises:
         InputError: If the optimizer is unknown or takes no such option.
     """
-    options = dict(optimizer_kwargs(args), lr=lr)
+    options: Dict[str, Any] = dict(optimizer_kwargs(args), lr=lr)
     if _takes_fused(args):
         options['fused'] = True
     try:
         # What stage two froze gets no gradient, so that the optimizer leaves it alone.
-        optimizer = create_optimizer_v2(model, **dict(options, **args.opt_kwargs))
+        optimizer = create_optimizer_v2(model, **{**options, **args.opt_kwargs})
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise InputError(f"optimizer '{args.opt}' cannot be made: {error}") from error
     if isinstance(optimizer, torch.optim.SGD) and 'fused' in options:
@@ -211,6 +211,7 @@ def create_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace, 
         decay_epochs=args.decay_epochs,
         decay_rate=args.decay_rate,
     )
+    assert scheduler is not None  # there is none only of a name that is not among the choices
     return scheduler
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
 
 import torch
 from timm.loss import compute_class_weights
-from timm.task import TrainingTask
 
 from .errors import InputError, nearest
 from .losses import balanced_softmax, expert_cross_entropy, focal, ldam, logit_adjusted
@@ -43,7 +42,7 @@ class Stage:
     number: int
     epochs: int
     lr: float
-    make_task: Callable[['Run'], TrainingTask]
+    make_task: Callable[['Run'], ExpertTask]
     warmup_epochs: int = 0
     warmup_lr: float = 1e-5
     first_row: int = 0
@@ -61,7 +60,7 @@ class Method:
         indices_only: From arguments to `Stage.indices_only`.
     """
 
-    make_task: Callable[['Run'], TrainingTask]
+    make_task: Callable[['Run'], ExpertTask]
     crt_epochs: int = 0
     indices_only: Callable[[argparse.Namespace], Optional[str]] = lambda args: None
 
@@ -82,12 +81,12 @@ def _class_counts(run: 'Run') -> torch.Tensor:
     return torch.tensor(run.data.class_counts, device=run.device)
 
 
-def _shike(run: 'Run') -> TrainingTask:
+def _shike(run: 'Run') -> ExpertTask:
     args = run.args
     return RepresentationTask(run.model, args.alpha, args.beta, args.detach_teacher, **_teaching(run))
 
 
-def _ldam_drw(run: 'Run') -> TrainingTask:
+def _ldam_drw(run: 'Run') -> ExpertTask:
     classifier = run.model.get_classifier()
     if not isinstance(classifier, CosineClassifier):
         raise InputError("--method ldam_drw sets margins between cosines: leave out --classifier linear.")
@@ -98,7 +97,7 @@ def _ldam_drw(run: 'Run') -> TrainingTask:
         run.model, loss, late_loss=partial(loss, class_weights=weights.to(run.device)), **_teaching(run))
 
 
-def _by_loss(make_loss: Callable[['Run'], Callable]) -> Callable[['Run'], TrainingTask]:
+def _by_loss(make_loss: Callable[['Run'], Callable]) -> Callable[['Run'], ExpertTask]:
     return lambda run: ExpertTask(run.model, make_loss(run), **_teaching(run))
 
 

@@ -96,12 +96,12 @@ class Option:
         return [self._check_item(item, where) for item in value]
 
     def _check_item(self, value: Any, where: str) -> Any:
-        wrong = value is None or isinstance(value, (bool, list, dict)) or self.kind is int and isinstance(value, float)
         try:
             converted = self.kind(value)  # also of text, since YAML reads 5e-4 as such
         except (ValueError, TypeError, OverflowError):
-            wrong = True
-        if wrong:
+            converted = None
+        whole = self.kind is not int or not isinstance(value, float)
+        if converted is None or value is None or isinstance(value, (bool, list, dict)) or not whole:
             raise InputError(f'{where} is {value!r}, expected {_KINDS[self.kind]}.')
         if self.choices and converted not in self.choices:
             raise InputError(f"{where} is {value!r}, expected one of {', '.join(map(str, self.choices))}.")

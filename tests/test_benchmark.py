@@ -128,10 +128,10 @@ def test_bad_input(run_script, options, message):
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1
 
 
-def test_compiling_needs_a_compiler(run_script, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, 'cxx', (None, 'no-such-compiler'))
-    monkeypatch.setattr(torch.compiler.config, 'force_disable_caches', True)
-    status, _, err = run_script('benchmark.py', *QUICK, '--torchcompile')
+def test_compiling_needs_a_compiler(run_script, monkeypatch, tmp_path):
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    with torch._inductor.config.patch({'cpp.cxx': (None, 'no-such-compiler')}):
+        status, _, err = run_script('benchmark.py', *QUICK, '--torchcompile')
     assert status == 2 and 'no-such-compiler' in err and len(err.strip().splitlines()) == 1
 
 
