@@ -1,5 +1,5 @@
 """SHIKE for timm: importing this package registers its models with `timm.create_model`."""
-from typing import Any, Dict, Union
+from typing import Any, Dict, Union, cast
 
 import timm
 
@@ -20,7 +20,7 @@ def shike(backbone: str, pretrained_backbone: Union[None, Source] = None, **kwar
         ValueError: If the network cannot be split, or there are no such weights; the message says why.
         RuntimeError: If timm knows no such tag, or a weight has another shape.
     """
-    model = timm.create_model('shike', backbone=backbone, **kwargs)
+    model = cast(models.Shike, timm.create_model('shike', backbone=backbone, **kwargs))
     if pretrained_backbone:
         model.load_backbone(pretrained_backbone, kwargs.get('cache_dir'))
     return model
@@ -35,9 +35,10 @@ def train(**options: Any) -> Dict[str, Any]:
     Raises:
         ValueError: If an option is unknown or cannot work; nothing has been written then.
     """
+    from shike_timm.options import check_values
+
     from . import runs
     from .commands.train import OPTIONS, complete_train_args
-    from .options import check_values
     return runs.train(complete_train_args(check_values(OPTIONS, options, 'train()')))
 
 
@@ -50,6 +51,7 @@ def evaluate(**options: Any) -> Dict[str, Any]:
     Raises:
         ValueError: If an option is unknown or cannot work.
     """
+    from shike_timm.options import check_values, complete
+
     from .commands.eval import OPTIONS, evaluate_model
-    from .options import check_values, complete
     return evaluate_model(complete(OPTIONS, check_values(OPTIONS, options, 'evaluate()')))

@@ -1,13 +1,8 @@
 """From parsed arguments to models, optimizers, schedules, data and settings, each checked with a clear error."""
 import argparse
-import difflib
-import importlib.util
 import inspect
 import logging
-import os
-import shutil
-import sys
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, cast
 
 import timm
 import timm.data
@@ -20,7 +15,7 @@ from torch import nn
 
 from .data import TrainingData, load_training_data
 from .devices import computes_bfloat16
-from .errors import InputError, one_line
+from .errors import InputError, nearest, one_line
 from .methods import Stage
 from .models import Shike
 
@@ -49,36 +44,21 @@ def resolve_autocast(args: argparse.Namespace, device: torch.device) -> Optional
 
 
 def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.device) -> None:
-    """Check that a model can be compiled, before the first step would find out.
+    """Compile and run one addition, so that what compiling lacks shows before anything is written.
 
     Raises:
-        InputError: If there is no such backend or mode, or the compiler that inductor needs is missing.
+        InputError: If there is no such backend or mode, or a compiler that it needs is missing.
     """
+    if mode and not backend:
+        raise InputError(f'--torchcompile-mode {mode} goes with --torchcompile, which is not given: add it.')
     if not backend:
-        if mode:
-            raise InputError(f'--torchcompile-mode {mode} goes with --torchcompile, which is not given: add it.')
         return
-    if backend not in torch.compiler.list_backends(exclude_tags=()):
-        raise InputError(f"--torchcompile '{backend}' is not a backend of torch.compile: leave the name out.")
-    if mode and backend != 'inductor':
-        raise InputError(f"--torchcompile-mode '{mode}' is of inductor, not of '{backend}': leave it out.")
-    if mode:
-        try:
-            torch.compile(nn.Identity(), mode=mode)  # which compiles nothing before a call
-        except RuntimeError as error:
-            raise InputError(
-                f"--torchcompile-mode '{mode}' is unknown to '{backend}': {one_line(error)}.") from error
-    if backend != 'inductor':
-        return
-    if device.type == 'cpu':
-        compilers = [os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')]
-    else:
-        compilers = [os.environ['CC']] if 'CC' in os.environ else ['gcc', 'clang']
-    if not any(shutil.which(name) for name in compilers):
-        raise InputError(
-            f"--torchcompile needs a compiler and there is no '{compilers[0]}': install one or add --no-torchcompile.")
-    if device.type == 'cuda' and not importlib.util.find_spec('triton'):
-        raise InputError('--torchcompile needs Triton on CUDA: pip install triton, or add --no-torchcompile.')
+    try:
+        torch.compile(lambda x: x + 1, backend=backend, mode=mode)(torch.ones(1, device=device))
+    except Exception as error:  # each backend has its own
+        given = f"--torchcompile '{backend}'" + (f" with --torchcompile-mode '{mode}'" if mode else '')
+        reason = one_line(str(error).splitlines()[0])
+        raise InputError(f'{given} does not work here ({reason}): mend that, or add --no-torchcompile.') from error
 
 
 def check_model_name(name: str) -> None:
@@ -89,8 +69,8 @@ def check_model_name(name: str) -> None:
     """
     known = timm.list_models(module='registry')
     if get_arch_name(name) not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise InputError(f"model '{name}' is not a SHIKE model, the nearest one is '{nearest}'.")
+        raise InputError(
+            f"model '{name}' is not a SHIKE model{nearest(name, known)}: choose one of {', '.join(known)}.")
 
 
 def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False) -> Shike:
@@ -113,7 +93,7 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
         raise InputError('--freeze-trunk would keep random shared stages: add --pretrained-backbone.')
     source = True if args.pretrained_backbone == 'default' else args.pretrained_backbone
     try:
-        model = timm.create_model(
+        model = cast(Shike, timm.create_model(
             args.model,
             num_classes=num_classes,
             backbone=args.backbone,
@@ -124,7 +104,7 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
             aligner=args.aligner,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
-        )
+        ))
         if source and fresh:
             model.load_backbone(source)
         elif source:
@@ -159,12 +139,12 @@ def create_optimizer(args: argparse.Namespace, lr: float, model: nn.Module) -> t
     Raises:
         InputError: If the optimizer is unknown or takes no such option.
     """
-    options = dict(optimizer_kwargs(args), lr=lr)
+    options: Dict[str, Any] = dict(optimizer_kwargs(args), lr=lr)
     if _takes_fused(args):
         options['fused'] = True
     try:
         # What stage two froze gets no gradient, so that the optimizer leaves it alone.
-        optimizer = create_optimizer_v2(model, **dict(options, **args.opt_kwargs))
+        optimizer = create_optimizer_v2(model, **{**options, **args.opt_kwargs})
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise InputError(f"optimizer '{args.opt}' cannot be made: {error}") from error
     if isinstance(optimizer, torch.optim.SGD) and 'fused' in options:
@@ -231,6 +211,7 @@ def create_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace, 
         decay_epochs=args.decay_epochs,
         decay_rate=args.decay_rate,
     )
+    assert scheduler is not None  # there is none only of a name that is not among the choices
     return scheduler
 
 

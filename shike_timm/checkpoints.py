@@ -159,10 +159,10 @@ def export_model(
     shutil.rmtree(temporary, ignore_errors=True)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
     model.pretrained_cfg.pop('label_names', None)  # of the weights that come with the name, not of these
-    model_config = {'pretrained_cfg': {'tag': ''}}  # these weights are not those of the name's default tag
+    model_config: Dict[str, Any] = {'pretrained_cfg': {'tag': ''}}  # not the weights of the name's default tag
     for key, values in (('label_names', class_names), ('class_counts', class_counts)):
         if values:
             model_config[key] = list(values)
-    save_for_hf(model, temporary, model_config, safe_serialization=True, data_config=data_config)
+    save_for_hf(model, str(temporary), model_config, safe_serialization=True, data_config=data_config)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -21,8 +21,12 @@ from tqdm import tqdm
 from .checkpoints import StageSaver
 from .methods import Stage
 from .metrics import METRICS
+from .tasks import ExpertTask
 
-__all__ = ['Interrupted', 'LoopConfig', 'NonFiniteError', 'StopFlag', 'fit', 'seed_all', 'stop_signals', 'train_step']
+__all__ = [
+    'Interrupted', 'LoopConfig', 'NonFiniteError', 'StopFlag', 'eval_model', 'fit', 'seed_all', 'stop_signals',
+    'train_step',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -205,15 +209,16 @@ def _train_one_epoch(
     )
 
 
-def _eval_model(task: TrainingTask, ema: bool = False) -> torch.nn.Module:
+def eval_model(task: TrainingTask, ema: bool = False) -> torch.nn.Module:
+    """The model that a task evaluates, or with `ema` its moving average, which must be there."""
     model = task.get_eval_model(ema=ema)
-    assert model is not None  # there is none only of an average that the task does not keep
+    assert model is not None
     return model
 
 
 def _check_weights(task: TrainingTask, stage: Stage, epoch: int) -> None:
-    tensors = [t for t in _eval_model(task).state_dict().values() if t.is_floating_point()]
-    if not math.isfinite(float(sum(torch._foreach_norm(tensors)))):
+    tensors = [t for t in eval_model(task).state_dict().values() if t.is_floating_point()]
+    if not math.isfinite(float(torch.nn.utils.get_total_norm(tensors))):
         name = stage.name.replace('_', ' ')
         raise NonFiniteError(f'The weights are not finite after epoch {epoch} of {name}: try a lower --lr.')
 
@@ -226,7 +231,7 @@ def _training_seconds(summary: Path, first_row: int) -> float:
 
 
 def fit(
-        task: TrainingTask,
+        task: ExpertTask,
         loader,
         optimizer: torch.optim.Optimizer,
         scheduler: Scheduler,
@@ -274,7 +279,7 @@ def fit(
         _check_weights(task, stage, epoch)
         metrics = None
         if epoch == stage.epochs - 1 or (epoch + 1) % config.val_interval == 0:
-            metrics = evaluate(_eval_model(task, ema=task.has_ema()))
+            metrics = evaluate(eval_model(task, ema=task.has_ema()))
             _logger.info(f'Eval: {epoch}  ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS))
         update_summary(
             stage.first_row + epoch,
@@ -285,5 +290,5 @@ def fit(
         )
         saver.save_checkpoint(epoch)
     if metrics is None:
-        metrics = evaluate(_eval_model(task, ema=task.has_ema()))
+        metrics = evaluate(eval_model(task, ema=task.has_ema()))
     return dict(metrics, seconds=round(_training_seconds(summary, stage.first_row), 1))

@@ -3,7 +3,7 @@ import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, cast
 
 import timm
 import torch
@@ -18,6 +18,7 @@ from .data import TrainingData
 from .errors import InputError, one_line
 from .models import Shike
 from .models.authors import is_authors_layout, num_classes_and_experts
+from .models.shike import recorded_args
 from .options import PREPROCESSING, TRAIN, defaults
 
 __all__ = ['TrainedModel', 'load_teacher', 'load_trained_model']
@@ -49,7 +50,7 @@ def _read_config(name: str, weights: Optional[str]) -> Dict[str, Any]:
         repo_id, _, revision = model_id.partition('@')
         path = Path(hf_hub_download(repo_id, 'config.json', revision=revision or None))
     else:
-        path = Path(weights).with_name('config.json')
+        path = Path(weights or '').with_name('config.json')
     return json.loads(path.read_text())
 
 
@@ -63,14 +64,14 @@ def _load_by_name(name: str, pretrained: bool) -> TrainedModel:
         raise InputError(f"model '{name}' cannot be loaded: {one_line(error)}.") from error
     if not isinstance(model, Shike):
         raise InputError(f"model '{name}' is a {type(model).__name__}, expected a SHIKE model.")
-    model._model_args.pop('pretrained_backbone', None)  # of no use any more, and perhaps somebody's path
+    recorded_args(model).pop('pretrained_backbone', None)  # of no use any more, and perhaps somebody's path
     return TrainedModel(model, config.get('class_counts'), config.get('label_names'))
 
 
 def _load_authors(weights: Dict[str, Tensor], classifiers: str) -> TrainedModel:
     num_classes, num_experts = num_classes_and_experts(weights)
-    model = timm.create_model(
-        'resnet32_shike', num_classes=num_classes, num_experts=num_experts, authors_classifiers=classifiers)
+    model = cast(Shike, timm.create_model(
+        'resnet32_shike', num_classes=num_classes, num_experts=num_experts, authors_classifiers=classifiers))
     model.load_state_dict(weights)
     return TrainedModel(model)
 
@@ -113,7 +114,7 @@ def load_trained_model(
     """
     if bool(name) == bool(checkpoint):
         raise InputError('Give the model, either as --model or as --checkpoint.')
-    trained = _load_by_name(name, pretrained) if name else _load_checkpoint(checkpoint, authors_classifiers)
+    trained = _load_by_name(name, pretrained) if name else _load_checkpoint(checkpoint or '', authors_classifiers)
     if experts is not None:
         try:
             trained.model.set_experts(experts)

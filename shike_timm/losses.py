@@ -1,7 +1,7 @@
 """The losses of SHIKE (Jin et al., CVPR 2023) as pure functions of the stacked expert logits.
 
-Everywhere `logits` is [B, M, C]: batch, experts, classes. KL(p | q) is sum_c p_c (log p_c - log q_c). Each loss is
-summed over experts and averaged over the batch. All arithmetic is in float32, or in float64 where logits are.
+Everywhere `logits` is [B, M, C]: batch, experts, classes. KL(p | q) is sum_c p_c (log p_c - log q_c). Each loss is a
+scalar, summed over experts and averaged over the batch. All arithmetic is in float32, or in float64 where logits are.
 """
 from typing import NamedTuple, Optional
 
@@ -44,9 +44,6 @@ def expert_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: Expert logits [B, M, C].
         target: Class indices [B], or class probabilities [B, C] as Mixup and CutMix make them.
-
-    Returns:
-        Scalar: summed over experts, averaged over the batch.
     """
     return -_expected(_log_softmax(_widen(logits)), target)
 
@@ -59,9 +56,6 @@ def mutual_distillation(logits: Tensor) -> Tensor:
 
     Args:
         logits: Expert logits [B, M, C].
-
-    Returns:
-        Scalar: summed over ordered pairs of experts, averaged over the batch.
     """
     num_experts = logits.shape[1]
     log_prob = _log_softmax(_widen(logits))
@@ -75,15 +69,12 @@ def dynamic_knowledge_transfer(logits: Tensor, target: Tensor, detach_teacher: b
 
     The target class is left out. For each other class the grand teacher takes the largest logit of any expert
     (Eq. 6), except at the class whose logit averaged over experts is the largest, the consensus hardest negative,
-    where it takes that average (Eq. 7).
+    where it takes that average (Eq. 7). The loss of an expert is KL(teacher | expert) over those C - 1 classes.
 
     Args:
         logits: Expert logits [B, M, C] with C of at least 2.
         target: Class indices [B].
         detach_teacher: Stop gradients through the teacher.
-
-    Returns:
-        Scalar: KL(teacher | expert) over the C - 1 non-target classes, summed over experts, averaged over the batch.
 
     Raises:
         ValueError: If there are fewer than two classes or target is not [B] class indices.
@@ -116,9 +107,6 @@ def knowledge_distillation(logits: Tensor, teacher: Tensor, temperature: float =
         logits: Expert logits [B, M, C].
         teacher: Logits of the teacher [B, C], through which no gradient goes.
         temperature: T, above 0: the higher, the more the teacher's small probabilities count.
-
-    Returns:
-        Scalar: summed over experts, averaged over the batch.
     """
     log_prob = _log_softmax(_widen(logits) / temperature)
     log_teacher = _log_softmax(_widen(teacher.detach()) / temperature)[:, None]
@@ -132,9 +120,6 @@ def balanced_softmax(logits: Tensor, target: Tensor, class_counts: Tensor) -> Te
         logits: Expert logits [B, M, C].
         target: Class indices [B], or class probabilities [B, C].
         class_counts: Training images of each class [C], all positive: log n_c is added to the logits.
-
-    Returns:
-        Scalar: summed over experts, averaged over the batch.
     """
     logits = _widen(logits)
     return expert_cross_entropy(logits + class_counts.to(logits.dtype).log(), target)
@@ -148,9 +133,6 @@ def logit_adjusted(logits: Tensor, target: Tensor, class_counts: Tensor, tau: fl
         target: Class indices [B], or class probabilities [B, C].
         class_counts: Training images of each class [C], all positive; their shares are the prior pi.
         tau: Strength; at 1 it equals `balanced_softmax`, at 0 plain cross-entropy.
-
-    Returns:
-        Scalar: summed over experts, averaged over the batch.
     """
     logits = _widen(logits)
     prior = class_counts.to(logits.dtype) / class_counts.sum()
@@ -164,9 +146,6 @@ def focal(logits: Tensor, target: Tensor, gamma: float = 2.) -> Tensor:
         logits: Expert logits [B, M, C].
         target: Class indices [B], or class probabilities [B, C].
         gamma: How much what is classified well already counts less; 0 is plain cross-entropy.
-
-    Returns:
-        Scalar: summed over experts, averaged over the batch.
     """
     log_prob = _log_softmax(_widen(logits))
     # 1 - p without cancellation, away from 0 where a power below 1 has no finite slope.
@@ -193,9 +172,6 @@ def ldam(
         scale: Factor between the cosines, which the margin is for, and the logits.
         max_margin: Margin of the smallest class.
         class_weights: Weights of the classes [C], for the mean over the batch; all equal where None.
-
-    Returns:
-        Scalar: summed over experts, averaged over the batch.
 
     Raises:
         ValueError: If target is not [B] class indices.

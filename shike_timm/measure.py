@@ -2,7 +2,7 @@
 import statistics
 import time
 import weakref
-from collections import Counter
+from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Set
@@ -119,7 +119,11 @@ def count_flops(step: Callable[[], Any]) -> int:
 
 
 @contextmanager
-def time_parts(task: TrainingTask, optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[Counter]:
+def time_parts(
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+) -> Iterator[Dict[str, float]]:
     """Time the parts of the training steps inside the context, by waiting for the device after each.
 
     Args:
@@ -131,7 +135,7 @@ def time_parts(task: TrainingTask, optimizer: torch.optim.Optimizer, device: tor
     Yields:
         Seconds by part, summed over steps; what lies between two steps counts as data.
     """
-    seconds: Counter = Counter()
+    seconds: Dict[str, float] = defaultdict(float)
     _synchronize(device)
     last = time.perf_counter()
 

@@ -1,15 +1,13 @@
 """Methods by name: what the stages of a run train with. A method is an entry of `METHODS`, a few lines over a loss."""
 import argparse
-import difflib
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
 
 import torch
 from timm.loss import compute_class_weights
-from timm.task import TrainingTask
 
-from .errors import InputError
+from .errors import InputError, nearest
 from .losses import balanced_softmax, expert_cross_entropy, focal, ldam, logit_adjusted
 from .models.classifiers import CosineClassifier
 from .tasks import ClassifierRetrainingTask, ExpertTask, RepresentationTask
@@ -44,7 +42,7 @@ class Stage:
     number: int
     epochs: int
     lr: float
-    make_task: Callable[['Run'], TrainingTask]
+    make_task: Callable[['Run'], ExpertTask]
     warmup_epochs: int = 0
     warmup_lr: float = 1e-5
     first_row: int = 0
@@ -62,7 +60,7 @@ class Method:
         indices_only: From arguments to `Stage.indices_only`.
     """
 
-    make_task: Callable[['Run'], TrainingTask]
+    make_task: Callable[['Run'], ExpertTask]
     crt_epochs: int = 0
     indices_only: Callable[[argparse.Namespace], Optional[str]] = lambda args: None
 
@@ -83,12 +81,12 @@ def _class_counts(run: 'Run') -> torch.Tensor:
     return torch.tensor(run.data.class_counts, device=run.device)
 
 
-def _shike(run: 'Run') -> TrainingTask:
+def _shike(run: 'Run') -> ExpertTask:
     args = run.args
     return RepresentationTask(run.model, args.alpha, args.beta, args.detach_teacher, **_teaching(run))
 
 
-def _ldam_drw(run: 'Run') -> TrainingTask:
+def _ldam_drw(run: 'Run') -> ExpertTask:
     classifier = run.model.get_classifier()
     if not isinstance(classifier, CosineClassifier):
         raise InputError("--method ldam_drw sets margins between cosines: leave out --classifier linear.")
@@ -99,7 +97,7 @@ def _ldam_drw(run: 'Run') -> TrainingTask:
         run.model, loss, late_loss=partial(loss, class_weights=weights.to(run.device)), **_teaching(run))
 
 
-def _by_loss(make_loss: Callable[['Run'], Callable]) -> Callable[['Run'], TrainingTask]:
+def _by_loss(make_loss: Callable[['Run'], Callable]) -> Callable[['Run'], ExpertTask]:
     return lambda run: ExpertTask(run.model, make_loss(run), **_teaching(run))
 
 
@@ -132,9 +130,7 @@ def get_method(name: str) -> Method:
         InputError: If there is none of that name.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose {', '.join(METHODS)}."
-        raise InputError(f"--method '{name}' is unknown: {hint}")
+        raise InputError(f"--method '{name}' is unknown{nearest(name, METHODS)}: choose one of {', '.join(METHODS)}.")
     return METHODS[name]
 
 
@@ -153,7 +149,7 @@ def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stag
     if crt_epochs is None:
         crt_epochs = RETRAINING_EPOCHS if retraining else method.crt_epochs
     if retraining and not crt_epochs:
-        raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1.')
+        raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1, or leave it out.')
     first = Stage(
         STAGES[0],
         1,

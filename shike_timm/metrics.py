@@ -1,11 +1,11 @@
 """What is measured of a model: accuracy on many-, medium- and few-shot classes, of the ensemble and each expert."""
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.task import ClassificationEvaluator
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ['METRICS', 'SHOTS', 'ExpertEvaluator', 'evaluate', 'format_subsets', 'format_table', 'shot_divisions']
 
@@ -109,7 +109,7 @@ class ExpertEvaluator(ClassificationEvaluator):
         divisions = dict(balanced=total >= 0, **shot_divisions(self.class_counts))
         results, per_class = [], []
         for k in range(accuracy.shape[1]):
-            result = dict(
+            result: Dict[str, Any] = dict(
                 loss=round(float(loss_sum[:, k].sum()) / num_images, 4),
                 top1=round(100 * float(top1[:, k].sum()) / num_images, 2),
                 top5=round(100 * float(top5[:, k].sum()) / num_images, 2),
@@ -122,7 +122,7 @@ class ExpertEvaluator(ClassificationEvaluator):
             per_class.append([
                 round(share, 2) if count else None for share, count in zip(accuracy[:, k].tolist(), total.tolist())])
         last = self.num_experts + 1
-        metrics = dict(results[0], experts=results[1:last])
+        metrics: Dict[str, Any] = dict(results[0], experts=results[1:last])
         if self.subsets:
             metrics['subsets'] = [
                 dict(one, experts=subset.tolist()) for subset, one in zip(self.subsets, results[last:])]
@@ -132,7 +132,7 @@ class ExpertEvaluator(ClassificationEvaluator):
 
 @torch.inference_mode()
 def evaluate(
-        model: nn.Module,
+        model: Any,
         loader,
         class_counts: Sequence[int],
         device: torch.device,
@@ -177,7 +177,7 @@ def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
     Args:
         stages: Results of `evaluate` by the name of the stage.
     """
-    rows = [('', *METRICS)]
+    rows: List[Sequence[Any]] = [('', *METRICS)]
     for stage, result in stages.items():
         for m, expert in enumerate(result['experts']):
             rows.append((f'{stage} expert {m}'.strip(), *(expert.get(key) for key in METRICS)))

@@ -95,7 +95,8 @@ def _recipe_section(metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
     if not entry.has_imb_factor:
         unused |= {'imb_factor', 'imb_type'}
     if 'stage_two' not in metrics:
-        unused |= {key for key in args if key.startswith('crt_')}
+        unused |= {key for key in args if key.startswith('crt_')} - {'crt_epochs'}
+        args = dict(args, crt_epochs=0)  # not every method's default
     if not args.get('kd_model_name'):
         unused |= {option.name for option in TEACHER.options}
     recipe = {key: value for key, value in card_options(args).items() if key not in unused}

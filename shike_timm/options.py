@@ -10,8 +10,8 @@ from .config import read_hparams
 from .errors import InputError, nearest
 
 __all__ = [
-    'Group', 'Option', 'card_options', 'changed_option', 'check_values', 'complete', 'defaults', 'read_command_line',
-    'run_folder',
+    'Group', 'Option', 'card_options', 'changed_option', 'check_values', 'complete', 'defaults', 'parse_args',
+    'read_command_line', 'run_folder',
 ]
 
 _KINDS = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', dict: 'names with values'}
@@ -96,12 +96,12 @@ class Option:
         return [self._check_item(item, where) for item in value]
 
     def _check_item(self, value: Any, where: str) -> Any:
-        wrong = value is None or isinstance(value, (bool, list, dict)) or self.kind is int and isinstance(value, float)
         try:
             converted = self.kind(value)  # also of text, since YAML reads 5e-4 as such
         except (ValueError, TypeError, OverflowError):
-            wrong = True
-        if wrong:
+            converted = None
+        whole = self.kind is not int or not isinstance(value, float)
+        if converted is None or value is None or isinstance(value, (bool, list, dict)) or not whole:
             raise InputError(f'{where} is {value!r}, expected {_KINDS[self.kind]}.')
         if self.choices and converted not in self.choices:
             raise InputError(f"{where} is {value!r}, expected one of {', '.join(map(str, self.choices))}.")
@@ -444,6 +444,11 @@ def complete(
     for name, option in _by_name(groups).items():
         option.check_range(getattr(args, name))
     return args
+
+
+def parse_args(description: str, groups: Sequence[Group], argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Values of all options, from a command line: `complete` over `read_command_line`, which say what is raised."""
+    return complete(groups, read_command_line(description, groups, argv))
 
 
 def changed_option(args: argparse.Namespace, before: Dict[str, Any]) -> Optional[Option]:

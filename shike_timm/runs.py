@@ -14,7 +14,6 @@ from timm.models import safe_model_name
 from timm.scheduler.scheduler import Scheduler
 from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import NativeScaler
-from torch import nn
 
 from .build import (
     check_compiler,
@@ -29,12 +28,13 @@ from .build import (
 from .checkpoints import StageSaver, export_model, load_checkpoint, load_weights, model_weights, write_text
 from .data import Augmentation, TrainingData, create_eval_loader, create_train_loader
 from .devices import resolve_device, tune_device
-from .engine import Interrupted, LoopConfig, StopFlag, fit, seed_all, stop_signals
+from .engine import Interrupted, LoopConfig, StopFlag, eval_model, fit, seed_all, stop_signals
 from .errors import InputError
 from .loading import load_teacher
 from .methods import STAGES, Stage, plan_stages
 from .metrics import evaluate, format_table
 from .options import changed_option, run_folder
+from .tasks import ExpertTask
 
 __all__ = [
     'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'load_stage_one', 'loop_config', 'prepare', 'retrain',
@@ -53,12 +53,12 @@ class Run:
     autocast: Optional[torch.dtype]
     data: TrainingData
     data_config: Dict[str, Any]
-    model: nn.Module
+    model: Any
     train_loader: Any
     test_loader: Any
     teacher: Optional[DistillationTeacher] = None
 
-    def evaluate(self, model: nn.Module) -> Dict[str, Any]:
+    def evaluate(self, model: Any) -> Dict[str, Any]:
         return evaluate(model, self.test_loader, self.data.class_counts, self.device)
 
 
@@ -111,7 +111,7 @@ def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = Tru
     return Run(args, device, autocast, data, data_config, model, train_loader, test_loader, teacher)
 
 
-def create_task(run: Run, stage: Stage) -> TrainingTask:
+def create_task(run: Run, stage: Stage) -> ExpertTask:
     """The training task of a stage, in the run's memory layout."""
     args = run.args
     if stage.number > 1:
@@ -171,7 +171,7 @@ def _default_experiment(args: argparse.Namespace) -> str:
     return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), dataset])
 
 
-Parts = Tuple[TrainingTask, torch.optim.Optimizer, Scheduler]
+Parts = Tuple[ExpertTask, torch.optim.Optimizer, Scheduler]
 
 
 def _make_parts(run: Run, stage: Stage) -> Parts:
@@ -197,7 +197,7 @@ def _run_stage(
     if checkpoint is not None:
         model.load_state_dict(checkpoint['state_dict'])
         if args.model_ema:
-            task.get_eval_model(ema=True).load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
+            eval_model(task, ema=True).load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
         optimizer.load_state_dict(checkpoint['optimizer'])
         if loss_scaler is not None and loss_scaler.state_dict_key in checkpoint:
             loss_scaler.load_state_dict(checkpoint[loss_scaler.state_dict_key])
@@ -235,7 +235,7 @@ def _run_stage(
         stop,
     )
     if args.model_ema:
-        model.load_state_dict(task.get_eval_model(ema=True).state_dict())
+        model.load_state_dict(eval_model(task, ema=True).state_dict())
     return metrics
 
 
@@ -270,7 +270,7 @@ def _run_stages(
 
 def _resume_point(args: argparse.Namespace) -> Tuple[int, Optional[Path]]:
     """Stage and checkpoint to go on from; stage one and no checkpoint where nothing was saved yet."""
-    folder = Path(run_folder(args))
+    folder = Path(run_folder(args) or '')
     first, second = (folder / name / 'last.pth.tar' for name in STAGES)
     if args.resume and os.path.isfile(args.resume):
         path = Path(args.resume)
@@ -323,9 +323,9 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     resumed = args.resume is not None
     if args.pretrained_backbone and args.fusion_type is None and not resumed:
         args.fusion_type = 'residual'
-    checkpoint = None
+    checkpoint = path = None
     if resumed:
-        folder = Path(run_folder(args))
+        folder = Path(run_folder(args) or '')
         args.output, args.experiment = str(folder.parent), folder.name
         number, path = _resume_point(args)
         if number > len(stages):
@@ -336,7 +336,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         args.experiment = args.experiment or _default_experiment(args)
     run = prepare(args, stages, fresh=checkpoint is None)
     if checkpoint is not None:
-        load_weights(run.model, checkpoint['state_dict'], path)
+        load_weights(run.model, checkpoint['state_dict'], path or '')
     return _run_stages(run, stages, resumed, checkpoint)
 
 

@@ -90,10 +90,12 @@ class ExpertTask(TrainingTask):
                 teacher = DistillationTeacher(teacher, device=device)
             self.teacher = teacher.requires_grad_(False)
             # From the student's normalization to the teacher's, without a comparison that waits for the device.
-            mean = teacher.mean_kd.new_tensor(mean or model.pretrained_cfg['mean']).view(1, -1, 1, 1)
-            std = teacher.std_kd.new_tensor(std or model.pretrained_cfg['std']).view(1, -1, 1, 1)
-            self.register_buffer('teacher_scale', std / teacher.std_kd, persistent=False)
-            self.register_buffer('teacher_shift', (mean - teacher.mean_kd) / teacher.std_kd, persistent=False)
+            cfg = model.pretrained_cfg
+            own_mean, own_std = (
+                teacher.mean_kd.new_tensor(values).view(1, -1, 1, 1)
+                for values in (mean or cfg['mean'], std or cfg['std']))
+            self.register_buffer('teacher_scale', own_std / teacher.std_kd, persistent=False)
+            self.register_buffer('teacher_shift', (own_mean - teacher.mean_kd) / teacher.std_kd, persistent=False)
 
     def train(self, mode: bool = True) -> 'ExpertTask':
         """Set the mode of all but the teacher."""
@@ -122,7 +124,7 @@ class ExpertTask(TrainingTask):
 
     def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
         """Parameters whose gradients are clipped, without the classifiers where exclude_head."""
-        model = self.get_eval_model()
+        model = unwrap_model(self.trainable_module).model
         head = set(model.get_classifier().parameters()) if exclude_head else ()
         return (parameter for parameter in model.parameters() if parameter not in head)
 

@@ -5,9 +5,10 @@ import time
 import pytest
 import timm
 import torch
+import torch._inductor.config
 from conftest import ROOT
 
-from shike_timm.build import check_compiler, resolve_autocast
+from shike_timm.build import resolve_autocast
 from shike_timm.commands.benchmark import benchmark, format_report, parse_benchmark_args
 from shike_timm.engine import LoopConfig, train_step
 from shike_timm.measure import measure_ceilings, peak_memory, time_parts
@@ -112,12 +113,11 @@ def test_ceilings_are_positive():
 
 
 @pytest.mark.parametrize('options, message', [
-    (['--model', 'resnet32_shik'], "model 'resnet32_shik' is not a SHIKE model, the nearest one is 'resnet32_shike'"),
+    (['--model', 'resnet32_shik'], "'resnet32_shik' is not a SHIKE model, the nearest valid one is 'resnet32_shike'"),
     (['--model', 'resnet32_shike', '--compare', 'resnet999'], "model 'resnet999' cannot be made"),
     (['--num-rounds', '0'], '--num-rounds 0 is out of range'),
-    (['--torchcompile', 'nonsense'], "--torchcompile 'nonsense' is not a backend"),
-    (['--torchcompile', '--torchcompile-mode', 'fastest'], "--torchcompile-mode 'fastest' is unknown to 'inductor'"),
-    (['--torchcompile', 'eager', '--torchcompile-mode', 'default'], "'default' is of inductor, not of 'eager'"),
+    (['--torchcompile', 'nonsense'], "--torchcompile 'nonsense' does not work here"),
+    (['--torchcompile', '--torchcompile-mode', 'fastest'], "with --torchcompile-mode 'fastest' does not work here"),
     (['--torchcompile-mode', 'max-autotune'], '--torchcompile-mode max-autotune goes with --torchcompile'),
     (['--results-file', 'nowhere/figures.json'], "results-file 'nowhere/figures.json' is in a folder"),
     (['--kd-model-name', 'resnet32_shike'], "--kd-model-name 'resnet32_shike' teaches the classes of a data set"),
@@ -128,16 +128,11 @@ def test_bad_input(run_script, options, message):
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1
 
 
-def test_compiling_needs_a_compiler(run_script, monkeypatch):
-    monkeypatch.setenv('CXX', 'no-such-compiler')
-    status, _, err = run_script('benchmark.py', *QUICK, '--torchcompile')
-    assert status == 2 and "there is no 'no-such-compiler': install one or add --no-torchcompile" in err
-
-
-def test_modes_of_the_compiler():
-    for mode in (None, 'default', 'reduce-overhead', 'max-autotune'):
-        check_compiler('inductor', mode, CPU)
-    check_compiler(None, None, CPU)
+def test_compiling_needs_a_compiler(run_script, monkeypatch, tmp_path):
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    with torch._inductor.config.patch({'cpp.cxx': (None, 'no-such-compiler')}):
+        status, _, err = run_script('benchmark.py', *QUICK, '--torchcompile')
+    assert status == 2 and 'no-such-compiler' in err and len(err.strip().splitlines()) == 1
 
 
 def test_classes_are_those_of_the_data_and_stage_one_is_compiled(known_ceilings):

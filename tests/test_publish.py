@@ -127,10 +127,11 @@ def test_cards_of_other_runs(tiny_run):
     _, metrics, args = read_files(tiny_run)
     bare = tiny_card(tiny_run)
     assert 'No metrics are at hand' in bare.text and 'Recipe' not in bare.text and bare.data.eval_results is None
-    assert 'crt_' in block(str(tiny_card(tiny_run, metrics, args)), 'yaml')
+    assert yaml.safe_load(block(str(tiny_card(tiny_run, metrics, args)), 'yaml'))['crt_epochs'] == 2
     del metrics['stage_two']
     card = ModelCard(str(tiny_card(tiny_run, metrics, dict(args, dataset=''))))
-    assert 'crt_' not in block(str(card), 'yaml')
+    recipe = yaml.safe_load(block(str(card), 'yaml'))
+    assert {key: value for key, value in recipe.items() if 'crt_' in key} == dict(crt_epochs=0)
     assert card.data.eval_results[0].metric_value == metrics['stage_one']['top1']
     assert card.data.eval_results[0].dataset_type == 'imagefolder'
     assert 'a folder of images' in card.text and 'imb_factor' not in card.text and 'imbalance' not in card.text

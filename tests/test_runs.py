@@ -19,6 +19,7 @@ from shike_timm.checkpoints import load_checkpoint
 from shike_timm.commands.retrain_classifier import parse_retrain_args
 from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
+from shike_timm.methods import RETRAINING_EPOCHS, plan_stages
 from shike_timm.metrics import METRICS
 from shike_timm.runs import retrain, train
 
@@ -260,10 +261,15 @@ def test_a_run_learns_from_another(tmp_path, tiny_run, caplog):
     assert list(retrain(*parse_retrain_args(options))) == ['stage_two']
 
 
-def test_stage_one_alone(tmp_path):
-    folder, metrics = run(tmp_path, '--crt-epochs', '0')
+def test_stage_one_alone_and_its_retraining(tmp_path):
+    folder, metrics = run(tmp_path, '--method', 'ce', '--crt-epochs', '0')
     assert list(metrics) == ['stage_one'] and not (folder / 'stage_two').exists()
     assert (folder / 'model' / 'model.safetensors').exists()
+    for options, epochs in (([], RETRAINING_EPOCHS), (['--crt-epochs', '3'], 3)):
+        args, _ = parse_retrain_args(['--checkpoint', str(folder), *options])
+        assert plan_stages(args, retraining=True)[-1].epochs == epochs
+    with pytest.raises(InputError, match='--crt-epochs 0 leaves nothing to do'):
+        retrain(*parse_retrain_args(['--checkpoint', str(folder), '--crt-epochs', '0']))
 
 
 @pytest.mark.parametrize('options', [

@@ -4,20 +4,22 @@ import copy
 import json
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable
 
 import numpy as np
 import timm
 import timm.data
 import torch
 from timm.task import ClassificationTask
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..build import check_compiler, check_model_name, create_model, create_optimizer, resolve_autocast
 from ..checkpoints import check_results_file, write_text
 from ..data import TrainingData
+from ..data.datasets import in_memory_set
 from ..data.in_memory import DeviceLoader
 from ..devices import resolve_device, tune_device
 from ..engine import train_step
@@ -25,7 +27,7 @@ from ..errors import InputError, one_line
 from ..measure import PARTS, count_flops, measure_ceilings, peak_memory, rates_by_turns, time_parts
 from ..methods import Stage, plan_stages
 from ..models import Shike
-from ..options import TRAINING, Group, Option, complete, read_command_line
+from ..options import TRAINING, Group, Option, parse_args
 from ..runs import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
 from .cli import run_script
 
@@ -59,22 +61,25 @@ class _Contestant:
     result: Dict[str, Any]
 
 
-def _noise_run(args: argparse.Namespace, model: nn.Module) -> Run:
-    """A run over one batch of noise."""
+def _noise_run(args: argparse.Namespace, model: Any) -> Run:
+    """A run of a model of timm over one batch of noise."""
     device = resolve_device(args.device)
     data_config = timm.data.resolve_data_config(vars(args), model=model)
     channels, height, width = data_config['input_size']
     rng = np.random.default_rng(args.seed)
+    images = rng.integers(0, 256, (args.batch_size, height, width, channels), dtype=np.uint8)
+    targets = rng.integers(0, model.num_classes, args.batch_size)
     loader = DeviceLoader(
-        rng.integers(0, 256, (args.batch_size, height, width, channels), dtype=np.uint8),
-        rng.integers(0, model.num_classes, args.batch_size),
+        images,
+        targets,
         data_config['mean'],
         data_config['std'],
         args.batch_size,
         device,
     )
     names = [str(c) for c in range(model.num_classes)]
-    data = TrainingData(None, None, [1] * model.num_classes, names)
+    noise = in_memory_set(images, targets, names)
+    data = TrainingData(noise, noise, [1] * model.num_classes, names)
     return Run(args, device, resolve_autocast(args, device), data, data_config, model.to(device), loader, loader)
 
 
@@ -91,8 +96,8 @@ def _shike_run(args: argparse.Namespace) -> Run:
     if args.kd_model_name:
         raise InputError(
             f"--kd-model-name '{args.kd_model_name}' teaches the classes of a data set: add --dataset or --data-dir.")
-    return _noise_run(args, create_model(
-        args, args.num_classes or timm.get_pretrained_cfg_value(args.model, 'num_classes')))
+    num_classes: Any = args.num_classes or timm.get_pretrained_cfg_value(args.model, 'num_classes')
+    return _noise_run(args, create_model(args, num_classes))
 
 
 def _plain_run(args: argparse.Namespace, name: str, like: Run) -> Run:
@@ -138,8 +143,8 @@ def _training(run: Run, name: str) -> _Contestant:
     held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     result = _describe(step, run, held, model=name, bench=f'train, stage {stage.number}' if shike else 'train')
     result['compiled'] = compile_task(task, args, stage if shike else plan_stages(args)[0])
-    # With data a round is an epoch, since many batches are augmented at once.
-    num_iter = args.num_bench_iter or (NUM_BENCH_ITER if run.data.train is None else len(run.train_loader))
+    # With data a round is an epoch, since many batches are augmented at once; noise is one batch.
+    num_iter = args.num_bench_iter or (len(run.train_loader) if len(run.train_loader) > 1 else NUM_BENCH_ITER)
     for _ in range(args.num_warm_iter):
         step()
     with time_parts(task, optimizer, run.device) as seconds:
@@ -268,14 +273,7 @@ def format_report(report: Dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def parse_benchmark_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of benchmark.py: those of train.py, which decide what is timed, and a few of its own.
-
-    Raises:
-        InputError: If an argument or a line of the hparams file is wrong.
-    """
-    return complete(
-        OPTIONS, read_command_line('Time training and inference; without a data set, on noise.', OPTIONS, argv))
+parse_benchmark_args = partial(parse_args, 'Time training and inference; without a data set, on noise.', OPTIONS)
 
 
 def main() -> int:

@@ -3,8 +3,9 @@ import argparse
 import copy
 import itertools
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..loading import load_trained_model
 from ..measure import inference_costs
 from ..metrics import evaluate, format_subsets, format_table
 from ..models import Shike
-from ..options import DATA, DEVICE, HPARAMS, PREPROCESSING, TRAINED_MODEL, Group, Option, complete, read_command_line
+from ..options import DATA, DEVICE, HPARAMS, PREPROCESSING, TRAINED_MODEL, Group, Option, parse_args
 from .cli import run_script
 
 __all__ = ['OPTIONS', 'evaluate_model', 'main', 'parse_eval_args']
@@ -109,14 +110,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     return metrics
 
 
-def parse_eval_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of eval.py.
-
-    Raises:
-        InputError: If an argument or a line of the hparams file is wrong.
-    """
-    return complete(
-        OPTIONS, read_command_line('Evaluate a model on many-, medium- and few-shot classes.', OPTIONS, argv))
+parse_eval_args = partial(parse_args, 'Evaluate a model on many-, medium- and few-shot classes.', OPTIONS)
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ import os
 import tempfile
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence, Union
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..checkpoints import export_model
 from ..errors import InputError, one_line
 from ..loading import load_trained_model
-from ..options import HPARAMS, TRAINED_MODEL, Group, Option, complete, read_command_line
+from ..options import HPARAMS, TRAINED_MODEL, Group, Option, parse_args
 from .cli import run_script
 
 __all__ = ['OPTIONS', 'FILES', 'export', 'load_exported', 'main', 'parse_export_args', 'save_exported']
@@ -238,14 +239,7 @@ OPTIONS = (
 )
 
 
-def parse_export_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of export.py.
-
-    Raises:
-        InputError: If an argument or a line of the hparams file is wrong.
-    """
-    return complete(
-        OPTIONS, read_command_line('Export a model to a file that runs without this package.', OPTIONS, argv))
+parse_export_args = partial(parse_args, 'Export a model to a file that runs without this package.', OPTIONS)
 
 
 def main() -> int:

@@ -2,8 +2,9 @@
 import argparse
 import json
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
@@ -14,7 +15,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from ..errors import InputError, one_line
 from ..loading import load_trained_model
 from ..model_card import model_card
-from ..options import Group, Option, complete, read_command_line
+from ..options import Group, Option, parse_args
 from .cli import run_script
 
 __all__ = ['OPTIONS', 'PublishError', 'find_model', 'main', 'parse_publish_args', 'publish', 'read_run']
@@ -78,23 +79,20 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> Exception:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         reason = f'{status}: {one_line(error.server_message or error.response.reason_phrase)}'
-    if status == 401:
-        return InputError(
-            f"The Hub refused the token ({reason}): give one that may write with 'hf auth login --force' or as "
-            'HF_TOKEN.')
-    if status == 403:
-        return InputError(
-            f"The Hub does not let this token write to '{repo_id}' ({reason}): choose a --repo-id of your own, a token "
-            'that may write there, or free some storage.')
-    if status == 404:
-        return InputError(
-            f"'{repo_id}' is taken, or not to be seen with this token ({reason}): choose another --repo-id.")
+    known = {
+        401: f"The Hub refused the token ({reason}): give one that may write by 'hf auth login --force' or HF_TOKEN.",
+        403: f"The Hub does not let this token write to '{repo_id}' ({reason}): choose a --repo-id of your own, "
+             'a token that may write there, or free some storage.',
+        404: f"'{repo_id}' is taken, or not to be seen with this token ({reason}): choose another --repo-id.",
+    }
+    if status in known:
+        return InputError(known[status])
     return PublishError(
         f'Publishing to {endpoint} failed ({reason}): look at {endpoint}/{repo_id} for what is there, and repeat the '
         'command later.')
 
 
-def _prepare_repo(api: HfApi, args: argparse.Namespace, card: ModelCard) -> str:
+def _prepare_repo(api: HfApi, args: argparse.Namespace, card: ModelCard) -> Optional[str]:
     """Have the Hub check the card and see to the repository; gives the newest commit in it."""
     try:
         card.validate()  # or the Hub would first do so when the repository is made
@@ -176,14 +174,7 @@ OPTIONS = (
 )
 
 
-def parse_publish_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of publish.py.
-
-    Raises:
-        InputError: If an argument is wrong.
-    """
-    return complete(
-        OPTIONS, read_command_line('Publish a trained model and its card to the Hugging Face Hub.', OPTIONS, argv))
+parse_publish_args = partial(parse_args, 'Publish a trained model and its card to the Hugging Face Hub.', OPTIONS)
 
 
 def main() -> int:

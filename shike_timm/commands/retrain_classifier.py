@@ -25,6 +25,8 @@ def parse_retrain_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.N
     checkpoint = load_stage_one(given['checkpoint'])
     own = set(defaults(TRAINING)) - {'output', 'experiment', 'hparams', 'device'}
     saved = {key: value for key, value in saved_args(checkpoint).items() if key in own}
+    if saved.get('crt_epochs') == 0:
+        del saved['crt_epochs']  # the run had no stage two, which is what is asked for now
     saved = check_values(TRAINING, saved, f"checkpoint '{given['checkpoint']}'")
     return complete(OPTIONS, given, saved=saved), checkpoint
 

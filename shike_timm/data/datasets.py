@@ -1,6 +1,6 @@
 """The registry of data sets, and what loads one by name."""
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from ..errors import InputError, one_line
 
 __all__ = [
-    'DATASETS', 'DataRequest', 'DatasetEntry', 'ImageSet', 'TrainingData', 'create_eval_dataset', 'find_dataset',
-    'in_memory_set', 'load_training_data', 'register_dataset',
+    'DATASETS', 'DataRequest', 'DatasetEntry', 'ImageSet', 'MemorySet', 'TrainingData', 'create_eval_dataset',
+    'find_dataset', 'in_memory_set', 'load_training_data', 'register_dataset',
 ]
 
 
@@ -55,11 +55,24 @@ class ImageSet:
     targets: Optional[np.ndarray] = None
 
 
-def in_memory_set(images: np.ndarray, targets: Sequence[int], class_names: Sequence[str]) -> ImageSet:
+class MemorySet(ImageSet):
+    """A set whose images lie in memory, of which all is known."""
+
+    class_names: List[str]
+    class_counts: List[int]
+    images: np.ndarray
+    targets: np.ndarray
+
+
+def in_memory_set(
+        images: np.ndarray,
+        targets: Union[Sequence[int], np.ndarray],
+        class_names: Sequence[str],
+) -> MemorySet:
     """A set of uint8 images [N, H, W, 3] in memory with class indices [N]."""
-    targets = np.asarray(targets, dtype=np.int64)
-    counts = np.bincount(targets, minlength=len(class_names)).tolist()
-    return ImageSet(ArrayDataset(images, targets), list(class_names), counts, images, targets)
+    labels = np.asarray(targets, dtype=np.int64)
+    counts = np.bincount(labels, minlength=len(class_names)).tolist()
+    return MemorySet(ArrayDataset(images, labels), list(class_names), counts, images, labels)
 
 
 @dataclass(frozen=True)
@@ -146,14 +159,14 @@ class TrainingData:
     """A training set, the set it is evaluated on, and what the training set says of the classes.
 
     Attributes:
-        train: Training set, None where there is only noise to measure on.
-        test: Evaluation split, None likewise.
+        train: Training set.
+        test: Evaluation split.
         class_counts: Training images of each class, all positive.
         class_names: Names of the classes in label order.
     """
 
-    train: Optional[ImageSet]
-    test: Optional[ImageSet]
+    train: ImageSet
+    test: ImageSet
     class_counts: List[int]
     class_names: List[str]
 
@@ -164,10 +177,10 @@ class TrainingData:
 
 def _read_class_stats(path: str) -> List[int]:
     try:
-        counts, _ = load_class_stats(path)
+        stats: Any = load_class_stats(path)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"class-stats '{path}' cannot be read: {one_line(error)}.") from error
-    return counts.long().tolist()
+    return stats[0].long().tolist()
 
 
 def load_training_data(name: str, root: Optional[str] = None, **options: Any) -> TrainingData:

@@ -1,5 +1,5 @@
 """Loaders over a data set that lies on the device as one uint8 tensor."""
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class DeviceLoader:
     def __init__(
             self,
             images: np.ndarray,
-            targets: Sequence[int],
+            targets: Union[Sequence[int], np.ndarray],
             mean: Tuple[float, ...],
             std: Tuple[float, ...],
             batch_size: int,

@@ -28,6 +28,7 @@ def _create_device_loader(
         raise InputError(f'--device-data cannot be had with this data set: {gap}; leave it out.')
     if device_data is False or gap:
         return None
+    assert data.images is not None and data.targets is not None  # or there were a gap
     return DeviceLoader(
         data.images, data.targets, data_config['mean'], data_config['std'], batch_size, device, augmentation)
 

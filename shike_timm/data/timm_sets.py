@@ -28,8 +28,9 @@ def _create(request: DataRequest, split: str, train: bool) -> Any:
             raise InputError(f"data-dir '{root}' holds no images for the {split} split: add some.") from error
         raise InputError(f"The {split} split of '{name or root}' cannot be read: {one_line(error)}.") from error
     # An archive is one split, so it can be evaluated on alone.
-    if not prefix and dataset.reader.root == root and (train or os.path.isdir(root)):
-        raise InputError(f"data-dir '{root}' has no {split} split: expected a folder '{os.path.join(root, split)}'.")
+    if not prefix and dataset.reader.root == root and (train or os.path.isdir(root or '')):
+        expected = os.path.join(root or '', split)
+        raise InputError(f"data-dir '{root}' has no {split} split: expected a folder '{expected}'.")
     return dataset
 
 
@@ -59,7 +60,7 @@ def _load(request: DataRequest, split: str, train: bool) -> ImageSet:
     dataset = _create(request, split, train)
     names = _class_names(dataset)
     if request.name.lower() in IN_MEMORY:
-        return in_memory_set(dataset.data, dataset.targets, names)
+        return in_memory_set(dataset.data, dataset.targets, names or [])
     return ImageSet(dataset, names)
 
 
@@ -103,7 +104,7 @@ def _load_eval(request: DataRequest) -> ImageSet:
             f"Class '{unknown[0]}' of the {request.val_split} split of '{request.name or request.root}' is not among "
             f'the {len(names)} of training: remove it, or add training images of it.')
     labels = [label[name] for name in data.class_names]
-    if data.images is not None:
+    if data.images is not None and data.targets is not None:
         return in_memory_set(data.images, np.take(labels, data.targets), names)
     data.dataset.target_transform = labels.__getitem__
     data.class_names = names

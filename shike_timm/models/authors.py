@@ -63,7 +63,7 @@ def _stack_classifiers(weights: Dict[str, Tensor], classifiers: str) -> Tensor:
         raise InputError(
             f"{_WHERE} holds '{wrong[0]}' with the shape {tuple(weights[wrong[0]].shape)}, expected "
             "'classifiers.M.weight' of the shape (features, classes): use its checkpoint unchanged.")
-    heads = {int(match[2]): weights[name] for name, match in found.items() if match[1] == classifiers}
+    heads = {int(match[2]): weights[name] for name, match in found.items() if match and match[1] == classifiers}
     held = {int(match[1]) for name in weights if (match := re.match(r'layer3s\.(\d+)\.', name))} | set(heads)
     missing = [m for m in range(max(held, default=0) + 1) if m not in heads]
     if missing:
@@ -88,23 +88,14 @@ def _check_fit(
             raise InputError(
                 f'{_WHERE} has {given[0]} experts and {given[1]} classes, the model {expected[0]} and {expected[1]}: '
                 f'create it with num_experts={given[0]}, num_classes={given[1]}.')
-    for name, value in own.items():
-        if name in flexible:
-            continue
-        if name not in translated:
-            raise InputError(
-                f"{_WHERE} has nothing for '{name}' of the model: it is incomplete, or of another network than "
-                'resnet32_shike.')
-        shape = tuple(translated[name].shape)
-        if shape != value.shape:
-            raise InputError(
-                f"{_WHERE} holds '{theirs[name]}' with the shape {shape}, expected "
-                f'{tuple(value.shape)}: it is of another network than resnet32_shike.')
-    unknown = next((name for name in translated if name not in own and name not in flexible), None)
-    if unknown:
-        raise InputError(
-            f"{_WHERE} holds '{theirs[unknown]}', for which the model has no place: it is of another network or has "
-            'more experts.')
+    for name in [name for name in (*own, *translated) if name not in flexible]:
+        shape, expected = (tuple(state[name].shape) if name in state else None for state in (translated, own))
+        if shape != expected:
+            problem = (
+                f"has nothing for '{name}' of the model" if shape is None
+                else f"holds '{theirs[name]}', for which the model has no place" if expected is None
+                else f"holds '{theirs[name]}' with the shape {shape}, expected {expected}")
+            raise InputError(f'{_WHERE} {problem}: it is incomplete, of another network or has more experts.')
 
 
 def translate_authors_weights(

@@ -22,7 +22,7 @@ def product_without_autocast(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _StackedClassifier(nn.Module):
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def keep_experts(self, experts: Sequence[int]) -> None:
         """Keep the classifiers of these experts alone, in this order."""
         for name, parameter in list(self.named_parameters()):

@@ -111,8 +111,8 @@ def _create_shike(
 @register_model
 def resnet32_shike(pretrained: bool = False, **kwargs) -> Shike:
     """SHIKE on the CIFAR ResNet-32, 32x32 images, with the authors' aligner."""
-    model_args = dict(aligner='conv')
-    return _create_shike('resnet32_shike', partial(cifar_resnet, 5), pretrained, **dict(model_args, **kwargs))
+    kwargs.setdefault('aligner', 'conv')
+    return _create_shike('resnet32_shike', partial(cifar_resnet, 5), pretrained, **kwargs)
 
 
 @register_model

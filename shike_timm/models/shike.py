@@ -14,8 +14,7 @@ from .authors import CLASSIFIER_SETS, is_authors_layout, translate_authors_weigh
 from .backbones import BackboneFn, Source, preprocessing, pretrained_parts
 from .classifiers import CLASSIFIERS
 
-__all__ = ['Shike']
-
+__all__ = ['Shike', 'recorded_args']
 
 FUSIONS = ('product', 'residual', 'none')
 
@@ -36,11 +35,11 @@ class Expert(nn.Module):
         self.aligner = aligner
         self.residual = residual
 
-    def forward(self, x: Tensor, shallow: Tensor) -> Tensor:
-        """Fused features [B, D, h, w] from the last and the chosen shared stage's features."""
-        x = self.stage(x)
+    def forward(self, shared: List[Tensor]) -> Tensor:
+        """Fused features [B, D, h, w] from those of the stem and the shared stages."""
+        x = self.stage(shared[-1])
         if self.aligner is not None:
-            aligned = self.aligner(shallow)
+            aligned = self.aligner(shared[self.depth])
             # Aligners round odd sizes up; a backbone that rounds them down drops the last row and column.
             aligned = aligned[:, :, :x.shape[2], :x.shape[3]]
             x = torch.addcmul(x, x, aligned) if self.residual else x * aligned
@@ -86,8 +85,6 @@ class Shike(nn.Module):
         ValueError: If an argument is out of range or the backbone cannot be split; the message names it.
     """
 
-    __jit_unused_properties__ = ['depths']
-
     def __init__(
             self,
             backbone: BackboneFn,
@@ -117,7 +114,7 @@ class Shike(nn.Module):
         dd = dict(device=device, dtype=dtype)
         shared = dict(in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride)
         net = backbone(num_experts=num_experts, **shared, **dd)
-        depths = self._resolve_depths(depths, num_experts, len(net.stages))
+        self.depths = self._resolve_depths(depths, num_experts, len(net.stages))
         self.in_chans = in_chans
         self.num_experts = num_experts
         self.classifier_type = classifier
@@ -126,36 +123,36 @@ class Shike(nn.Module):
         self.grad_checkpointing = False
         self.trunk_frozen = False
         self.backbone_name = net.name
-        self.pretrained_cfg = {}  # timm puts its own in place of it
+        self.pretrained_cfg: Dict[str, Any] = {}  # timm puts its own in place of it
 
         self.stem = net.stem
         self.stages = nn.ModuleList(net.stages)
         # Not every network has its stem among the feature levels; the stages follow.
         *levels, last = net.feature_info
         self.num_stem_levels = len(levels) - len(net.stages)
-        self.experts = nn.ModuleList()
-        for stage, depth in zip(net.last_stages, depths):
+        self.experts, aligners = nn.ModuleList(), []
+        for stage, depth in zip(net.last_stages, self.depths):
             align = None
             if fusion != 'none':
                 shallow = levels[self.num_stem_levels + depth - 1]
                 num_halvings = round(math.log2(last['reduction'] / shallow['reduction']))
                 align = ALIGNERS[aligner](shallow['num_chs'], last['num_chs'], num_halvings, **dd)
+                aligners.append(align)
                 if net.initialised:
                     _init_convolutions(align)
             self.experts.append(Expert(stage, depth, align, residual=fusion == 'residual'))
         if not net.initialised:
             _init_convolutions(self)
         if fusion == 'residual':
-            for expert in self.experts:
-                norm = [module for module in expert.aligner if isinstance(module, nn.BatchNorm2d)][-1]
-                nn.init.zeros_(norm.weight)
+            for align in aligners:
+                nn.init.zeros_([module for module in align if isinstance(module, nn.BatchNorm2d)][-1].weight)
         modules = ['stem'] * self.num_stem_levels + [f'stages.{i}' for i in range(len(self.stages))]
-        self.feature_info = [dict(info, module=module) for info, module in zip(levels, modules)]
+        self.feature_info: List[Dict[str, Any]] = [dict(info, module=module) for info, module in zip(levels, modules)]
         self.feature_info.append(dict(last, num_chs=num_experts * last['num_chs'], module='experts'))
         self.num_features = self.feature_info[-1]['num_chs']
-        first_conv = tuple(name for name, module in self.named_modules() if module in net.first_conv)
+        first_conv = [name for name, module in self.named_modules() if module in net.first_conv]
         # Where timm looks for the convolutions to adapt to other image channels.
-        self._traits = dict(first_conv=first_conv if len(first_conv) > 1 else first_conv[0])
+        self._traits = dict(first_conv=tuple(first_conv) if len(first_conv) > 1 else first_conv[0])
         self.reset_classifier(num_classes, global_pool)
         self.register_load_state_dict_pre_hook(_translate_on_load)
 
@@ -170,12 +167,7 @@ class Shike(nn.Module):
             raise ValueError(f'depths must lie between 1 and {num_shared}, the stages of the trunk, got {depths}.')
         return depths
 
-    @property
-    def depths(self) -> Tuple[int, ...]:
-        """Shared stage that each expert fuses, counted from 1."""
-        return tuple(expert.depth for expert in self.experts)
-
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Patterns that sort parameters by depth, for layer-wise learning rates: stem, shared stages, experts."""
         if coarse:
@@ -193,12 +185,12 @@ class Shike(nn.Module):
             ],
         )
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each stage in the backward instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def load_backbone(self, source: Source = True, cache_dir: Union[None, str, Path] = None) -> None:
         """Load pretrained weights of the backbone, into the last stage of each expert the same.
 
@@ -217,14 +209,14 @@ class Shike(nn.Module):
             own.load_state_dict(loaded.state_dict())
         self.set_preprocessing(source)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def set_preprocessing(self, source: Source = True) -> None:
         """Configure the preprocessing that weights of the backbone expect, as `load_backbone` does, without them."""
         config = preprocessing(self.backbone_name, source)
         self.pretrained_cfg.pop('license', None)  # of other weights
         self.pretrained_cfg.update(config)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def freeze_trunk(self) -> None:
         """Keep the shared part, stem and stages, as it is: no gradients, BatchNorm always in eval mode."""
         self.trunk_frozen = True
@@ -240,12 +232,12 @@ class Shike(nn.Module):
             self.stages.eval()
         return self
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def get_classifier(self) -> nn.Module:
         """The module that holds the classifiers of all experts."""
         return self.classifier
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Give every expert a new classifier with fresh initial values.
 
@@ -278,7 +270,7 @@ class Shike(nn.Module):
         else:
             self.classifier = nn.Identity().train(self.training)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def set_experts(self, experts: Sequence[int]) -> None:
         """Keep some of the experts and drop the others for good, which trades accuracy for speed.
 
@@ -296,14 +288,13 @@ class Shike(nn.Module):
                 f'got {experts}.')
         self.num_features = self.num_features // self.num_experts * len(experts)
         self.experts = nn.ModuleList([self.experts[m] for m in experts])
+        self.depths = tuple(self.depths[m] for m in experts)
         self.num_experts = len(experts)
         self.head_hidden_size = self.num_features
         self.feature_info[-1] = dict(self.feature_info[-1], num_chs=self.num_features)
         if self.num_classes:
             self.classifier.keep_experts(experts)
-        # What timm writes into the configuration of a saved model.
-        made_with = getattr(self, '_model_args', {})
-        self._model_args = dict(made_with, num_experts=len(experts), depths=list(self.depths))
+        recorded_args(self).update(num_experts=len(experts), depths=list(self.depths))
 
     def _levels(self, indices: Union[None, int, Sequence[int]]) -> List[int]:
         """Feature levels as indices from 0, of indices that may count from the end, or of how many of the last."""
@@ -314,7 +305,7 @@ class Shike(nn.Module):
             raise ValueError(f'indices must be of the {num_levels} feature levels of the model, got {list(indices)}.')
         return [i % num_levels for i in indices]
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def prune_intermediate_layers(
             self,
             indices: Union[int, List[int]] = 1,
@@ -336,7 +327,7 @@ class Shike(nn.Module):
         if num_left < len(self.feature_info):
             self.feature_info = self.feature_info[:num_left]
             self.stages = self.stages[:num_left - self.num_stem_levels]
-            self.experts = nn.ModuleList()
+            self.experts, self.depths = nn.ModuleList(), ()
             self.num_experts = 1  # the classifier's view of plain features
             self.num_features = self.feature_info[-1]['num_chs']
             prune_head = True
@@ -361,9 +352,9 @@ class Shike(nn.Module):
         fused = []
         for expert in self.experts:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                fused.append(checkpoint(expert, shared[-1], shared[expert.depth]))
+                fused.append(checkpoint(expert, shared))
             else:
-                fused.append(expert(shared[-1], shared[expert.depth]))
+                fused.append(expert(shared))
         return torch.cat(fused, dim=1) if len(fused) else shared[-1]
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -423,6 +414,14 @@ class Shike(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits averaged over experts, [B, num_classes], from images [B, in_chans, H, W]."""
         return self.forward_head(self.forward_features(x))
+
+
+def recorded_args(model: Shike) -> Dict[str, Any]:
+    """The arguments that timm noted down when it made the model, to write them into the configuration of a saved one.
+
+    timm has no public way to change them.
+    """
+    return model.__dict__.setdefault('_model_args', {})
 
 
 def _translate_on_load(model: Shike, state_dict: Dict[str, Tensor], prefix: str, *_: Any) -> None:

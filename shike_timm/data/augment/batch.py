@@ -56,7 +56,7 @@ def auto_augment(images: Tensor, generator: Optional[torch.Generator] = None) ->
         generator: Source of random numbers, on the CPU: draws are the same for every device, and none waits for them.
     """
     transform = AutoAugment(AutoAugmentPolicy.CIFAR10)
-    space = transform._augmentation_space(NUM_MAGNITUDES, tuple(images.shape[-2:]))
+    space = transform._augmentation_space(NUM_MAGNITUDES, (images.shape[-2], images.shape[-1]))
     names = list(OPS)
     num_images = len(images)
     policy = torch.randint(len(transform.policies), (num_images,), generator=generator)

@@ -1,5 +1,5 @@
 """Training transforms: timm's, with the parts of the CIFAR recipe that timm lacks put in their places."""
-from typing import Tuple
+from typing import Any, Dict, Tuple, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
@@ -50,7 +50,7 @@ def create_train_transform(
         mean: Mean of each channel, of images in 0..1, which some of timm's policies fill with.
         std: Standard deviation of each channel.
     """
-    options = dict(
+    options: Dict[str, Any] = dict(
         input_size=input_size,
         is_training=True,
         use_prefetcher=True,
@@ -64,21 +64,22 @@ def create_train_transform(
         interpolation=augmentation.interpolation,
     )
     if augmentation.no_aug:
-        return create_transform(no_aug=True, **options)
+        return cast(transforms.Compose, create_transform(no_aug=True, **options))
     pad_crop = augmentation.train_crop_mode == 'pad'
     cifar_policy = augmentation.auto_augment == 'cifar10'
-    first, second, last = create_transform(
+    parts: Any = create_transform(
         train_crop_mode=None if pad_crop else augmentation.train_crop_mode,
         auto_augment=None if cifar_policy else augmentation.auto_augment,
         separate=True,
         **options,
     )
-    first, second, last = list(first.transforms), list(second.transforms), list(last.transforms)
+    first, second, last = (list(part.transforms) for part in parts)
     if pad_crop:
         size = input_size[-2:]
         first[:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=[side // 8 for side in size[::-1]])]
     if cifar_policy:
-        second = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=[128] * 3)]
+        grey: Any = [128] * 3  # of Pillow images, which take no float
+        second = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=grey)]
     if augmentation.cutout:
         last.append(Cutout(augmentation.cutout))
     return transforms.Compose(first + second + last)

@@ -5,9 +5,9 @@ from typing import Any, Dict, Optional, Union
 
 import timm
 from timm.models import get_pretrained_cfg, load_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ['Source', 'create_pretrained', 'preprocessing']
+__all__ = ['Source', 'preprocessing', 'pretrained_options']
 
 Source = Union[bool, str, Path]  # True for timm's default weights, the tag of others, or a file in timm's layout
 
@@ -18,8 +18,9 @@ def _tag(source: Optional[Source]) -> Optional[str]:
     """The tag of timm's weights that a source stands for, '' for the default ones, None for a file."""
     if source is True:
         return ''
-    is_tag = isinstance(source, str) and not (os.path.isfile(source) or os.sep in source or '.' in source)
-    return source if is_tag else None
+    if isinstance(source, str) and not (os.path.isfile(source) or os.sep in source or '.' in source):
+        return source
+    return None
 
 
 def _tagged_name(name: Optional[str], source: Optional[Source]) -> str:
@@ -45,9 +46,9 @@ def preprocessing(name: Optional[str], source: Optional[Source] = None) -> Dict[
     return {key: getattr(cfg, key) for key in keys if getattr(cfg, key, None) is not None}
 
 
-def _read_weights(name: str, source: Union[str, Path]) -> Dict[str, Tensor]:
+def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
     try:
-        weights = load_state_dict(os.fspath(source))
+        weights = load_state_dict(str(source))
         keys = [key for key, value in weights.items() if isinstance(value, Tensor)]
     except FileNotFoundError:
         raise ValueError(f"pretrained_backbone '{source}' is neither a file nor a tag of '{name}'.") from None
@@ -64,18 +65,8 @@ def _read_weights(name: str, source: Union[str, Path]) -> Dict[str, Tensor]:
     return weights
 
 
-def create_pretrained(name: Optional[str], source: Source, **kwargs: Any) -> nn.Module:
-    """A timm model without classifier, with pretrained weights.
-
-    Args:
-        name: Name of the model, None for a network that timm does not have.
-        source: The weights.
-        **kwargs: Arguments of `timm.create_model`.
-
-    Raises:
-        ValueError: If timm does not have the network, or the file is missing, damaged or of another network.
-        RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
-    """
+def pretrained_options(name: Optional[str], source: Source) -> Dict[str, Any]:
+    """Arguments that `timm.create_model` makes a network with pretrained weights from, as for `pretrained_parts`."""
     tagged_name = _tagged_name(name, source)
     overlay = dict(state_dict=_read_weights(tagged_name, source)) if _tag(source) is None else None
-    return timm.create_model(tagged_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **kwargs)
+    return dict(model_name=tagged_name, pretrained=True, pretrained_cfg_overlay=overlay)

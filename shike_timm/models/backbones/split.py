@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .pretrained import Source, create_pretrained
+from .pretrained import Source, pretrained_options
 
 __all__ = ['find_chain', 'pretrained_parts', 'timm_backbone']
 
@@ -46,7 +46,7 @@ class _Call:
 
 @torch.inference_mode(False)  # where tensors do not count how often they are written to
 @torch.no_grad()
-def find_chain(net: nn.Module, name: str, in_chans: int) -> List[str]:
+def find_chain(net: Any, name: str, in_chans: int) -> List[str]:
     """Names of the modules that make up `net.forward_features`, each called on what the one before returned.
 
     Args:
@@ -91,7 +91,7 @@ def find_chain(net: nn.Module, name: str, in_chans: int) -> List[str]:
     return list(outputs)
 
 
-def _find_parts(net: nn.Module, name: str, in_chans: int) -> Tuple[List[List[str]], List[Dict[str, Any]]]:
+def _find_parts(net: Any, name: str, in_chans: int) -> Tuple[List[List[str]], List[Dict[str, Any]]]:
     """Names of the modules of stem, shared stages and last stage, and the feature levels that their ends are.
 
     The stem's end need not be one of the levels.
@@ -119,7 +119,7 @@ def _take_parts(net: nn.Module, parts: Sequence[Sequence[str]]) -> List[nn.Modul
     return taken
 
 
-def _create_skeleton(name: str, **kwargs: Any) -> nn.Module:
+def _create_skeleton(name: str, **kwargs: Any) -> Any:
     try:
         return timm.create_model(name, **kwargs, device='meta')
     except (TypeError, ValueError, AssertionError) as error:
@@ -197,6 +197,8 @@ def pretrained_parts(
         ValueError: If timm does not have the network, or the file is missing, damaged or of another network.
         RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
     """
-    net = create_pretrained(name, source, in_chans=in_chans, cache_dir=cache_dir)
-    parts, _ = _find_parts(_create_skeleton(name, num_classes=0, in_chans=in_chans), name, in_chans)
+    options = pretrained_options(name, source)
+    net = timm.create_model(**options, num_classes=0, in_chans=in_chans, cache_dir=cache_dir)
+    tagged_name: str = options['model_name']
+    parts, _ = _find_parts(_create_skeleton(tagged_name, num_classes=0, in_chans=in_chans), tagged_name, in_chans)
     return _take_parts(net, parts)
