@@ -61,6 +61,16 @@ def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.de
         raise InputError(f'{given} does not work here ({reason}): mend that, or add --no-torchcompile.') from error
 
 
+def check_sync_bn(device: torch.device) -> None:
+    """Check that BatchNorm can be synchronised.
+
+    Raises:
+        InputError: If torch cannot do so on the device.
+    """
+    if device.type == 'cpu':
+        raise InputError("--sync-bn needs GPUs, since torch's SyncBatchNorm refuses a CPU: leave it out.")
+
+
 def check_model_name(name: str) -> None:
     """Check that a model is one of the registered SHIKE models.
 

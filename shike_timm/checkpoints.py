@@ -14,7 +14,7 @@ from timm.models import clean_state_dict, save_for_hf
 from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 
-from .errors import InputError
+from .errors import DamagedError, InputError, one_line
 
 __all__ = [
     'StageSaver', 'check_results_file', 'export_model', 'load_checkpoint', 'load_weights', 'model_weights',
@@ -25,6 +25,8 @@ __all__ = [
 class StageSaver(CheckpointSaver):
     """timm's saver for one stage: checkpoints are kept by recency alone, and `last` is replaced in one step.
 
+    `last` may be of the middle of an epoch; its entry `saver` then says under `done` what of it is over.
+
     Args:
         folder: Folder of the stage's checkpoints.
         **kwargs: Arguments of `timm.utils.CheckpointSaver`.
@@ -32,14 +34,33 @@ class StageSaver(CheckpointSaver):
 
     def __init__(self, folder: Union[str, Path], **kwargs: Any):
         super().__init__(checkpoint_dir=str(folder), recovery_dir=str(folder), **kwargs)
+        self.done: Dict[str, Any] = {}
 
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)  # timm removes dst first, which leaves a moment without any `last`
 
-    def save_initial(self) -> None:
-        """Save the state before the first epoch as `last`, so that there is always one to resume from."""
+    def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
+        try:
+            super()._save(save_path, epoch, metric)
+        except (OSError, RuntimeError) as error:  # torch gives the latter on a full disk
+            Path(save_path).unlink(missing_ok=True)
+            raise OSError(
+                f"checkpoint '{save_path}' cannot be written ({one_line(error)}): free some space.") from error
+
+    def state_dict(self, epoch: Optional[int] = None, metric: Optional[float] = None) -> Dict[str, Any]:
+        return dict(super().state_dict(epoch, metric), done=self.done)
+
+    def save_last(self, epoch: int, done: Optional[Dict[str, Any]] = None) -> None:
+        """Save the state as `last` and as nothing else.
+
+        Args:
+            epoch: The last whole epoch; -1 before the first, so that there is always something to resume from.
+            done: What is over of the next epoch.
+        """
         temporary, last = (os.path.join(self.checkpoint_dir, name + self.extension) for name in ('tmp', 'last'))
-        self._save(temporary, epoch=-1)
+        self.done = done or {}
+        self._save(temporary, epoch)
+        self.done = {}
         self._replace(temporary, last)
 
 
@@ -90,7 +111,7 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
             raise InputError(
                 f"checkpoint '{path}' holds a pickled object other than tensors and plain values, "
                 'which could run any code and is not loaded: save its state_dict alone.') from error
-        raise InputError(f"checkpoint '{path}' is truncated or not a checkpoint: use another one.") from error
+        raise DamagedError(f"checkpoint '{path}' is truncated or not a checkpoint: use another one.") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"checkpoint '{path}' holds a {type(checkpoint).__name__}, expected a dictionary of weights.")
     return checkpoint

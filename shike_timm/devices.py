@@ -22,7 +22,7 @@ def resolve_device(name: Optional[str]) -> torch.device:
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).add_(1).item()  # a kernel, which a card too old for this build of torch lacks
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
     return device
@@ -63,4 +63,7 @@ def tune_device(device: torch.device) -> None:
     if device.type == 'cpu':
         keep_freed_memory()
     elif device.type == 'cuda':
+        if device.index is not None:
+            torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in timm; convolutions take it by default

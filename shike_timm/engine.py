@@ -6,12 +6,13 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import NativeScaler, dispatch_clip_grad, random_seed, update_summary
@@ -19,6 +20,7 @@ from timm.utils.summary import trim_summary
 from tqdm import tqdm
 
 from .checkpoints import StageSaver
+from .distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
 from .methods import Stage
 from .metrics import METRICS
 from .tasks import ExpertTask
@@ -52,7 +54,10 @@ class StopFlag:
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Turn SIGINT and SIGTERM into a flag that the loop reads between steps; a second signal acts at once."""
+    """Turn SIGINT and SIGTERM into a flag that the loop reads between steps; a second signal acts at once.
+
+    Of several processes each may get a signal twice, as one of them and through torchrun: theirs is just the flag.
+    """
     flag = StopFlag()
     previous = {}
 
@@ -62,7 +67,8 @@ def stop_signals() -> Iterator[StopFlag]:
 
     def handle(signum: int, frame: Any) -> None:
         flag.signum = signum
-        restore()
+        if world_size() == 1:
+            restore()
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         previous[signum] = signal.signal(signum, handle)
@@ -84,6 +90,9 @@ class LoopConfig:
         clip_mode: timm's clipping mode: 'norm', 'value' or 'agc'.
         autocast: Data type of autocast, None for none.
         channels_last: Lay images out with channels last.
+        grad_accum_steps: Batches of an update.
+        recovery_interval: Updates after which the middle of an epoch is saved, None for never.
+        dist_bn: How processes come to equal statistics of BatchNorm, as in `equal_statistics`.
     """
 
     seed: int = 42
@@ -93,14 +102,34 @@ class LoopConfig:
     clip_mode: str = 'norm'
     autocast: Optional[torch.dtype] = None
     channels_last: bool = False
+    grad_accum_steps: int = 1
+    recovery_interval: Optional[int] = None
+    dist_bn: str = 'reduce'
 
 
-def seed_all(seed: int, stage: int, epoch: int) -> None:
+@dataclass
+class Done:
+    """What is over of an epoch, over all processes.
+
+    Attributes:
+        step: Batches of each process.
+        num_images: Images.
+        seconds: Training time.
+        sums: Sums over images of what the task returns.
+    """
+
+    step: int = 0
+    num_images: int = 0
+    seconds: float = 0.
+    sums: Dict[str, float] = field(default_factory=dict)
+
+
+def seed_all(seed: int, stage: int, epoch: int, part: int = 0) -> None:
     """Seed Python, NumPy and torch for an epoch of a stage, so that it does not depend on the epochs before it.
 
-    Epoch -1 stands for the stage's initial values.
+    Epoch -1 stands for the stage's initial values; parts of an epoch and processes have numbers of their own.
     """
-    random_seed(int(np.random.SeedSequence((seed, stage, epoch + 1)).generate_state(1)[0]))
+    random_seed(int(np.random.SeedSequence((seed, stage, epoch + 1, part)).generate_state(1)[0]))
 
 
 def train_step(
@@ -110,6 +139,7 @@ def train_step(
         optimizer: torch.optim.Optimizer,
         config: LoopConfig,
         loss_scaler: Optional[NativeScaler] = None,
+        update: bool = True,
 ) -> Dict[str, torch.Tensor]:
     """Train on one batch without waiting for the device, unless an optimizer that is not fused meets loss scaling.
 
@@ -120,26 +150,116 @@ def train_step(
         optimizer: Optimizer of the task's parameters.
         config: Settings.
         loss_scaler: Loss scaling, for float16.
+        update: Whether this is the last batch of an update; the gradients of the others are only added up.
 
     Returns:
         What the task returns, `loss` among it.
     """
     autocast = torch.autocast(task.device.type, dtype=config.autocast) if config.autocast else nullcontext()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    with autocast:
-        result = task(images.contiguous(memory_format=memory_format), target)
-    clipped = task.get_clip_parameters(exclude_head='agc' in config.clip_mode) if config.clip_grad else None
-    if loss_scaler is not None:
-        loss_scaler(
-            result['loss'], optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode, parameters=clipped)
-    else:
-        result['loss'].backward()
-        if config.clip_grad:
-            dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
-        optimizer.step()
-    optimizer.zero_grad()
-    task.update_ema()
+    with nullcontext() if update else task.no_sync():
+        with autocast:
+            result = task(images.contiguous(memory_format=memory_format), target)
+        loss = result['loss'] / config.grad_accum_steps
+        clipped = task.get_clip_parameters(exclude_head='agc' in config.clip_mode) if config.clip_grad else None
+        if loss_scaler is not None:
+            loss_scaler(
+                loss, optimizer, clip_grad=config.clip_grad, clip_mode=config.clip_mode, parameters=clipped,
+                need_update=update)
+        else:
+            loss.backward()
+    if update:
+        if loss_scaler is None:
+            if config.clip_grad:
+                dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
+            optimizer.step()
+        optimizer.zero_grad()
+        task.update_ema()
     return result
+
+
+def _train_part(
+        task: TrainingTask,
+        loader,
+        optimizer: torch.optim.Optimizer,
+        stage: Stage,
+        config: LoopConfig,
+        epoch: int,
+        done: Done,
+        end: int,
+        loss_scaler: Optional[NativeScaler],
+        stop: StopFlag,
+        vote: Vote,
+) -> Done:
+    """Train on the batches of an epoch that are not done, up to `end`, and give what is done then."""
+    seed_all(config.seed, stage.number, epoch)
+    loader.sampler.set_epoch(int(torch.randint(2 ** 62, ())), done.step, end)
+    part = done.step * world_size() + rank()
+    if part:
+        seed_all(config.seed, stage.number, epoch, part)
+    name = stage.name.replace('_', ' ')
+    num_steps = len(loader)
+    never = torch.full((), num_steps, dtype=torch.int64, device=task.device)
+    first_bad_step = never
+    sums: Dict[str, torch.Tensor] = {}
+    num_images, images_since_log = 0, 0
+    lr = max(group['lr'] for group in optimizer.param_groups)  # layer-wise rates are below it
+    start = log_start = time.perf_counter()
+
+    progress = tqdm(
+        loader, desc=f'{name} {epoch}', initial=done.step, total=num_steps, leave=False,
+        disable=rank() > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+    for step, (images, target) in enumerate(progress, done.step):
+        signum = vote(stop.signum)
+        if signum:
+            progress.close()
+            raise Interrupted(signum)
+        update = (step + 1) % config.grad_accum_steps == 0
+        result = train_step(task, images, target, optimizer, config, loss_scaler, update)
+        finite = result['loss'].detach().isfinite()
+        # Loss scaling leaves out the update of a loss that overflowed: only one that stays so is an end.
+        first_bad_step = torch.where(
+            finite, first_bad_step if loss_scaler is None else never, first_bad_step.clamp(max=step))
+
+        batch_size = len(images)
+        num_images += batch_size * world_size()
+        images_since_log += batch_size * world_size()
+        for key, value in result.items():
+            if key != 'output':
+                sums[key] = sums.get(key, 0.) + torch.where(finite, value.detach() * batch_size, 0.)
+
+        last = step == end - 1
+        if last or step % config.log_interval == 0:
+            bad_step = int(over_processes(first_bad_step, dist.ReduceOp.MIN))
+            if bad_step < num_steps:
+                raise NonFiniteError(
+                    f'The loss is not finite at step {bad_step} of epoch {epoch} of {name}: '
+                    'try a lower --lr, --clip-grad, or --amp-dtype bfloat16.')
+            reduced = over_processes(torch.stack([result['loss'].detach() / world_size(), *sums.values()]))
+            loss, *values = reduced.double().tolist()
+            now = time.perf_counter()
+            done_now = Done(
+                step + 1,
+                done.num_images + num_images,
+                done.seconds + now - start,
+                {key: done.sums.get(key, 0.) + value for key, value in zip(sums, values)},
+            )
+            means = {key: value / done_now.num_images for key, value in done_now.sums.items()}
+            status = (
+                f"Loss: {loss:#.3g} ({means.pop('loss'):#.3g})  "
+                + ''.join(f'{key.upper()}: {value:#.3g}  ' for key, value in means.items())
+                + f'Time: {images_since_log / (now - log_start):>7.2f}/s ({num_images / (now - start):>7.2f}/s)  '
+                f'LR: {lr:.3e}'
+            )
+            if last:
+                progress.close()
+            if last or progress.disable:
+                share = 100 * (step + 1) / num_steps
+                _logger.info(f'Train: {epoch} [{step:>4d}/{num_steps} ({share:>3.0f}%)]  {status}')
+            else:
+                progress.set_postfix_str(status)
+            log_start, images_since_log = now, 0
+    return done_now
 
 
 def _train_one_epoch(
@@ -149,64 +269,26 @@ def _train_one_epoch(
         stage: Stage,
         config: LoopConfig,
         epoch: int,
+        done: Done,
+        saver: StageSaver,
         loss_scaler: Optional[NativeScaler],
         stop: StopFlag,
+        vote: Vote,
 ) -> Dict[str, float]:
-    task.train()
-    name = stage.name.replace('_', ' ')
-    first_bad_step = torch.full((), -1, dtype=torch.int64, device=task.device)
-    sums: Dict[str, torch.Tensor] = {}
-    num_steps, num_images, images_since_log = len(loader), 0, 0
-    lr = max(group['lr'] for group in optimizer.param_groups)  # layer-wise rates are below it
-    start = log_start = time.perf_counter()
-
-    def check_finite() -> None:
-        step = int(first_bad_step)
-        if step >= 0:
-            raise NonFiniteError(
-                f'The loss is not finite at step {step} of epoch {epoch} of {name}: '
-                'try a lower --lr, --clip-grad, or --amp-dtype bfloat16.')
-
-    progress = tqdm(
-        loader, desc=f'{name} {epoch}', leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    for step, (images, target) in enumerate(progress):
-        if stop.signum:
-            progress.close()
-            raise Interrupted(stop.signum)
-        result = train_step(task, images, target, optimizer, config, loss_scaler)
-        loss = result['loss'].detach()
-        first_bad_step = torch.where((first_bad_step < 0) & ~loss.isfinite(), step, first_bad_step)
-
-        batch_size = len(images)
-        num_images += batch_size
-        images_since_log += batch_size
-        for key, value in result.items():
-            if key != 'output':
-                sums[key] = sums.get(key, 0.) + value.detach() * batch_size
-
-        last = step == num_steps - 1
-        if last or step % config.log_interval == 0:
-            check_finite()
-            now = time.perf_counter()
-            means = {key: float(value) / num_images for key, value in sums.items()}
-            status = (
-                f"Loss: {float(loss):#.3g} ({means.pop('loss'):#.3g})  "
-                + ''.join(f'{key.upper()}: {value:#.3g}  ' for key, value in means.items())
-                + f'Time: {images_since_log / (now - log_start):>7.2f}/s ({num_images / (now - start):>7.2f}/s)  '
-                f'LR: {lr:.3e}'
-            )
-            if last:
-                progress.close()
-            if last or progress.disable:
-                done = 100 * (step + 1) / num_steps
-                _logger.info(f'Train: {epoch} [{step:>4d}/{num_steps} ({done:>3.0f}%)]  {status}')
-            else:
-                progress.set_postfix_str(status)
-            log_start, images_since_log = now, 0
-    return dict(
-        loss=round(float(sums['loss']) / num_images, 6),
-        seconds=round(time.perf_counter() - start, 3),
-    )
+    """Train on what is left of an epoch, in parts that each seed themselves, so that what is between can be saved."""
+    num_steps = len(loader)
+    part = (config.recovery_interval or num_steps) * config.grad_accum_steps
+    while done.step < num_steps:
+        task.train()
+        end = min(done.step + part, num_steps)
+        done = _train_part(
+            task, loader, optimizer, stage, config, epoch, done, end, loss_scaler, stop, vote)
+        averages = [eval_model(task, ema=True)] if task.has_ema() else []
+        equal_statistics(eval_model(task), *averages, mode=config.dist_bn)
+        _check_weights(task, stage, epoch)
+        if end < num_steps:
+            on_primary(saver.save_last, epoch - 1, asdict(done))
+    return dict(loss=round(done.sums['loss'] / done.num_images, 6), seconds=round(done.seconds, 3))
 
 
 def eval_model(task: TrainingTask, ema: bool = False) -> torch.nn.Module:
@@ -241,6 +323,7 @@ def fit(
         stage: Stage,
         config: LoopConfig,
         start_epoch: int = 0,
+        done: Optional[Done] = None,
         loss_scaler: Optional[NativeScaler] = None,
         stop: Optional[StopFlag] = None,
 ) -> Dict[str, Any]:
@@ -257,6 +340,7 @@ def fit(
         stage: What to train with; the share of its epochs that are over is the task's `progress`.
         config: Settings.
         start_epoch: Epoch to start with, counted from 0.
+        done: What is over of that epoch.
         loss_scaler: Loss scaling, for float16.
         stop: Flag that asks the loop to stop.
 
@@ -265,30 +349,25 @@ def fit(
 
     Raises:
         NonFiniteError: If the loss or the weights stop being finite; the last checkpoint is from before.
-        Interrupted: If the flag is raised; the last checkpoint is of the last whole epoch.
+        Interrupted: If the flag is raised in any process; the last checkpoint is of the last whole epoch, or of the
+            last update that `recovery_interval` saved.
     """
-    stop = stop or StopFlag()
-    trim_summary(str(summary), stage.first_row + start_epoch)
+    stop, done, vote = stop or StopFlag(), done or Done(), Vote()
+    on_primary(trim_summary, str(summary), stage.first_row + start_epoch)
     metrics = None
     for epoch in range(start_epoch, stage.epochs):
-        seed_all(config.seed, stage.number, epoch)
         task.progress = epoch / stage.epochs
         scheduler.step(epoch)
         lr = max(group['lr'] for group in optimizer.param_groups)
-        train_metrics = _train_one_epoch(task, loader, optimizer, stage, config, epoch, loss_scaler, stop)
-        _check_weights(task, stage, epoch)
-        metrics = None
+        train_metrics = _train_one_epoch(
+            task, loader, optimizer, stage, config, epoch, done, saver, loss_scaler, stop, vote)
+        done, metrics = Done(), None
         if epoch == stage.epochs - 1 or (epoch + 1) % config.val_interval == 0:
             metrics = evaluate(eval_model(task, ema=task.has_ema()))
             _logger.info(f'Eval: {epoch}  ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS))
-        update_summary(
-            stage.first_row + epoch,
-            train_metrics,
-            {key: metrics[key] if metrics else None for key in METRICS},
-            str(summary),
-            lr=lr,
-        )
-        saver.save_checkpoint(epoch)
+        evaluated = {key: metrics[key] if metrics else None for key in METRICS}
+        on_primary(update_summary, stage.first_row + epoch, train_metrics, evaluated, str(summary), lr)
+        on_primary(saver.save_checkpoint, epoch)
     if metrics is None:
         metrics = evaluate(eval_model(task, ema=task.has_ema()))
     return dict(metrics, seconds=round(_training_seconds(summary, stage.first_row), 1))

@@ -2,7 +2,7 @@
 import difflib
 from typing import Iterable, Union
 
-__all__ = ['InputError', 'nearest', 'one_line']
+__all__ = ['DamagedError', 'InputError', 'nearest', 'one_line']
 
 LONGEST = 300  # characters of another library's message, which can be a line a parameter
 
@@ -13,6 +13,10 @@ class InputError(ValueError):
     The message is one sentence that names the value at fault, what was expected and what to do. Scripts print it
     and exit with status 2; nothing has been written when it is raised.
     """
+
+
+class DamagedError(InputError):
+    """A checkpoint that is not whole, in whose place the one before may do."""
 
 
 def one_line(message: Union[str, BaseException]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
 import torch
 from timm.loss import compute_class_weights
 
+from .distributed import world_size
 from .errors import InputError, nearest
 from .losses import balanced_softmax, expert_cross_entropy, focal, ldam, logit_adjusted
 from .models.classifiers import CosineClassifier
@@ -134,6 +135,15 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
+def _peak_lr(args: argparse.Namespace, prefix: str = '') -> float:
+    """The stage's learning rate, by timm's rule from that of `lr_base_size` images where it is given so."""
+    base = getattr(args, f'{prefix}lr_base')
+    if base is None:
+        return getattr(args, f'{prefix}lr')
+    ratio = args.batch_size * world_size() * args.grad_accum_steps / args.lr_base_size
+    return base * (ratio ** 0.5 if 'ada' in args.opt or 'lamb' in args.opt else ratio)
+
+
 def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stage]:
     """The stages that the arguments ask for: the method's own and, unless `crt_epochs` is 0, classifier retraining.
 
@@ -154,7 +164,7 @@ def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stag
         STAGES[0],
         1,
         args.epochs,
-        args.lr,
+        _peak_lr(args),
         method.make_task,
         args.warmup_epochs,
         args.warmup_lr,
@@ -165,7 +175,7 @@ def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stag
         STAGES[1],
         2,
         crt_epochs,
-        args.crt_lr,
+        _peak_lr(args, 'crt_'),
         lambda run: ClassifierRetrainingTask(run.model, run.data.class_counts, device=run.device),
         args.crt_warmup_epochs,
         args.crt_warmup_lr,

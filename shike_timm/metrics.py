@@ -4,8 +4,10 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.task import ClassificationEvaluator
+from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor
+
+from .distributed import world_size
 
 __all__ = ['METRICS', 'SHOTS', 'ExpertEvaluator', 'evaluate', 'format_subsets', 'format_table', 'shot_divisions']
 
@@ -140,7 +142,7 @@ def evaluate(
         flip: bool = False,
         per_class: bool = False,
 ) -> Dict[str, Any]:
-    """Evaluate a SHIKE model in float32.
+    """Evaluate a SHIKE model in float32, on what all processes have of the images, each counted once.
 
     Args:
         model: A model with `num_experts` and `forward_experts`.
@@ -156,7 +158,8 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    evaluator = ExpertEvaluator(model.num_experts, class_counts, device, subsets=subsets)
+    evaluator = ExpertEvaluator(
+        model.num_experts, class_counts, device, subsets=subsets, max_samples=evaluation_sample_limit(loader))
     for images, target in loader:
         # One layout whatever the model's own, so that the same weights always give the same figures.
         images = images.contiguous(memory_format=torch.channels_last)
@@ -165,7 +168,7 @@ def evaluate(
             logits = (logits + model.forward_experts(images.flip(-1))) / 2
         evaluator.update(logits, target)
     model.train(was_training)
-    metrics = evaluator.compute()
+    metrics = evaluator.compute(distributed=world_size() > 1)
     if not per_class:
         del metrics['per_class']
     return metrics

@@ -146,7 +146,8 @@ HPARAMS = Group('Configuration', Option(
     card='never'))
 
 RESUME = Group('Resuming', Option(
-    'resume', str, None, 'go on with a run: its folder, a checkpoint in it, or alone with --experiment', 'RUN',
+    'resume', str, None, 'go on with a run: its folder, a checkpoint in it, or alone with --experiment, '
+    'which begins the run where there is none', 'RUN',
     const='', may_change=True, card='never'))
 
 DATA = Group(
@@ -187,7 +188,9 @@ TRAINING_DATA = Group(
     Option(
         'val_per_class', int, 0, 'set the last N training images of each class of a *_lt set aside before its '
         'long-tailed subset is cut, and evaluate on them', low=0, card='changed'),
-    Option('batch_size', int, 128, 'images a training batch', low=1, flags=('-b',)),
+    Option('batch_size', int, 128, 'images a training batch of each process', low=1, flags=('-b',)),
+    Option(
+        'grad_accum_steps', int, 1, 'batches of an update, whose gradients are added up', low=1, card='changed'),
     Option('validation_batch_size', int, 256, 'images an evaluation batch', low=1, flags=('-vb',), card='never'),
     Option(
         'device_data', bool, None, 'keep the data on the device and augment it there in large batches rather than in '
@@ -257,6 +260,10 @@ SCHEDULE = Group(
     Option('sched', str, 'cosine', 'schedule after the warm-up', choices=('cosine', 'tanh', 'step', 'poly')),
     Option('epochs', int, 180, 'epochs of stage one, warm-up included', low=1),
     Option('lr', float, 0.1, 'peak learning rate of stage one', 'LR', low=0),
+    Option(
+        'lr_base', float, None, 'in place of --lr: that of --lr-base-size images an update, from which it follows in '
+        'proportion, or to their root for Adam and the like', 'LR', low=0),
+    Option('lr_base_size', int, 256, 'images an update that --lr-base is meant for', low=1, card='changed'),
     Option('warmup_epochs', int, 5, 'linear warm-up of stage one', low=0),
     Option('warmup_lr', float, 1e-5, 'learning rate at the start', 'LR', low=0),
     Option('min_lr', float, 0., 'learning rate the schedule ends at', 'LR', low=0),
@@ -266,6 +273,7 @@ SCHEDULE = Group(
         'crt_epochs', int, None, 'epochs of stage two, classifier retraining, warm-up included; 0 for none; by default '
         "the method's own, 20 for shike, 0 for the others", low=0, may_change=True),
     Option('crt_lr', float, 0.1, 'peak learning rate of stage two', 'LR', low=0),
+    Option('crt_lr_base', float, None, 'as --lr-base, for stage two', 'LR', low=0),
     Option('crt_warmup_epochs', int, 0, 'linear warm-up of stage two', low=0),
     Option('crt_warmup_lr', float, 1e-5, 'as --warmup-lr, for stage two', 'LR', low=0),
 )
@@ -310,11 +318,18 @@ RUN = Group(
     Option(
         'torchcompile_mode', str, None, 'mode of torch.compile: reduce-overhead (CUDA graphs), max-autotune, ...',
         'MODE', card='never'),
+    Option('sync_bn', bool, False, 'BatchNorm over the batches of all processes together', card='changed'),
+    Option(
+        'dist_bn', str, 'reduce', 'statistics of BatchNorm after an epoch of several processes: their mean, or those '
+        'of the first', choices=('reduce', 'broadcast'), card='never'),
     Option('model_ema', bool, False, 'keep and evaluate an average of the weights'),
     Option('model_ema_decay', float, 0.9998, 'decay of the average', 'D', card='changed'),
     Option('log_interval', int, 50, 'steps between log lines', low=1, may_change=True, card='never'),
     Option('val_interval', int, 1, 'epochs between evaluations', low=1, may_change=True, card='never'),
     Option('checkpoint_hist', int, 2, 'checkpoints kept of each stage', low=1, may_change=True, card='never'),
+    Option(
+        'recovery_interval', int, None, 'updates after which the middle of an epoch is saved, to go on from there',
+        low=1, card='never'),
     Option('output', str, 'output/train', 'folder of run folders', 'DIR', may_change=True, card='never'),
     Option(
         'experiment', str, '', 'name of the run folder; time and model by default', may_change=True, card='never'),

@@ -3,13 +3,16 @@ import copy
 import json
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
+from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.scheduler.scheduler import Scheduler
 from timm.task import DistillationTeacher, TrainingTask
@@ -17,6 +20,7 @@ from timm.utils import NativeScaler
 
 from .build import (
     check_compiler,
+    check_sync_bn,
     create_model,
     create_optimizer,
     create_schedule,
@@ -27,9 +31,10 @@ from .build import (
 )
 from .checkpoints import StageSaver, export_model, load_checkpoint, load_weights, model_weights, write_text
 from .data import Augmentation, TrainingData, create_eval_loader, create_train_loader
-from .devices import resolve_device, tune_device
-from .engine import Interrupted, LoopConfig, StopFlag, eval_model, fit, seed_all, stop_signals
-from .errors import InputError
+from .devices import tune_device
+from .distributed import join_processes, local_primary_first, on_primary, rank, world_size
+from .engine import Done, Interrupted, LoopConfig, StopFlag, eval_model, fit, seed_all, stop_signals
+from .errors import DamagedError, InputError
 from .loading import load_teacher
 from .methods import STAGES, Stage, plan_stages
 from .metrics import evaluate, format_table
@@ -73,14 +78,16 @@ def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = Tru
     Raises:
         InputError: If anything given cannot work.
     """
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a run is one process: do not use torchrun.")
-    device = resolve_device(args.device)
+    device = join_processes(args.device)
     tune_device(device)
     autocast = resolve_autocast(args, device)
-    data = load_data(args)
+    with local_primary_first() if args.dataset_download else nullcontext():
+        data = load_data(args)
     seed_all(args.seed, 1, -1)
     model = create_model(args, data.num_classes, fresh).to(device)
+    if args.sync_bn and world_size() > 1:
+        check_sync_bn(device)
+        model = convert_sync_batchnorm(model)
     if any(stage.compiled for stage in stages):
         check_compiler(args.torchcompile, args.torchcompile_mode, device)
     data_config = resolve_data_config(args, model)
@@ -101,7 +108,8 @@ def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = Tru
     )
     mixup = mixup_options(args, data.num_classes, stages)
     train_loader = create_train_loader(
-        data.train, data_config, args.batch_size, device, augmentation, args.workers, mixup, args.device_data)
+        data.train, data_config, args.batch_size, device, augmentation, args.workers, mixup, args.device_data,
+        args.grad_accum_steps)
     test_loader = create_eval_loader(
         data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
     teacher = None
@@ -148,11 +156,13 @@ def loop_config(run: Run) -> LoopConfig:
         clip_mode=args.clip_mode,
         autocast=run.autocast,
         channels_last=args.channels_last,
+        grad_accum_steps=args.grad_accum_steps,
+        recovery_interval=args.recovery_interval,
+        dist_bn=args.dist_bn,
     )
 
 
-def _create_run_folder(args: argparse.Namespace, resumed: bool) -> Path:
-    folder = Path(args.output, args.experiment)
+def _create_run_folder(folder: Path, args: argparse.Namespace, resumed: bool) -> None:
     try:
         if not resumed and folder.exists() and any(folder.iterdir()):
             raise InputError(
@@ -163,7 +173,6 @@ def _create_run_folder(args: argparse.Namespace, resumed: bool) -> Path:
     except OSError as error:
         raise InputError(
             f"output folder '{folder}' cannot be written ({error.strerror}): choose another --output.") from error
-    return folder
 
 
 def _default_experiment(args: argparse.Namespace) -> str:
@@ -193,7 +202,7 @@ def _run_stage(
     args, model = run.args, run.model
     task, optimizer, schedule = parts
     loss_scaler = create_loss_scaler(run)
-    start_epoch = 0
+    start_epoch, done = 0, Done()
     if checkpoint is not None:
         model.load_state_dict(checkpoint['state_dict'])
         if args.model_ema:
@@ -201,23 +210,31 @@ def _run_stage(
         optimizer.load_state_dict(checkpoint['optimizer'])
         if loss_scaler is not None and loss_scaler.state_dict_key in checkpoint:
             loss_scaler.load_state_dict(checkpoint[loss_scaler.state_dict_key])
-        start_epoch = checkpoint['epoch'] + 1
-        _logger.info(f'Resuming {stage.name} at epoch {start_epoch}.')
+        start_epoch, done = checkpoint['epoch'] + 1, Done(**checkpoint['saver'].get('done', {}))
+        _logger.info(f'Resuming {stage.name} at epoch {start_epoch}, step {done.step}.')
     compile_task(task, args, stage)
+    images = args.batch_size * world_size() * args.grad_accum_steps
+    _logger.info(f'An update of {stage.name} takes {images} images; the learning rate rises to {stage.lr:g}.')
+    if world_size() > 1:
+        task.prepare_distributed(device_ids=None if run.device.type == 'cpu' else [run.device])
 
-    (folder / stage.name).mkdir(exist_ok=True)
+    on_primary(partial((folder / stage.name).mkdir, exist_ok=True))
     saver = StageSaver(
         folder / stage.name,
         model=model,
         optimizer=optimizer,
         args=argparse.Namespace(
-            **vars(args), class_counts=run.data.class_counts, class_names=run.data.class_names),
+            **vars(args),
+            world_size=world_size(),
+            class_counts=run.data.class_counts,
+            class_names=run.data.class_names,
+        ),
         amp_scaler=loss_scaler,
         task=task,
         max_history=args.checkpoint_hist,
     )
     if checkpoint is None:
-        saver.save_initial()
+        on_primary(saver.save_last, -1)
     else:
         saver.load_state_dict(checkpoint['saver'])
     metrics = fit(
@@ -231,6 +248,7 @@ def _run_stage(
         stage,
         loop_config(run),
         start_epoch,
+        done,
         loss_scaler,
         stop,
     )
@@ -247,7 +265,8 @@ def _run_stages(
 ) -> Dict[str, Any]:
     """Run stages in order, the first from a checkpoint if one is given; write metrics and the final model."""
     parts = _make_parts(run, stages[0])  # a wrong option shows here, before there is a folder
-    folder = _create_run_folder(run.args, resumed)
+    folder = Path(run.args.output, run.args.experiment)
+    on_primary(_create_run_folder, folder, run.args, resumed)
     path = folder / 'metrics.json'
     metrics = json.loads(path.read_text()) if path.exists() else {}
     with stop_signals() as stop:
@@ -256,37 +275,52 @@ def _run_stages(
                 parts = parts or _make_parts(run, stage)
                 metrics[stage.name] = _run_stage(run, stage, parts, folder, stop, checkpoint)
                 parts = checkpoint = None
-                write_text(path, json.dumps(metrics, indent=2) + '\n')
-        except RuntimeError as error:
+                on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
+        except (RuntimeError, OSError) as error:
             _logger.error(f'The last checkpoint is kept; go on with train.py --resume {folder}')
             if stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(stop.signum) from error  # a loader whose workers got the signal too
             raise
-    export_model(run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts)
-    print(format_table(metrics))
+    on_primary(
+        export_model, run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts)
+    if rank() == 0:
+        print(format_table(metrics))
     _logger.info(f'Run folder: {folder}')
     return metrics
 
 
-def _resume_point(args: argparse.Namespace) -> Tuple[int, Optional[Path]]:
-    """Stage and checkpoint to go on from; stage one and no checkpoint where nothing was saved yet."""
+def _resume_points(args: argparse.Namespace) -> List[Tuple[int, Path]]:
+    """Stages and their checkpoints to go on from, the newest first; none where nothing was saved yet."""
     folder = Path(run_folder(args) or '')
-    first, second = (folder / name / 'last.pth.tar' for name in STAGES)
+    points = []
+    for stage, name in reversed(list(enumerate(STAGES, 1))):
+        saved = sorted(
+            (folder / name).glob('checkpoint-*.pth.tar'), key=lambda path: -int(path.name.split('-')[1].split('.')[0]))
+        points += [(stage, path) for path in (folder / name / 'last.pth.tar', *saved) if path.exists()]
     if args.resume and os.path.isfile(args.resume):
         path = Path(args.resume)
         if path.parent.name not in STAGES:
             raise InputError(f"checkpoint '{path}' is not in the {' or '.join(STAGES)} of a run: give the run folder.")
         stage = STAGES.index(path.parent.name) + 1
-        if stage == 1 and second.exists():
+        if any(number > stage for number, _ in points):
             raise InputError(f"'{path}' is of stage one, but stage two has begun: resume the run folder '{folder}'.")
-        return stage, path
-    if second.exists():
-        return 2, second
-    if first.exists():
-        return 1, first
-    if args.resume and not (folder / 'args.yaml').exists():
+        return [(stage, path)]
+    if args.resume and not points and not (folder / 'args.yaml').exists():
         raise InputError(f"'{args.resume}' holds no run to resume: give the folder of a run or a checkpoint in it.")
-    return 1, None
+    return points
+
+
+def _load_newest(args: argparse.Namespace) -> Tuple[int, Optional[Path], Optional[Dict[str, Any]]]:
+    """Stage, path and content of the newest checkpoint that is whole; 1 and None where nothing was saved yet."""
+    points = _resume_points(args)
+    for stage, path in points:
+        try:
+            return stage, path, _load_to_resume(path, args)
+        except DamagedError as error:
+            if path == points[-1][1]:
+                raise
+            _logger.warning(f'{error} The one before is used.')
+    return 1, None, None
 
 
 def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
@@ -300,6 +334,10 @@ def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
         raise InputError(
             f"{option.flag} {getattr(args, option.name)} differs from the resumed run's "
             f'{before.get(option.name, option.default)}: leave it out.')
+    if before.get('world_size', 1) != world_size():
+        raise InputError(
+            f"'{path}' is of a run of {before.get('world_size', 1)} processes, and these are {world_size()}: start as "
+            'many, so that batches stay what they were.')
     return checkpoint
 
 
@@ -318,22 +356,22 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         NonFiniteError: If the loss or the weights stopped being finite.
     """
     args = copy.copy(args)
+    join_processes(args.device)
     stages = plan_stages(args)
     args.crt_epochs = sum(stage.epochs for stage in stages[1:])
     resumed = args.resume is not None
-    if args.pretrained_backbone and args.fusion_type is None and not resumed:
-        args.fusion_type = 'residual'
     checkpoint = path = None
     if resumed:
         folder = Path(run_folder(args) or '')
         args.output, args.experiment = str(folder.parent), folder.name
-        number, path = _resume_point(args)
+        number, path, checkpoint = _load_newest(args)
         if number > len(stages):
             raise InputError(f"Stage two of '{folder}' has begun, which --crt-epochs 0 leaves out: drop it.")
         stages = stages[number - 1:]
-        checkpoint = _load_to_resume(path, args) if path else None
     else:
         args.experiment = args.experiment or _default_experiment(args)
+    if args.pretrained_backbone and args.fusion_type is None and checkpoint is None:
+        args.fusion_type = 'residual'
     run = prepare(args, stages, fresh=checkpoint is None)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path or '')
@@ -371,6 +409,7 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
         NonFiniteError: If the loss or the weights stopped being finite.
     """
     args = copy.copy(args)
+    join_processes(args.device)
     stage = plan_stages(args, retraining=True)[-1]
     args.crt_epochs = stage.epochs
     saved = saved_args(checkpoint)

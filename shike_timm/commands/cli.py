@@ -1,11 +1,14 @@
 """What every script does around its work: logging, one-sentence errors, exit status."""
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable
 
+import torch.distributed as dist
 from timm.utils import setup_default_logging
 
+from ..distributed import rank
 from ..engine import Interrupted, NonFiniteError
 from ..errors import InputError
 
@@ -25,7 +28,10 @@ def run_script(main: Callable[[], Any]) -> int:
     name = Path(sys.argv[0]).name
     try:
         main()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
     except InputError as error:
+        time.sleep(3 if rank() else 0)  # torchrun ends this process meanwhile if the first one says the same
         print(f'{name}: error: {error}', file=sys.stderr)
         return 2
     except NonFiniteError as error:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..build import resolve_data_config
 from ..checkpoints import check_results_file, write_text
 from ..data import create_eval_dataset, create_eval_loader, load_training_data
-from ..devices import resolve_device, tune_device
+from ..devices import tune_device
+from ..distributed import join_processes, rank
 from ..errors import InputError
 from ..loading import load_trained_model
 from ..measure import inference_costs
@@ -60,7 +61,7 @@ def _write_results(path: Optional[str], metrics: Dict[str, Any]) -> None:
 
 
 def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
-    """Evaluate a trained model, in float32.
+    """Evaluate a trained model, in float32; of several processes each has its share, and the first prints and writes.
 
     Args:
         args: What `parse_eval_args` gives.
@@ -75,7 +76,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     check_results_file(args.results_file)
     if args.experts and args.expert_subsets:
         raise InputError('--expert-subsets tells of every choice of experts, --experts of one: leave one of them out.')
-    device = resolve_device(args.device)
+    device = join_processes(args.device)
     tune_device(device)
     trained = load_trained_model(
         args.model, args.checkpoint, args.pretrained, args.experts, args.authors_classifiers)
@@ -100,6 +101,8 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     subsets = _all_subsets(model.num_experts) if args.expert_subsets else ()
     metrics = evaluate(model.to(device), loader, counts, device, subsets, args.flip, per_class=True)
     metrics['per_class'] = dict(names=names, class_counts=counts, **metrics['per_class'])
+    if rank():
+        return metrics
     print(format_table({'': metrics}), flush=True)
     _write_results(args.results_file, metrics)
     if subsets:

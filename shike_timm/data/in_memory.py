@@ -5,9 +5,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed import rank, world_size
 from .augment import Augmentation
 from .augment.batch import augment_batch
 from .datasets import ImageSet
+from .sharding import EpochSampler
 
 __all__ = ['DeviceLoader', 'device_data_gap']
 
@@ -30,9 +32,8 @@ def device_data_gap(data: ImageSet, data_config: Dict[str, Any], is_training: bo
 class DeviceLoader:
     """Batches of normalised images and their labels from tensors on the device.
 
-    With an augmentation it is a training loader: a new order each time, augmented in rounds of many images, and an
-    incomplete last batch is dropped; torch's generator seeds each pass at its start. Without, batches come in order
-    and whole.
+    With a sampler it is a training loader: what the sampler draws, augmented in rounds of many images. Without, this
+    process's share of the images comes in order and whole.
 
     Args:
         images: uint8 images [N, H, W, C].
@@ -41,7 +42,8 @@ class DeviceLoader:
         std: Standard deviation of each channel.
         batch_size: Images a batch.
         device: Where everything lies and happens.
-        augmentation: What happens to the images; it must have a batched form.
+        augmentation: What happens to the images in training; it must have a batched form.
+        sampler: What training draws.
     """
 
     def __init__(
@@ -53,11 +55,15 @@ class DeviceLoader:
             batch_size: int,
             device: torch.device,
             augmentation: Optional[Augmentation] = None,
+            sampler: Optional[EpochSampler] = None,
     ):
+        if sampler is None:
+            images, targets = images[rank()::world_size()], targets[rank()::world_size()]
         self.images = torch.as_tensor(images).to(device).permute(0, 3, 1, 2).contiguous()
         self.targets = torch.as_tensor(targets, dtype=torch.int64).to(device)
         self.batch_size = batch_size
         self.augmentation = augmentation
+        self.sampler = sampler
         channels = self.images.shape[1]
         self.mean, self.std = (
             torch.tensor([255 * x for x in values], device=device).expand(channels).view(1, channels, 1, 1)
@@ -66,16 +72,16 @@ class DeviceLoader:
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        num_images = len(self.images)
-        return num_images // self.batch_size if self.augmentation else -(-num_images // self.batch_size)
+        return -(-len(self.images) // self.batch_size) if self.sampler is None else self.sampler.num_batches
 
     def _rounds(self) -> Iterator[Tuple[Tensor, Tensor]]:
-        if self.augmentation is None:
+        if self.sampler is None:
             yield self.images, self.targets
             return
-        generator = torch.Generator().manual_seed(int(torch.randint(2 ** 62, ())))
-        order = torch.randperm(len(self.images), generator=generator)
-        order = order[:len(self) * self.batch_size].to(self.images.device)
+        order, generator = self.sampler.draw()
+        if self.sampler.share.start:
+            generator.manual_seed(generator.initial_seed() + self.sampler.share.start)  # draws of its own
+        order = order.to(self.images.device)
         for chosen in order.split(max(AUGMENTED_AT_ONCE // self.batch_size, 1) * self.batch_size):
             yield augment_batch(self.images[chosen], self.augmentation, generator), self.targets[chosen]
 

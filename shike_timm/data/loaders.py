@@ -3,13 +3,17 @@ from typing import Any, Dict, Optional
 
 import timm.data
 import torch
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import DataLoader, IterableDataset
 
+from ..distributed import world_size
 from ..errors import InputError
 from .augment import Augmentation
 from .augment.batch import batch_gap
 from .augment.transforms import create_train_transform
 from .datasets import ImageSet
 from .in_memory import DeviceLoader, device_data_gap
+from .sharding import EpochSampler, SeededDataset
 
 __all__ = ['create_eval_loader', 'create_train_loader']
 
@@ -22,6 +26,7 @@ def _create_device_loader(
         gap: Optional[str],
         device_data: Optional[bool],
         augmentation: Optional[Augmentation] = None,
+        sampler: Optional[EpochSampler] = None,
 ) -> Optional[DeviceLoader]:
     """A loader over the data on the device, or None where that is not wanted or, unless asked for, not possible."""
     if device_data and gap:
@@ -30,7 +35,12 @@ def _create_device_loader(
         return None
     assert data.images is not None and data.targets is not None  # or there were a gap
     return DeviceLoader(
-        data.images, data.targets, data_config['mean'], data_config['std'], batch_size, device, augmentation)
+        data.images, data.targets, data_config['mean'], data_config['std'], batch_size, device, augmentation, sampler)
+
+
+def _refuse_shared_streams(data: ImageSet) -> None:
+    if world_size() > 1 and isinstance(data.dataset, IterableDataset):
+        raise InputError('A stream of images cannot be shared out among processes exactly: use files, or one process.')
 
 
 def create_train_loader(
@@ -42,59 +52,70 @@ def create_train_loader(
         num_workers: int = 4,
         mixup: Optional[Dict[str, Any]] = None,
         device_data: Optional[bool] = None,
+        accumulated: int = 1,
 ):
-    """Loader over a training set; incomplete last batches are dropped.
+    """Loader over a training set, of which each process has its share; batches that not all of them have are dropped.
 
     Small data sets that are in memory lie on the device as one tensor and are augmented there; others go through
-    timm's prefetching loader, whose workers start anew each epoch. Either way an epoch's augmentation depends on
-    nothing but the seed at its start.
+    timm's prefetching loader, whose workers stay. Either way an epoch's images depend on nothing but the seed that
+    `loader.sampler.set_epoch` is given, or that torch's generator gives at its start, and are the same from any step
+    on.
 
     Args:
         data: Training set.
         data_config: What `timm.data.resolve_data_config` gives.
-        batch_size: Images a batch.
+        batch_size: Images a batch of this process.
         device: Device of the batches.
         augmentation: What happens to each image.
         num_workers: Worker processes.
         mixup: Arguments of `timm.data.FastCollateMixup`, or None for class indices as targets.
         device_data: Whether the data lies on the device; where None, if data and augmentation allow it.
+        accumulated: Batches of an update, of which an epoch has a whole number.
 
     Raises:
-        InputError: If there are fewer images than a batch holds, the augmentation is not known, or `device_data` is
+        InputError: If there are fewer images than an update takes, the augmentation is not known, or `device_data` is
             asked for where it cannot be had.
     """
-    if len(data.dataset) < batch_size:
+    _refuse_shared_streams(data)
+    sampler = EpochSampler(len(data.dataset), batch_size, accumulated)
+    if not sampler.num_batches:
+        times = f' times {world_size() * accumulated}' if world_size() * accumulated > 1 else ''
         raise InputError(
-            f'batch-size {batch_size} exceeds the {len(data.dataset)} training images: choose a smaller one.')
+            f'batch-size {batch_size}{times} exceeds the {len(data.dataset)} training images: choose a smaller one.')
     option = '--mixup or --cutmix' if mixup else batch_gap(augmentation)
     gap = device_data_gap(data, data_config, is_training=True)
     gap = gap or option and f'{option} works on one image at a time'
-    loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data, augmentation)
+    loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data, augmentation, sampler)
     if loader is not None:
         return loader
     mean, std = data_config['mean'], data_config['std']
-    loader = timm.data.create_loader(
-        data.dataset,
-        input_size=data_config['input_size'],
-        batch_size=batch_size,
-        is_training=True,
-        mean=mean,
-        std=std,
-        no_aug=augmentation.no_aug,
-        re_prob=augmentation.re_prob,
-        re_mode=augmentation.re_mode,
-        re_count=augmentation.re_count,
+    stream = isinstance(data.dataset, IterableDataset)
+    if stream:
+        data.dataset.set_loader_cfg(num_workers=num_workers)
+    loader = DataLoader(
+        data.dataset if stream else SeededDataset(data.dataset),
+        batch_size,
+        sampler=None if stream else sampler,
+        drop_last=True,
         num_workers=num_workers,
-        collate_fn=timm.data.FastCollateMixup(**mixup) if mixup else None,
+        collate_fn=timm.data.FastCollateMixup(**mixup) if mixup else fast_collate,
         pin_memory=device.type == 'cuda',
-        device=device,
-        persistent_workers=False,
+        persistent_workers=num_workers > 0,
     )
     try:
         data.dataset.transform = create_train_transform(data_config['input_size'], augmentation, mean, std)
     except (AssertionError, KeyError, ValueError) as error:
         raise InputError(f"aa '{augmentation.auto_augment}' is not a policy that timm knows.") from error
-    return loader
+    return PrefetchLoader(
+        loader,
+        mean=mean,
+        std=std,
+        channels=data_config['input_size'][0],
+        device=device,
+        re_prob=0. if augmentation.no_aug else augmentation.re_prob,
+        re_mode=augmentation.re_mode,
+        re_count=augmentation.re_count,
+    )
 
 
 def create_eval_loader(
@@ -107,6 +128,9 @@ def create_eval_loader(
 ):
     """Loader over an evaluation split, in order and whole: from the device or timm's, as in `create_train_loader`.
 
+    Of several processes each has an equal share, with what `timm.task.evaluation_sample_limit` tells to leave
+    out.
+
     Args:
         data: Evaluation split.
         data_config: What `timm.data.resolve_data_config` gives.
@@ -116,6 +140,7 @@ def create_eval_loader(
         device_data: Whether the data lies on the device; where None, if its images need no resizing.
     """
     gap = device_data_gap(data, data_config, is_training=False)
+    _refuse_shared_streams(data)
     loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data)
     if loader is not None:
         return loader
@@ -125,6 +150,6 @@ def create_eval_loader(
         num_workers=num_workers,
         pin_memory=device.type == 'cuda',
         device=device,
-        persistent_workers=False,
+        distributed=world_size() > 1,
         **data_config,
     )
