@@ -59,16 +59,25 @@ class Run:
     teacher: Optional[DistillationTeacher] = None
 
     def evaluate(self, model: nn.Module) -> Dict[str, Any]:
-        return evaluate(model, self.test_loader, self.data.class_counts, self.device)
+        shots = dict(many_shot=self.args.many_shot, few_shot=self.args.few_shot)
+        return evaluate(model, self.test_loader, self.data.shot_counts, self.device, shots=shots)
 
 
-def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = True) -> Run:
+def prepare(
+        args: argparse.Namespace,
+        stages: Sequence[Stage],
+        fresh: bool = True,
+        class_names: Optional[Sequence[str]] = None,
+        run_folder: Optional[Path] = None,
+) -> Run:
     """Make and check what the stages of a run share; nothing is written.
 
     Args:
-        args: Arguments of train.py.
+        args: Arguments of train.py; the share that is held out is set in them.
         stages: Stages to come.
         fresh: Whether the model begins here; otherwise a checkpoint brings its weights.
+        class_names: Classes in label order of the checkpoint.
+        run_folder: Run of the checkpoint.
 
     Raises:
         InputError: If anything given cannot work.
@@ -78,9 +87,12 @@ def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = Tru
     device = resolve_device(args.device)
     tune_device(device)
     autocast = resolve_autocast(args, device)
-    data = load_data(args)
+    data = load_data(args, class_names, run_folder)
+    args.holdout = data.holdout
     seed_all(args.seed, 1, -1)
     model = create_model(args, data.num_classes, fresh).to(device)
+    if args.batch_size == 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise InputError('--batch-size 1 leaves BatchNorm nothing to average over: choose a larger one.')
     if any(stage.compiled for stage in stages):
         check_compiler(args.torchcompile, args.torchcompile_mode, device)
     data_config = resolve_data_config(args, model)
@@ -211,7 +223,8 @@ def _run_stage(
         model=model,
         optimizer=optimizer,
         args=argparse.Namespace(
-            **vars(args), class_counts=run.data.class_counts, class_names=run.data.class_names),
+            **vars(args), class_counts=run.data.class_counts, class_names=run.data.class_names,
+            shot_counts=run.data.shot_counts),
         amp_scaler=loss_scaler,
         task=task,
         max_history=args.checkpoint_hist,
@@ -248,6 +261,8 @@ def _run_stages(
     """Run stages in order, the first from a checkpoint if one is given; write metrics and the final model."""
     parts = _make_parts(run, stages[0])  # a wrong option shows here, before there is a folder
     folder = _create_run_folder(run.args, resumed)
+    _logger.info(run.data.describe())
+    run.data.write_sides(folder)
     path = folder / 'metrics.json'
     metrics = json.loads(path.read_text()) if path.exists() else {}
     with stop_signals() as stop:
@@ -262,7 +277,9 @@ def _run_stages(
             if stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(stop.signum) from error  # a loader whose workers got the signal too
             raise
-    export_model(run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts)
+    export_model(
+        run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts,
+        shot_counts=run.data.shot_counts, exif=run.args.exif, pixel_range=run.args.pixel_range)
     print(format_table(metrics))
     _logger.info(f'Run folder: {folder}')
     return metrics
@@ -303,6 +320,16 @@ def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
     return checkpoint
 
 
+def _tell_of_changes(data: TrainingData, before: Optional[Sequence[int]]) -> None:
+    """Warn where classes have other numbers of training images than when the run began."""
+    changed = [c for c, pair in enumerate(zip(before or (), data.class_counts)) if pair[0] != pair[1]]
+    if before and changed:
+        c = changed[0]
+        _logger.warning(
+            f'{len(changed)} classes have other numbers of training images than when the run began, the first is '
+            f"'{data.class_names[c]}' with {data.class_counts[c]} after {before[c]}.")
+
+
 def train(args: argparse.Namespace) -> Dict[str, Any]:
     """Run stage one and, unless `crt_epochs` is 0, stage two.
 
@@ -323,7 +350,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     resumed = args.resume is not None
     if args.pretrained_backbone and args.fusion_type is None and not resumed:
         args.fusion_type = 'residual'
-    checkpoint = None
+    checkpoint = folder = None
     if resumed:
         folder = Path(run_folder(args))
         args.output, args.experiment = str(folder.parent), folder.name
@@ -334,9 +361,11 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         checkpoint = _load_to_resume(path, args) if path else None
     else:
         args.experiment = args.experiment or _default_experiment(args)
-    run = prepare(args, stages, fresh=checkpoint is None)
+    saved = saved_args(checkpoint or {})
+    run = prepare(args, stages, checkpoint is None, saved.get('class_names'), folder)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path)
+        _tell_of_changes(run.data, saved.get('class_counts'))
     return _run_stages(run, stages, resumed, checkpoint)
 
 
@@ -384,6 +413,8 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
                 f"--{key.replace('_', '-')} was {saved.get(key)}, not {getattr(args, key)}: leave it out.")
     weights = model_weights(checkpoint, args.checkpoint)
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
-    run = prepare(args, [stage], fresh=False)
+    stage_one = Path(args.checkpoint)
+    run_of_it = stage_one if stage_one.is_dir() else stage_one.absolute().parents[1]
+    run = prepare(args, [stage], False, saved.get('class_names'), run_of_it)
     load_weights(run.model, weights, args.checkpoint)
     return _run_stages(run, [stage])

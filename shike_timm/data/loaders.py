@@ -10,6 +10,7 @@ from .augment.batch import batch_gap
 from .augment.transforms import create_train_transform
 from .datasets import ImageSet
 from .in_memory import DeviceLoader, device_data_gap
+from .table import CheckedLoader, ImageTable, readable_collate
 
 __all__ = ['create_eval_loader', 'create_train_loader']
 
@@ -62,7 +63,7 @@ def create_train_loader(
         InputError: If there are fewer images than a batch holds, the augmentation is not known, or `device_data` is
             asked for where it cannot be had.
     """
-    if len(data.dataset) < batch_size:
+    if batch_size > len(data.dataset):
         raise InputError(
             f'batch-size {batch_size} exceeds the {len(data.dataset)} training images: choose a smaller one.')
     option = '--mixup or --cutmix' if mixup else batch_gap(augmentation)
@@ -71,6 +72,8 @@ def create_train_loader(
     loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data, augmentation)
     if loader is not None:
         return loader
+    if isinstance(data.dataset, ImageTable):
+        data.dataset.is_training = True
     mean, std = data_config['mean'], data_config['std']
     loader = timm.data.create_loader(
         data.dataset,
@@ -93,7 +96,7 @@ def create_train_loader(
         data.dataset.transform = create_train_transform(data_config['input_size'], augmentation, mean, std)
     except (AssertionError, KeyError, ValueError) as error:
         raise InputError(f"aa '{augmentation.auto_augment}' is not a policy that timm knows.") from error
-    return loader
+    return CheckedLoader(loader, data.dataset) if isinstance(data.dataset, ImageTable) else loader
 
 
 def create_eval_loader(
@@ -118,12 +121,15 @@ def create_eval_loader(
     loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data)
     if loader is not None:
         return loader
-    return timm.data.create_loader(
+    is_table = isinstance(data.dataset, ImageTable)
+    loader = timm.data.create_loader(
         data.dataset,
         batch_size=batch_size,
         num_workers=num_workers,
+        collate_fn=readable_collate(data_config['input_size'][0]) if is_table else None,
         pin_memory=device.type == 'cuda',
         device=device,
         persistent_workers=False,
         **data_config,
     )
+    return CheckedLoader(loader, data.dataset) if is_table else loader

@@ -48,10 +48,23 @@ def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_
     return counts
 
 
-def long_tailed_indices(targets: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-    """Positions of the first `counts[c]` images of each class c, in file order."""
+def long_tailed_indices(targets: Sequence[int], counts: Sequence[int], seed: Optional[int] = None) -> np.ndarray:
+    """Positions of `counts[c]` images of each class c, in file order.
+
+    Args:
+        targets: Class indices [N].
+        counts: Images of each class to keep.
+        seed: Seed of the images that are kept, drawn as LDAM-DRW draws them; None for the first of each class.
+    """
     targets = np.asarray(targets)
-    return np.sort(np.concatenate([np.flatnonzero(targets == c)[:count] for c, count in enumerate(counts)]))
+    random = None if seed is None else np.random.RandomState(seed)
+    kept = []
+    for c, count in enumerate(counts):
+        positions = np.flatnonzero(targets == c)
+        if random is not None:
+            random.shuffle(positions)
+        kept.append(positions[:count])
+    return np.sort(np.concatenate(kept))
 
 
 def _explain_cifar(cls: Type[CIFAR10], root: str) -> str:
@@ -91,10 +104,6 @@ def _digits(request: DataRequest, train: bool) -> ImageSet:
     return in_memory_set(images[..., None].repeat(3, axis=-1), digits.target[keep], names)
 
 
-def _take(data: ImageSet, index: np.ndarray) -> ImageSet:
-    return in_memory_set(data.images[index], data.targets[index], data.class_names)
-
-
 def hold_out(data: ImageSet, sizes: Sequence[int], option: str) -> Tuple[ImageSet, ImageSet]:
     """Split a training set in memory, to choose settings without looking at the test set.
 
@@ -116,7 +125,7 @@ def hold_out(data: ImageSet, sizes: Sequence[int], option: str) -> Tuple[ImageSe
             f'{option} leaves class {bare} with no training image of {data.class_counts[bare]}: hold out fewer, '
             'or choose a lower imb-factor.')
     keep = long_tailed_indices(data.targets, kept)
-    return _take(data, keep), _take(data, np.setdiff1d(np.arange(len(data.targets)), keep))
+    return data.take(keep), data.take(np.setdiff1d(np.arange(len(data.targets)), keep))
 
 
 def _load_train(
@@ -129,10 +138,12 @@ def _load_train(
         data, held_out = hold_out(data, sizes, f'val-per-class {request.val_per_class}')
     counts = long_tailed_counts(
         min(data.class_counts), len(data.class_counts), request.imb_factor, request.imb_type)
-    data = _take(data, long_tailed_indices(data.targets, counts))
+    data = data.take(long_tailed_indices(data.targets, counts, request.imb_seed))
     if request.holdout:
         sizes = [math.ceil(round(request.holdout * count, 6)) for count in counts]
         data, held_out = hold_out(data, sizes, f'holdout {request.holdout:g}')
+    if held_out is not None:
+        held_out.source = 'held out of the training set'
     return data, held_out
 
 
