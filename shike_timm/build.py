@@ -1,5 +1,6 @@
 """From parsed arguments to models, optimizers, schedules, data and settings, each checked with a clear error."""
 import argparse
+import dataclasses
 import inspect
 import logging
 from typing import Any, Dict, Optional, Sequence, cast
@@ -13,7 +14,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from .data import TrainingData, load_training_data
+from .data import DataRequest, ImageSet, TrainingData, create_eval_dataset, load_training_data
 from .devices import computes_bfloat16
 from .errors import InputError, nearest, one_line
 from .methods import Stage
@@ -83,6 +84,21 @@ def check_model_name(name: str) -> None:
             f"model '{name}' is not a SHIKE model{nearest(name, known)}: choose one of {', '.join(known)}.")
 
 
+def image_channels(args: argparse.Namespace) -> int:
+    """Channels of the images that the arguments name.
+
+    Raises:
+        InputError: If they contradict each other.
+    """
+    channels = args.in_chans or (args.input_size or (3,))[0]
+    if args.input_size and channels != args.input_size[0]:
+        raise InputError(
+            f'--in-chans {channels} contradicts the {args.input_size[0]} channels of --input-size: drop one of them.')
+    if args.input_size and args.img_size:
+        raise InputError(f'--input-size and --img-size {args.img_size} contradict each other: drop one of them.')
+    return channels
+
+
 def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False) -> Shike:
     """The SHIKE model that the arguments describe.
 
@@ -106,6 +122,7 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
         model = cast(Shike, timm.create_model(
             args.model,
             num_classes=num_classes,
+            in_chans=image_channels(args),
             backbone=args.backbone,
             num_experts=args.num_experts,
             depths=args.depths,
@@ -176,30 +193,70 @@ def resolve_data_config(args: argparse.Namespace, model: Shike) -> Dict[str, Any
         values = getattr(args, name)
         if values and len(values) not in (1, model.in_chans):
             raise InputError(f'--{name} has {len(values)} values, expected 1 or {model.in_chans}.')
-    return timm.data.resolve_data_config(vars(args), model=model)
+    given = args.in_chans or args.input_size and args.input_size[0]
+    if given and given != model.in_chans:
+        raise InputError(f'The model takes images of {model.in_chans} channels, not of {given}: drop --in-chans.')
+    config = timm.data.resolve_data_config(dict(vars(args), in_chans=model.in_chans), model=model)
+    config['input_size'] = (model.in_chans, *config['input_size'][1:])
+    for name in ('mean', 'std'):  # a model of one channel may tell those of three
+        if len(config[name]) != model.in_chans:
+            config[name] = (sum(config[name]) / len(config[name]),) * model.in_chans
+    return config
 
 
-def load_data(args: argparse.Namespace) -> TrainingData:
+def _data_options(args: argparse.Namespace) -> Dict[str, Any]:
+    """Fields of `DataRequest` that the arguments have."""
+    names = {field.name for field in dataclasses.fields(DataRequest)} - {'name', 'root', 'in_chans'}
+    options = {name: value for name, value in vars(args).items() if name in names}
+    return dict(options, download=args.dataset_download)
+
+
+def load_data(
+        args: argparse.Namespace,
+        class_names: Optional[Sequence[str]] = None,
+        run_folder: Optional[Any] = None,
+) -> TrainingData:
     """The data that the arguments name.
 
+    Args:
+        args: Arguments of train.py.
+        class_names: Classes in label order of what the data is to go on with.
+        run_folder: Run that it is to go on with, whose lists part the training set.
+
     Raises:
-        InputError: If it cannot be read, or `--num-classes` contradicts it.
+        InputError: If it cannot be read, has other classes, or `--num-classes` contradicts it.
     """
     data = load_training_data(
-        args.dataset,
-        args.data_dir,
-        train_split=args.train_split,
-        val_split=args.val_split,
-        imb_factor=args.imb_factor,
-        imb_type=args.imb_type,
-        download=args.dataset_download,
-        holdout=args.holdout,
-        val_per_class=args.val_per_class,
-    )
-    if args.num_classes is not None and args.num_classes != data.num_classes:
+        args.dataset, args.data_dir, **_data_options(args), in_chans=image_channels(args), class_names=class_names,
+        sides=run_folder)
+    num_classes = getattr(args, 'num_classes', None)
+    if num_classes is not None and num_classes != data.num_classes:
         raise InputError(
-            f'--num-classes {args.num_classes} contradicts the {data.num_classes} classes of the data: leave it out.')
+            f'--num-classes {num_classes} contradicts the {data.num_classes} classes of the data: leave it out.')
     return data
+
+
+def load_eval_data(
+        args: argparse.Namespace,
+        class_names: Optional[Sequence[str]],
+        in_chans: int = 3,
+        run_folder: Optional[Any] = None,
+) -> ImageSet:
+    """The evaluation split that the arguments name.
+
+    Args:
+        args: Arguments of eval.py.
+        class_names: The model's classes in label order.
+        in_chans: Channels of the model's images.
+        run_folder: Run that the model is of.
+
+    Raises:
+        InputError: If it cannot be read, or has other classes.
+    """
+    options = _data_options(args)
+    return create_eval_dataset(
+        args.dataset, args.data_dir, options.pop('val_split'), options.pop('download'), class_names, **options,
+        in_chans=in_chans, sides=run_folder)
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace, stage: Stage) -> Scheduler:

@@ -165,6 +165,7 @@ def export_model(
         data_config: Dict[str, Any],
         class_names: Optional[Sequence[str]] = None,
         class_counts: Optional[Sequence[int]] = None,
+        **known: Any,
 ) -> None:
     """Write `config.json` and `model.safetensors`, which timm loads as `local-dir:FOLDER`.
 
@@ -174,6 +175,7 @@ def export_model(
         data_config: Preprocessing, what `timm.data.resolve_data_config` gives.
         class_names: Names of the classes in label order, where they are known.
         class_counts: Training images of each class, kept in the configuration for the shot divisions.
+        **known: What else of the data is kept in it, where it is anything.
     """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + '.tmp')
@@ -181,9 +183,9 @@ def export_model(
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
     model.pretrained_cfg.pop('label_names', None)  # of the weights that come with the name, not of these
     model_config: Dict[str, Any] = {'pretrained_cfg': {'tag': ''}}  # not the weights of the name's default tag
-    for key, values in (('label_names', class_names), ('class_counts', class_counts)):
+    for key, values in dict(label_names=class_names, class_counts=class_counts, **known).items():
         if values:
-            model_config[key] = list(values)
+            model_config[key] = values
     save_for_hf(model, str(temporary), model_config, safe_serialization=True, data_config=data_config)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

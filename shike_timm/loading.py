@@ -32,12 +32,16 @@ class TrainedModel:
         model: The model.
         class_counts: Training images of each class, None where the source does not say.
         class_names: Names of the classes in label order, None where the source does not say.
+        shot_counts: Images of each class that make the shot divisions, None likewise.
+        run_folder: Run that it is of, None where that is not known.
         data_args: Preprocessing options the model was trained with that differ from its configuration.
     """
 
     model: Shike
     class_counts: Optional[List[int]] = None
     class_names: Optional[List[str]] = None
+    shot_counts: Optional[List[int]] = None
+    run_folder: Optional[str] = None
     data_args: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -65,7 +69,11 @@ def _load_by_name(name: str, pretrained: bool) -> TrainedModel:
     if not isinstance(model, Shike):
         raise InputError(f"model '{name}' is a {type(model).__name__}, expected a SHIKE model.")
     recorded_args(model).pop('pretrained_backbone', None)  # of no use any more, and perhaps somebody's path
-    return TrainedModel(model, config.get('class_counts'), config.get('label_names'))
+    counts = config.get('class_counts')
+    return TrainedModel(
+        model, counts, config.get('label_names'), config.get('shot_counts', counts),
+        str(Path(name.partition(':')[2]).absolute().parent) if name.startswith('local-dir:') else None,
+        {name: config.get(name) for name in ('exif', 'pixel_range')})
 
 
 def _load_authors(weights: Dict[str, Tensor], classifiers: str) -> TrainedModel:
@@ -89,7 +97,9 @@ def _load_checkpoint(path: str, authors_classifiers: str) -> TrainedModel:
     model = create_model(saved, len(saved.class_counts))
     load_weights(model, weights, path)
     data_args = {option.name: getattr(saved, option.name) for option in PREPROCESSING.options}
-    return TrainedModel(model, saved.class_counts, saved.class_names, data_args)
+    return TrainedModel(
+        model, saved.class_counts, saved.class_names, getattr(saved, 'shot_counts', saved.class_counts),
+        str(Path(path).absolute().parents[1]), data_args)
 
 
 def load_trained_model(
@@ -155,12 +165,17 @@ def load_teacher(
         raise InputError(
             f"--kd-model-name '{name}' knows {num_classes} classes, the data has {data.num_classes}: name a model that "
             'was trained on the same.')
-    for label, (its, own) in enumerate(zip(cfg.get('label_names') or (), data.class_names)):
-        if its != own:
+    its, counts = list(cfg.get('label_names') or data.class_names), config.get('class_counts')
+    if its != data.class_names:
+        strays = [c for c, name in enumerate(its) if name not in data.class_names]
+        if strays:
             raise InputError(
-                f"--kd-model-name '{name}' calls class {label} '{its}', the data '{own}': name a model that was "
-                'trained on the same classes in the same order.')
-    if held_out and config.get('class_counts') != list(data.class_counts):
+                f"--kd-model-name '{name}' calls class {strays[0]} '{its[strays[0]]}', which the data does not have "
+                f"('{data.class_names[strays[0]]}' in its place): name a model that was trained on the same classes.")
+        places = torch.tensor([its.index(own) for own in data.class_names], device=device)
+        teacher.register_forward_hook(lambda module, images, logits: logits[:, places])
+        counts = counts and [counts[place] for place in places.tolist()]
+    if held_out and counts != list(data.class_counts):
         raise InputError(
             f"--kd-model-name '{name}' may have learnt from the images that --holdout keeps for evaluation: train the "
             'teacher with the same --holdout.')

@@ -16,10 +16,11 @@ METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
 NUM_BINS = 15  # of the calibration error
 
 
-def shot_divisions(class_counts: Sequence[int]) -> Dict[str, Tensor]:
-    """Masks [C] of the classes with many (over 100), medium (20 to 100) and few (under 20) training images."""
+def shot_divisions(class_counts: Sequence[int], many_shot: int = 100, few_shot: int = 20) -> Dict[str, Tensor]:
+    """Masks [C] of the classes with many training images (over `many_shot`), few (under `few_shot`), or between."""
     counts = torch.as_tensor(class_counts)
-    return {'many': counts > 100, 'medium': (counts >= 20) & (counts <= 100), 'few': counts < 20}
+    many, few = counts > many_shot, counts < few_shot
+    return {'many': many, 'medium': ~many & ~few, 'few': few & ~many}
 
 
 class ExpertEvaluator(ClassificationEvaluator):
@@ -33,6 +34,7 @@ class ExpertEvaluator(ClassificationEvaluator):
         device: Device of the logits.
         subsets: Choices of experts to judge as ensembles of their own.
         max_samples: Images to count at most, the rest being what a distributed sampler pads with.
+        shots: Arguments of `shot_divisions`.
     """
 
     metric_names = METRICS
@@ -45,7 +47,9 @@ class ExpertEvaluator(ClassificationEvaluator):
             *,
             subsets: Sequence[Sequence[int]] = (),
             max_samples: Optional[int] = None,
+            shots: Optional[Dict[str, int]] = None,
     ):
+        self.shots = shots or {}
         self.num_experts = num_experts
         self.class_counts = class_counts
         self.subsets = [torch.tensor(subset, device=device) for subset in subsets]
@@ -108,7 +112,7 @@ class ExpertEvaluator(ClassificationEvaluator):
         total, top1, top5, loss_sum, overconfidence = (one.cpu().double() for one in sums)
         num_images = max(int(total.sum()), 1)
         accuracy = 100 * top1 / total[:, None].clamp(min=1)
-        divisions = dict(balanced=total >= 0, **shot_divisions(self.class_counts))
+        divisions = dict(balanced=total >= 0, **shot_divisions(self.class_counts, **self.shots))
         results, per_class = [], []
         for k in range(accuracy.shape[1]):
             result: Dict[str, Any] = dict(
@@ -141,6 +145,7 @@ def evaluate(
         subsets: Sequence[Sequence[int]] = (),
         flip: bool = False,
         per_class: bool = False,
+        shots: Optional[Dict[str, int]] = None,
 ) -> Dict[str, Any]:
     """Evaluate a SHIKE model in float32, on what all processes have of the images, each counted once.
 
@@ -152,6 +157,7 @@ def evaluate(
         subsets: Choices of experts to judge as ensembles of their own.
         flip: Average the logits with those of the mirrored images.
         per_class: Also tell the accuracy on each class, under `per_class`.
+        shots: Arguments of `shot_divisions`.
 
     Returns:
         What `ExpertEvaluator.compute` gives.
@@ -159,8 +165,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     evaluator = ExpertEvaluator(
-        model.num_experts, class_counts, device, subsets=subsets, max_samples=evaluation_sample_limit(loader))
+        model.num_experts, class_counts, device, subsets=subsets, max_samples=evaluation_sample_limit(loader),
+        shots=shots)
     for images, target in loader:
+        if not len(target):
+            continue  # none of the batch could be read
         # One layout whatever the model's own, so that the same weights always give the same figures.
         images = images.contiguous(memory_format=torch.channels_last)
         logits = model.forward_experts(images)

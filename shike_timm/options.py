@@ -152,19 +152,55 @@ RESUME = Group('Resuming', Option(
 
 DATA = Group(
     'Data',
-    Option('data_dir', str, None, 'folder of the data', 'DIR', may_change=True, card='never'),
-    Option('dataset', str, '', "cifar10_lt, cifar100_lt, digits_lt, a name of timm's, or none for a folder of images"),
-    Option('val_split', str, 'validation', 'split to evaluate on'),
+    Option('data_dir', str, None, 'folder of the data, or a tar archive', 'DIR', may_change=True, card='never'),
+    Option(
+        'dataset', str, '', "cifar10_lt, cifar100_lt, digits_lt, a name of timm's, or none for a folder or archive of "
+        'images and for lists'),
+    Option('val_split', str, 'validation', 'split to evaluate on; the default stands for val and test too'),
+    Option(
+        'val_list', str, None, 'list of the images to evaluate on, below --data-dir: lines of a path and a label, .csv '
+        "or .tsv with a header, or COCO's .json", 'FILE', card='changed'),
+    Option(
+        'input_key', str, None, "column of the images in tables, and in timm's data sets; path, image, filename, "
+        'file_name or file by default', 'COLUMN', card='changed'),
+    Option(
+        'target_key', str, None, 'column of the labels likewise; label, target, class or category by default',
+        'COLUMN', card='changed'),
+    Option(
+        'class_map', str, None, 'names of the classes in label order, one a line; others are left out', 'FILE',
+        card='changed'),
+    Option(
+        'class_depth', int, None, 'folders below the split whose names make the class; by default what is evident',
+        low=1, card='changed'),
+    Option('val_num_samples', int, None, 'images of an evaluation stream', low=1, card='never'),
+    Option(
+        'check_images', bool, None, 'read all images once before anything else and leave out what cannot be read; by '
+        'default of up to 100,000 images', may_change=True, card='never'),
     Option(
         'dataset_download', bool, False, 'download the data where possible', may_change=True, card='never'),
     Option('imb_factor', float, 100., 'imbalance factor of the *_lt data sets, largest over smallest class'),
     Option('imb_type', str, 'exp', 'profile of the *_lt data sets', choices=('exp', 'step')),
+    Option(
+        'imb_seed', int, None, 'seed of the images that a *_lt set keeps, drawn as LDAM-DRW and its successors draw '
+        'them; by default the first of each class', low=0, card='changed'),
+)
+
+SHOT_DIVISIONS = Group(
+    'Shot divisions',
+    Option('many_shot', int, 100, 'a class with more training images is one of many', low=0, card='changed'),
+    Option('few_shot', int, 20, 'a class with fewer training images is one of few', low=0, card='changed'),
 )
 
 # What a model trained with other images than its configuration says was trained with.
 PREPROCESSING = Group(
     'Preprocessing',
     Option('img_size', int, None, "side of the images, the model's own by default", low=1),
+    Option('input_size', int, None, 'channels, height and width of the images', nargs=3, low=1, card='changed'),
+    Option('in_chans', int, None, 'channels of the images, 1 or 3', low=1, card='changed'),
+    Option('exif', bool, None, 'turn images as their EXIF orientation says', card='changed'),
+    Option(
+        'pixel_range', float, None, 'values of images of more than 8 bits that become black and white, in place of '
+        'the range of their type', 'X', nargs=2, card='changed'),
     Option('crop_pct', float, None, 'centre crop at evaluation', low=0.01, card='changed'),
     Option('mean', float, None, 'channel means, of images in 0..1', nargs='+', card='changed'),
     Option('std', float, None, 'channel standard deviations', nargs='+', card='changed'),
@@ -183,8 +219,16 @@ TRAINING_DATA = Group(
     'Training data',
     Option('train_split', str, 'train', 'split to train on'),
     Option(
-        'holdout', float, 0., 'keep this share of each class of a *_lt training set out of training and evaluate on '
-        'it, to choose settings without looking at the test split', 'SHARE', low=0, below=1, card='changed'),
+        'train_list', str, None, 'list of the images to train on, as --val-list', 'FILE', card='changed'),
+    Option(
+        'class_stats', str, None, "class counts of a stream, in timm's format", 'FILE', card='never'),
+    Option('train_num_samples', int, None, 'images of a training stream', low=1, card='never'),
+    Option(
+        'holdout', float, 0., 'keep this share of each class of the training set out of training and evaluate on it; '
+        '0.2 where there is nothing else to evaluate on', 'SHARE', low=0, below=1, card='changed'),
+    Option(
+        'group_key', str, None, 'column, or regular expression to find in paths, that names the group of an image; '
+        '--holdout keeps groups together', 'REGEX|COLUMN', card='changed'),
     Option(
         'val_per_class', int, 0, 'set the last N training images of each class of a *_lt set aside before its '
         'long-tailed subset is cut, and evaluate on them', low=0, card='changed'),
@@ -337,7 +381,8 @@ RUN = Group(
 
 # What both stages of a run are made from, and what is timed.
 TRAINING = (
-    DATA, PREPROCESSING, TRAINING_DATA, MODEL, METHOD, TEACHER, OPTIMIZER, SCHEDULE, AUGMENTATION, RUN, DEVICE, HPARAMS)
+    DATA, PREPROCESSING, SHOT_DIVISIONS, TRAINING_DATA, MODEL, METHOD, TEACHER, OPTIMIZER, SCHEDULE, AUGMENTATION, RUN,
+    DEVICE, HPARAMS)
 TRAIN = (*TRAINING, RESUME)
 
 TRAINED_MODEL = Group(

@@ -3,7 +3,6 @@ import copy
 import json
 import logging
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -17,6 +16,7 @@ from timm.models import safe_model_name
 from timm.scheduler.scheduler import Scheduler
 from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import NativeScaler
+from torch import nn
 
 from .build import (
     check_compiler,
@@ -64,16 +64,25 @@ class Run:
     teacher: Optional[DistillationTeacher] = None
 
     def evaluate(self, model: Any) -> Dict[str, Any]:
-        return evaluate(model, self.test_loader, self.data.class_counts, self.device)
+        shots = dict(many_shot=self.args.many_shot, few_shot=self.args.few_shot)
+        return evaluate(model, self.test_loader, self.data.shot_counts, self.device, shots=shots)
 
 
-def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = True) -> Run:
+def prepare(
+        args: argparse.Namespace,
+        stages: Sequence[Stage],
+        fresh: bool = True,
+        class_names: Optional[Sequence[str]] = None,
+        run_folder: Optional[Path] = None,
+) -> Run:
     """Make and check what the stages of a run share; nothing is written.
 
     Args:
-        args: Arguments of train.py.
+        args: Arguments of train.py; the share that is held out is set in them.
         stages: Stages to come.
         fresh: Whether the model begins here; otherwise a checkpoint brings its weights.
+        class_names: Classes in label order of the checkpoint.
+        run_folder: Run of the checkpoint.
 
     Raises:
         InputError: If anything given cannot work.
@@ -81,10 +90,13 @@ def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = Tru
     device = join_processes(args.device)
     tune_device(device)
     autocast = resolve_autocast(args, device)
-    with local_primary_first() if args.dataset_download else nullcontext():
-        data = load_data(args)
+    with local_primary_first():
+        data = load_data(args, class_names, run_folder)
+    args.holdout = data.holdout
     seed_all(args.seed, 1, -1)
     model = create_model(args, data.num_classes, fresh).to(device)
+    if args.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):
+        raise InputError('--batch-size 1 leaves BatchNorm nothing to average over: choose a larger one.')
     if args.sync_bn and world_size() > 1:
         check_sync_bn(device)
         model = convert_sync_batchnorm(model)
@@ -228,6 +240,7 @@ def _run_stage(
             world_size=world_size(),
             class_counts=run.data.class_counts,
             class_names=run.data.class_names,
+            shot_counts=run.data.shot_counts,
         ),
         amp_scaler=loss_scaler,
         task=task,
@@ -267,6 +280,8 @@ def _run_stages(
     parts = _make_parts(run, stages[0])  # a wrong option shows here, before there is a folder
     folder = Path(run.args.output, run.args.experiment)
     on_primary(_create_run_folder, folder, run.args, resumed)
+    _logger.info(run.data.describe())
+    on_primary(run.data.write_sides, folder)
     path = folder / 'metrics.json'
     metrics = json.loads(path.read_text()) if path.exists() else {}
     with stop_signals() as stop:
@@ -281,8 +296,9 @@ def _run_stages(
             if stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(stop.signum) from error  # a loader whose workers got the signal too
             raise
-    on_primary(
-        export_model, run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts)
+    on_primary(lambda: export_model(
+        run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts,
+        shot_counts=run.data.shot_counts, exif=run.args.exif, pixel_range=run.args.pixel_range))
     if rank() == 0:
         print(format_table(metrics))
     _logger.info(f'Run folder: {folder}')
@@ -341,6 +357,16 @@ def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
     return checkpoint
 
 
+def _tell_of_changes(data: TrainingData, before: Optional[Sequence[int]]) -> None:
+    """Warn where classes have other numbers of training images than when the run began."""
+    changed = [c for c, pair in enumerate(zip(before or (), data.class_counts)) if pair[0] != pair[1]]
+    if before and changed:
+        c = changed[0]
+        _logger.warning(
+            f'{len(changed)} classes have other numbers of training images than when the run began, the first is '
+            f"'{data.class_names[c]}' with {data.class_counts[c]} after {before[c]}.")
+
+
 def train(args: argparse.Namespace) -> Dict[str, Any]:
     """Run stage one and, unless `crt_epochs` is 0, stage two.
 
@@ -360,7 +386,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     stages = plan_stages(args)
     args.crt_epochs = sum(stage.epochs for stage in stages[1:])
     resumed = args.resume is not None
-    checkpoint = path = None
+    checkpoint = path = folder = None
     if resumed:
         folder = Path(run_folder(args) or '')
         args.output, args.experiment = str(folder.parent), folder.name
@@ -372,9 +398,11 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         args.experiment = args.experiment or _default_experiment(args)
     if args.pretrained_backbone and args.fusion_type is None and checkpoint is None:
         args.fusion_type = 'residual'
-    run = prepare(args, stages, fresh=checkpoint is None)
+    saved = saved_args(checkpoint or {})
+    run = prepare(args, stages, checkpoint is None, saved.get('class_names'), folder)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path or '')
+        _tell_of_changes(run.data, saved.get('class_counts'))
     return _run_stages(run, stages, resumed, checkpoint)
 
 
@@ -423,6 +451,8 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
                 f"--{key.replace('_', '-')} was {saved.get(key)}, not {getattr(args, key)}: leave it out.")
     weights = model_weights(checkpoint, args.checkpoint)
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
-    run = prepare(args, [stage], fresh=False)
+    stage_one = Path(args.checkpoint)
+    run_of_it = stage_one if stage_one.is_dir() else stage_one.absolute().parents[1]
+    run = prepare(args, [stage], False, saved.get('class_names'), run_of_it)
     load_weights(run.model, weights, args.checkpoint)
     return _run_stages(run, [stage])

@@ -33,6 +33,14 @@ def few_threads():
     torch.set_num_threads(min(torch.get_num_threads(), cores))
 
 
+@pytest.fixture(autouse=True, scope='session')
+def own_cache(tmp_path_factory):
+    """What is remembered of images that were checked stays out of the user's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield
+
+
 @pytest.fixture
 def run_script(monkeypatch, capsys):
     """Run a script of the repository in this process; gives its exit status and what it printed."""

@@ -73,8 +73,8 @@ def test_hparams_files(refused, tmp_path):
 
 def test_data_folders(refused, tmp_path, image_folder):
     data = ['--dataset', '', '--data-dir', image_folder, '--output', tmp_path / 'out']
-    (image_folder / 'train' / 'dog').mkdir()
-    refused("Class 'dog'", 'train.py', *TINY, *data)
+    (image_folder / 'train' / 'cat').rename(image_folder / 'train' / 'dog')
+    refused("Class 'cat'", 'train.py', *TINY, *data)
     (tmp_path / 'empty').mkdir()
     refused(tmp_path / 'empty', 'train.py', *TINY, *data, '--data-dir', tmp_path / 'empty')
 
@@ -133,7 +133,7 @@ def test_teachers_that_do_not_fit(refused, tmp_path, tiny_run):
 
     digits = [str(digit) for digit in range(10)]
     resnet = timm.create_model('resnet10t', num_classes=10)
-    check("calls class 3 'x', the data '3'", teacher(resnet, [*digits[:3], 'x', *digits[4:]]))
+    check("calls class 3 'x', which the data does not have", teacher(resnet, [*digits[:3], 'x', *digits[4:]]))
     check('the images that --holdout keeps', teacher(resnet, digits), '--holdout', '0.1')
     check('the images that --holdout keeps', f'local-dir:{tiny_run}/model', '--holdout', '0.1')
     check(
@@ -179,7 +179,7 @@ def test_output_folders(run_script, tmp_path, tiny_run):
     ('either as --model or as --checkpoint', []),
     ("model 'local-dir:/nowhere'", ['--model', 'local-dir:/nowhere']),
     ("model 'resnet50_shike'", ['--model', 'resnet50_shike', '--pretrained']),
-    ('100 classes', ['--model', 'resnet32_shike', '--pretrained']),
+    ("Class '0'", ['--model', 'resnet32_shike', '--pretrained']),
     ("model 'resnet18'", ['--model', 'resnet18']),
     ('100 classes', ['--model', 'resnet32_shike']),
     ("model 'local-dir:", ['--model', 'local-dir:PICKLED']),

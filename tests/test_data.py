@@ -58,8 +58,9 @@ def test_a_share_of_each_class_is_held_out(cifar_root):
         assert np.array_equal(images[0], np.concatenate(images[1:]))
     with pytest.raises(InputError, match='holdout 0.9 leaves class 8 with no training image of 8'):
         load_training_data('digits_lt', imb_factor=20, holdout=0.9)
-    with pytest.raises(InputError, match="holdout 0.1 needs one of the .* not 'torch/cifar100'"):
-        load_training_data('torch/cifar100', str(cifar_root), holdout=0.1)
+    assert data.shot_counts == whole.class_counts
+    torch_set = load_training_data('torch/cifar100', str(cifar_root), holdout=0.1)
+    assert torch_set.class_counts == [450] * 100 and torch_set.test.class_counts == [50] * 100
 
 
 def test_a_balanced_set_is_held_out_before_the_cut(cifar_root):
@@ -147,8 +148,8 @@ def test_an_archive_can_be_evaluated_on_alone(image_folder, tmp_path):
         tar.add(image_folder / 'validation', '')
     alone = create_eval_dataset('', path, class_names=['cat', 'bee', 'ant'])
     assert [alone.dataset[i][1] for i in (0, 11)] == [2, 0]
-    with pytest.raises(InputError, match='has no train split'):
-        load_training_data('', path)
+    data = load_training_data('', path)  # parted by the rule, as a folder is
+    assert data.class_counts == [3, 3, 3] and data.test.class_counts == [1, 1, 1]
 
 
 class Stream:
@@ -209,15 +210,8 @@ def test_torchvision_dataset(cifar_root):
     assert data.class_counts == [500] * 100 and len(data.class_names) == 100
 
 
-def leave_a_stray_file(folder):
-    folder.mkdir()
-    (folder / 'Thumbs.db').write_text('')
-
-
 @pytest.mark.parametrize('change, message', [
-    (lambda root: leave_a_stray_file(root / 'train' / 'dog'), "Class 'dog' has no training image"),
     (lambda root: (root / 'train' / 'cat').rename(root / 'cats'), "Class 'cat' of the validation split"),
-    (lambda root: shutil.rmtree(root / 'validation'), 'has no validation split'),
     (lambda root: shutil.rmtree(root / 'train'), 'has no train split'),
     (shutil.rmtree, 'does not exist'),
 ])
@@ -229,7 +223,7 @@ def test_bad_folders(image_folder, change, message):
 
 def test_empty_folder(tmp_path):
     (tmp_path / 'train').mkdir()
-    with pytest.raises(InputError, match='holds no images for the train split'):
+    with pytest.raises(InputError, match='holds no images'):
         load_training_data('', str(tmp_path))
 
 

@@ -3,6 +3,7 @@ import argparse
 import copy
 import itertools
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -10,9 +11,9 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..build import resolve_data_config
+from ..build import load_data, load_eval_data, resolve_data_config
 from ..checkpoints import check_results_file, write_text
-from ..data import create_eval_dataset, create_eval_loader, load_training_data
+from ..data import create_eval_loader
 from ..devices import tune_device
 from ..distributed import join_processes, rank
 from ..errors import InputError
@@ -20,10 +21,22 @@ from ..loading import load_trained_model
 from ..measure import inference_costs
 from ..metrics import evaluate, format_subsets, format_table
 from ..models import Shike
-from ..options import DATA, DEVICE, HPARAMS, PREPROCESSING, TRAINED_MODEL, Group, Option, parse_args
+from ..options import (
+    DATA,
+    DEVICE,
+    HPARAMS,
+    PREPROCESSING,
+    SHOT_DIVISIONS,
+    TRAINED_MODEL,
+    Group,
+    Option,
+    parse_args,
+)
 from .cli import run_script
 
 __all__ = ['OPTIONS', 'evaluate_model', 'main', 'parse_eval_args']
+
+_logger = logging.getLogger(__name__)
 
 OPTIONS = (
     TRAINED_MODEL,
@@ -34,7 +47,7 @@ OPTIONS = (
         Option('batch_size', int, 256, 'images a batch', low=1, flags=('-b',)),
         Option('results_file', str, None, 'JSON file to write the metrics to', 'FILE'),
     ),
-    DATA, PREPROCESSING, DEVICE, HPARAMS,
+    DATA, PREPROCESSING, SHOT_DIVISIONS, DEVICE, HPARAMS,
 )
 
 
@@ -85,21 +98,24 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         if getattr(args, key) is None:
             setattr(args, key, value)
     model, counts, names = trained.model, trained.class_counts, trained.class_names
+    shot_counts = trained.shot_counts
     if counts is None:
-        data = load_training_data(
-            args.dataset, args.data_dir, val_split=args.val_split, imb_factor=args.imb_factor, imb_type=args.imb_type,
-            download=args.dataset_download)
-        dataset, counts, names = data.test, data.class_counts, data.class_names
+        data = load_data(args)
+        dataset, counts, names, shot_counts = data.test, data.class_counts, data.class_names, data.shot_counts
     else:
-        dataset = create_eval_dataset(
-            args.dataset, args.data_dir, args.val_split, args.dataset_download, trained.class_names)
+        dataset = load_eval_data(args, names, model.in_chans, trained.run_folder)
     num_classes = len(dataset.class_names or counts)
     if len({num_classes, len(counts), model.num_classes}) > 1:
         raise InputError(f'The model has {model.num_classes} classes, but the data {num_classes}: choose other data.')
     data_config = resolve_data_config(args, model)
     loader = create_eval_loader(dataset, data_config, args.batch_size, device, args.workers)
     subsets = _all_subsets(model.num_experts) if args.expert_subsets else ()
-    metrics = evaluate(model.to(device), loader, counts, device, subsets, args.flip, per_class=True)
+    shots = dict(many_shot=args.many_shot, few_shot=args.few_shot)
+    left_out = f" Left out: {'; '.join(dataset.notes)}." if dataset.notes else ''
+    source = dataset.source or 'a split of its own'
+    _logger.info(f'Evaluation: {len(dataset.dataset)} images, {source}.{left_out}')
+    metrics = evaluate(
+        model.to(device), loader, shot_counts, device, subsets, args.flip, per_class=True, shots=shots)
     metrics['per_class'] = dict(names=names, class_counts=counts, **metrics['per_class'])
     if rank():
         return metrics

@@ -14,6 +14,7 @@ from .augment.transforms import create_train_transform
 from .datasets import ImageSet
 from .in_memory import DeviceLoader, device_data_gap
 from .sharding import EpochSampler, SeededDataset
+from .table import CheckedLoader, ImageTable, readable_collate
 
 __all__ = ['create_eval_loader', 'create_train_loader']
 
@@ -88,6 +89,8 @@ def create_train_loader(
     loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data, augmentation, sampler)
     if loader is not None:
         return loader
+    if isinstance(data.dataset, ImageTable):
+        data.dataset.is_training = True
     mean, std = data_config['mean'], data_config['std']
     stream = isinstance(data.dataset, IterableDataset)
     if stream:
@@ -106,7 +109,7 @@ def create_train_loader(
         data.dataset.transform = create_train_transform(data_config['input_size'], augmentation, mean, std)
     except (AssertionError, KeyError, ValueError) as error:
         raise InputError(f"aa '{augmentation.auto_augment}' is not a policy that timm knows.") from error
-    return PrefetchLoader(
+    loader = PrefetchLoader(
         loader,
         mean=mean,
         std=std,
@@ -116,6 +119,7 @@ def create_train_loader(
         re_mode=augmentation.re_mode,
         re_count=augmentation.re_count,
     )
+    return CheckedLoader(loader, data.dataset) if isinstance(data.dataset, ImageTable) else loader
 
 
 def create_eval_loader(
@@ -144,12 +148,15 @@ def create_eval_loader(
     loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data)
     if loader is not None:
         return loader
-    return timm.data.create_loader(
+    is_table = isinstance(data.dataset, ImageTable)
+    loader = timm.data.create_loader(
         data.dataset,
         batch_size=batch_size,
         num_workers=num_workers,
+        collate_fn=readable_collate(data_config['input_size'][0]) if is_table else None,
         pin_memory=device.type == 'cuda',
         device=device,
         distributed=world_size() > 1,
         **data_config,
     )
+    return CheckedLoader(loader, data.dataset) if is_table else loader

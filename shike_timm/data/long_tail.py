@@ -2,14 +2,14 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence, Tuple, Type, Union
+from typing import Callable, List, Optional, Sequence, Tuple, Type
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
 from ..errors import InputError
-from .datasets import DataRequest, DatasetEntry, MemorySet, in_memory_set, register_dataset
+from .datasets import DataRequest, DatasetEntry, ImageSet, in_memory_set, register_dataset
 
 __all__ = ['hold_out', 'long_tailed_counts', 'long_tailed_indices', 'register_long_tailed']
 
@@ -48,10 +48,23 @@ def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_
     return counts
 
 
-def long_tailed_indices(targets: Union[Sequence[int], np.ndarray], counts: Sequence[int]) -> np.ndarray:
-    """Positions of the first `counts[c]` images of each class c, in file order."""
+def long_tailed_indices(targets: Sequence[int], counts: Sequence[int], seed: Optional[int] = None) -> np.ndarray:
+    """Positions of `counts[c]` images of each class c, in file order.
+
+    Args:
+        targets: Class indices [N].
+        counts: Images of each class to keep.
+        seed: Seed of the images that are kept, drawn as LDAM-DRW draws them; None for the first of each class.
+    """
     targets = np.asarray(targets)
-    return np.sort(np.concatenate([np.flatnonzero(targets == c)[:count] for c, count in enumerate(counts)]))
+    random = None if seed is None else np.random.RandomState(seed)
+    kept = []
+    for c, count in enumerate(counts):
+        positions = np.flatnonzero(targets == c)
+        if random is not None:
+            random.shuffle(positions)
+        kept.append(positions[:count])
+    return np.sort(np.concatenate(kept))
 
 
 def _explain_cifar(cls: Type[CIFAR10], root: str) -> str:
@@ -67,7 +80,7 @@ def _explain_cifar(cls: Type[CIFAR10], root: str) -> str:
     return f"{cls.__name__} in '{root}' cannot be read: {remedy}"
 
 
-def _cifar(cls: Type[CIFAR10], request: DataRequest, train: bool) -> MemorySet:
+def _cifar(cls: Type[CIFAR10], request: DataRequest, train: bool) -> ImageSet:
     """torchvision's CIFAR-10 or CIFAR-100."""
     root = request.root or '.'
     try:
@@ -77,7 +90,7 @@ def _cifar(cls: Type[CIFAR10], request: DataRequest, train: bool) -> MemorySet:
     return in_memory_set(dataset.data, dataset.targets, dataset.classes)
 
 
-def _digits(request: DataRequest, train: bool) -> MemorySet:
+def _digits(request: DataRequest, train: bool) -> ImageSet:
     """scikit-learn's bundled scans of handwritten digits, 8x8 grey levels, parted into training and test images."""
     try:
         from sklearn.datasets import load_digits
@@ -91,11 +104,7 @@ def _digits(request: DataRequest, train: bool) -> MemorySet:
     return in_memory_set(images[..., None].repeat(3, axis=-1), digits.target[keep], names)
 
 
-def _take(data: MemorySet, index: np.ndarray) -> MemorySet:
-    return in_memory_set(data.images[index], data.targets[index], data.class_names)
-
-
-def hold_out(data: MemorySet, sizes: Sequence[int], option: str) -> Tuple[MemorySet, MemorySet]:
+def hold_out(data: ImageSet, sizes: Sequence[int], option: str) -> Tuple[ImageSet, ImageSet]:
     """Split a training set in memory, to choose settings without looking at the test set.
 
     Args:
@@ -116,27 +125,29 @@ def hold_out(data: MemorySet, sizes: Sequence[int], option: str) -> Tuple[Memory
             f'{option} leaves class {bare} with no training image of {data.class_counts[bare]}: hold out fewer, '
             'or choose a lower imb-factor.')
     keep = long_tailed_indices(data.targets, kept)
-    return _take(data, keep), _take(data, np.setdiff1d(np.arange(len(data.targets)), keep))
+    return data.take(keep), data.take(np.setdiff1d(np.arange(len(data.targets)), keep))
 
 
 def _load_train(
-        source: Callable[[DataRequest, bool], MemorySet],
+        source: Callable[[DataRequest, bool], ImageSet],
         request: DataRequest,
-) -> Tuple[MemorySet, Optional[MemorySet]]:
+) -> Tuple[ImageSet, Optional[ImageSet]]:
     data, held_out = source(request, True), None
     if request.val_per_class:
         sizes = [request.val_per_class] * len(data.class_counts)
         data, held_out = hold_out(data, sizes, f'val-per-class {request.val_per_class}')
     counts = long_tailed_counts(
         min(data.class_counts), len(data.class_counts), request.imb_factor, request.imb_type)
-    data = _take(data, long_tailed_indices(data.targets, counts))
+    data = data.take(long_tailed_indices(data.targets, counts, request.imb_seed))
     if request.holdout:
         sizes = [math.ceil(round(request.holdout * count, 6)) for count in counts]
         data, held_out = hold_out(data, sizes, f'holdout {request.holdout:g}')
+    if held_out is not None:
+        held_out.source = 'held out of the training set'
     return data, held_out
 
 
-def register_long_tailed(name: str, source: Callable[[DataRequest, bool], MemorySet]) -> None:
+def register_long_tailed(name: str, source: Callable[[DataRequest, bool], ImageSet]) -> None:
     """Make the long-tailed subset of a balanced data set known by a name.
 
     Args:

@@ -1,115 +1,188 @@
-"""What `timm.data.create_dataset` reads: folders of images, tar files, and names with one of its prefixes."""
-import os
-from typing import Any, List, Optional, Sequence, Tuple
+"""What `timm.data.create_dataset` reads by names with one of its prefixes; folders and archives apart."""
+import io
+import re
+from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import timm.data
+from PIL import Image
+from timm.data import IterableImageDataset
 
 from ..errors import InputError, one_line
-from .datasets import DataRequest, DatasetEntry, ImageSet, in_memory_set, register_dataset
+from .datasets import DataRequest, DatasetEntry, ImageSet, in_memory_set, register_dataset, table_set
+from .files import Names
+from .folders import EVAL_SPLITS
+from .images import ImageDecoder
 
 PREFIXES = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
+STREAMS = PREFIXES[2:]
 IN_MEMORY = ('torch/cifar10', 'torch/cifar100')  # as uint8 arrays [N, H, W, 3]
+
+
+class _Decoded:
+    """A stream's reader whose images are decoded like all others."""
+
+    def __init__(self, reader: Any, decoder: ImageDecoder):
+        self.reader = reader
+        self.decoder = decoder
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'reader':  # while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self.reader, name)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __iter__(self) -> Iterator[Tuple[Image.Image, Any]]:
+        for image, target in self.reader:
+            yield self.decoder(image), target
+
+
+class _HubFiles:
+    """Images of a Hugging Face data set in memory-mapped Arrow tables.
+
+    Args:
+        reader: timm's reader of it.
+        rows: Rows in the order of the images.
+        names: Their names.
+    """
+
+    def __init__(self, reader: Any, rows: np.ndarray, names: Sequence[str]):
+        self.reader = reader
+        self.rows = rows
+        self.names = Names(names)
+        self.root = f'{reader.dataset._fingerprint}'
+
+    def open(self, row: int) -> Image.Image:
+        """The image of a row, not decoded yet."""
+        image = self.reader.dataset[int(self.rows[row])][self.reader.image_key]
+        return Image.open(io.BytesIO(image['bytes']) if image['bytes'] else image['path'])
+
+    def stamp(self, row: int) -> str:
+        """What changes when the data set does."""
+        return f'{self.root}|{self.rows[row]}'
+
+
+class _TorchFiles:
+    """Images of one of torchvision's data sets."""
+
+    def __init__(self, dataset: Any, rows: np.ndarray, names: Sequence[str]):
+        self.dataset = dataset
+        self.rows = rows
+        self.names = Names(names)
+        self.root = str(getattr(dataset, 'root', ''))
+
+    def open(self, row: int) -> Image.Image:
+        """The image of a row."""
+        return self.dataset[int(self.rows[row])][0]
+
+    def stamp(self, row: int) -> str:
+        """The place of a row, of files that do not change."""
+        return f'{type(self.dataset).__name__}|{len(self.dataset)}|{self.rows[row]}'
 
 
 def _create(request: DataRequest, split: str, train: bool) -> Any:
     name, root = request.name, request.root
     prefix = name.partition('/')[0].lower()
-    if prefix in ('', 'torch'):
-        if not root:
-            raise InputError(f"No folder of data was named for dataset '{name}': give it as --data-dir.")
-        if not prefix and not os.path.exists(root):
-            raise InputError(f"data-dir '{root}' does not exist: give a folder with a sub-folder of images per class.")
+    if prefix == 'torch' and not root:
+        raise InputError(f"No folder of data was named for dataset '{name}': give it as --data-dir.")
+    options = {}
+    if prefix != 'torch':
+        options = dict(input_key=request.input_key, target_key=request.target_key, class_map=request.class_map)
+    if f'{prefix}/' in STREAMS:
+        options.update(
+            batch_size=request.batch_size, seed=request.seed, input_img_mode='',  # which ours decides
+            num_samples=request.train_num_samples if train else request.val_num_samples)
+    elif prefix == 'hfds':
+        options.update(class_map=None)  # which is applied to names, text too
     try:
-        dataset = timm.data.create_dataset(
-            name, root=root, split=split, is_training=train, download=request.download)
-    except (RuntimeError, ValueError, OSError, AssertionError, ImportError) as error:
-        if 'Found 0 images' in str(error):
-            raise InputError(f"data-dir '{root}' holds no images for the {split} split: add some.") from error
+        return timm.data.create_dataset(
+            name, root=root, split=split, is_training=train, download=request.download, **options)
+    except (RuntimeError, ValueError, OSError, AssertionError, ImportError, KeyError, TypeError) as error:
         raise InputError(f"The {split} split of '{name or root}' cannot be read: {one_line(error)}.") from error
-    # An archive is one split, so it can be evaluated on alone.
-    if not prefix and dataset.reader.root == root and (train or os.path.isdir(root or '')):
-        expected = os.path.join(root or '', split)
-        raise InputError(f"data-dir '{root}' has no {split} split: expected a folder '{expected}'.")
-    return dataset
 
 
-def _class_names(dataset: Any) -> Optional[List[str]]:
-    reader = getattr(dataset, 'reader', None)
-    # The latter is a tar's.
-    class_map = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
-    names = sorted(class_map, key=class_map.get) if class_map else getattr(dataset, 'classes', None)
-    return [str(name) for name in names] if names else None
+def _labels(request: DataRequest, dataset: Any) -> Tuple[List[str], Optional[List[str]]]:
+    """Class name of each image of a Hugging Face data set, and all names in label order where it lists them."""
+    reader = dataset.reader
+    values = reader.dataset[reader.label_key][:]
+    names = getattr(reader.dataset.features[reader.label_key], 'names', None)
+    if any(value is None or names and value < 0 for value in values):
+        raise InputError(f"'{request.name}' has images without a label in its column '{reader.label_key}'.")
+    return [names[value] if names else str(value) for value in values], names
 
 
-def _targets(dataset: Any) -> Optional[np.ndarray]:
-    """Class indices in order, None where they are not listed, as in a stream."""
-    reader = getattr(dataset, 'reader', dataset)
-    if hasattr(reader, 'targets'):
-        targets = reader.targets
-    elif hasattr(reader, 'iter_targets'):
-        targets = list(reader.iter_targets())
-    elif hasattr(reader, 'samples'):
-        targets = [target for _, target in reader.samples]
-    else:
-        return None
-    return np.asarray(targets, dtype=np.int64)
-
-
-def _load(request: DataRequest, split: str, train: bool) -> ImageSet:
+def _hub_set(request: DataRequest, split: str, train: bool) -> ImageSet:
     dataset = _create(request, split, train)
-    names = _class_names(dataset)
+    reader = dataset.reader
+    columns = reader.dataset.column_names
+    for key, option in ((reader.image_key, '--input-key'), (reader.label_key, '--target-key')):
+        if key not in columns:
+            raise InputError(f"'{request.name}' has no column '{key}' among {', '.join(columns)}: name it as {option}.")
+    labels, order = _labels(request, dataset)
+    paths = reader.dataset.data[reader.image_key].combine_chunks().field('path').to_pylist()
+    names = [f'{path}' if path else f'{i}' for i, path in enumerate(paths)]
+    if len(set(names)) < len(names):
+        names = [f'{i}/{name}' for i, name in enumerate(names)]
+    groups = None
+    if request.group_key in columns:
+        groups = [str(value) for value in reader.dataset[request.group_key][:]]
+    row_of = {name: row for row, name in enumerate(names)}
+    return table_set(
+        request, names, labels, [],
+        lambda names: _HubFiles(reader, np.array([row_of[name] for name in names]), names), groups, order)
+
+
+def _torch_set(request: DataRequest, split: str, train: bool) -> ImageSet:
+    dataset = _create(request, split, train)
     if request.name.lower() in IN_MEMORY:
-        return in_memory_set(dataset.data, dataset.targets, names or [])
+        return in_memory_set(dataset.data, dataset.targets, dataset.classes)
+    targets = getattr(dataset, 'targets', None)
+    if targets is None:
+        targets = [item[1] for item in getattr(dataset, 'samples', None) or getattr(dataset, 'index', ())]
+    classes = getattr(dataset, 'classes', None) or getattr(dataset, 'all_categories', None)
+    targets = np.asarray(targets)
+    if not len(targets) or targets.ndim > 1 or targets.min() < 0:
+        raise InputError(f"The {split} split of '{request.name}' has images without a label.")
+    order = [str(name if isinstance(name, str) else name[0]) for name in classes] if classes else None
+    labels = [order[target] if order else str(target) for target in targets]
+    return table_set(
+        request, [f'{i:08d}' for i in range(len(labels))], labels, [],
+        lambda names: _TorchFiles(dataset, np.array([int(name) for name in names]), names), order=order)
+
+
+def _stream_set(request: DataRequest, split: str, train: bool) -> ImageSet:
+    dataset = _create(request, split, train)
+    if isinstance(dataset, IterableImageDataset):
+        dataset.reader = _Decoded(dataset.reader, request.decoder())
+    class_map = getattr(dataset.reader, 'class_to_idx', None)
+    names = [str(name) for name in sorted(class_map, key=class_map.get)] if class_map else None
     return ImageSet(dataset, names)
 
 
-def _empty_folders(root: str, samples: Sequence[Tuple[str, int]]) -> List[str]:
-    """Names of the folders at the leaves that hold no image; those that hold one are not listed again."""
-    full = {os.path.dirname(path) for path, _ in samples}
-    empty = []
-    for folder, subfolders, _ in os.walk(root, followlinks=True):
-        if not subfolders and folder != root:
-            empty.append(os.path.basename(folder))
-        subfolders[:] = [name for name in subfolders if os.path.join(folder, name) not in full]
-    return [name for name in empty if not name.startswith('.')]
-
-
-def _load_train(request: DataRequest) -> Tuple[ImageSet, None]:
-    data = _load(request, request.train_split, train=True)
-    targets = None if data.class_counts else _targets(data.dataset)
-    if targets is None:
-        return data, None
-    if len(targets) and targets.min() < 0:
-        raise InputError(
-            f"The {request.train_split} split of '{request.name or request.root}' has images without a label.")
-    data.class_counts = np.bincount(targets, minlength=len(data.class_names or ())).tolist()
-    if not request.name:
-        reader = data.dataset.reader
-        empty = [name for name in _empty_folders(reader.root, reader.samples) if name not in data.class_names]
-        data.class_names += empty
-        data.class_counts += [0] * len(empty)
-    return data, None
-
-
-def _load_eval(request: DataRequest) -> ImageSet:
-    data = _load(request, request.val_split, train=False)
-    names = request.class_names
-    if not names or not data.class_names or data.class_names == names:
-        return data
-    label = {name: c for c, name in enumerate(names)}
-    unknown = [name for name in data.class_names if name not in label]
-    if unknown:
-        raise InputError(
-            f"Class '{unknown[0]}' of the {request.val_split} split of '{request.name or request.root}' is not among "
-            f'the {len(names)} of training: remove it, or add training images of it.')
-    labels = [label[name] for name in data.class_names]
-    if data.images is not None and data.targets is not None:
-        return in_memory_set(data.images, np.take(labels, data.targets), names)
-    data.dataset.target_transform = labels.__getitem__
-    data.class_names = names
+def _load(request: DataRequest, split: str, train: bool) -> ImageSet:
+    prefix = request.name.partition('/')[0].lower() + '/'
+    make = {'torch/': _torch_set, 'hfds/': _hub_set}.get(prefix, _stream_set)
+    data = make(request, split, train)
+    data.source = f"the {split} split of '{request.name}'"
     return data
 
 
-for _name in ('', *PREFIXES):
+def _load_train(request: DataRequest) -> Tuple[ImageSet, None]:
+    return _load(request, request.train_split, train=True), None
+
+
+def _load_eval(request: DataRequest) -> Optional[ImageSet]:
+    try:
+        return _load(request, request.val_split, train=False)
+    except InputError as error:
+        known = re.search(r'Unknown split .* Should be one of \[(.*)\]', str(error))
+        if known is None or request.val_split != EVAL_SPLITS[0]:
+            raise
+        split = next((name for name in EVAL_SPLITS if f"'{name}'" in known.group(1)), None)
+        return _load(request, split, train=False) if split else None
+
+
+for _name in PREFIXES:
     register_dataset(DatasetEntry(_name, _load_train, _load_eval))

@@ -1,0 +1,201 @@
+"""What a run trains and is evaluated on, put together from the registry's data sets."""
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, List, Optional, Tuple
+
+from timm.loss import load_class_stats
+
+from ..errors import InputError, one_line
+from .checks import without_unreadable
+from .datasets import DataRequest, ImageSet, find_dataset, match_classes
+from .holdout import covers, hold_out_listed, hold_out_share, read_sides, write_sides
+from .table import ImageTable
+
+__all__ = ['TrainingData', 'create_eval_dataset', 'load_training_data']
+
+HOLDOUT = 0.2  # where nothing else is given to evaluate on
+CHECKED = 100_000  # images that are read before training unless that is asked for or not
+
+
+@dataclass
+class TrainingData:
+    """A training set, the set it is evaluated on, and what the training set says of the classes.
+
+    Attributes:
+        train: Training set, None where there is only noise to measure on.
+        test: Evaluation split, None likewise.
+        class_counts: Training images of each class, all positive.
+        class_names: Names of the classes in label order.
+        shot_counts: Images of each class that make it one of many, medium or few: with those that are held out.
+        holdout: Share of each class that is held out.
+    """
+
+    train: Optional[ImageSet]
+    test: Optional[ImageSet]
+    class_counts: List[int]
+    class_names: List[str]
+    shot_counts: List[int] = field(default_factory=list)
+    holdout: float = 0.
+
+    def __post_init__(self) -> None:
+        self.shot_counts = self.shot_counts or self.class_counts
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_counts)
+
+    def write_sides(self, folder: Path) -> None:
+        """Write lists of both sides into a run folder, where a table was parted by its names and there are none yet."""
+        if self.holdout and isinstance(self.train.dataset, ImageTable) and read_sides(str(folder)) is None:
+            write_sides(folder, self.train, self.test)
+
+    def describe(self) -> str:
+        """What was found, in a line."""
+        counts, names = self.class_counts, self.class_names
+        largest, smallest = max(counts), min(counts)
+        line = (
+            f"Data: {sum(counts)} training images of {len(counts)} classes, from {largest} of "
+            f"'{names[counts.index(largest)]}' to {smallest} of '{names[counts.index(smallest)]}', imbalance factor "
+            f'{largest / smallest:.4g}.')
+        if self.test is None:
+            return line
+        number = f'{sum(self.test.class_counts)} images' if self.test.class_counts else 'images'
+        line += f" Evaluation: {number}, {self.test.source or 'a split of its own'}."
+        notes = list(dict.fromkeys([*self.train.notes, *self.test.notes]))
+        return line + (f" Left out: {'; '.join(notes)}." if notes else '')
+
+
+def _read_class_stats(path: str) -> Tuple[List[int], Optional[List[str]]]:
+    try:
+        counts, _ = load_class_stats(path)
+        with open(path) as file:
+            names = json.load(file).get('class_names')
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"class-stats '{path}' cannot be read: {one_line(error)}.") from error
+    return counts.long().tolist(), names
+
+
+def _check_request(request: DataRequest, has_imb_factor: bool) -> None:
+    what = request.name or request.root
+    if request.val_per_class and not has_imb_factor:
+        raise InputError(
+            f"val-per-class {request.val_per_class} needs one of the *_lt data sets, not '{what}': drop it.")
+    if request.holdout and request.val_per_class:
+        raise InputError(
+            f'holdout {request.holdout:g} and val-per-class {request.val_per_class} contradict each other: drop one.')
+    if request.holdout and request.val_list:
+        raise InputError(
+            f"holdout {request.holdout:g} and val-list '{request.val_list}' contradict each other: drop one.")
+    if request.class_stats and has_imb_factor:
+        raise InputError(
+            f"class-stats '{request.class_stats}' is not for '{what}', whose counts follow its imb-factor: drop it.")
+    if request.name and (request.train_list or request.val_list):
+        raise InputError(
+            f"List '{request.train_list or request.val_list}' is of images in a folder, and dataset '{what}' is none: "
+            'drop one of them.')
+
+
+def _checked(data: ImageSet, request: DataRequest) -> ImageSet:
+    wanted = request.check_images
+    if isinstance(data.dataset, ImageTable) and (len(data.dataset) <= CHECKED if wanted is None else wanted):
+        return without_unreadable(data, request.workers)
+    return data
+
+
+def _split_words(request: DataRequest) -> str:
+    return f"the {request.val_split} split of '{request.name or request.root}'"
+
+
+def load_training_data(name: str, root: Optional[str] = None, **options: Any) -> TrainingData:
+    """Load a training set and what it is evaluated on, part of which it holds out where there is nothing else.
+
+    Args:
+        name: Name in the registry, any name `timm.data.create_dataset` reads, or '' for a folder, an archive or lists.
+        root: Folder of the data.
+        **options: Other fields of `DataRequest`; with `class_names` it must have those very classes.
+
+    Raises:
+        InputError: If data is missing or damaged, a class has no training image, there is one class alone, or options
+            contradict each other.
+    """
+    entry, request = find_dataset(name), DataRequest(name, root, **options)
+    _check_request(request, entry.has_imb_factor)
+    what = f"'{name or root}'"
+    train, test = entry.load_train(request)
+    stats, counts = request.class_stats, train.class_counts
+    if stats:
+        counts, stats_names = _read_class_stats(stats)
+        train.class_names = train.class_names or stats_names
+    if counts is None:
+        raise InputError(
+            f"dataset '{name}' does not list its labels, so its classes cannot be counted: use a folder of images, or "
+            'give their counts with --class-stats.')
+    if len(train.class_names or counts) != len(counts):
+        raise InputError(
+            f"'{stats or name or root}' counts {len(counts)} classes, but {len(train.class_names)} have names: give "
+            'what fits.')
+    if request.class_names:
+        train = match_classes(replace(train, class_counts=counts), request.class_names, what, all_of_them=True)
+        counts = train.class_counts
+    names = train.class_names or [str(c) for c in range(len(counts))]
+    if min(counts) < 1:
+        bare = names[counts.index(min(counts))]
+        raise InputError(f"Class '{bare}' has no training image: add some, or remove the class.")
+    if len(counts) < 2:
+        raise InputError(
+            f"{what} has a single class, '{names[0]}', and nothing to tell it from: give a folder of several.")
+    train = _checked(train, request)
+    if not stats:
+        counts = train.class_counts
+    shot_counts, holdout = counts, request.holdout
+    if test is None and not holdout and not train.is_whole:
+        test = entry.load_eval(replace(request, class_names=train.class_names))
+    if test is not None:
+        test = _checked(match_classes(test, names, _split_words(request)), request)
+        if holdout:
+            shot_counts = [kept + held for kept, held in zip(counts, test.class_counts)]
+    else:
+        holdout, sides = holdout or HOLDOUT, read_sides(request.sides)
+        if sides:
+            train, test = hold_out_listed(train, sides, request.sides)
+        else:
+            train, test = hold_out_share(train, holdout, name or root)
+        counts = train.class_counts
+    return TrainingData(train, test, counts, names, shot_counts, holdout)
+
+
+def create_eval_dataset(
+        name: str,
+        root: Optional[str] = None,
+        split: str = 'validation',
+        download: bool = False,
+        class_names: Optional[List[str]] = None,
+        **options: Any,
+) -> ImageSet:
+    """Load an evaluation split alone.
+
+    Args:
+        name: As for `load_training_data`.
+        root: Folder of the data.
+        split: Split to evaluate on, for data sets that have several.
+        download: Download what is missing, where the data set can.
+        class_names: The model's classes in label order; those of the data are matched to them by name.
+        **options: Other fields of `DataRequest`; of a data set without an evaluation split, what the run folder
+            `sides` lists as held out is taken.
+
+    Raises:
+        InputError: If data is missing or damaged, or a class is not among the model's.
+    """
+    request = DataRequest(name, root, val_split=split, download=download, class_names=class_names, **options)
+    data = find_dataset(name).load_eval(request)
+    sides = read_sides(request.sides)
+    if sides and data is not None and data.is_whole and covers(data, sides):
+        _, data = hold_out_listed(data, sides, request.sides)
+        data.is_training = False
+    if data is None or data.is_training:
+        raise InputError(
+            f"'{name or root}' has no {split} split: name the one to evaluate on with --val-split or --val-list.")
+    if class_names:
+        data = match_classes(data, class_names, _split_words(request))
+    return _checked(data, request)

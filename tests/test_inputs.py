@@ -1,0 +1,511 @@
+"""Images as users keep them, in folders, archives and lists: what is data, of which class, on which side."""
+import csv
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+
+from shike_timm.data import (
+    Augmentation,
+    create_eval_dataset,
+    create_eval_loader,
+    create_train_loader,
+    load_training_data,
+)
+from shike_timm.data.datasets import natural_order
+from shike_timm.data.files import Names
+from shike_timm.data.images import ImageDecoder
+from shike_timm.errors import InputError
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Write images of different colours, `{'cat': 3, 'dog/left': 2}` by folder or single paths; gives their root."""
+    root, rng = tmp_path / 'root', np.random.default_rng(0)
+
+    def write(*paths):
+        for path in paths:
+            if isinstance(path, dict):
+                write(*(f'{folder}/{i}.png' for folder, count in path.items() for i in range(count)))
+                continue
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(root / path)
+        return root
+
+    return write
+
+
+def names_of(data):
+    return [data.dataset.filename(i) for i in range(len(data.dataset))]
+
+
+def labels_of(data):
+    return {data.dataset.filename(i): data.class_names[target] for i, target in enumerate(data.dataset.targets)}
+
+
+def load(root, **options):
+    return load_training_data('', str(root), **options)
+
+
+def test_a_folder_without_a_split_is_parted_by_names(make):
+    root = make({'ant': 10, 'bee': 5, 'cat': 2, 'dog': 1})
+    data = load(root)
+    assert data.class_counts == [8, 4, 1, 1] and data.test.class_counts == [2, 1, 1, 0]
+    assert data.shot_counts == [10, 5, 2, 1] and data.holdout == 0.2
+    assert any("'dog'" in note or 'dog' in note for note in data.test.notes)
+    assert not set(names_of(data.train)) & set(names_of(data.test))
+    make({'eel': 7})
+    make('bee/new.png')
+    after = load(root)
+    held, now = set(names_of(data.test)), set(names_of(after.test))
+    assert {name for name in now if name[:3] in ('ant', 'cat')} == {name for name in held if name[:3] in ('ant', 'cat')}
+    assert len(held - now) <= 1  # of the class that got an image
+
+
+def test_sources_agree(make, tmp_path):
+    root = make({'wolf': 9, 'bear': 5, 'fox': 3})
+    plain = load(root)
+    names = sorted(names_of(plain.train) + names_of(plain.test))
+    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
+        tar.add(root, 'wrapped')
+    with tarfile.open(tmp_path / 'inner.tar', 'w') as tar:
+        tar.add(root / 'fox', 'fox')
+    with tarfile.open(tmp_path / 'nested.tar', 'w') as tar:
+        tar.add(root / 'wolf', 'wolf')
+        tar.add(root / 'bear', 'bear')
+        tar.add(tmp_path / 'inner.tar', 'part.tar')
+    (tmp_path / 'list.txt').write_text(''.join(f"{name} {name.split('/')[0]}\n" for name in reversed(names)))
+    for suffix, mark in (('csv', ','), ('tsv', '\t')):
+        with (tmp_path / f'list.{suffix}').open('w', newline='') as file:
+            rows = csv.writer(file, delimiter=mark)
+            rows.writerows([('kind', 'image', 'size'), *((name.split('/')[0], name, 3) for name in names)])
+    classes = ['wolf', 'fox', 'bear']
+    (tmp_path / 'coco.json').write_text(json.dumps(dict(
+        images=[dict(id=i, file_name=name) for i, name in enumerate(names)],
+        annotations=[
+            dict(image_id=i, category_id=7 + classes.index(name.split('/')[0])) for i, name in enumerate(names)],
+        categories=[dict(id=7 + i, name=name) for i, name in enumerate(classes)])))
+    others = [
+        load(tmp_path / 'all.tar'),
+        load(root, train_list=str(tmp_path / 'list.txt')),
+        load(root, train_list=str(tmp_path / 'list.csv'), target_key='kind'),
+        load(root, train_list=str(tmp_path / 'list.tsv'), target_key='kind'),
+        load_training_data('torch/image_folder', str(root)),
+    ]
+    for other in others:
+        assert other.class_names == ['bear', 'fox', 'wolf'] and other.class_counts == plain.class_counts == [4, 2, 7]
+        for one, same in zip((plain.train, plain.test), (other.train, other.test)):
+            assert [name.removeprefix('wrapped/') for name in names_of(same)] == names_of(one)
+            assert all(np.array_equal(one.dataset[i][0], same.dataset[i][0]) for i in range(len(one.dataset)))
+    coco = load(root, train_list=str(tmp_path / 'coco.json'))
+    assert coco.class_names == classes and sorted(names_of(coco.test)) == sorted(names_of(plain.test))
+    assert labels_of(coco.train) == labels_of(plain.train)
+    nested = load(tmp_path / 'nested.tar', class_depth=2)
+    assert nested.class_counts == [4, 2, 7] and nested.train.dataset[5][0].size == (5, 6)
+
+
+@pytest.mark.parametrize('folders', [('train', 'val'), ('train', 'test'), ('training', 'valid')])
+def test_names_of_splits(make, folders):
+    train, test = folders
+    data = load(make({f'{train}/ant': 3, f'{train}/bee': 2, f'{test}/bee': 2}, f'{test}/loose.png'))
+    assert data.class_counts == [3, 2] and labels_of(data.test) == {f'{test}/bee/{i}.png': 'bee' for i in range(2)}
+    assert test in data.describe()
+
+
+def test_what_only_looks_like_a_split(make):
+    vehicles = load(make({'train': 4, 'car': 4}))  # train is a class
+    assert vehicles.class_names == ['car', 'train']
+    shutil.rmtree(make())
+    root = make({'train/ant': 4, 'train/bee': 4, 'test': 3})
+    unlabelled = load(root)
+    assert unlabelled.test.class_counts == [1, 1]
+    (root / 'train').rename(root / 'val')
+    with pytest.raises(InputError, match='no train split'):
+        load(root)
+
+
+@pytest.mark.parametrize('folders, options, expected', [
+    (['wolf/1', 'wolf/a/2', 'bear/a/3'], {}, ['wolf', 'wolf', 'bear']),
+    (['wolf/a/1', 'bear/b/c/2'], {}, ['wolf', 'bear']),
+    (['a/airfield/1', 'b/bazaar/indoor/2', 'b/bazaar/outdoor/3', 'c/church/outdoor/4'], {},
+     ['a/airfield', 'b/bazaar/indoor', 'b/bazaar/outdoor', 'c/church/outdoor']),
+    (['a/airfield/1', 'a/alley/2', 'b/bar/3'], {}, ['airfield', 'alley', 'bar']),
+    (['Aves/12/1', 'Aves/3/2', 'Fungi/4/3'], dict(class_depth=2), ['12', '3', '4']),
+    (['apple/healthy/1', 'corn/healthy/2', 'corn/rust/3'], dict(class_depth=2),
+     ['apple/healthy', 'corn/healthy', 'corn/rust']),
+    (['wolf/a/1', 'wolf/b/2', 'bear/a/3'], dict(class_depth=1), ['wolf', 'wolf', 'bear']),
+])
+def test_what_a_label_is(make, folders, options, expected):
+    root = make(*(f'train/{path}{twin}.png' for path in folders for twin in 'xy'))
+    data = load(root, **options)
+    labels = {**labels_of(data.train), **labels_of(data.test)}
+    assert [labels[f'train/{path}x.png'] for path in folders] == expected
+
+
+def test_two_readings_are_refused_and_a_model_decides(make):
+    root = make({'wolf/site1': 2, 'wolf/site2': 2, 'bear/site1': 2})
+    with pytest.raises(InputError, match="may be of class '.*', one of 2, .* one of 3: .*depth 1 or .*depth 2"):
+        load(root)
+    one = create_eval_dataset('', str(root), class_names=['wolf', 'bear'])
+    assert Counter(labels_of(one).values()) == {'wolf': 4, 'bear': 2}
+    two = create_eval_dataset('', str(root), class_names=['bear/site1', 'wolf/site1', 'wolf/site2'])
+    assert Counter(two.dataset.targets.tolist()) == {0: 2, 1: 2, 2: 2}
+
+
+def test_defects_are_named_once(make, caplog):
+    hidden = {'.ipynb_checkpoints': 2, '__MACOSX/ant': 2, 'ant/.thumbs': 1}
+    root = make({'ant': 5, 'bee': 5, **hidden}, 'loose.png', 'ant/._0.png')
+    for path in ('ant/Thumbs.db', 'ant/.DS_Store', 'ant/notes.txt', 'bee/clip.mp4', 'readme.md'):
+        (root / path).write_text('x')
+    (root / 'dog').mkdir()
+    bad = {'empty.png': b'', 'page.jpg': b'<html>', 'cut.png': (root / 'ant' / '0.png').read_bytes()[:60]}
+    for name, content in bad.items():
+        (root / 'bee' / name).write_bytes(content)
+    for suffix in ('webp', 'bmp', 'tif', 'GIF'):
+        Image.new('RGB', (4, 4)).save(root / 'ant' / f'other.{suffix}')
+    data = load(root)
+    assert data.class_names == ['ant', 'bee'] and data.shot_counts == [9, 5]
+    line = data.describe()
+    for words in (
+            '1 image beside the class folders (loose.png)', '1 folder without images (dog)',
+            '3 files of other types (.md, .mp4, .txt)', 'hidden name', '.ipynb_checkpoints',
+            '3 unreadable (bee/cut.png, bee/empty.png, bee/page.jpg)'):
+        assert line.count(words) == 1, line
+    assert all(f"'bee/{name}' cannot be read" in caplog.text for name in bad)
+
+
+def test_order_of_names_is_that_of_timm_and_total():
+    names = ['10', '2', '1', '02', 'b', 'B', 'é', 'a1b', 'a10']
+    assert sorted(names, key=natural_order) == ['1', '02', '2', '10', 'a1b', 'a10', 'B', 'b', 'é']
+    assert sorted(reversed(names), key=natural_order) == sorted(names, key=natural_order)
+
+
+def test_classes_with_odd_names(make, tmp_path):
+    names = [*map(str, range(1, 13)), 'a, b', 'it\'s "it"', 'naïve', 'nai\u0308f']
+    data = load(make({f'train/{name}': 2 for name in names}))
+    assert data.class_names[:12] == [str(i) for i in range(1, 13)] and 'naïf' in data.class_names
+    data.write_sides(tmp_path)
+    with (tmp_path / 'validation.csv').open(newline='') as file:
+        assert {row['label'] for row in csv.DictReader(file)} == set(data.class_names)
+    again = load(make(), val_list=str(tmp_path / 'validation.csv'))
+    assert names_of(again.train) == names_of(data.train) and names_of(again.test) == names_of(data.test)
+    assert again.class_names == data.class_names
+
+
+def test_groups_stay_together(make, tmp_path):
+    paths = [f'{kind}/p{patient}_{i}.png' for kind in ('ill', 'well') for patient in range(10) for i in range(3)]
+    root = make(*paths)
+    for options in (dict(group_key=r'p(\d+)_'), dict(group_key=r'p\d+')):
+        data = load(root, holdout=0.3, **options)
+        patients = [{name.split('/')[1].split('_')[0] for name in names_of(part)} for part in (data.train, data.test)]
+        assert not patients[0] & patients[1] and data.test.class_counts == [9, 9]
+    with (tmp_path / 'list.csv').open('w') as file:
+        file.write('path,label,patient\n' + ''.join(f"{path},{path.split('/')[0]},{path[-7:-6]}\n" for path in paths))
+    listed = load(root, holdout=0.3, train_list=str(tmp_path / 'list.csv'), group_key='patient')
+    held = {name[-7:-6] for name in names_of(listed.test)}
+    assert len(held) == 3 and not held & {name[-7:-6] for name in names_of(listed.train)}
+    with pytest.raises(InputError, match="group-key 'visit' is no column, and is found in no path"):
+        load(root, group_key='visit')
+    with pytest.raises(InputError, match='neither a column nor a regular expression'):
+        load(root, group_key='(')
+
+
+@pytest.mark.parametrize('name, text, message', [
+    ('l.txt', 'ant/0.png\n', "Line 1 of .* is 'ant/0.png', expected a path and a label"),
+    ('l.csv', 'file,kind\nant/0.png,ant\n', "no column 'label' among file, kind"),
+    ('l.csv', 'path,label\nant/0.png\n', 'Line 2 of'),
+    ('l.json', '{"images": []}', "has no 'categories'"),
+    ('l.json', '[]', 'cannot be read'),
+    ('l.txt', '', 'names no labelled image'),
+    ('l.txt', 'ant/0.png ant\nant/0.png bee\n', "labels 'ant/0.png' both 'ant' and 'bee'"),
+    ('l.txt', 'elsewhere/0.png ant\n', 'elsewhere/0.png. does not exist'),
+    ('l.txt', 'ant/0.png ant\nant/1.png ant\n', "single class, 'ant'"),
+])
+def test_bad_lists(make, tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        load(make({'ant': 2, 'bee': 2}), train_list=str(tmp_path / name))
+
+
+def test_lists(make, tmp_path):
+    root = make({'a': 6})
+    train, test = tmp_path / 'train.txt', tmp_path / 'val.txt'
+    train.write_text('a/0.png 3\r\na/1.png 10\na/2.png 3\na/2.png 3\n\n', newline='')
+    test.write_text('a/3.png 10\n')
+    data = load(root, train_list=str(train), val_list=str(test))
+    assert data.class_names == ['3', '10'] and data.class_counts == [2, 1]
+    assert [target for _, target in data.test.dataset] == [1] and '1 repeated entries' in data.describe()
+    test.write_text('a/0.png 10\n')
+    with pytest.raises(InputError, match='share images'):
+        load(root, train_list=str(train), val_list=str(test))
+    test.write_text('a/3.png 4\n')
+    with pytest.raises(InputError, match="Class '4' of the validation split"):
+        load(root, train_list=str(train), val_list=str(test))
+    with pytest.raises(InputError, match='contradict'):
+        load(root, train_list=str(train), val_list=str(test), holdout=0.1)
+    with pytest.raises(InputError, match="dataset 'digits_lt' is none"):
+        load_training_data('digits_lt', train_list=str(train))
+
+
+def test_a_class_map_names_and_orders(make, tmp_path):
+    root = make({'ant': 4, 'bee': 4, 'cat': 4})
+    (tmp_path / 'map.txt').write_text('cat\nant\n')
+    data = load(root, class_map=str(tmp_path / 'map.txt'))
+    assert data.class_names == ['cat', 'ant'] and '4 images of 1 classes' in data.describe()
+    (tmp_path / 'list.txt').write_text(
+        ''.join(f'{kind}/{i}.png {label}\n' for label, kind in enumerate(('cat', 'ant')) for i in range(4)))
+    listed = load(root, class_map=str(tmp_path / 'map.txt'), train_list=str(tmp_path / 'list.txt'))
+    assert labels_of(listed.train) == labels_of(data.train)
+    (tmp_path / 'map.txt').write_text('cat\nant\ncat\n')
+    with pytest.raises(InputError, match='repetitions'):
+        load(root, class_map=str(tmp_path / 'map.txt'))
+
+
+@pytest.mark.parametrize('values, kind, options, expected', [
+    ([0, 256, 65535], np.uint16, {}, [0, 1, 255]),
+    ([0, 2 ** 30, 2 ** 31 - 1], np.int32, {}, [0, 128, 255]),
+    ([0, 0.5, 1], np.float32, {}, [0, 128, 255]),
+    ([100, 2148, 9999], np.uint16, dict(pixel_range=(100, 4196)), [0, 128, 255]),
+    ([0, 7, 255], np.uint8, dict(pixel_range=(100, 4196)), [0, 7, 255]),
+])
+def test_deep_images_are_scaled_alike(values, kind, options, expected):
+    file = io.BytesIO()
+    Image.fromarray(np.array([values], dtype=kind)).save(file, 'tiff')
+    for channels in (1, 3):
+        image = np.asarray(ImageDecoder(channels, **options)(Image.open(file)))
+        assert image.reshape(3, -1)[:, 0].tolist() == expected and image.shape == (1, 3, 3)[:3 if channels == 3 else 2]
+
+
+@pytest.mark.parametrize('mode, colour, kind', [
+    ('CMYK', (0, 255, 255, 0), 'jpeg'), ('P', None, 'png'), ('RGBA', (255, 0, 0, 128), 'png'),
+])
+def test_modes_become_three_right_channels(mode, colour, kind):
+    file = io.BytesIO()
+    image = Image.new('RGB', (8, 8), (255, 0, 0)).convert('P') if mode == 'P' else Image.new(mode, (8, 8), colour)
+    image.save(file, kind)
+    assert np.abs(np.asarray(ImageDecoder()(Image.open(file)))[4, 4] - np.array([255, 0, 0])).max() <= 2
+    for mode in ('L', '1', 'LA'):
+        assert np.asarray(ImageDecoder()(Image.new(mode, (2, 2), 1 if mode == '1' else 0))).shape == (2, 2, 3)
+
+
+def test_exif_on_demand():
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new('RGB', (4, 2)).save(file, 'jpeg', exif=exif)
+    assert ImageDecoder()(Image.open(file)).size == (4, 2) and ImageDecoder(exif=True)(Image.open(file)).size == (2, 4)
+
+
+def test_a_range_that_is_hardly_used_is_named(make, caplog):
+    root = make({'ant': 2, 'bee': 2})
+    Image.fromarray(np.array([[5, 4000]], dtype=np.uint16)).save(root / 'ant' / 'deep.png')
+    load(root)
+    assert '--pixel-range 5 4000' in caplog.text
+
+
+def loader_config():
+    return dict(resolve_data_config(dict(img_size=8)), mean=(0.,) * 3, std=(1.,) * 3)
+
+
+def test_images_that_break_later(make, caplog):
+    root = make({'train/ant': 120, 'train/bee': 120, 'val/ant': 130, 'val/bee': 130})
+    data = load(root)
+    for path in ('train/ant/7.png', 'val/bee/1.png'):
+        (root / path).write_bytes(b'')
+    loader = create_eval_loader(data.test, loader_config(), 64, CPU, 0)
+    targets = torch.cat([target for _, target in loader])
+    assert torch.bincount(targets).tolist() == [130, 129] and caplog.text.count('is skipped') == 1
+    loader = create_train_loader(data.train, loader_config(), 240, CPU, Augmentation(), 2)
+    assert torch.bincount(next(iter(loader))[1]).tolist() == [120, 120]  # another ant in its place
+    assert data.train.dataset.unreadable.sum() == 1
+    for i in range(20, 23):
+        (root / f'train/ant/{i}.png').write_bytes(b'')
+    with pytest.raises(OSError, match='of 240 images cannot be read any more'):
+        list(loader)
+    one = list(create_eval_loader(data.test, loader_config(), 1, CPU, 0))
+    assert sum(len(target) for _, target in one) == 259
+
+
+def test_checked_images_are_remembered(make, monkeypatch):
+    root = make({'ant': 3, 'bee': 3})
+    (root / 'ant' / 'bad.png').write_bytes(b'nothing')
+    opened = []
+    plain = Image.open
+    monkeypatch.setattr(Image, 'open', lambda file, *more: opened.append(str(file)) or plain(file, *more))
+    assert load(root).shot_counts == [3, 3] and len(opened) == 7
+    assert load(root).shot_counts == [3, 3] and len(opened) == 7
+    os.utime(root / 'ant' / 'bad.png', ns=(1, 1))
+    assert load(root).shot_counts == [3, 3] and len(opened) == 8
+    assert load(root, check_images=False).shot_counts == [4, 3] and len(opened) == 8
+    for i in range(3):
+        (root / 'bee' / f'{i}.png').write_bytes(b'')
+    with pytest.raises(InputError, match="None of the 3 images of class 'bee' can be read"):
+        load(root)
+
+
+def test_small_sets(make):
+    with pytest.raises(InputError, match="single class, 'ant'"):
+        load(make({'ant': 4}))
+    make({'bee': 1})
+    data = load(make(), holdout=0.5)
+    assert data.class_counts == [2, 1] and data.test.class_counts == [2, 0]
+    with pytest.raises(InputError, match='each class has a single image'):
+        load(make({'x/ant': 1, 'x/bee': 1}) / 'x')
+
+
+def test_names_are_bytes():
+    names = ['a', '', 'naïve', os.fsdecode(b'\xff\xfe.png')]
+    kept = Names(names)
+    assert list(kept) == names and len(kept) == 4 and kept.bytes.nbytes == 13
+
+
+def test_the_list_of_a_run_is_kept_to(make, tmp_path):
+    root = make({'ant': 10, 'bee': 10})
+    data = load(root)
+    data.write_sides(tmp_path)
+    held = names_of(data.test)
+    make(*(f'ant/new{i}.png' for i in range(5)))
+    again = load(root, sides=str(tmp_path))
+    assert names_of(again.test) == held and names_of(again.train) == names_of(data.train)
+    assert '5 images that the run does not list' in again.describe()
+    alone = create_eval_dataset('', str(root), class_names=data.class_names, sides=str(tmp_path))
+    assert names_of(alone) == held
+    other = make().parent / 'other'
+    shutil.copytree(root / 'bee', other / 'bee')
+    assert len(create_eval_dataset('', str(other), class_names=data.class_names, sides=str(tmp_path)).dataset) == 10
+
+
+RUN = [
+    '--model', 'resnet32_shike', '--img-size', '8', '--workers', '0', '--batch-size', '4', '--epochs', '2',
+    '--warmup-epochs', '0', '--crt-epochs', '1', '--device', 'cpu', '--lr', '0.05', '--experiment', 'run',
+    '--no-aug',
+]
+
+
+@pytest.fixture
+def coloured(tmp_path):
+    """A folder of twelve classes named 1 to 12, each of one colour."""
+    for c in range(1, 13):
+        folder = tmp_path / 'colours' / str(c)
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.new('RGB', (8, 8), (20 * c, 255 - 20 * c, 100 * (c % 2) + i)).save(folder / f'{i}.png')
+    return tmp_path / 'colours'
+
+
+def metrics(path):
+    return json.loads(path.read_text())
+
+
+def test_names_decide_wherever_labels_meet_weights(run_script, coloured, tmp_path):
+    root, out = tmp_path / 'split', tmp_path / 'out'
+    shutil.copytree(coloured, root / 'train')
+    shutil.copytree(coloured, root / 'val')
+    data = ['--data-dir', root]
+    status, _, error = run_script('train.py', *RUN, *data, '--output', out, '--many-shot', '2', '--few-shot', '1')
+    assert status == 0, error
+    assert "36 training images of 12 classes, from 3 of '1' to 3 of '1', imbalance factor 1. Evaluation: 36" in error
+    run = out / 'run'
+    trained = metrics(run / 'metrics.json')['stage_two']
+    assert trained['many'] == trained['balanced'] and trained['few'] is None
+    reversed_map = tmp_path / 'map.txt'
+    reversed_map.write_text('\n'.join(map(str, range(12, 0, -1))) + '\n')
+    sources = ([], ['--dataset', 'torch/image_folder'], ['--class-map', reversed_map], ['--checkpoint'])
+    for i, extra in enumerate(sources):
+        model = ['--model', f'local-dir:{run}/model']
+        if extra == ['--checkpoint']:
+            model, extra = ['--checkpoint', run / 'stage_two' / 'last.pth.tar'], []
+        result = tmp_path / f'{i}.json'
+        status, _, error = run_script(
+            'eval.py', *model, *data, *extra, '--img-size', '8', '--device', 'cpu', '--workers', '0',
+            '--results-file', result)
+        assert status == 0, error
+        assert metrics(result)['top1'] == trained['top1'] and metrics(result)['per_class']['names'][1] == '2'
+    # Resumed and retrained with classes in another order: the weights' own order is kept.
+    (run / 'metrics.json').unlink()
+    shutil.rmtree(run / 'stage_two')
+    teacher = ['--kd-model-name', f'local-dir:{run}/model', '--class-map', reversed_map]
+    status, _, error = run_script('train.py', *RUN, *data, *teacher, '--output', tmp_path / 'taught')
+    assert status == 0, error
+    shutil.rmtree(root / 'train' / '7')
+    status, _, error = run_script('train.py', '--resume', run)
+    assert status == 2 and "Class '7'" in error
+    shutil.copytree(coloured / '7', root / 'train' / '8', dirs_exist_ok=True, copy_function=lambda a, b: shutil.copy(
+        a, b.replace('.png', 'x.png')))
+    shutil.copytree(coloured / '7', root / 'train' / '7')
+    (root / 'train' / '6').rename(root / 'train' / 'six')
+    status, _, error = run_script('retrain_classifier.py', '--checkpoint', run, '--output', tmp_path / 'again')
+    assert status == 2 and "Class 'six'" in error and len(error.strip().splitlines()) == 1
+    (root / 'train' / 'six').rename(root / 'train' / '6')
+    status, _, error = run_script('train.py', '--resume', run)
+    assert status == 0 and "'8' with 6 after 3" in error, error
+    assert metrics(run / 'metrics.json')['stage_two']['top1'] is not None
+
+
+def test_a_run_keeps_the_lists_of_both_sides(run_script, coloured, tmp_path):
+    out = tmp_path / 'out'
+    status, _, error = run_script('train.py', *RUN, '--data-dir', coloured, '--output', out)
+    assert status == 0 and '12 images, 0.2 of each class' in error, error
+    run = out / 'run'
+    held = {row['path'] for row in csv.DictReader((run / 'validation.csv').open())}
+    assert len(held) == 12 and (run / 'args.yaml').read_text().count('holdout: 0.2') == 1
+    trained = metrics(run / 'metrics.json')['stage_two']
+    for i in range(5):
+        Image.new('RGB', (8, 8)).save(coloured / '3' / f'later{i}.png')
+    moved = coloured.rename(tmp_path / 'moved')
+    status, _, error = run_script(
+        'eval.py', '--model', f'local-dir:{run}/model', '--data-dir', moved, '--img-size', '8', '--device', 'cpu',
+        '--workers', '0', '--results-file', tmp_path / 'result.json')
+    assert status == 0 and '5 images that the run does not list' in error, error
+    result = metrics(tmp_path / 'result.json')
+    assert result['top1'] == trained['top1'] and result['many'] == trained['many'] and sum(
+        result['per_class']['total']) == 12
+    status, _, error = run_script(
+        'retrain_classifier.py', '--checkpoint', run, '--data-dir', moved, '--output', tmp_path / 'again')
+    assert status == 0, error
+    again = next((tmp_path / 'again').iterdir())
+    assert {row['path'] for row in csv.DictReader((again / 'validation.csv').open())} == held
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--batch-size', '1'], 'BatchNorm'),
+    (['--batch-size', '30'], 'exceeds the 24 training images'),
+    (['--in-chans', '2'], 'channels are not read'),
+    (['--input-size', '1', '8', '8', '--in-chans', '3'], 'contradicts'),
+    (['--pixel-range', '5', '5'], '--pixel-range 5 5 is empty'),
+    (['--class-map', '/nowhere.txt'], "class-map '/nowhere.txt' cannot be read"),
+])
+def test_refused_before_anything_is_written(run_script, coloured, tmp_path, options, message):
+    argv = [option for option in RUN if options[0] != '--input-size' or option not in ('--img-size', '8')]
+    status, _, error = run_script('train.py', *argv, '--data-dir', coloured, '--output', tmp_path / 'out', *options)
+    assert status == 2 and message in error and len(error.strip().splitlines()) == 1, error
+    assert not (tmp_path / 'out').exists()
+
+
+def test_one_channel_two_classes_and_a_class_of_one(run_script, tmp_path):
+    for name, count in (('dark', 9), ('light', 1)):
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new('L', (9, 12), 40 * (name == 'light')).save(tmp_path / 'data' / name / f'{i}.png')
+    argv = [option for option in RUN if option not in ('--img-size', '8')]
+    status, _, error = run_script(
+        'train.py', *argv, '--data-dir', tmp_path / 'data', '--output', tmp_path / 'out', '--input-size', '1', '16',
+        '12')
+    assert status == 0, error
+    assert "1 class has no image held out" in error
+    config = json.loads((tmp_path / 'out' / 'run' / 'model' / 'config.json').read_text())
+    assert config['pretrained_cfg']['input_size'] == [1, 16, 12] and config['shot_counts'] == [9, 1]
+    status, _, error = run_script(
+        'eval.py', '--model', f"local-dir:{tmp_path / 'out' / 'run' / 'model'}", '--data-dir', tmp_path / 'data',
+        '--device', 'cpu', '--workers', '0')
+    assert status == 0, error
