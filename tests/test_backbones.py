@@ -259,7 +259,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path, run_script, name, content):
     ('missing.pth', "'missing.pth' is neither a file nor a tag of 'test_resnet'"),
     ('no_tag', 'no_tag'),
     (Path('weights'), "'weights' is neither a file"),
-    (3, "'3' cannot be read"),
+    (3, "'3' is neither a file"),
 ])
 def test_a_source_that_does_not_exist_is_named(source, message):
     model = shike_timm.shike(SMALL)

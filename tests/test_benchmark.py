@@ -18,11 +18,13 @@ QUICK = ['--device', 'cpu', '--num-warm-iter', '1', '--num-bench-iter', '1', '--
 CPU = torch.device('cpu')
 
 
-@pytest.fixture
-def known_ceilings(monkeypatch):
+@pytest.fixture(scope='module', autouse=True)
+def known_ceilings():
     """Ceilings that take no time to measure."""
-    monkeypatch.setattr(
-        'shike_timm.commands.benchmark.measure_ceilings', lambda device, dtype: dict(matmul_gflops=100., copy_gb=10.))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            'shike_timm.commands.benchmark.measure_ceilings', lambda *_: dict(matmul_gflops=100., copy_gb=10.))
+        yield
 
 
 @pytest.fixture(scope='module')
@@ -63,11 +65,11 @@ def test_table(report):
     assert f'{ratio:.3f} of its images a second' in lines[-1]
 
 
-def test_real_data_and_stage_two(tmp_path, cifar_root, known_ceilings):
+def test_real_data_and_stage_two(tmp_path, cifar_root):
     path = tmp_path / 'figures.json'
     report = benchmark(parse_benchmark_args([
         *QUICK, '--hparams', str(ROOT / 'hparams' / 'cifar100_lt_if100_short.yaml'), '--data-dir', str(cifar_root),
-        '--torchcompile', 'aot_eager', '--bench', 'train', '--stage', '2', '--amp-dtype', 'bfloat16',
+        '--torchcompile', 'eager', '--bench', 'train', '--stage', '2', '--amp-dtype', 'bfloat16',
         '--results-file', str(path)]))
     assert json.loads(path.read_text()) == report
     assert report['data'] == 'cifar100_lt' and report['dtype'] == 'bfloat16'
@@ -107,9 +109,10 @@ def test_parts_add_up_to_the_step():
     assert seconds == before  # nothing is timed outside
 
 
-def test_ceilings_are_positive():
-    ceilings = measure_ceilings(CPU, torch.float32)
-    assert ceilings['matmul_gflops'] > 1 and ceilings['copy_gb'] > 0.1
+def test_ceilings_are_work_over_time(monkeypatch):
+    monkeypatch.setattr('shike_timm.measure.seconds_per_call', lambda *_: 0.25)
+    assert measure_ceilings(CPU, torch.float32) == dict(
+        matmul_gflops=round(2 * 512 ** 3 / 0.25e9, 1), copy_gb=round(2 * 4 * 2 ** 26 / 0.25e9, 1))
 
 
 @pytest.mark.parametrize('options, message', [
@@ -135,10 +138,10 @@ def test_compiling_needs_a_compiler(run_script, monkeypatch, tmp_path):
     assert status == 2 and 'no-such-compiler' in err and len(err.strip().splitlines()) == 1
 
 
-def test_classes_are_those_of_the_data_and_stage_one_is_compiled(known_ceilings):
+def test_classes_are_those_of_the_data_and_stage_one_is_compiled():
     report = benchmark(parse_benchmark_args([
         *QUICK, '--hparams', str(ROOT / 'hparams' / 'quickstart.yaml'), '--compare', 'resnet18', '--bench', 'train',
-        '--torchcompile', 'aot_eager']))
+        '--torchcompile', 'eager']))
     plain = sum(p.numel() for p in timm.create_model('resnet18', num_classes=10).parameters())
     assert [(r['model'], r['parameters'], r['compiled']) for r in report['results']] == [
         ('resnet32_shike', 1_257_808 - 3 * 64 * 90, True), ('resnet18', plain, True)]

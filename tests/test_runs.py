@@ -94,12 +94,12 @@ def test_the_arguments_of_the_caller_stay_as_they_are(options):
     assert vars(args) == before
 
 
-def test_resuming_with_workers(tmp_path, monkeypatch):
-    workers = ['--workers', '1', '--no-device-data']
-    expected = without_seconds(run(tmp_path / 'whole', *workers)[0])
-    run(tmp_path, *workers, '--crt-epochs', '0')
+def test_resuming_with_workers(tmp_path):
+    options = ['--workers', '1', '--no-device-data', '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs']
+    expected = without_seconds(run(tmp_path / 'whole', *options, '1')[0])
+    run(tmp_path, *options, '0')
     (tmp_path / 'run' / 'metrics.json').unlink()
-    train(parse_train_args(['--resume', str(tmp_path / 'run'), '--crt-epochs', '2']))
+    train(parse_train_args(['--resume', str(tmp_path / 'run'), '--crt-epochs', '1']))
     assert without_seconds(tmp_path / 'run') == expected
 
 
@@ -184,7 +184,7 @@ def undisturbed(tmp_path_factory):
     return without_seconds(run(tmp_path_factory.mktemp('undisturbed'), *LONGER)[0])
 
 
-@pytest.mark.parametrize('signum, epoch', [(signal.SIGKILL, 1), (signal.SIGTERM, 0), (signal.SIGINT, 1)])
+@pytest.mark.parametrize('signum, epoch', [(signal.SIGKILL, 1), (signal.SIGINT, 0)])
 def test_signals_leave_a_run_that_resumes(tmp_path, undisturbed, signum, epoch):
     process = start(tmp_path, *LONGER)
     wait_for_epoch(process, epoch)
