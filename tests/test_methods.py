@@ -71,7 +71,7 @@ def test_stages():
 
 @pytest.mark.parametrize('options, message', [
     (['--method', '?'], ', '.join(METHODS)),
-    (['--method', 'balanced'], "'balanced'.*'balanced_softmax'"),
+    (['--method', 'balanced_softmx'], "'balanced_softmx'.*'balanced_softmax'"),
     (['--epochs', '5'], '--warmup-epochs 5 .*--epochs 5'),
     (['--crt-epochs', '2', '--crt-warmup-epochs', '3'], '--crt-warmup-epochs 3 '),
 ])
