@@ -4,7 +4,7 @@ from typing import Any, Dict, Optional, Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
 
 from .distributed import world_size
@@ -158,8 +158,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    evaluator = ExpertEvaluator(
-        model.num_experts, class_counts, device, subsets=subsets, max_samples=evaluation_sample_limit(loader))
+    evaluator = ExpertEvaluator(model.num_experts, class_counts, device, subsets=subsets)
     for images, target in loader:
         # One layout whatever the model's own, so that the same weights always give the same figures.
         images = images.contiguous(memory_format=torch.channels_last)
