@@ -70,6 +70,7 @@ def _create_worker_loader(
         collate_fn=collate,
         pin_memory=device.type == 'cuda',
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # else workers that start, but not those that stay, draw from torch's own
     )
     return PrefetchLoader(
         loader,
