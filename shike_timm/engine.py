@@ -193,7 +193,9 @@ def _train_part(
 ) -> Done:
     """Train on the batches of an epoch that are not done, up to `end`, and give what is done then."""
     seed_all(config.seed, stage.number, epoch)
-    loader.sampler.set_epoch(int(torch.randint(2 ** 62, ())), done.step, end)
+    order_seed = int(torch.randint(2 ** 62, ()))
+    if hasattr(loader.sampler, 'set_epoch'):  # which a stream's has not
+        loader.sampler.set_epoch(order_seed, done.step, end)
     part = done.step * world_size() + rank()
     if part:
         seed_all(config.seed, stage.number, epoch, part)

@@ -4,7 +4,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from timm.task import ClassificationEvaluator
 from torch import Tensor
 
 from .distributed import world_size
@@ -164,9 +164,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    evaluator = ExpertEvaluator(
-        model.num_experts, class_counts, device, subsets=subsets, max_samples=evaluation_sample_limit(loader),
-        shots=shots)
+    evaluator = ExpertEvaluator(model.num_experts, class_counts, device, subsets=subsets, shots=shots)
     for images, target in loader:
         if not len(target):
             continue  # none of the batch could be read

@@ -215,9 +215,10 @@ def test_an_average_comes_before_the_weights():
         del checkpoint[key]
 
 
-def test_processes_that_cannot_join(refused, tmp_path, monkeypatch):
+def test_processes_that_nobody_starts(refused, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '4')
     refused('4 processes are expected', 'train.py', *TINY, '--output', tmp_path / 'out')
+    refused('WORLD_SIZE is 4, but a benchmark is of one process', 'benchmark.py', *TINY)
 
 
 def test_status_of_a_process(tmp_path):

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, TINY
+from timm.utils import NativeScaler
 
 from shike_timm import engine
 from shike_timm.checkpoints import load_checkpoint
@@ -146,6 +148,93 @@ def test_resumed_run_equals_an_undisturbed_one(tiny_run, tmp_path, monkeypatch, 
     assert without_seconds(tmp_path / 'run') == without_seconds(tiny_run)
     with (tmp_path / 'run' / 'summary.csv').open() as file:
         assert [row['epoch'] for row in csv.DictReader(file)] == ['0', '1', '2', '3']
+
+
+@pytest.mark.parametrize('options, dies_after', [
+    (['--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9'], 9),
+    (['--workers', '1', '--no-device-data', '--reprob', '0.3', '--aa', 'rand-m9-mstd0.5', '--crt-epochs', '0'], 9),
+    (['--mixup', '0.4', '--alpha', '0', '--grad-accum-steps', '2'], 19),
+], ids=['device', 'workers', 'accumulated'])
+def test_a_run_goes_on_from_the_middle_of_an_epoch(tmp_path, monkeypatch, caplog, options, dies_after):
+    caplog.set_level('INFO')
+    options = ['--batch-size', '16', '--recovery-interval', '2', *options]
+    expected, _ = run(tmp_path / 'whole', *options)
+    steps, original = [], engine.train_step
+
+    def dies(*args):
+        steps.append(1)
+        if len(steps) == dies_after:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(engine, 'train_step', dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *options)
+    done = load_checkpoint(tmp_path / 'run' / 'stage_one' / 'last.pth.tar')['saver']['done']
+    assert done['step'] > 0
+    folder, _ = run(tmp_path, *options, '--resume')
+    assert f"step {done['step']}." in caplog.text
+    assert without_seconds(folder) == without_seconds(expected)
+    one, other = ((path / 'model' / 'model.safetensors').read_bytes() for path in (folder, expected))
+    assert one == other
+    losses = []
+    for path in (folder, expected):
+        with (path / 'summary.csv').open() as file:
+            losses.append([row['train_loss'] for row in csv.DictReader(file)])
+    assert losses[0] == losses[1]
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, tiny_run, caplog):
+    folder = tmp_path / 'run'
+    shutil.copytree(tiny_run, folder)
+    for name in ('last', 'checkpoint-1'):
+        path = folder / 'stage_two' / f'{name}.pth.tar'
+        path.write_bytes(path.read_bytes()[:-1000])
+    train(parse_train_args(['--resume', str(folder)]))
+    assert "last.pth.tar' is truncated" in caplog.text and "checkpoint-1.pth.tar' is truncated" in caplog.text
+    assert without_seconds(folder) == without_seconds(tiny_run)
+    for path in folder.glob('stage_*/*.pth.tar'):
+        path.write_bytes(b'')
+    with pytest.raises(InputError, match='truncated'):
+        train(parse_train_args(['--resume', str(folder)]))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, run_script, tiny_run):
+    original, limits = engine.StageSaver.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(self, epoch):
+        if epoch:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, limits[1]))  # as little as there is left
+        original(self, epoch)
+
+    monkeypatch.setattr(engine.StageSaver, 'save_checkpoint', save)
+    try:
+        status, _, error = run_script('train.py', *TINY, '--output', tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    assert status == 1 and error.count("tmp.pth.tar' cannot be written") == 1 and 'Traceback' not in error
+    stage = tmp_path / 'run' / 'stage_one'
+    assert {path.name for path in stage.iterdir()} == {'last.pth.tar', 'checkpoint-0.pth.tar'}
+    assert load_checkpoint(stage / 'last.pth.tar')['epoch'] == 0
+    train(parse_train_args(['--resume', str(tmp_path / 'run')]))
+    assert without_seconds(tmp_path / 'run') == without_seconds(tiny_run)
+
+
+def test_one_overflow_under_loss_scaling_is_no_end(tmp_path, monkeypatch):
+    """A loss that is not finite once, then is: an end without loss scaling only."""
+    from shike_timm.tasks import RepresentationTask
+    original, steps = RepresentationTask.forward, []
+
+    def forward(self, images, target):
+        result = original(self, images, target)
+        steps.append(1)
+        return dict(result, loss=result['loss'] * float('inf')) if len(steps) == 3 else result
+
+    monkeypatch.setattr(RepresentationTask, 'forward', forward)
+    monkeypatch.setattr('shike_timm.runs.create_loss_scaler', lambda run: NativeScaler('cpu'))
+    _, metrics = run(tmp_path, '--log-interval', '100', '--crt-epochs', '0')
+    assert math.isfinite(metrics['stage_one']['loss'])
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny_run, tmp_path):

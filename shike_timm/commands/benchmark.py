@@ -2,6 +2,7 @@
 import argparse
 import copy
 import json
+import os
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ import timm
 import timm.data
 import torch
 from timm.task import ClassificationTask
+from timm.utils import is_distributed_env
 from torch import Tensor
 
 from ..build import check_compiler, check_model_name, create_model, create_optimizer, resolve_autocast
@@ -190,6 +192,9 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
         InputError: If anything given cannot work.
     """
     check_results_file(args.results_file)
+    if is_distributed_env():
+        raise InputError(
+            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')}, but a benchmark is of one process: do not use torchrun.")
     check_model_name(args.model)
     device = resolve_device(args.device)
     tune_device(device)

@@ -31,7 +31,7 @@ def run_script(main: Callable[[], Any]) -> int:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     except InputError as error:
-        time.sleep(3 if rank() else 0)  # torchrun ends this process meanwhile if the first one says the same
+        time.sleep(10 if rank() else 0)  # torchrun ends this process meanwhile if the first one says the same
         print(f'{name}: error: {error}', file=sys.stderr)
         return 2
     except NonFiniteError as error:

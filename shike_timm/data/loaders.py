@@ -1,12 +1,12 @@
 """Loaders over image sets: timm's, or from the device's memory."""
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Union
 
 import timm.data
 import torch
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..distributed import world_size
+from ..distributed import rank, world_size
 from ..errors import InputError
 from .augment import Augmentation
 from .augment.batch import batch_gap
@@ -42,6 +42,47 @@ def _create_device_loader(
 def _refuse_shared_streams(data: ImageSet) -> None:
     if world_size() > 1 and isinstance(data.dataset, IterableDataset):
         raise InputError('A stream of images cannot be shared out among processes exactly: use files, or one process.')
+
+
+def _create_worker_loader(
+        data: ImageSet,
+        data_config: Dict[str, Any],
+        batch_size: int,
+        device: torch.device,
+        num_workers: int,
+        transform: Callable,
+        sampler: Union[EpochSampler, range],
+        collate: Callable,
+        **erasing: Any,
+) -> Union[PrefetchLoader, CheckedLoader]:
+    """timm's prefetching loader over what a sampler gives, in training with seeds; over a stream as it comes."""
+    dataset, is_training = data.dataset, isinstance(sampler, EpochSampler)
+    dataset.transform = transform
+    if isinstance(dataset, IterableDataset):
+        dataset.set_loader_cfg(num_workers=num_workers)
+        sampler = None
+    elif is_training:
+        dataset = SeededDataset(dataset)
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        drop_last=is_training,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == 'cuda',
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # else workers that start, but not those that stay, draw from torch's own
+    )
+    loader = PrefetchLoader(
+        loader,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        channels=data_config['input_size'][0],
+        device=device,
+        **erasing,
+    )
+    return CheckedLoader(loader, data.dataset) if isinstance(data.dataset, ImageTable) else loader
 
 
 def create_train_loader(
@@ -92,34 +133,23 @@ def create_train_loader(
     if isinstance(data.dataset, ImageTable):
         data.dataset.is_training = True
     mean, std = data_config['mean'], data_config['std']
-    stream = isinstance(data.dataset, IterableDataset)
-    if stream:
-        data.dataset.set_loader_cfg(num_workers=num_workers)
-    loader = DataLoader(
-        data.dataset if stream else SeededDataset(data.dataset),
-        batch_size,
-        sampler=None if stream else sampler,
-        drop_last=True,
-        num_workers=num_workers,
-        collate_fn=timm.data.FastCollateMixup(**mixup) if mixup else fast_collate,
-        pin_memory=device.type == 'cuda',
-        persistent_workers=num_workers > 0,
-    )
     try:
-        data.dataset.transform = create_train_transform(data_config['input_size'], augmentation, mean, std)
+        transform = create_train_transform(data_config['input_size'], augmentation, mean, std)
     except (AssertionError, KeyError, ValueError) as error:
         raise InputError(f"aa '{augmentation.auto_augment}' is not a policy that timm knows.") from error
-    loader = PrefetchLoader(
-        loader,
-        mean=mean,
-        std=std,
-        channels=data_config['input_size'][0],
-        device=device,
+    return _create_worker_loader(
+        data,
+        data_config,
+        batch_size,
+        device,
+        num_workers,
+        transform,
+        sampler,
+        timm.data.FastCollateMixup(**mixup) if mixup else fast_collate,
         re_prob=0. if augmentation.no_aug else augmentation.re_prob,
         re_mode=augmentation.re_mode,
         re_count=augmentation.re_count,
     )
-    return CheckedLoader(loader, data.dataset) if isinstance(data.dataset, ImageTable) else loader
 
 
 def create_eval_loader(
@@ -132,8 +162,7 @@ def create_eval_loader(
 ):
     """Loader over an evaluation split, in order and whole: from the device or timm's, as in `create_train_loader`.
 
-    Of several processes each has an equal share, with what `timm.task.evaluation_sample_limit` tells to leave
-    out.
+    Of several processes each has a share, and none an image of another's.
 
     Args:
         data: Evaluation split.
@@ -148,15 +177,10 @@ def create_eval_loader(
     loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data)
     if loader is not None:
         return loader
+    transform = timm.data.create_transform(is_training=False, use_prefetcher=True, **data_config)
+    stream = isinstance(data.dataset, IterableDataset)
+    share = range(0) if stream else range(rank(), len(data.dataset), world_size())
     is_table = isinstance(data.dataset, ImageTable)
-    loader = timm.data.create_loader(
-        data.dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=readable_collate(data_config['input_size'][0]) if is_table else None,
-        pin_memory=device.type == 'cuda',
-        device=device,
-        distributed=world_size() > 1,
-        **data_config,
-    )
-    return CheckedLoader(loader, data.dataset) if is_table else loader
+    collate = readable_collate(data_config['input_size'][0]) if is_table else fast_collate
+    return _create_worker_loader(
+        data, data_config, batch_size, device, num_workers, transform, share, collate)

@@ -1,0 +1,208 @@
+"""Several processes by torchrun: the same training as one, evaluation that counts each image once, kills survived."""
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from shike_timm import distributed, runs
+from shike_timm.checkpoints import load_checkpoint
+from shike_timm.commands.train import parse_train_args
+from shike_timm.data.sharding import EpochSampler
+from shike_timm.errors import InputError
+from shike_timm.methods import plan_stages
+
+COUNTS = (1, 2, 3)
+ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+
+
+def torchrun(num_processes, *command, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(num_processes),
+         *map(str, command)], env=ENVIRONMENT, cwd=ROOT, text=True, start_new_session=True, **kwargs)
+
+
+def finish(process, status=0):
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == status, error
+    return out, error
+
+
+@pytest.fixture(scope='module')
+def seen(tmp_path_factory):
+    """What one, two and three processes saw, each with the same 48 images an update."""
+    folder = tmp_path_factory.mktemp('seen')
+    processes = [
+        torchrun(
+            n, ROOT / 'tests' / 'distributed_worker.py', folder / f'{n}.json', *TINY, '--output', folder,
+            '--experiment', n, '--batch-size', 48 // n, '--no-aug', '--warmup-epochs', 0, '--lr', 0.0003,
+            '--crt-lr', 0.005,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for n in COUNTS
+    ]
+    for process in processes:
+        finish(process)
+    return [json.loads((folder / f'{n}.json').read_text()) for n in COUNTS]
+
+
+def test_processes_train_as_one(seen):
+    one, *others = seen
+    assert len(one['losses']) == 32 and one['losses'][15] < 0.75 * one['losses'][0]
+    for other in others:
+        assert other['losses'] == pytest.approx(one['losses'], rel=1e-5)
+        for stage, metrics in one['metrics'].items():
+            for key in ('top1', 'top5', 'many', 'medium', 'few'):
+                assert other['metrics'][stage][key] == metrics[key]
+
+
+def test_each_of_101_images_is_evaluated_once(seen):
+    one, *others = seen
+    for metrics in one['evaluations']:
+        assert sum(metrics['per_class']['total']) == 101
+    assert one['evaluations'] == others[0]['evaluations'] == others[1]['evaluations']
+
+
+def test_processes_share_the_order_of_one(seen):
+    """Batches of three processes are those of one; no image comes twice; its augmentation is its own."""
+    orders, pixels = [], []
+    for n, result in zip(COUNTS, seen):
+        for everybody in result['images']:
+            flat = [list(chain.from_iterable(zip(*(batch[0] for batch in step)))) for step in zip(*everybody)]
+            order = list(chain.from_iterable(flat))
+            assert len(everybody) == n and len(order) == len(set(order)) == len(flat) * 8 * n
+            orders.append(order)
+        pixels.append(dict(pair for batches in result['images'][1] for batch in batches for pair in zip(*batch)))
+    assert all(order == orders[0][:len(order)] for order in orders)
+    for other in pixels[1:]:
+        assert all(pixels[0][image] == value for image, value in other.items() if image in pixels[0])
+
+
+def test_gradient_accumulation_is_one_large_batch(tmp_path):
+    from shike_timm.engine import LoopConfig, train_step
+    from shike_timm.tasks import RepresentationTask
+    weights = []
+    for num_parts in (1, 3):
+        torch.manual_seed(0)
+        args = parse_train_args([*TINY, '--opt', 'momentum'])
+        task = RepresentationTask(runs.create_model(args, 10)).eval()  # BatchNorm has statistics of each part else
+        optimizer = runs.create_optimizer(args, 0.001, task.get_eval_model())
+        images, target = torch.randn(12, 3, 8, 8), torch.arange(12) % 10
+        config = LoopConfig(grad_accum_steps=num_parts)
+        parts = list(zip(images.chunk(num_parts), target.chunk(num_parts)))
+        for i, part in enumerate(parts):
+            train_step(task, *part, optimizer, config, update=i == len(parts) - 1)
+        weights.append([p.detach().clone() for p in task.parameters()])
+    for one, other in zip(*weights):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sampler_gives_whole_updates_from_any_step_on():
+    sampler = EpochSampler(103, 8, multiple=3)
+    assert sampler.num_batches == 12 and len(sampler) == 96
+    sampler.set_epoch(7, 0, 12)
+    whole = list(sampler)
+    sampler.set_epoch(7, 5, 8)
+    assert list(sampler) == whole[40:64]
+
+
+def test_learning_rate_follows_the_images_of_an_update(monkeypatch):
+    argv = [*TINY, '--batch-size', '32', '--lr-base', '0.2', '--crt-lr-base', '0.1', '--grad-accum-steps', '2']
+    for n, expected in ((1, [0.05, 0.025]), (4, [0.2, 0.1])):
+        monkeypatch.setattr('shike_timm.methods.world_size', lambda n=n: n)
+        assert [stage.lr for stage in plan_stages(parse_train_args(argv))] == pytest.approx(expected)
+    adam = plan_stages(parse_train_args([*argv, '--opt', 'adamw', '--lr-base-size', '64']))
+    assert [stage.lr for stage in adam] == pytest.approx([0.4, 0.2])
+
+
+def test_what_a_gpu_is_needed_for(monkeypatch):
+    monkeypatch.setattr(runs, 'world_size', lambda: 2)
+    with pytest.raises(InputError, match='--sync-bn needs GPUs'):
+        runs.prepare(parse_train_args([*TINY, '--sync-bn']), [])
+    monkeypatch.setattr(runs, 'check_sync_bn', lambda device: None)
+    run = runs.prepare(parse_train_args([*TINY, '--sync-bn']), [])
+    norms = [m for m in run.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(InputError, match='Process 2 of this machine finds 0 GPUs'):
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+        distributed.join_processes('cuda')
+
+
+# A run that lasts some seconds, saved every second update.
+LONGER = [
+    *TINY, '--imb-factor', '5', '--batch-size', '16', '--log-interval', '1', '--recovery-interval', '2', '--aa',
+    'rand-m9-mstd0.5', '--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9', '--reprob', '0.2', '--resume']
+
+
+def result(folder):
+    metrics = json.loads((folder / 'metrics.json').read_text())
+    for stage in metrics.values():
+        del stage['seconds']
+    with (folder / 'summary.csv').open() as file:
+        losses = [(row['epoch'], row['train_loss']) for row in csv.DictReader(file)]
+    return metrics, losses, (folder / 'model' / 'model.safetensors').read_bytes()
+
+
+def wait_for(folder, stage, epoch, step):
+    """Wait until the run saved something from the middle of an epoch."""
+    last = folder / f'stage_{stage}' / 'last.pth.tar'
+    for _ in range(10_000):
+        if last.exists():
+            saved = load_checkpoint(last)
+            if (saved['epoch'], saved['saver']['done'].get('step', 0)) >= (epoch - 1, step):
+                return
+        time.sleep(0.02)
+    raise AssertionError('nothing was saved')
+
+
+def worker_ids(process):
+    found = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(process.pid)], capture_output=True, text=True).stdout
+    return [int(number) for number in found.split()]
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    output = tmp_path_factory.mktemp('undisturbed')
+    finish(torchrun(2, 'train.py', *LONGER, '--output', output, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    return result(output / 'run')
+
+
+def test_a_killed_process_starts_again_by_itself(tmp_path, undisturbed):
+    process = torchrun(
+        2, '--max-restarts', 1, 'train.py', *LONGER, '--output', tmp_path, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    wait_for(tmp_path / 'run', 'one', 1, 4)
+    os.kill(worker_ids(process)[1], signal.SIGKILL)
+    _, error = finish(process)
+    assert re.search(r'Resuming stage_one at epoch 1, step [1-9]', error)
+    assert result(tmp_path / 'run') == undisturbed
+
+
+def test_a_signal_to_all_processes_is_an_orderly_stop(tmp_path, undisturbed):
+    process = torchrun(2, 'train.py', *LONGER, '--output', tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(tmp_path / 'run', 'two', 0, 2)
+    workers = worker_ids(process)
+    for pid in workers:
+        os.kill(pid, signal.SIGTERM)
+    _, error = finish(process, status=1)  # torchrun's own
+    assert error.count('exitcode  : 143') >= 1 and 'stopped by signal 15' in error
+    out, _ = finish(torchrun(
+        2, 'train.py', *LONGER, '--output', tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    assert out.count('stage_two ensemble') == 1
+    assert result(tmp_path / 'run') == undisturbed
+
+
+def test_a_mistake_ends_all_processes(tmp_path):
+    _, error = finish(torchrun(
+        2, 'eval.py', '--model', 'resnet32_shike.cifar100_lt_if100', '--pretrained', '--dataset', 'digits_lt',
+        '--device', 'cpu', stdout=subprocess.PIPE, stderr=subprocess.PIPE), status=1)
+    assert 'eval.py: error: The model has 100 classes' in error and 'Error:' not in error.split('ChildFailed')[0]
