@@ -16,8 +16,8 @@ from .images import MODES, ImageDecoder
 from .table import ImageTable
 
 __all__ = [
-    'DATASETS', 'DataRequest', 'DatasetEntry', 'ImageSet', 'find_dataset', 'in_memory_set', 'map_labels', 'match_classes',
-    'natural_order', 'register_dataset', 'table_set',
+    'DATASETS', 'DataRequest', 'DatasetEntry', 'ImageSet', 'find_dataset', 'in_memory_set', 'map_labels',
+    'match_classes', 'natural_order', 'register_dataset', 'table_set',
 ]
 
 
