@@ -75,14 +75,16 @@ def _data_section(config: Dict[str, Any], args: Dict[str, Any]) -> str:
     rows = [['data set', _data_name(args)]] if args else []
     rows.append(['classes', config['num_classes']])
     if counts:
-        divisions = {shot: int(mask.sum()) for shot, mask in shot_divisions(counts).items()}
+        many, few = args.get('many_shot', 100), args.get('few_shot', 20)
+        divisions = {shot: int(mask.sum()) for shot, mask in shot_divisions(
+            config.get('shot_counts', counts), many, few).items()}
         rows += [
             ['training images', sum(counts)],
             ['images of the largest class', max(counts)],
             ['images of the smallest class', min(counts)],
-            ['many-shot classes (more than 100 images)', divisions['many']],
-            ['medium-shot classes (20 to 100)', divisions['medium']],
-            ['few-shot classes (fewer than 20)', divisions['few']],
+            [f'many-shot classes (more than {many} images)', divisions['many']],
+            [f'medium-shot classes ({few} to {many})', divisions['medium']],
+            [f'few-shot classes (fewer than {few})', divisions['few']],
         ]
     return '## Training data\n\n' + _table(['', ''], rows)
 

@@ -172,6 +172,9 @@ DATA = Group(
     Option(
         'class_depth', int, None, 'folders below the split whose names make the class; by default what is evident',
         low=1, card='changed'),
+    Option(
+        'class_stats', str, None, "class counts of a training stream, in timm's format; its class_names, where there "
+        'are any, name the labels of streams', 'FILE', card='never'),
     Option('val_num_samples', int, None, 'images of an evaluation stream', low=1, card='never'),
     Option(
         'check_images', bool, None, 'read all images once before anything else and leave out what cannot be read; by '
@@ -220,8 +223,6 @@ TRAINING_DATA = Group(
     Option('train_split', str, 'train', 'split to train on'),
     Option(
         'train_list', str, None, 'list of the images to train on, as --val-list', 'FILE', card='changed'),
-    Option(
-        'class_stats', str, None, "class counts of a stream, in timm's format", 'FILE', card='never'),
     Option('train_num_samples', int, None, 'images of a training stream', low=1, card='never'),
     Option(
         'holdout', float, 0., 'keep this share of each class of the training set out of training and evaluate on it; '

@@ -88,6 +88,26 @@ def test_step_profile():
     assert long_tailed_counts(100, 4, 10, 'step') == [100, 100, 10, 10]
 
 
+def test_a_seeded_subset_is_that_of_ldam_drw():
+    targets = np.random.default_rng(0).permutation(np.repeat(np.arange(3), 50))
+    np.random.seed(7)  # as that code does
+    kept = []
+    for c, count in enumerate((50, 20, 5)):
+        positions = np.where(targets == c)[0]
+        np.random.shuffle(positions)
+        kept += positions[:count].tolist()
+    assert long_tailed_indices(targets, (50, 20, 5), seed=7).tolist() == sorted(kept)
+    first, seeded = (load_training_data('digits_lt', imb_factor=20, imb_seed=seed) for seed in (None, 0))
+    assert first.class_counts == seeded.class_counts
+    assert not np.array_equal(first.train.images, seeded.train.images)
+
+
+def test_shot_thresholds():
+    masks = shot_divisions([5, 10, 20, 40], many_shot=20, few_shot=10)
+    assert [mask.tolist() for mask in masks.values()] == [
+        [False, False, False, True], [False, True, True, False], [True, False, False, False]]
+
+
 def test_indices_keep_file_order():
     assert long_tailed_indices([1, 0, 1, 0, 1, 0], [2, 1]).tolist() == [0, 1, 3]
 

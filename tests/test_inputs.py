@@ -228,6 +228,7 @@ def test_groups_stay_together(make, tmp_path):
     ('l.json', '[]', 'cannot be read'),
     ('l.txt', '', 'names no labelled image'),
     ('l.txt', 'ant/0.png ant\nant/0.png bee\n', "labels 'ant/0.png' both 'ant' and 'bee'"),
+    ('l.txt', 'ant/0.png sea star\n', "Line 1 of .* label of several words"),
     ('l.txt', 'elsewhere/0.png ant\n', 'elsewhere/0.png. does not exist'),
     ('l.txt', 'ant/0.png ant\nant/1.png ant\n', "single class, 'ant'"),
 ])
@@ -383,6 +384,97 @@ def test_the_list_of_a_run_is_kept_to(make, tmp_path):
     other = make().parent / 'other'
     shutil.copytree(root / 'bee', other / 'bee')
     assert len(create_eval_dataset('', str(other), class_names=data.class_names, sides=str(tmp_path)).dataset) == 10
+
+
+def by_class(data):
+    return sorted((data.class_names[target], image.tobytes()) for image, target in data.dataset)
+
+
+def test_hugging_face_data_sets(make, tmp_path, monkeypatch):
+    pytest.importorskip('datasets')
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    root = make({'wolf': 9, 'bear': 5, 'fox': 3})
+    plain = load(root)
+    paths = sorted(root.glob('*/*.png'), reverse=True)
+    images = pa.array(
+        [dict(bytes=path.read_bytes(), path=path.name) for path in paths],
+        pa.struct([('bytes', pa.binary()), ('path', pa.string())]))
+    names = ['wolf', 'fox', 'bear']
+    text = [path.parent.name for path in paths]
+    columns = {'text': text, 'index': [names.index(label) for label in text], 'burst': [path.stem for path in paths]}
+    features = dict(
+        photo=dict(_type='Image'), text=dict(dtype='string', _type='Value'), burst=dict(dtype='string', _type='Value'),
+        index=dict(names=names, _type='ClassLabel'))
+    table = pa.table(dict(columns, photo=images))
+    table = table.replace_schema_metadata({'huggingface': json.dumps(dict(info=dict(features=features)))})
+    for split in ('train', 'test'):
+        (tmp_path / split).mkdir()
+        pq.write_table(table, tmp_path / split / 'train-0.parquet')
+    pq.write_table(table.slice(0, 4), tmp_path / 'test' / 'test-0.parquet')
+
+    def load_hub(folder, **options):
+        return load_training_data(f'hfds/{tmp_path / folder}', str(tmp_path / 'cache'), input_key='photo', **options)
+
+    for key, order in (('text', ['bear', 'fox', 'wolf']), ('index', names)):
+        data = load_hub('train', target_key=key)
+        assert data.class_names == order and by_class(data.test) == by_class(plain.test)
+        assert by_class(data.train) == by_class(plain.train)
+    assert load_hub('test', target_key='text').test.class_counts == [0, 0, 4]  # which has a split to evaluate on
+    grouped = load_hub('train', target_key='text', group_key='burst', holdout=0.3)
+    assert not {name.split('/')[-1] for name in names_of(grouped.train)} & {
+        name.split('/')[-1] for name in names_of(grouped.test)}
+    with pytest.raises(InputError, match='label'):
+        load_hub('train')
+
+
+def test_web_data_sets(make, tmp_path):
+    pytest.importorskip('webdataset')
+    root = make({'wolf': 9, 'bear': 5, 'fox': 3})
+    names = ['wolf', 'fox', 'bear']
+    for split in ('train', 'val'):
+        with tarfile.open(tmp_path / f'{split}-0.tar', 'w') as tar:
+            for i, path in enumerate(sorted(root.glob('*/*.png'))):
+                label = str(names.index(path.parent.name))
+                for suffix, content in (('png', path.read_bytes()), ('cls', label.encode())):
+                    member = tarfile.TarInfo(f'{i:04d}.{suffix}')
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    stats = tmp_path / 'stats.json'
+    stats.write_text(json.dumps(dict(pos_counts=[9, 3, 5], num_samples=17, class_names=names)))
+    options = dict(val_split='val-0.tar|17', class_stats=str(stats))
+    data = load_training_data(
+        'wds/x', str(tmp_path), train_split='train-0.tar', train_num_samples=17, batch_size=4, in_chans=1, **options)
+    assert data.class_counts == [9, 3, 5] and data.class_names == names
+    image, target = next(iter(data.test.dataset))
+    assert image.mode == 'L' and target == 2
+    alone = create_eval_dataset('wds/x', str(tmp_path), options.pop('val_split'), class_names=sorted(names), **options)
+    assert [target for _, target in alone.dataset] == [0] * 5 + [1] * 3 + [2] * 9
+    (tmp_path / 'map.txt').write_text('W\nF\nB\n')
+    named = create_eval_dataset('wds/x', str(tmp_path), 'val-0.tar|17', class_map=str(tmp_path / 'map.txt'))
+    assert named.class_names == ['W', 'F', 'B'] and next(iter(named.dataset))[1] == 2
+    with pytest.raises(InputError, match='is a stream'):
+        load_training_data('wds/x', str(tmp_path), train_split='train-0.tar|17', holdout=0.1, **options)
+
+
+def test_torchvision_sets_of_one_channel(tmp_path):
+    folder = tmp_path / 'MNIST' / 'raw'
+    folder.mkdir(parents=True)
+    for split, count in (('train', 40), ('t10k', 20)):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images = np.zeros((count, 28, 28), np.uint8) + labels[:, None, None]
+        for kind, array in (('images-idx3', images), ('labels-idx1', labels)):
+            head = np.array([0x0800 + array.ndim, *array.shape], dtype='>u4').tobytes()
+            (folder / f'{split}-{kind}-ubyte').write_bytes(head + array.tobytes())
+    data = load_training_data('torch/mnist', str(tmp_path))
+    assert data.class_counts == [4] * 10 and data.test.class_counts == [2] * 10
+    assert all(np.asarray(image).shape == (28, 28, 3) and np.all(np.asarray(image) == target)
+               for image, target in data.test.dataset)
+    assert load_training_data('torch/mnist', str(tmp_path), holdout=0.25).test.class_counts == [1] * 10
+    images, _ = next(iter(create_train_loader(data.train, loader_config(), 8, CPU, Augmentation(), 0)))
+    assert images.shape == (8, 3, 8, 8)
 
 
 RUN = [

@@ -151,7 +151,7 @@ def test_bad_hparams(tmp_path, text, message):
     (['--hparams', 'nowhere.yaml'], "hparams file 'nowhere.yaml' does not exist."),
     (['--hparams', 'quickstar'], "hparams file 'quickstar' does not exist, the nearest valid one is 'quickstart'"),
     (['--epoch', '3'], "'--epoch', the nearest valid one is '--epochs'"),
-    (['--quux', 'x'], "Unknown argument '--quux': "),
+    (['--class-colour', 'x'], "Unknown argument '--class-colour': "),
     (['--epochs', 'ten'], "--epochs is 'ten', expected a whole number"),
     (['--epochs', '0'], '--epochs 0 is out of range: give at least 1'),
     (['--lr', 'nan'], '--lr nan is out of range'),
@@ -248,7 +248,7 @@ def test_recipes_by_name(tmp_path, monkeypatch):
 def test_from_python(tmp_path, tiny_run):
     for options, message in (
             (dict(epoch=3), "train() has an unknown key 'epoch', the nearest valid one is 'epochs'."),
-            (dict(class_map=3), "train() has an unknown key 'quux'."),
+            (dict(class_colour=3), "train() has an unknown key 'class_colour'."),
             (dict(lr='fast'), "train(): 'lr' is 'fast', expected a number"),
             (dict(epochs=0), '--epochs 0 is out of range')):
         with pytest.raises(InputError, match=re.escape(message)):

@@ -145,6 +145,7 @@ def save_exported(
         class_names: Optional[Sequence[str]] = None,
         class_counts: Optional[Sequence[int]] = None,
         opset: Optional[int] = None,
+        **known: Any,
 ) -> float:
     """Write a folder with the exported model and `config.json`, its preprocessing and classes in timm's format.
 
@@ -159,6 +160,7 @@ def save_exported(
         class_names: Names of the classes in label order.
         class_counts: Training images of each class.
         opset: Version of ONNX's operators, torch's choice by default.
+        **known: What else `export_model` is to keep in `config.json`.
 
     Returns:
         The largest difference found, relative to the largest logit.
@@ -184,7 +186,7 @@ def save_exported(
                 f'The exported model differs from the original by {difference:.1e} of the largest logit, expected at '
                 f'most {_TOLERANCE:.0e}: choose another --format.')
         saved = Path(temporary, 'saved')
-        export_model(model, saved, data_config, class_names, class_counts)
+        export_model(model, saved, data_config, class_names, class_counts, **known)
         (saved / 'config.json').rename(inside / 'config.json')
         folder.parent.mkdir(parents=True, exist_ok=True)
         inside.rename(folder)
@@ -220,7 +222,8 @@ def export(args: argparse.Namespace) -> Path:
         raise InputError(f'--img-size {args.img_size}: {error}') from error
     folder = Path(args.output or f"exported/{model.pretrained_cfg['architecture']}-{args.format}")
     difference = save_exported(
-        model, folder, args.format, data_config, trained.class_names, trained.class_counts, args.opset)
+        model, folder, args.format, data_config, trained.class_names, trained.class_counts, args.opset,
+        shot_counts=trained.shot_counts, **{key: data_args.get(key) for key in ('exif', 'pixel_range')})
     _logger.info(f'Largest difference from torch: {difference:.1e} of the largest logit.')
     print(folder / FILES[args.format])
     return folder

@@ -17,7 +17,7 @@ from .table import ImageTable
 
 __all__ = [
     'DATASETS', 'DataRequest', 'DatasetEntry', 'ImageSet', 'MemorySet', 'find_dataset', 'in_memory_set',
-    'match_classes', 'natural_order', 'register_dataset', 'table_set',
+    'map_labels', 'match_classes', 'natural_order', 'register_dataset', 'table_set',
 ]
 
 
@@ -185,7 +185,7 @@ class DataRequest:
         return ImageDecoder(self.in_chans, tuple(self.pixel_range) if self.pixel_range else None, bool(self.exif))
 
 
-def _map_labels(path: str, labels: Sequence[str]) -> Tuple[List[str], List[Optional[int]]]:
+def map_labels(path: str, labels: Sequence[str]) -> Tuple[List[str], List[Optional[int]]]:
     """Names of the classes of a class map, and the index of each label, None for one that the map leaves out.
 
     Raises:
@@ -225,6 +225,15 @@ def _group_hashes(names: Sequence[str], groups: Optional[Sequence[str]], key: st
         for match, name in zip(found, names)])
 
 
+def _file_order(names: Sequence[str]) -> List[int]:
+    """Positions sorted by the names of the files, and where those are equal by their paths."""
+    files = [name.rpartition('/')[2] for name in names]
+    order = sorted(range(len(names)), key=files.__getitem__)
+    if len(set(files)) < len(files):
+        order.sort(key=lambda i: (files[i], names[i]))
+    return order
+
+
 def table_set(
         request: DataRequest,
         names: Sequence[str],
@@ -248,9 +257,10 @@ def table_set(
     Raises:
         InputError: If the class map or the group key cannot be used.
     """
-    labels = [unicodedata.normalize('NFC', label) for label in labels]
+    normal = {label: unicodedata.normalize('NFC', label) for label in set(labels)}
+    labels = [normal[label] for label in labels]
     if request.class_map:
-        class_names, targets = _map_labels(request.class_map, labels)
+        class_names, targets = map_labels(request.class_map, labels)
         strays = {label for label, target in zip(labels, targets) if target is None}
         if strays:
             count = sum(target is None for target in targets)
@@ -264,9 +274,7 @@ def table_set(
             notes.append(f'{len(missing)} classes without images')
         label_of = {name: c for c, name in enumerate(class_names)}
         targets = [label_of[label] for label in labels]
-    keys = [natural_order(name.rpartition('/')[2]) for name in names]
-    order = [i for i in sorted(range(len(names)), key=lambda i: (keys[i], names[i])) if targets[i] is not None]
-    order = np.array(order, dtype=np.int64)
+    order = np.array([i for i in _file_order(names) if targets[i] is not None], dtype=np.int64)
     if not len(order):
         raise InputError(f"class-map '{request.class_map}' names none of the classes, such as '{labels[0]}'.")
     sorted_targets = np.array([targets[i] for i in order], dtype=np.int32)

@@ -3,7 +3,7 @@ import hashlib
 import io
 import os
 import tarfile
-from typing import Any, Iterable, Iterator, List, Sequence, Tuple
+from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -113,15 +113,20 @@ def archive_members(path: str) -> List[Tuple[str, int, int]]:
             'the folder.') from error
 
 
-def open_files(root: str, names: Sequence[str]) -> Any:
+def open_files(root: str, names: Sequence[str], members: Optional[Sequence[Tuple[str, int, int]]] = None) -> Any:
     """Files of these paths in a folder or a tar archive.
+
+    Args:
+        root: The folder or archive.
+        names: The paths.
+        members: Members of the archive where they are known.
 
     Raises:
         InputError: If it does not exist, or the archive lacks one of them.
     """
     if os.path.isdir(root):
         return FolderFiles(root, names)
-    places = {name: (start, length) for name, start, length in archive_members(root) if length >= 0}
+    places = {name: (start, length) for name, start, length in members or archive_members(root) if length >= 0}
     missing = next((name for name in names if name not in places), None)
     if missing is not None:
         raise InputError(f"'{root}' has no member '{missing}': give paths as they are in the archive.")

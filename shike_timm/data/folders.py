@@ -145,10 +145,12 @@ class _Tree:
             raise InputError(
                 f"data-dir '{self.root}' does not exist: give a folder with a sub-folder of images per class.")
         self.hidden: Counter = Counter()
+        self.members = None
         if os.path.isdir(self.root):
             listed = _list_folder(self.root, self.hidden)
         else:
-            listed = _list_archive(archive_members(self.root), self.hidden)
+            self.members = archive_members(self.root)
+            listed = _list_archive(self.members, self.hidden)
         self.prefix = _unwrap(listed)
         self.listed = _below(listed, self.prefix[:-1]) if self.prefix else listed
 
@@ -205,7 +207,7 @@ class _Tree:
         if self.hidden:
             notes.append(f'{_number(sum(self.hidden.values()), "hidden name")} ({_some(sorted(self.hidden))})')
             self.hidden = Counter()  # told once
-        return table_set(self.request, names, labels, notes, lambda names: open_files(self.root, names))
+        return table_set(self.request, names, labels, notes, lambda names: open_files(self.root, names, self.members))
 
 
 def _without(train: ImageSet, path: str, test: ImageSet) -> ImageSet:

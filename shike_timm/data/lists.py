@@ -43,6 +43,10 @@ def _read_text(path: str, request: DataRequest) -> ImageList:
                 raise InputError(
                     f"Line {number} of '{path}' is '{parts[0]}', expected a path and a label with a space between: "
                     'mend it, or give a table with a header as .csv.')
+            if ' ' in os.path.splitext(parts[0])[1]:
+                raise InputError(
+                    f"Line {number} of '{path}', '{line.strip()}', has a label of several words: give a table with a "
+                    'header as .csv.')
             result.names.append(parts[0].strip())
             result.labels.append(parts[1])
     return result

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import IterableImageDataset
 
 from ..errors import InputError, one_line
-from .datasets import DataRequest, DatasetEntry, ImageSet, in_memory_set, register_dataset, table_set
+from .datasets import DataRequest, DatasetEntry, ImageSet, in_memory_set, map_labels, register_dataset, table_set
 from .files import Names
 from .folders import EVAL_SPLITS
 from .images import ImageDecoder
@@ -89,13 +89,13 @@ def _create(request: DataRequest, split: str, train: bool) -> Any:
         raise InputError(f"No folder of data was named for dataset '{name}': give it as --data-dir.")
     options = {}
     if prefix != 'torch':
-        options = dict(input_key=request.input_key, target_key=request.target_key, class_map=request.class_map)
+        options = dict(input_key=request.input_key, target_key=request.target_key)
     if f'{prefix}/' in STREAMS:
         options.update(
             batch_size=request.batch_size, seed=request.seed, input_img_mode='',  # which ours decides
             num_samples=request.train_num_samples if train else request.val_num_samples)
-    elif prefix == 'hfds':
-        options.update(class_map=None)  # which is applied to names, text too
+    if prefix == 'hfids':  # the labels of other streams are numbers, which a class map names
+        options.update(class_map=request.class_map)
     try:
         return timm.data.create_dataset(
             name, root=root, split=split, is_training=train, download=request.download, **options)
@@ -158,7 +158,7 @@ def _stream_set(request: DataRequest, split: str, train: bool) -> ImageSet:
         dataset.reader = _Decoded(dataset.reader, request.decoder())
     class_map = getattr(dataset.reader, 'class_to_idx', None)
     names = [str(name) for name in sorted(class_map, key=class_map.get)] if class_map else None
-    return ImageSet(dataset, names)
+    return ImageSet(dataset, map_labels(request.class_map, [])[0] if request.class_map else names)
 
 
 def _load(request: DataRequest, split: str, train: bool) -> ImageSet:

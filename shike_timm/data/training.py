@@ -151,6 +151,8 @@ def load_training_data(name: str, root: Optional[str] = None, **options: Any) ->
     shot_counts, holdout = counts, request.holdout
     if test is None and not holdout and not train.is_whole:
         test = entry.load_eval(replace(request, class_names=train.class_names))
+        if test is not None and stats:
+            test.class_names = test.class_names or train.class_names
     if test is not None:
         test = _checked(match_classes(test, names, _split_words(request)), request)
         if holdout:
@@ -196,6 +198,8 @@ def create_eval_dataset(
     if data is None or data.is_training:
         raise InputError(
             f"'{name or root}' has no {split} split: name the one to evaluate on with --val-split or --val-list.")
+    if data.class_names is None and request.class_stats:
+        data.class_names = _read_class_stats(request.class_stats)[1]
     if class_names:
         data = match_classes(data, class_names, _split_words(request))
     return _checked(data, request)
