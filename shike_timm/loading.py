@@ -20,7 +20,7 @@ from .models import Shike
 from .models.authors import is_authors_layout, num_classes_and_experts
 from .options import PREPROCESSING, TRAIN, defaults
 
-__all__ = ['TrainedModel', 'load_teacher', 'load_trained_model']
+__all__ = ['TrainedModel', 'load_teacher', 'load_trained_model', 'set_target_prior']
 
 
 @dataclass
@@ -63,7 +63,10 @@ def _load_by_name(name: str, pretrained: bool) -> TrainedModel:
         raise InputError(f"model '{name}' cannot be loaded: {one_line(error)}.") from error
     if not isinstance(model, Shike):
         raise InputError(f"model '{name}' is a {type(model).__name__}, expected a SHIKE model.")
-    model._model_args.pop('pretrained_backbone', None)  # of no use any more, and perhaps somebody's path
+    # Of no use any more, and perhaps somebody's path.
+    model._model_args = {key: value for key, value in model._model_args.items() if key != 'pretrained_backbone'}
+    if model.class_counts is None and config.get('class_counts'):
+        model.set_training_prior(config['class_counts'])
     return TrainedModel(model, config.get('class_counts'), config.get('label_names'))
 
 
@@ -72,6 +75,7 @@ def _load_authors(weights: Dict[str, Tensor], classifiers: str) -> TrainedModel:
     model = timm.create_model(
         'resnet32_shike', num_classes=num_classes, num_experts=num_experts, authors_classifiers=classifiers)
     model.load_state_dict(weights)
+    model.set_training_prior(None, 'uniform' if classifiers == 'rt_classifiers' else 'train')
     return TrainedModel(model)
 
 
@@ -87,8 +91,38 @@ def _load_checkpoint(path: str, authors_classifiers: str) -> TrainedModel:
     saved = argparse.Namespace(**{**defaults(TRAIN), **vars(saved)})
     model = create_model(saved, len(saved.class_counts))
     load_weights(model, weights, path)
+    model.set_training_prior(saved.class_counts, getattr(saved, 'classifier_prior', None))
     data_args = {option.name: getattr(saved, option.name) for option in PREPROCESSING.options}
     return TrainedModel(model, saved.class_counts, saved.class_names, data_args)
+
+
+def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:
+    """Set the prior that `--target-prior` names.
+
+    Args:
+        trained: The model.
+        prior: 'uniform', 'train', or a JSON file: numbers in label order, as a list or as timm's class statistics, or
+            by the names of the classes. None leaves the model as it is.
+
+    Raises:
+        InputError: If the file cannot be read or does not fit, or what the model was trained on is not known.
+    """
+    if prior is None:
+        return
+    values: Any = prior
+    try:
+        if prior not in ('uniform', 'train'):
+            values = json.loads(Path(prior).read_text(encoding='utf-8'))
+            values = values.get('pos_counts', values) if isinstance(values, dict) else values
+            if isinstance(values, dict):
+                if not trained.class_names:
+                    raise ValueError('it names classes, but the model does not')
+                for name in sorted(set(trained.class_names) ^ set(values)):
+                    raise ValueError(f"{'the model' if name in values else 'the file'} has no class '{name}'")
+                values = [values[name] for name in trained.class_names]
+        trained.model.set_target_prior(values)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--target-prior '{prior}' cannot be used: {one_line(error)}.") from error
 
 
 def load_trained_model(

@@ -334,6 +334,9 @@ TRAINED_MODEL = Group(
         'authors_classifiers', str, 'rt_classifiers', "which of the two sets in a checkpoint of the authors' code: the "
         'retrained ones or those of stage one', choices=('rt_classifiers', 'classifiers')),
     Option('experts', int, None, 'experts to keep, counted from 0', nargs='+'),
+    Option(
+        'target_prior', str, None, 'frequencies of the classes to answer for: uniform, train (those of the training '
+        "set), or a JSON file of them; the model's own choice by default", 'uniform|train|FILE'),
 )
 
 

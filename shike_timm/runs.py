@@ -205,13 +205,15 @@ def _run_stage(
         _logger.info(f'Resuming {stage.name} at epoch {start_epoch}.')
     compile_task(task, args, stage)
 
+    model.set_training_prior(run.data.class_counts, stage.prior)
     (folder / stage.name).mkdir(exist_ok=True)
     saver = StageSaver(
         folder / stage.name,
         model=model,
         optimizer=optimizer,
         args=argparse.Namespace(
-            **vars(args), class_counts=run.data.class_counts, class_names=run.data.class_names),
+            **vars(args), class_counts=run.data.class_counts, class_names=run.data.class_names,
+            classifier_prior=stage.prior),
         amp_scaler=loss_scaler,
         task=task,
         max_history=args.checkpoint_hist,

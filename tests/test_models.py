@@ -135,7 +135,8 @@ def test_dropout_acts_in_training_only():
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(num_experts=0), 'num_experts must be at least 1, got 0'),
+    (dict(num_experts=0), 'num_experts must be a whole number of at least 1, got 0'),
+    (dict(num_experts=1.5), 'num_experts must be a whole number of at least 1, got 1.5'),
     (dict(depths=(1, 3, 1)), r'between 1 and 2, .* got \(1, 3, 1\)'),
     (dict(depths=(0, 1, 1)), r'got \(0, 1, 1\)'),
     (dict(depths=(1, 2)), 'one shared stage for each of 3 experts'),

@@ -3,6 +3,7 @@ import argparse
 import copy
 import itertools
 import json
+import logging
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -14,7 +15,7 @@ from ..checkpoints import check_results_file, write_text
 from ..data import create_eval_dataset, create_eval_loader, load_training_data
 from ..devices import resolve_device, tune_device
 from ..errors import InputError
-from ..loading import load_trained_model
+from ..loading import load_trained_model, set_target_prior
 from ..measure import inference_costs
 from ..metrics import evaluate, format_subsets, format_table
 from ..models import Shike
@@ -22,6 +23,8 @@ from ..options import DATA, DEVICE, HPARAMS, PREPROCESSING, TRAINED_MODEL, Group
 from .cli import run_script
 
 __all__ = ['OPTIONS', 'evaluate_model', 'main', 'parse_eval_args']
+
+_logger = logging.getLogger(__name__)
 
 OPTIONS = (
     TRAINED_MODEL,
@@ -94,12 +97,21 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     num_classes = len(dataset.class_names or counts)
     if len({num_classes, len(counts), model.num_classes}) > 1:
         raise InputError(f'The model has {model.num_classes} classes, but the data {num_classes}: choose other data.')
+    if model.class_counts is None:
+        model.set_training_prior(counts, model.classifier_prior)
+    set_target_prior(trained, args.target_prior)
     data_config = resolve_data_config(args, model)
     loader = create_eval_loader(dataset, data_config, args.batch_size, device, args.workers)
     subsets = _all_subsets(model.num_experts) if args.expert_subsets else ()
     metrics = evaluate(model.to(device), loader, counts, device, subsets, args.flip, per_class=True)
     metrics['per_class'] = dict(names=names, class_counts=counts, **metrics['per_class'])
     print(format_table({'': metrics}), flush=True)
+    sizes = [size for size in metrics['per_class']['total'] if size]
+    if max(sizes) > 2 * min(sizes):
+        _logger.info(
+            f'The evaluation set is itself long-tailed, with {min(sizes)} to {max(sizes)} images a class: top1 counts '
+            'images, for which --target-prior train is right if they are as frequent as in training, and else a FILE '
+            'of the frequencies they have; balanced counts classes, for which --target-prior uniform is right.')
     _write_results(args.results_file, metrics)
     if subsets:
         images, _ = next(iter(loader))

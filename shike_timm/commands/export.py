@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import export_model
 from ..errors import InputError, one_line
-from ..loading import load_trained_model
+from ..loading import load_trained_model, set_target_prior
 from ..options import HPARAMS, TRAINED_MODEL, Group, Option, complete, read_command_line
 from .cli import run_script
 
@@ -209,6 +209,7 @@ def export(args: argparse.Namespace) -> Path:
     if args.output:
         _find_place(Path(args.output))
     trained = load_trained_model(args.model, args.checkpoint, args.pretrained, args.experts, args.authors_classifiers)
+    set_target_prior(trained, args.target_prior)
     model = trained.model
     if args.model and ':' not in args.model and not args.pretrained:
         _logger.warning(f"'{args.model}' without --pretrained is exported with random weights.")

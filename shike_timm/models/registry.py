@@ -105,6 +105,11 @@ def _create_shike(
         **kwargs,
     )
     model.pretrained_cfg['first_conv'] = get_model_traits(model)['first_conv']
+    folder = Path(model.pretrained_cfg.get('file') or '').parent
+    if pretrained and isinstance(model, Shike) and folder.parent == WEIGHTS:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        if config['num_classes'] == model.num_classes:
+            model.set_training_prior(config['class_counts'], config['model_args'].get('classifier_prior'))
     return model
 
 
