@@ -1,6 +1,8 @@
 """Trained models by name or by checkpoint, with what is known of the data they were trained on."""
 import argparse
+import copy
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -8,7 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from timm.models import parse_model_name
+from timm.models import get_arch_name, parse_model_name
 from timm.task import DistillationTeacher
 from torch import Tensor
 
@@ -20,7 +22,12 @@ from .models import Shike
 from .models.authors import is_authors_layout, num_classes_and_experts
 from .options import PREPROCESSING, TRAIN, defaults
 
-__all__ = ['TrainedModel', 'load_teacher', 'load_trained_model', 'set_target_prior']
+__all__ = [
+    'CONFIG', 'WEIGHTS', 'TrainedModel', 'find_model', 'is_registered', 'load_teacher', 'load_trained_model',
+    'set_target_prior', 'with_data_args',
+]
+
+WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
 
 @dataclass
@@ -38,6 +45,25 @@ class TrainedModel:
     class_counts: Optional[List[int]] = None
     class_names: Optional[List[str]] = None
     data_args: Dict[str, Any] = field(default_factory=dict)
+
+
+def is_registered(name: str) -> bool:
+    """Whether a model is one of the registered names, with or without a tag."""
+    return ':' not in name and get_arch_name(name) in timm.list_models(module='registry')
+
+
+def find_model(path: str) -> Path:
+    """The model folder of a run folder, or the model folder itself.
+
+    Raises:
+        InputError: If there is no model.
+    """
+    for folder in (Path(path), Path(path, 'model')):
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            return folder
+    raise InputError(
+        f"'{path}' holds no model, {CONFIG} and {WEIGHTS}: give the run folder of a finished training, or the model "
+        'folder in it.')
 
 
 def _read_config(name: str, weights: Optional[str]) -> Dict[str, Any]:
@@ -96,6 +122,15 @@ def _load_checkpoint(path: str, authors_classifiers: str) -> TrainedModel:
     return TrainedModel(model, saved.class_counts, saved.class_names, data_args)
 
 
+def with_data_args(args: argparse.Namespace, trained: TrainedModel) -> argparse.Namespace:
+    """Arguments with the preprocessing that the model was trained with, where they do not say another."""
+    args = copy.copy(args)
+    for key, value in trained.data_args.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    return args
+
+
 def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:
     """Set the prior that `--target-prior` names.
 
@@ -135,7 +170,8 @@ def load_trained_model(
     """Load a trained model, on the CPU.
 
     Args:
-        name: A registered name, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
+        name: A registered name, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or the path of a run folder, model folder or
+            checkpoint.
         checkpoint: A checkpoint of train.py or of the authors' CIFAR code, instead of a name.
         pretrained: Load the published weights of a registered name.
         experts: Experts to keep, all by default.
@@ -147,6 +183,11 @@ def load_trained_model(
     """
     if bool(name) == bool(checkpoint):
         raise InputError('Give the model, either as --model or as --checkpoint.')
+    if name and os.path.exists(name) and not is_registered(name):
+        if os.path.isfile(name):
+            name, checkpoint = None, name
+        else:
+            name = f'local-dir:{find_model(name)}'
     trained = _load_by_name(name, pretrained) if name else _load_checkpoint(checkpoint, authors_classifiers)
     if experts is not None:
         try:

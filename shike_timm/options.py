@@ -327,7 +327,9 @@ TRAIN = (*TRAINING, RESUME)
 
 TRAINED_MODEL = Group(
     'Trained model',
-    Option('model', str, None, 'local-dir:RUN/model, hf-hub:USER/NAME, or a registered name'),
+    Option(
+        'model', str, None, 'run folder, model folder, hf-hub:USER/NAME, or a registered name; for predict also an '
+        'exported ONNX file'),
     Option('pretrained', bool, False, "load a registered name's published weights"),
     Option('checkpoint', str, None, "checkpoint of train.py, or of the authors' CIFAR code", 'FILE'),
     Option(
@@ -361,7 +363,7 @@ def _add(section: Any, option: Option) -> None:
     flags, dest = (*option.flags, option.flag), option.name
     text = option.help + (f' (default: {option.shown_default})' if option.shown_default else '')
     if option.positional:
-        section.add_argument(dest, metavar=option.placeholder, help=text)
+        section.add_argument(dest, nargs=option.nargs, metavar=option.placeholder, help=text)
     elif option.kind is bool:
         action: Any = 'store_true' if dest.startswith('no_') else argparse.BooleanOptionalAction
         section.add_argument(*flags, dest=dest, action=action, help=text, default=argparse.SUPPRESS)

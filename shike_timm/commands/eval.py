@@ -15,7 +15,7 @@ from ..checkpoints import check_results_file, write_text
 from ..data import create_eval_dataset, create_eval_loader, load_training_data
 from ..devices import resolve_device, tune_device
 from ..errors import InputError
-from ..loading import load_trained_model, set_target_prior
+from ..loading import load_trained_model, set_target_prior, with_data_args
 from ..measure import inference_costs
 from ..metrics import evaluate, format_subsets, format_table
 from ..models import Shike
@@ -80,11 +80,8 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     device = resolve_device(args.device)
     tune_device(device)
     trained = load_trained_model(
-        args.model, args.checkpoint, args.pretrained, args.experts, args.authors_classifiers)
-    args = copy.copy(args)
-    for key, value in trained.data_args.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+        args.model, args.checkpoint, True, args.experts, args.authors_classifiers)  # as timm's validate.py
+    args = with_data_args(args, trained)
     model, counts, names = trained.model, trained.class_counts, trained.class_names
     if counts is None:
         data = load_training_data(
