@@ -80,7 +80,7 @@ def _read_config(name: str, weights: Optional[str]) -> Dict[str, Any]:
 
 
 def _load_by_name(name: str, pretrained: bool) -> TrainedModel:
-    saved, config = pretrained or ':' in name, {}
+    saved, config = ':' in name or pretrained and is_registered(name), {}
     try:
         model = timm.create_model(name, pretrained=saved)
         if saved and isinstance(model, Shike):

@@ -246,6 +246,8 @@ OPTIMIZER = Group(
     Option('opt', str, 'momentum', "timm's optimizer name"),
     Option('momentum', float, 0.9, 'momentum', 'M'),
     Option('weight_decay', float, 5e-4, 'weight decay', 'W', low=0),
+    Option('opt_eps', float, None, "the optimizer's epsilon", 'EPS', card='changed'),
+    Option('opt_betas', float, None, "the optimizer's betas", 'BETA', nargs='+', card='changed'),
     Option('opt_kwargs', dict, {}, 'further arguments of timm.optim.create_optimizer_v2'),
     Option('layer_decay', float, None, 'factor of the learning rate from layer to layer', 'D', low=0),
     Option('clip_grad', float, None, 'clip gradients'),
