@@ -9,6 +9,8 @@ COMMANDS = {
     'train': 'train a model: stage one, then classifier retraining',
     'retrain-classifier': 'retrain the classifiers of a stage-one checkpoint: stage two alone',
     'eval': 'evaluate a model on many-, medium- and few-shot classes',
+    'predict': 'predict the classes of image files',
+    'describe': 'tell what a data set holds: classes, counts, sizes, duplicates, unreadable files',
     'export': 'export a model to a file that runs without this package',
     'publish': 'publish a trained model and its card to the Hugging Face Hub',
     'benchmark': 'time training and inference; without a data set, on noise',

@@ -12,9 +12,9 @@ import torch
 
 from shike_timm.checkpoints import load_weights
 from shike_timm.commands.cli import run_script
-from shike_timm.commands.publish import find_model, read_run
+from shike_timm.commands.publish import read_run
 from shike_timm.errors import InputError
-from shike_timm.loading import load_trained_model
+from shike_timm.loading import find_model, load_trained_model
 from shike_timm.model_card import model_card
 from shike_timm.models.registry import WEIGHTS, default_cfgs
 

@@ -1,5 +1,5 @@
 """SHIKE for timm: importing this package registers its models with `timm.create_model`."""
-from typing import Any, Dict, Union, cast
+from typing import Any, Dict, Iterator, Union, cast
 
 import timm
 
@@ -55,3 +55,22 @@ def evaluate(**options: Any) -> Dict[str, Any]:
 
     from .commands.eval import OPTIONS, evaluate_model
     return evaluate_model(complete(OPTIONS, check_values(OPTIONS, options, 'evaluate()')))
+
+
+def predict(inputs: Any, **options: Any) -> Iterator[Dict[str, Any]]:
+    """Predict the classes of image files as `predict.py` does, with its options as keyword arguments.
+
+    Args:
+        inputs: Files, folders or patterns, or one of them.
+        **options: Its options, but for those of its output.
+
+    Returns:
+        An iterator of dictionaries as `shike_timm.commands.predict.predict_rows` gives them.
+
+    Raises:
+        ValueError: If an option is unknown or cannot work.
+    """
+    from .commands.predict import PREDICTION, predict_rows
+    from .options import check_values, complete
+    inputs = [str(one) for one in inputs] if isinstance(inputs, (list, tuple)) else [str(inputs)]
+    return predict_rows(complete(PREDICTION, check_values(PREDICTION, dict(options, inputs=inputs), 'predict()')))

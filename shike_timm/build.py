@@ -138,6 +138,10 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
             model.set_preprocessing(source)  # of the weights that those of the checkpoint came from
     except (ValueError, RuntimeError, OSError) as error:  # the Hub's are of the last kind
         raise InputError(f"model '{args.model}' cannot be made: {one_line(error)}.") from error
+    if fresh and '.' in args.model and model.pretrained_cfg.get('file'):
+        raise InputError(
+            f"--model '{args.model}' names weights, from which training does not start: give "
+            f"'{get_arch_name(args.model)}'.")
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.freeze_trunk:
         model.freeze_trunk()

@@ -15,6 +15,7 @@ from timm.utils import CheckpointSaver
 from torch import Tensor, nn
 
 from .errors import DamagedError, InputError, one_line
+from .models import Shike
 
 __all__ = [
     'StageSaver', 'check_results_file', 'export_model', 'load_checkpoint', 'load_weights', 'model_weights',
@@ -181,6 +182,8 @@ def export_model(
     temporary = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
+    if class_counts and isinstance(model, Shike) and model.class_counts is None:
+        model.set_training_prior(class_counts)
     model.pretrained_cfg.pop('label_names', None)  # of the weights that come with the name, not of these
     model_config: Dict[str, Any] = {'pretrained_cfg': {'tag': ''}}  # not the weights of the name's default tag
     for key, values in dict(label_names=class_names, class_counts=class_counts, **known).items():

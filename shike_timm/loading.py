@@ -1,6 +1,8 @@
 """Trained models by name or by checkpoint, with what is known of the data they were trained on."""
 import argparse
+import copy
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, cast
@@ -8,7 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence, cast
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from timm.models import parse_model_name
+from timm.models import get_arch_name, parse_model_name
 from timm.task import DistillationTeacher
 from torch import Tensor
 
@@ -18,10 +20,14 @@ from .data import TrainingData
 from .errors import InputError, one_line
 from .models import Shike
 from .models.authors import is_authors_layout, num_classes_and_experts
-from .models.shike import recorded_args
 from .options import PREPROCESSING, TRAIN, defaults
 
-__all__ = ['TrainedModel', 'load_teacher', 'load_trained_model']
+__all__ = [
+    'CONFIG', 'WEIGHTS', 'TrainedModel', 'find_model', 'is_registered', 'load_teacher', 'load_trained_model',
+    'set_target_prior', 'with_data_args',
+]
+
+WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
 
 @dataclass
@@ -45,6 +51,25 @@ class TrainedModel:
     data_args: Dict[str, Any] = field(default_factory=dict)
 
 
+def is_registered(name: str) -> bool:
+    """Whether a model is one of the registered names, with or without a tag."""
+    return ':' not in name and get_arch_name(name) in timm.list_models(module='registry')
+
+
+def find_model(path: str) -> Path:
+    """The model folder of a run folder, or the model folder itself.
+
+    Raises:
+        InputError: If there is no model.
+    """
+    for folder in (Path(path), Path(path, 'model')):
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            return folder
+    raise InputError(
+        f"'{path}' holds no model, {CONFIG} and {WEIGHTS}: give the run folder of a finished training, or the model "
+        'folder in it.')
+
+
 def _read_config(name: str, weights: Optional[str]) -> Dict[str, Any]:
     """The config.json of a saved model, which lies beside the weights of a registered name."""
     source, model_id = parse_model_name(name)
@@ -59,7 +84,7 @@ def _read_config(name: str, weights: Optional[str]) -> Dict[str, Any]:
 
 
 def _load_by_name(name: str, pretrained: bool) -> TrainedModel:
-    saved, config = pretrained or ':' in name, {}
+    saved, config = ':' in name or pretrained and is_registered(name), {}
     try:
         model = timm.create_model(name, pretrained=saved)
         if saved and isinstance(model, Shike):
@@ -68,8 +93,11 @@ def _load_by_name(name: str, pretrained: bool) -> TrainedModel:
         raise InputError(f"model '{name}' cannot be loaded: {one_line(error)}.") from error
     if not isinstance(model, Shike):
         raise InputError(f"model '{name}' is a {type(model).__name__}, expected a SHIKE model.")
-    recorded_args(model).pop('pretrained_backbone', None)  # of no use any more, and perhaps somebody's path
+    # Of no use any more, and perhaps somebody's path.
+    model._model_args = {key: value for key, value in model._model_args.items() if key != 'pretrained_backbone'}
     counts = config.get('class_counts')
+    if model.class_counts is None and counts:
+        model.set_training_prior(counts)
     return TrainedModel(
         model, counts, config.get('label_names'), config.get('shot_counts', counts),
         str(Path(name.partition(':')[2]).absolute().parent) if name.startswith('local-dir:') else None,
@@ -81,6 +109,7 @@ def _load_authors(weights: Dict[str, Tensor], classifiers: str) -> TrainedModel:
     model = cast(Shike, timm.create_model(
         'resnet32_shike', num_classes=num_classes, num_experts=num_experts, authors_classifiers=classifiers))
     model.load_state_dict(weights)
+    model.set_training_prior(None, 'uniform' if classifiers == 'rt_classifiers' else 'train')
     return TrainedModel(model)
 
 
@@ -96,10 +125,49 @@ def _load_checkpoint(path: str, authors_classifiers: str) -> TrainedModel:
     saved = argparse.Namespace(**{**defaults(TRAIN), **vars(saved)})
     model = create_model(saved, len(saved.class_counts))
     load_weights(model, weights, path)
+    model.set_training_prior(saved.class_counts, getattr(saved, 'classifier_prior', None))
     data_args = {option.name: getattr(saved, option.name) for option in PREPROCESSING.options}
     return TrainedModel(
         model, saved.class_counts, saved.class_names, getattr(saved, 'shot_counts', saved.class_counts),
         str(Path(path).absolute().parents[1]), data_args)
+
+
+def with_data_args(args: argparse.Namespace, trained: TrainedModel) -> argparse.Namespace:
+    """Arguments with the preprocessing that the model was trained with, where they do not say another."""
+    args = copy.copy(args)
+    for key, value in trained.data_args.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    return args
+
+
+def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:
+    """Set the prior that `--target-prior` names.
+
+    Args:
+        trained: The model.
+        prior: 'uniform', 'train', or a JSON file: numbers in label order, as a list or as timm's class statistics, or
+            by the names of the classes. None leaves the model as it is.
+
+    Raises:
+        InputError: If the file cannot be read or does not fit, or what the model was trained on is not known.
+    """
+    if prior is None:
+        return
+    values: Any = prior
+    try:
+        if prior not in ('uniform', 'train'):
+            values = json.loads(Path(prior).read_text(encoding='utf-8'))
+            values = values.get('pos_counts', values) if isinstance(values, dict) else values
+            if isinstance(values, dict):
+                if not trained.class_names:
+                    raise ValueError('it names classes, but the model does not')
+                for name in sorted(set(trained.class_names) ^ set(values)):
+                    raise ValueError(f"{'the model' if name in values else 'the file'} has no class '{name}'")
+                values = [values[name] for name in trained.class_names]
+        trained.model.set_target_prior(values)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"--target-prior '{prior}' cannot be used: {one_line(error)}.") from error
 
 
 def load_trained_model(
@@ -112,7 +180,8 @@ def load_trained_model(
     """Load a trained model, on the CPU.
 
     Args:
-        name: A registered name, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
+        name: A registered name, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or the path of a run folder, model folder or
+            checkpoint.
         checkpoint: A checkpoint of train.py or of the authors' CIFAR code, instead of a name.
         pretrained: Load the published weights of a registered name.
         experts: Experts to keep, all by default.
@@ -124,6 +193,11 @@ def load_trained_model(
     """
     if bool(name) == bool(checkpoint):
         raise InputError('Give the model, either as --model or as --checkpoint.')
+    if name and os.path.exists(name) and not is_registered(name):
+        if os.path.isfile(name):
+            name, checkpoint = None, name
+        else:
+            name = f'local-dir:{find_model(name)}'
     trained = _load_by_name(name, pretrained) if name else _load_checkpoint(checkpoint or '', authors_classifiers)
     if experts is not None:
         try:

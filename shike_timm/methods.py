@@ -37,6 +37,7 @@ class Stage:
         first_row: Row of the summary where the first epoch stands.
         compiled: Whether compiling pays.
         indices_only: Why targets must be class indices and what to do about it, None where they need not be.
+        prior: As `classifier_prior` of `Shike.set_training_prior`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Stage:
     first_row: int = 0
     compiled: bool = False
     indices_only: Optional[str] = None
+    prior: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,13 @@ class Method:
         make_task: Gives stage one's task.
         crt_epochs: Epochs of classifier retraining unless `--crt-epochs` says otherwise.
         indices_only: From arguments to `Stage.indices_only`.
+        prior: From arguments to `Stage.prior`, without a teacher.
     """
 
     make_task: Callable[['Run'], ExpertTask]
     crt_epochs: int = 0
     indices_only: Callable[[argparse.Namespace], Optional[str]] = lambda args: None
+    prior: Callable[[argparse.Namespace], Optional[str]] = lambda args: None
 
 
 def _teaching(run: 'Run') -> Dict[str, Any]:
@@ -109,14 +113,17 @@ METHODS: Dict[str, Method] = {
         crt_epochs=RETRAINING_EPOCHS,
         indices_only=lambda args:
             'dynamic knowledge transfer leaves one class out: drop it, or add --alpha 0' if args.alpha else None,
+        prior=lambda args: 'train',
     ),
-    'ce': Method(_by_loss(lambda run: expert_cross_entropy)),
+    'ce': Method(_by_loss(lambda run: expert_cross_entropy), prior=lambda args: 'train'),
     # BALMS, Ren et al., NeurIPS 2020.
-    'balanced_softmax': Method(_by_loss(lambda run: partial(balanced_softmax, class_counts=_class_counts(run)))),
+    'balanced_softmax': Method(
+        _by_loss(lambda run: partial(balanced_softmax, class_counts=_class_counts(run))), prior=lambda args: 'uniform'),
     # Menon et al., ICLR 2021.
     'logit_adjusted': Method(
-        _by_loss(lambda run: partial(logit_adjusted, class_counts=_class_counts(run), tau=run.args.tau))),
-    # Lin et al., ICCV 2017.
+        _by_loss(lambda run: partial(logit_adjusted, class_counts=_class_counts(run), tau=run.args.tau)),
+        prior=lambda args: {0: 'train', 1: 'uniform'}.get(args.tau)),
+    # Lin et al., ICCV 2017; this loss and the next are least at logits of no known prior.
     'focal': Method(_by_loss(lambda run: partial(focal, gamma=run.args.focal_gamma))),
     # Cao et al., NeurIPS 2019: classes weighted by their effective number in the last fifth of the epochs.
     'ldam_drw': Method(
@@ -170,6 +177,7 @@ def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stag
         args.warmup_lr,
         compiled=True,
         indices_only=method.indices_only(args),
+        prior=None if args.kd_model_name and args.distill_loss_weight else method.prior(args),  # or else partly its
     )
     second = Stage(
         STAGES[1],
@@ -180,6 +188,7 @@ def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stag
         args.crt_warmup_epochs,
         args.crt_warmup_lr,
         first_row=args.epochs,
+        prior='uniform',
     )
     stages = [first, second] if crt_epochs else [first]
     for stage, prefix in zip(stages, ('', 'crt-')):

@@ -8,6 +8,7 @@ from timm.task import ClassificationEvaluator
 from torch import Tensor
 
 from .distributed import world_size
+from .errors import InputError
 
 __all__ = ['METRICS', 'SHOTS', 'ExpertEvaluator', 'evaluate', 'format_subsets', 'format_table', 'shot_divisions']
 
@@ -104,12 +105,19 @@ class ExpertEvaluator(ClassificationEvaluator):
             are in percent, to two decimals. The same under `experts` of each expert and, if there are subsets, under
             `subsets` of each, with its `experts`. Under `per_class` are lists over the classes: their test images,
             `total`, the ensemble's accuracy, `top1`, None without test images, and under `experts` that of each.
+
+        Raises:
+            InputError: If a logit was not a number.
         """
         sums = [one.clone() for one in (self.total, self.top1, self.top5, self.loss_sum, self.overconfidence)]
         if distributed:
             for one in sums:
                 dist.all_reduce(one)
         total, top1, top5, loss_sum, overconfidence = (one.cpu().double() for one in sums)
+        if loss_sum.isnan().any():
+            raise InputError(
+                'The model gives logits that are not finite, which are no answers: its weights are damaged, or the '
+                'images are not what it expects; use another checkpoint.')
         num_images = max(int(total.sum()), 1)
         accuracy = 100 * top1 / total[:, None].clamp(min=1)
         divisions = dict(balanced=total >= 0, **shot_divisions(self.class_counts, **self.shots))

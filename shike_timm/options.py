@@ -294,6 +294,8 @@ OPTIMIZER = Group(
     Option('opt', str, 'momentum', "timm's optimizer name"),
     Option('momentum', float, 0.9, 'momentum', 'M'),
     Option('weight_decay', float, 5e-4, 'weight decay', 'W', low=0),
+    Option('opt_eps', float, None, "the optimizer's epsilon", 'EPS', card='changed'),
+    Option('opt_betas', float, None, "the optimizer's betas", 'BETA', nargs='+', card='changed'),
     Option('opt_kwargs', dict, {}, 'further arguments of timm.optim.create_optimizer_v2'),
     Option('layer_decay', float, None, 'factor of the learning rate from layer to layer', 'D', low=0),
     Option('clip_grad', float, None, 'clip gradients'),
@@ -388,13 +390,18 @@ TRAIN = (*TRAINING, RESUME)
 
 TRAINED_MODEL = Group(
     'Trained model',
-    Option('model', str, None, 'local-dir:RUN/model, hf-hub:USER/NAME, or a registered name'),
+    Option(
+        'model', str, None, 'run folder, model folder, hf-hub:USER/NAME, or a registered name; for predict also an '
+        'exported ONNX file'),
     Option('pretrained', bool, False, "load a registered name's published weights"),
     Option('checkpoint', str, None, "checkpoint of train.py, or of the authors' CIFAR code", 'FILE'),
     Option(
         'authors_classifiers', str, 'rt_classifiers', "which of the two sets in a checkpoint of the authors' code: the "
         'retrained ones or those of stage one', choices=('rt_classifiers', 'classifiers')),
     Option('experts', int, None, 'experts to keep, counted from 0', nargs='+'),
+    Option(
+        'target_prior', str, None, 'frequencies of the classes to answer for: uniform, train (those of the training '
+        "set), or a JSON file of them; the model's own choice by default", 'uniform|train|FILE'),
 )
 
 
@@ -419,7 +426,7 @@ def _add(section: Any, option: Option) -> None:
     flags, dest = (*option.flags, option.flag), option.name
     text = option.help + (f' (default: {option.shown_default})' if option.shown_default else '')
     if option.positional:
-        section.add_argument(dest, metavar=option.placeholder, help=text)
+        section.add_argument(dest, nargs=option.nargs, metavar=option.placeholder, help=text)
     elif option.kind is bool:
         action: Any = 'store_true' if dest.startswith('no_') else argparse.BooleanOptionalAction
         section.add_argument(*flags, dest=dest, action=action, help=text, default=argparse.SUPPRESS)

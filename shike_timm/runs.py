@@ -230,6 +230,7 @@ def _run_stage(
     if world_size() > 1:
         task.prepare_distributed(device_ids=None if run.device.type == 'cpu' else [run.device])
 
+    model.set_training_prior(run.data.class_counts, stage.prior)
     on_primary(partial((folder / stage.name).mkdir, exist_ok=True))
     saver = StageSaver(
         folder / stage.name,
@@ -241,6 +242,7 @@ def _run_stage(
             class_counts=run.data.class_counts,
             class_names=run.data.class_names,
             shot_counts=run.data.shot_counts,
+            classifier_prior=stage.prior,
         ),
         amp_scaler=loss_scaler,
         task=task,

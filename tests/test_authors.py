@@ -175,6 +175,22 @@ def test_pretrained_weights_adapt_to_other_channels_and_classes(tmp_path, weight
         timm.create_model('resnet32_shike', pretrained=True, pretrained_cfg_overlay=overlay, num_experts=2)
 
 
+def test_untrained_second_classifiers_are_refused(tmp_path, weights, images):
+    """After the authors' stage one those are as their code makes them: columns of length 1."""
+    fresh = {
+        name: F.normalize(value, dim=0) if name.startswith('rt_') else value for name, value in weights.items()}
+    path = save(tmp_path, fresh)
+    with pytest.raises(InputError, match='is of stage one.*--authors-classifiers classifiers'):
+        load_trained_model(checkpoint=str(path))
+    with pytest.raises(InputError, match="authors_classifiers='classifiers'"):
+        timm.create_model('resnet32_shike', checkpoint_path=path)
+    model = load_trained_model(checkpoint=str(path), authors_classifiers='classifiers').model.eval()
+    assert model.classifier_prior == 'train'
+    with torch.inference_mode():
+        expected = authors_logits(weights, images, 'classifiers')
+        torch.testing.assert_close(model.forward_experts(images), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_links_may_be_numbered_from_one(weights):
     one, other = timm.create_model('resnet32_shike'), timm.create_model('resnet32_shike')
     one.load_state_dict(weights)

@@ -123,6 +123,18 @@ def test_file_names_no_path_of_this_machine(format, exported_to):
     assert not any(str(place).encode() in content for place in (ROOT, sys.prefix) for content in contents)
 
 
+def test_onnx_can_be_prepared_for_quantization(exported_to, tmp_path):
+    subprocess.run(
+        [sys.executable, '-m', 'onnxruntime.quantization.preprocess', '--input', exported_to('onnx') / 'model.onnx',
+         '--output', tmp_path / 'prepared.onnx'], check=True, capture_output=True)
+    assert onnx.load(tmp_path / 'prepared.onnx').graph.value_info
+
+
+def test_a_program_is_tied_to_no_device(exported_to):
+    graph = torch.export.load(exported_to('torch-export') / 'model.pt2').graph
+    assert not [node for node in graph.nodes if 'cpu' in node.format_node()]
+
+
 def test_the_batch_axis_has_a_name(exported_to):
     graph = onnx.load(exported_to('onnx') / 'model.onnx').graph
     assert {value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)} == {'batch'}

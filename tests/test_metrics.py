@@ -125,6 +125,13 @@ def test_divisions_average_over_classes():
     assert metrics['balanced'] == metrics['many'] and metrics['medium'] is None and metrics['few'] is None
 
 
+def test_logits_that_are_no_numbers_are_an_error():
+    evaluator = ExpertEvaluator(1, [5, 5])
+    evaluator.update(torch.tensor([[[1., 0.]], [[float('nan'), 0.]]]), torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match='logits that are not finite'):
+        evaluator.compute()
+
+
 def test_top5_counts_the_five_largest():
     logits = torch.arange(10.).flip(0)[None, None].repeat(2, 1, 1)
     evaluator = ExpertEvaluator(1, [1] * 10)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import timm
 import torch
@@ -111,6 +112,39 @@ def test_cosine_classifier():
         assert model.classifier(features).dtype == torch.float32
 
 
+@pytest.mark.parametrize('change', [
+    lambda model: model, lambda model: setattr(model.classifier, 'scale', 10.),
+    lambda model: (setattr(model.classifier, 'scale', 10.), model.set_experts([2, 1]))])
+def test_a_saved_model_keeps_its_cosine_scale(tmp_path, change):
+    model = timm.create_model('resnet32_shike', num_classes=5, cosine_scale=20).eval()
+    assert model.classifier.scale == 20
+    change(model)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert loaded.classifier.scale == model.classifier.scale and torch.equal(loaded(images), model(images))
+
+
+def test_numpy_integers(tmp_path):
+    model = timm.create_model(
+        'resnet32_shike', num_classes=np.int64(5), num_experts=np.int32(2), depths=np.array([2, 1]))
+    assert (model.num_classes, model.num_experts, model.depths) == (5, 2, (2, 1))
+    model.reset_classifier(np.int64(4))
+    model.set_experts(np.array([1]))
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert (loaded.num_classes, loaded.num_experts, loaded.depths) == (4, 1, (1,))
+    for wrong in ([True], [1.], ['0']):
+        with pytest.raises(ValueError, match='experts must be different numbers'):
+            model.set_experts(wrong)
+
+
+@pytest.mark.parametrize('num_experts, hint', [(2, r'num_experts=3, then model.set_experts\(\[0, 1\]\)'), (4, '=3.$')])
+def test_weights_of_another_number_of_experts(num_experts, hint):
+    with pytest.raises(ValueError, match=f'weights are of 3 experts, not of {num_experts}: .*{hint}'):
+        timm.create_model('resnet32_shike', pretrained=True, num_experts=num_experts)
+
+
 def test_linear_classifier():
     model = timm.create_model('resnet32_shike', num_classes=5, classifier='linear')
     features = torch.randn(4, 3, 64)
@@ -135,7 +169,8 @@ def test_dropout_acts_in_training_only():
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(num_experts=0), 'num_experts must be at least 1, got 0'),
+    (dict(num_experts=0), 'num_experts must be a whole number of at least 1, got 0'),
+    (dict(num_experts=1.5), 'num_experts must be a whole number of at least 1, got 1.5'),
     (dict(depths=(1, 3, 1)), r'between 1 and 2, .* got \(1, 3, 1\)'),
     (dict(depths=(0, 1, 1)), r'got \(0, 1, 1\)'),
     (dict(depths=(1, 2)), 'one shared stage for each of 3 experts'),

@@ -17,7 +17,7 @@ from ..data import create_eval_loader
 from ..devices import tune_device
 from ..distributed import join_processes, rank
 from ..errors import InputError
-from ..loading import load_trained_model
+from ..loading import load_trained_model, set_target_prior, with_data_args
 from ..measure import inference_costs
 from ..metrics import evaluate, format_subsets, format_table
 from ..models import Shike
@@ -92,11 +92,8 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     device = join_processes(args.device)
     tune_device(device)
     trained = load_trained_model(
-        args.model, args.checkpoint, args.pretrained, args.experts, args.authors_classifiers)
-    args = copy.copy(args)
-    for key, value in trained.data_args.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+        args.model, args.checkpoint, True, args.experts, args.authors_classifiers)  # as timm's validate.py
+    args = with_data_args(args, trained)
     model, counts, names = trained.model, trained.class_counts, trained.class_names
     shot_counts = trained.shot_counts
     if counts is None:
@@ -107,6 +104,9 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     num_classes = len(dataset.class_names or counts)
     if len({num_classes, len(counts), model.num_classes}) > 1:
         raise InputError(f'The model has {model.num_classes} classes, but the data {num_classes}: choose other data.')
+    if model.class_counts is None:
+        model.set_training_prior(counts, model.classifier_prior)
+    set_target_prior(trained, args.target_prior)
     data_config = resolve_data_config(args, model)
     loader = create_eval_loader(dataset, data_config, args.batch_size, device, args.workers)
     subsets = _all_subsets(model.num_experts) if args.expert_subsets else ()
@@ -120,6 +120,12 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     if rank():
         return metrics
     print(format_table({'': metrics}), flush=True)
+    sizes = [size for size in metrics['per_class']['total'] if size]
+    if max(sizes) > 2 * min(sizes):
+        _logger.info(
+            f'The evaluation set is itself long-tailed, with {min(sizes)} to {max(sizes)} images a class: top1 counts '
+            'images, for which --target-prior train is right if they are as frequent as in training, and else a FILE '
+            'of the frequencies they have; balanced counts classes, for which --target-prior uniform is right.')
     _write_results(args.results_file, metrics)
     if subsets:
         images, _ = next(iter(loader))

@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import torch
 from timm.data import resolve_input_data_config
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import export_model
 from ..errors import InputError, one_line
-from ..loading import load_trained_model
+from ..loading import is_registered, load_trained_model, set_target_prior
 from ..options import HPARAMS, TRAINED_MODEL, Group, Option, parse_args
 from .cli import run_script
 
@@ -50,6 +50,22 @@ def _find_place(folder: Path) -> Path:
     return above
 
 
+def _known_to_shape_inference(node: Any) -> List[Any]:
+    """An ONNX node, or others in its place, since onnxruntime's preprocessing for quantization knows no ReduceL2."""
+    from onnx.helper import make_node
+
+    if node.op_type != 'ReduceL2' or len(node.input) < 2:
+        return [node]
+    (x, axes), (norm,) = node.input, node.output
+    total = make_node('ReduceSum', [f'{norm}_squares', axes], [f'{norm}_total'], name=f'{norm}_total')
+    total.attribute.extend(node.attribute)
+    return [
+        make_node('Mul', [x, x], [f'{norm}_squares'], name=f'{norm}_squares'),
+        total,
+        make_node('Sqrt', [f'{norm}_total'], [norm], name=node.name),
+    ]
+
+
 def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: Optional[int]) -> None:
     import onnx
     from timm.utils.onnx import onnx_export
@@ -62,8 +78,11 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: Optional[in
     written = program.opset_import[0].version
     if opset is not None and written != opset:  # the exporter warns and keeps its own
         raise InputError(f'--opset {opset} cannot be written, torch gives {written}: leave it out.')
-    for node in program.graph.node:
+    nodes = [part for node in program.graph.node for part in _known_to_shape_inference(node)]
+    for node in nodes:
         del node.metadata_props[:]  # paths and source lines of this machine
+    del program.graph.node[:]
+    program.graph.node.extend(nodes)
     onnx.save(program, path)
 
 
@@ -212,8 +231,9 @@ def export(args: argparse.Namespace) -> Path:
     if args.output:
         _find_place(Path(args.output))
     trained = load_trained_model(args.model, args.checkpoint, args.pretrained, args.experts, args.authors_classifiers)
+    set_target_prior(trained, args.target_prior)
     model = trained.model
-    if args.model and ':' not in args.model and not args.pretrained:
+    if args.model and is_registered(args.model) and not args.pretrained:
         _logger.warning(f"'{args.model}' without --pretrained is exported with random weights.")
     data_args = dict(trained.data_args, **({'img_size': args.img_size} if args.img_size else {}))
     try:

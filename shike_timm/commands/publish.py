@@ -13,32 +13,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from ..errors import InputError, one_line
-from ..loading import load_trained_model
+from ..loading import CONFIG, WEIGHTS, find_model, load_trained_model
 from ..model_card import model_card
 from ..options import Group, Option, parse_args
 from .cli import run_script
 
-__all__ = ['OPTIONS', 'PublishError', 'find_model', 'main', 'parse_publish_args', 'publish', 'read_run']
+__all__ = ['OPTIONS', 'PublishError', 'main', 'parse_publish_args', 'publish', 'read_run']
 
-WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
+CARD = 'README.md'
 
 
 class PublishError(OSError):
     """The Hub, or the way to it, failed. The message is one sentence that says what happened and what to do."""
-
-
-def find_model(path: str) -> Path:
-    """The model folder of a run folder, or the model folder itself.
-
-    Raises:
-        InputError: If there is no model.
-    """
-    for folder in (Path(path), Path(path, 'model')):
-        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-            return folder
-    raise InputError(
-        f"'{path}' holds no model, {CONFIG} and {WEIGHTS}: give the run folder of a finished training, or the model "
-        'folder in it.')
 
 
 def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:

@@ -73,7 +73,13 @@ def _stack_classifiers(weights: Dict[str, Tensor], classifiers: str) -> Tensor:
     shapes = {tuple(head.shape) for head in heads.values()}
     if len(shapes) > 1:
         raise InputError(f"{_WHERE} has '{classifiers}' of different shapes, {sorted(shapes)}: use a whole file.")
-    return torch.stack([heads[m].t() for m in range(len(heads))])
+    stacked = torch.stack([heads[m].t() for m in range(len(heads))])
+    # Their code begins with columns of length 1, which training would change.
+    if classifiers == CLASSIFIER_SETS[0] and ((stacked.norm(dim=-1) - 1).abs() < 1e-4).all():
+        raise InputError(
+            f"{_WHERE} is of stage one: its '{classifiers}' are untrained; choose the trained ones with "
+            "authors_classifiers='classifiers', --authors-classifiers classifiers.")
+    return stacked
 
 
 def _check_fit(

@@ -7,18 +7,29 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
-__all__ = ['CLASSIFIERS', 'CosineClassifier', 'LinearClassifier']
+__all__ = ['CLASSIFIERS', 'COSINE_SCALE', 'CosineClassifier', 'LinearClassifier']
+
+COSINE_SCALE = 30.
+
+
+def _normalize(x: Tensor) -> Tensor:
+    # Not F.normalize, whose Expand stops the shape inference of ONNX.
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 @register_notrace_function
-def product_without_autocast(x: Tensor, weight: Tensor) -> Tensor:
-    """Products of features [B, M, D] with class weights [M, C, D], one expert at a time: [B, M, C]."""
+def cosines(x: Tensor, weight: Tensor) -> Tensor:
+    """Cosines between features [B, M, D] and class weights [M, C, D], expert by expert: [B, M, C]."""
+    if x.dtype != weight.dtype:
+        x = x.to(weight.dtype)  # which an exported program would tie to this device
+    x, weight = _normalize(x), _normalize(weight)
     if torch.jit.is_scripting():
         return torch.einsum('bmd,mcd->bmc', x, weight)
-    if not torch.amp.is_autocast_available(x.device.type):  # the meta device
-        return torch.einsum('bmd,mcd->bmc', x, weight)
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.einsum('bmd,mcd->bmc', x, weight)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on the meta device
+        with torch.autocast(device, enabled=False):
+            return torch.einsum('bmd,mcd->bmc', x, weight)
+    return torch.einsum('bmd,mcd->bmc', x, weight)
 
 
 class _StackedClassifier(nn.Module):
@@ -52,14 +63,13 @@ class CosineClassifier(_StackedClassifier):
     float32 also under autocast: at a scale of 30, bfloat16 would round them to steps of 1/8.
     """
 
-    def __init__(self, num_experts: int, in_features: int, num_classes: int, scale: float = 30., **dd: Any):
+    def __init__(self, num_experts: int, in_features: int, num_classes: int, scale: float = COSINE_SCALE, **dd: Any):
         super().__init__()
         self.scale = scale
         self.weight = nn.Parameter(F.normalize(torch.randn(num_experts, num_classes, in_features, **dd), dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.normalize(x.to(self.weight.dtype), dim=-1)
-        return self.scale * product_without_autocast(x, F.normalize(self.weight, dim=-1))
+        return self.scale * cosines(x, self.weight)
 
 
 CLASSIFIERS = {'cosine': CosineClassifier, 'linear': LinearClassifier}

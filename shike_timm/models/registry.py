@@ -1,5 +1,6 @@
 """The names that timm knows SHIKE by: their configurations, the weights that come with the package, entry points."""
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -15,6 +16,7 @@ from timm.models import (
 )
 from torch import Tensor
 
+from ..errors import InputError
 from .authors import is_authors_layout, translate_authors_weights
 from .backbones import BackboneFn, cifar_resnet, preprocessing, timm_backbone
 from .shike import Shike
@@ -64,6 +66,12 @@ default_cfgs = generate_default_cfgs({
 
 def _translate_pretrained(state_dict: Dict[str, Tensor], model: Shike) -> Dict[str, Tensor]:
     """Translate before timm adapts weights to other image channels and another number of classes."""
+    experts = {int(match[1]) for name in state_dict if (match := re.match(r'experts\.(\d+)\.', name))}
+    if experts and len(experts) != model.num_experts:
+        few = f', then model.set_experts({list(range(model.num_experts))})' if model.num_experts < len(experts) else ''
+        raise InputError(
+            f'These weights are of {len(experts)} experts, not of {model.num_experts}: create the model with '
+            f'num_experts={len(experts)}{few}.')
     if not is_authors_layout(state_dict):
         return state_dict
     first_conv = get_model_traits(model)['first_conv']
@@ -105,6 +113,11 @@ def _create_shike(
         **kwargs,
     )
     model.pretrained_cfg['first_conv'] = get_model_traits(model)['first_conv']
+    folder = Path(model.pretrained_cfg.get('file') or '').parent
+    if pretrained and isinstance(model, Shike) and folder.parent == WEIGHTS:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        if config['num_classes'] == model.num_classes:
+            model.set_training_prior(config['class_counts'], config['model_args'].get('classifier_prior'))
     return model
 
 

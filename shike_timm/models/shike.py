@@ -1,5 +1,6 @@
 """SHIKE: experts that share a trunk and each fuse features of another depth (Jin et al., CVPR 2023)."""
 import math
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from .aligners import ALIGNERS
 from .authors import CLASSIFIER_SETS, is_authors_layout, translate_authors_weights
 from .backbones import BackboneFn, Source, preprocessing, pretrained_parts
-from .classifiers import CLASSIFIERS
+from .classifiers import CLASSIFIERS, COSINE_SCALE
 
-__all__ = ['Shike', 'recorded_args']
+__all__ = ['Shike']
 
 FUSIONS = ('product', 'residual', 'none')
+
+Prior = Union[None, str, Sequence[float]]  # frequencies of classes: 'uniform', 'train', or numbers
 
 
 class Expert(nn.Module):
@@ -55,6 +58,21 @@ def _init_convolutions(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
+def _check_prior(values: Sequence[float], num_classes: int, what: str) -> None:
+    if len(values) != num_classes:
+        raise ValueError(f'{what} has {len(values)} values, but the model {num_classes} classes.')
+    wrong = [value for value in values if not 0 < value < math.inf]
+    if wrong:
+        raise ValueError(f'{what} holds {wrong[0]:g}, expected positive numbers: give a rare class a small one.')
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's integers, alone or in a list, as Python's, which JSON takes."""
+    if isinstance(value, (list, tuple)) or hasattr(value, 'tolist'):
+        return [_plain(item) for item in value] if getattr(value, 'ndim', 1) else value.item()
+    return value
+
+
 class Shike(nn.Module):
     """SHIKE network: a trunk of shared stages and, per expert, the last stage, an aligner and a classifier.
 
@@ -76,14 +94,20 @@ class Shike(nn.Module):
         drop_rate: Dropout on the pooled features.
         drop_path_rate: Stochastic depth in the backbone, where it has one; None leaves the backbone its own rate.
         output_stride: 8 or 16 to dilate the backbone, where it can be.
+        cosine_scale: What cosines are multiplied with to be logits, for the cosine classifier.
         authors_classifiers: Which classifiers to take from a checkpoint in the authors' layout, which holds two sets:
             'rt_classifiers', the retrained ones, or 'classifiers', those of stage one.
+        class_counts: As for `set_training_prior`; left out where they are not of as many classes.
+        classifier_prior: Likewise.
+        target_prior: As for `set_target_prior`; left out with the counts.
         device: Device of the parameters.
         dtype: Data type of the parameters.
 
     Raises:
         ValueError: If an argument is out of range or the backbone cannot be split; the message names it.
     """
+
+    __jit_unused_properties__ = ['_model_args']
 
     def __init__(
             self,
@@ -99,13 +123,18 @@ class Shike(nn.Module):
             drop_rate: float = 0.,
             drop_path_rate: Optional[float] = None,
             output_stride: int = 32,
+            cosine_scale: float = COSINE_SCALE,
             authors_classifiers: str = 'rt_classifiers',
+            class_counts: Optional[Sequence[int]] = None,
+            classifier_prior: Optional[str] = None,
+            target_prior: Prior = None,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f'num_experts must be at least 1, got {num_experts}.')
+        if not isinstance(num_experts, Integral) or num_experts < 1:
+            raise ValueError(f'num_experts must be a whole number of at least 1, got {num_experts}.')
+        num_experts = int(num_experts)
         fusion = 'product' if fusion is True else fusion or 'none'
         given = dict(fusion=fusion, classifier=classifier, aligner=aligner, authors_classifiers=authors_classifiers)
         for (name, value), known in zip(given.items(), (FUSIONS, CLASSIFIERS, ALIGNERS, CLASSIFIER_SETS)):
@@ -118,6 +147,7 @@ class Shike(nn.Module):
         self.in_chans = in_chans
         self.num_experts = num_experts
         self.classifier_type = classifier
+        self.cosine_scale = float(cosine_scale)
         self.authors_classifiers = authors_classifiers
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
@@ -153,14 +183,18 @@ class Shike(nn.Module):
         first_conv = [name for name, module in self.named_modules() if module in net.first_conv]
         # Where timm looks for the convolutions to adapt to other image channels.
         self._traits = dict(first_conv=tuple(first_conv) if len(first_conv) > 1 else first_conv[0])
+        self.register_buffer('prior_offset', None, persistent=False)
         self.reset_classifier(num_classes, global_pool)
+        if class_counts is None or len(class_counts) == self.num_classes:
+            self.set_training_prior(class_counts, classifier_prior)
+            self.set_target_prior(target_prior)
         self.register_load_state_dict_pre_hook(_translate_on_load)
 
     @staticmethod
     def _resolve_depths(depths: Optional[Sequence[int]], num_experts: int, num_shared: int) -> Tuple[int, ...]:
         if depths is None:
             return tuple(m % num_shared + 1 for m in range(num_experts))
-        depths = tuple(depths)
+        depths = tuple(_plain(depth) for depth in depths)
         if len(depths) != num_experts:
             raise ValueError(f'depths must name one shared stage for each of {num_experts} experts, got {depths}.')
         if not all(1 <= depth <= num_shared for depth in depths):
@@ -239,7 +273,7 @@ class Shike(nn.Module):
 
     @torch.jit.ignore()
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Give every expert a new classifier with fresh initial values.
+        """Give every expert a new classifier with fresh initial values, which knows of no prior.
 
         Args:
             num_classes: Classes; 0 leaves the classifiers out.
@@ -249,7 +283,7 @@ class Shike(nn.Module):
         Raises:
             ValueError: If there is no such pooling, or '' is to go with classifiers.
         """
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 0:
             raise ValueError(f'num_classes must be a whole number of at least 0, got {num_classes!r}.')
         if global_pool is None and num_classes and not self.global_pool.pool_type:
             global_pool = 'avg'
@@ -260,15 +294,101 @@ class Shike(nn.Module):
                 raise ValueError(f"global_pool '' goes with num_classes=0, got {num_classes}: classifiers need it.")
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
             self.global_pool.train(self.training)
-        self.num_classes = num_classes
+        self.num_classes = int(num_classes)
         self.head_hidden_size = self.num_features
+        self.class_counts: Optional[List[int]] = None
+        self.classifier_prior: Optional[str] = None
+        self.target_prior: Prior = None
+        self.prior_offset = None
         if num_classes:
             parameter = next(self.parameters())
+            options = dict(scale=self.cosine_scale) if self.classifier_type == 'cosine' else {}
             classifier = CLASSIFIERS[self.classifier_type](
-                self.num_experts, self.num_features // self.num_experts, num_classes)
+                self.num_experts, self.num_features // self.num_experts, self.num_classes, **options)
             self.classifier = classifier.to(parameter.device, parameter.dtype).train(self.training)
         else:
             self.classifier = nn.Identity().train(self.training)
+
+    @torch.jit.ignore()
+    def set_training_prior(self, class_counts: Optional[Sequence[int]], classifier_prior: Optional[str] = None) -> None:
+        """Say what the classifiers were trained on, which `set_target_prior` starts from and a saved model keeps.
+
+        Args:
+            class_counts: Training images of each class; None where they are not known.
+            classifier_prior: The world that the logits answer for: 'train', where classes are as frequent as in
+                training, as after plain cross-entropy; 'uniform', where all are equally frequent, as after balanced
+                softmax; None where it is not known.
+
+        Raises:
+            ValueError: If there are not as many counts as classes, one is not positive, or there is no such prior.
+        """
+        if class_counts is not None:
+            class_counts = [int(count) for count in class_counts]
+            _check_prior(class_counts, self.num_classes, 'class_counts')
+        if classifier_prior not in (None, 'uniform', 'train'):
+            raise ValueError(f"classifier_prior must be 'uniform', 'train' or None, got {classifier_prior!r}.")
+        self.set_target_prior(None)
+        self.class_counts, self.classifier_prior = class_counts, classifier_prior
+
+    @torch.jit.ignore()
+    def set_target_prior(self, prior: Prior) -> None:
+        """Answer for a world in which classes have these frequencies, from now on and also when saved or exported.
+
+        In eval mode the logits of each expert are those as trained, plus the logarithm of this prior, less that of
+        the prior they were trained to answer for. In training mode they stay as they are.
+
+        Args:
+            prior: 'uniform', 'train' (the frequencies of the training set), positive numbers in proportion to the
+                frequencies of the classes [num_classes], or None for the logits as trained.
+
+        Raises:
+            ValueError: If a prior that this needs is not known, or there are not as many numbers as classes or one is
+                not positive.
+        """
+        if isinstance(prior, str) and prior not in ('uniform', 'train'):
+            raise ValueError(f"The target prior must be 'uniform', 'train' or numbers, got '{prior}'.")
+        if prior is not None and self.classifier_prior is None:
+            raise ValueError(
+                'The model does not say which prior its classifiers answer for, so that none can be put in place of '
+                "it: after balanced softmax model.set_training_prior(class_counts, 'uniform') tells it, after plain "
+                "cross-entropy 'train'.")
+        offset = None
+        if prior is not None and not isinstance(prior, str):
+            prior = [float(value) for value in prior]
+            _check_prior(prior, self.num_classes, 'The target prior')
+        if prior is not None and prior != self.classifier_prior:
+            parameter = next(self.parameters())
+            offset = self._log_prior(prior) - self._log_prior(self.classifier_prior)
+            offset = offset.to(parameter.device, parameter.dtype)
+        self.target_prior, self.prior_offset = prior, offset
+
+    def _log_prior(self, prior: Prior) -> Tensor:
+        """Logarithms of a prior [num_classes], in float64; zeros, which softmax takes for the same, if uniform."""
+        if prior == 'uniform':
+            return torch.zeros(self.num_classes, dtype=torch.float64)
+        if prior == 'train' and self.class_counts is None:
+            raise ValueError(
+                'The model does not know its training images of each class, which make the training prior: tell it '
+                'with model.set_training_prior(class_counts, classifier_prior).')
+        values = torch.tensor(self.class_counts if prior == 'train' else prior, dtype=torch.float64)
+        return (values / values.sum()).log()
+
+    @property
+    def _model_args(self) -> Dict[str, Any]:
+        """What timm writes into the configuration of a saved model: what it was made with, and what was set since."""
+        made_with = {name: _plain(value) for name, value in self.__dict__.get('_made_with', {}).items()}
+        now = dict(
+            class_counts=self.class_counts, classifier_prior=self.classifier_prior, target_prior=self.target_prior)
+        scale = getattr(self.classifier, 'scale', COSINE_SCALE)
+        if scale != COSINE_SCALE or 'cosine_scale' in made_with:
+            now['cosine_scale'] = scale
+        for name in now:
+            made_with.pop(name, None)
+        return {**made_with, **{name: value for name, value in now.items() if value is not None}}
+
+    @_model_args.setter
+    def _model_args(self, made_with: Dict[str, Any]) -> None:
+        self._made_with = made_with
 
     @torch.jit.ignore()
     def set_experts(self, experts: Sequence[int]) -> None:
@@ -282,10 +402,12 @@ class Shike(nn.Module):
         """
         experts = list(experts)
         known = range(len(self.experts))
-        if not experts or len(set(experts)) < len(experts) or not all(type(m) is int and m in known for m in experts):
+        whole = all(isinstance(m, Integral) and not isinstance(m, bool) for m in experts)
+        if not experts or len(set(experts)) < len(experts) or not whole or not set(experts) <= set(known):
             raise ValueError(
                 f'experts must be different numbers from 0 to {len(known) - 1}, the experts of the model, '
                 f'got {experts}.')
+        experts = [int(m) for m in experts]
         self.num_features = self.num_features // self.num_experts * len(experts)
         self.experts = nn.ModuleList([self.experts[m] for m in experts])
         self.depths = tuple(self.depths[m] for m in experts)
@@ -294,12 +416,12 @@ class Shike(nn.Module):
         self.feature_info[-1] = dict(self.feature_info[-1], num_chs=self.num_features)
         if self.num_classes:
             self.classifier.keep_experts(experts)
-        recorded_args(self).update(num_experts=len(experts), depths=list(self.depths))
+        self._model_args = dict(self._model_args, num_experts=len(experts), depths=list(self.depths))
 
     def _levels(self, indices: Union[None, int, Sequence[int]]) -> List[int]:
         """Feature levels as indices from 0, of indices that may count from the end, or of how many of the last."""
         num_levels = len(self.feature_info)
-        if indices is None or isinstance(indices, int):
+        if indices is None or isinstance(indices, Integral):
             indices = range(-(num_levels if indices is None else indices), 0)
         if not indices or not all(-num_levels <= i < num_levels for i in indices):
             raise ValueError(f'indices must be of the {num_levels} feature levels of the model, got {list(indices)}.')
@@ -396,7 +518,8 @@ class Shike(nn.Module):
 
     def forward_expert_head(self, x: Tensor) -> Tensor:
         """Logits of each expert, [B, M, num_classes], from the feature maps of `forward_features`."""
-        return self.classifier(self.forward_head(x, pre_logits=True).unflatten(1, (self.num_experts, -1)))
+        logits = self.classifier(self.forward_head(x, pre_logits=True).unflatten(1, (self.num_experts, -1)))
+        return logits if self.training or self.prior_offset is None else logits + self.prior_offset
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooled features [B, num_features] where pre_logits or without classifiers, else averaged logits."""
@@ -405,7 +528,8 @@ class Shike(nn.Module):
             x = F.dropout(x, self.drop_rate, self.training)
         if pre_logits or self.num_classes == 0:
             return x
-        return self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1)
+        logits = self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1)
+        return logits if self.training or self.prior_offset is None else logits + self.prior_offset
 
     def forward_experts(self, x: Tensor) -> Tensor:
         """Logits of each expert, [B, M, num_classes], from images [B, in_chans, H, W]."""
@@ -414,14 +538,6 @@ class Shike(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits averaged over experts, [B, num_classes], from images [B, in_chans, H, W]."""
         return self.forward_head(self.forward_features(x))
-
-
-def recorded_args(model: Shike) -> Dict[str, Any]:
-    """The arguments that timm noted down when it made the model, to write them into the configuration of a saved one.
-
-    timm has no public way to change them.
-    """
-    return model.__dict__.setdefault('_model_args', {})
 
 
 def _translate_on_load(model: Shike, state_dict: Dict[str, Tensor], prefix: str, *_: Any) -> None:

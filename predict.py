@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""Predict the classes of image files."""
+import sys
+
+from shike_timm.commands.predict import main
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Description of a data set: classes, counts, sizes, and whatever may falsify a training on it."""
+import argparse
+import json
+from collections import Counter, defaultdict
+from dataclasses import fields
+from pathlib import Path
+from statistics import median
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from ..checkpoints import check_results_file, write_text
+from ..data import find_dataset
+from ..data.datasets import DataRequest, ImageSet
+from ..data.survey import Seen, survey
+from ..errors import InputError
+from ..metrics import shot_divisions
+from ..options import DATA, HPARAMS, TRAINING_DATA, Group, Option, complete, read_command_line
+from .cli import run_script
+
+__all__ = ['OPTIONS', 'describe', 'describe_data', 'main', 'parse_describe_args']
+
+MAX_LISTED = 10  # lines of a kind in the text; the JSON has all
+
+_ASKED = {field.name for field in fields(DataRequest)} - {'name', 'root', 'class_names', 'class_stats', 'batch_size'}
+
+OPTIONS = (
+    DATA,
+    Group('Splits', *(option for option in TRAINING_DATA.options if option.name in _ASKED)),
+    Group(
+        'Description',
+        Option('json', bool, False, 'print JSON, with all names'),
+        Option(
+            'class_stats', str, None, "JSON file to write the training images of each class to, in timm's format",
+            'FILE'),
+        Option('workers', int, 4, 'processes that read images', low=0, flags=('-j',)),
+    ),
+    HPARAMS,
+)
+
+
+def _load(args: argparse.Namespace) -> Tuple[ImageSet, Optional[ImageSet], Optional[str]]:
+    """The training set, the evaluation split, and why there is none."""
+    asked = {name: value for name, value in vars(args).items() if name in _ASKED}
+    request = DataRequest(args.dataset, args.data_dir, download=args.dataset_download, **asked)
+    entry = find_dataset(args.dataset)
+    train, test = entry.load_train(request)
+    if test is not None or getattr(train, 'is_whole', False):
+        return train, test, None if test is not None else 'the data set has one split'
+    try:
+        test = entry.load_eval(request)
+    except InputError as error:
+        return train, None, str(error)
+    if test is None or getattr(test, 'is_training', False):
+        return train, None, 'the data set has one split'
+    return train, test, None
+
+
+def _three(values: Sequence[int]) -> List[int]:
+    return [min(values), round(median(values)), max(values)]
+
+
+def _describe_split(data: ImageSet, seen: List[Seen]) -> Dict[str, Any]:
+    labels = [one.target for one in seen]
+    names = list(data.class_names or map(str, range(max(labels, default=-1) + 1)))
+    counts = Counter(labels)
+    class_counts = [counts[c] for c in range(len(names))]
+    present = [count for count in class_counts if count]
+    readable = [one for one in seen if one.error is None]
+    told: Dict[str, Any] = dict(
+        images=len(seen),
+        classes=len(present),
+        imbalance_factor=round(max(present) / min(present), 4) if present else None,
+        class_counts=dict(zip(names, class_counts)),
+        classes_without_images=[name for name, count in zip(names, class_counts) if not count],
+        images_without_label=[one.name for one in seen if not 0 <= one.target < len(names)],
+        unreadable=[dict(file=one.name, error=one.error) for one in seen if one.error is not None],
+        modes=dict(Counter(one.mode for one in readable).most_common()),
+    )
+    if readable:
+        told.update(zip(('width', 'height'), map(_three, zip(*(one.size for one in readable)))))
+    extrema = [one.extrema for one in readable if one.extrema]
+    if extrema:
+        told['pixel_range'] = [min(low for low, _ in extrema), max(high for _, high in extrema)]
+    if getattr(data, 'notes', None):
+        told['left_out'] = list(data.notes)
+    return told
+
+
+def _duplicates(sets: Dict[str, Tuple[ImageSet, List[Seen]]]) -> Dict[str, List[List[Dict[str, str]]]]:
+    """Groups of equal images: in one class, in several of one split, and in both splits."""
+    groups: Dict[bytes, List[Tuple[str, Any, Seen]]] = defaultdict(list)
+    for split, (data, seen) in sets.items():
+        for one in seen:
+            if one.digest is not None:
+                names = data.class_names
+                name = names[one.target] if names and 0 <= one.target < len(names) else str(one.target)
+                groups[one.digest].append((split, name, one))
+    told: Dict[str, List[List[Dict[str, str]]]] = dict(within_class=[], across_classes=[], across_splits=[])
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        kind = 'within_class' if len({name for _, name, _ in group}) == 1 else 'across_classes'
+        listed = [{'split': split, 'class': name, 'file': one.name} for split, name, one in group]
+        if len({split for split, _, _ in group}) > 1:
+            told['across_splits'].append(listed)
+        if kind == 'across_classes' or max(Counter(split for split, _, _ in group).values()) > 1:
+            told[kind].append(listed)
+    return told
+
+
+def describe_data(args: argparse.Namespace) -> Dict[str, Any]:
+    """Read a whole data set and tell what it holds.
+
+    Args:
+        args: What `parse_describe_args` gives.
+
+    Returns:
+        Under `train` and `evaluation`, None where there is no such split, the `images`, `classes` with images,
+        `imbalance_factor`, `class_counts` by name, `classes_without_images`, `images_without_label`, `unreadable` with
+        file and error, `modes` and, of `width` and `height`, smallest, median and largest; of images with more than 8
+        bits their `pixel_range`. Under `shots` the many-, medium- and few-shot classes of training and their images,
+        under `duplicates` groups of equal files, or pixels where there are no files, `within_class`, `across_classes`
+        and `across_splits`; then `only_in_train` and `only_in_evaluation`, classes, and `no_evaluation`, why there is
+        no evaluation split.
+
+    Raises:
+        InputError: If there is no such data.
+    """
+    train, test, reason = _load(args)
+    sets = {'train': (train, survey(train, args.workers))}
+    if test is not None:
+        sets['evaluation'] = (test, survey(test, args.workers))
+    told: Dict[str, Any] = {split: _describe_split(*one) for split, one in sets.items()}
+    counts = {split: {name for name, count in told[split]['class_counts'].items() if count} for split in sets}
+    training = [count for count in told['train']['class_counts'].values() if count]
+    shots = {
+        shot: dict(classes=int(mask.sum()), images=sum(count for count, inside in zip(training, mask) if inside))
+        for shot, mask in shot_divisions(training).items()
+    }
+    return dict(
+        train=told['train'],
+        evaluation=told.get('evaluation'),
+        no_evaluation=reason,
+        shots=shots,
+        duplicates=_duplicates(sets),
+        only_in_train=sorted(counts['train'] - counts['evaluation']) if test is not None else [],
+        only_in_evaluation=sorted(counts['evaluation'] - counts['train']) if test is not None else [],
+    )
+
+
+def _few(lines: List[str]) -> List[str]:
+    more = [f'  ... and {len(lines) - MAX_LISTED} more, which --json lists'] if len(lines) > MAX_LISTED else []
+    return [f'  {line}' for line in lines[:MAX_LISTED]] + more
+
+
+def _split_text(split: str, told: Dict[str, Any]) -> List[str]:
+    ordered = sorted(((count, name) for name, count in told['class_counts'].items() if count), reverse=True)
+    lines = [f"{split}: {told['images']} images of {told['classes']} classes, imbalance factor "
+             f"{told['imbalance_factor']:g}" if ordered else f'{split}: no images']
+    if ordered:
+        lines.append(f"  largest: {', '.join(f'{name} {count}' for count, name in ordered[:3])}; "
+                     f"smallest: {', '.join(f'{name} {count}' for count, name in ordered[-3:])}")
+    if 'width' in told:
+        sizes = (f'{side} {low} to {high} (median {middle})'
+                 for side in ('width', 'height') for low, middle, high in [told[side]])
+        lines.append(f"  {', '.join(sizes)}; {', '.join(f'{mode} {count}' for mode, count in told['modes'].items())}")
+    if 'pixel_range' in told:
+        lines.append('  values of deep images: {:g} to {:g}'.format(*told['pixel_range']))
+    lines += [f'  left out: {note}' for note in told.get('left_out', ())]
+    faults = [f"{one['file']}: {one['error']}" for one in told['unreadable']]
+    for title, items in (('unreadable', faults), ('without a label', told['images_without_label']),
+                         ('classes without images', told['classes_without_images'])):
+        if items:
+            lines += [f'  {title}: {len(items)}', *(f'  {line}' for line in _few(items))]
+    return lines
+
+
+def _text(told: Dict[str, Any]) -> str:
+    lines = _split_text('training', told['train'])
+    shots = (f"{shot} {one['classes']} ({one['images']} images)" for shot, one in told['shots'].items())
+    lines.append(f"  classes by size: {', '.join(shots)}")
+    if told['evaluation']:
+        lines += _split_text('evaluation', told['evaluation'])
+    else:
+        lines.append(f"evaluation: none; {told['no_evaluation']}")
+    titles = dict(
+        within_class='equal images in one class', across_classes='equal images in several classes',
+        across_splits='images of evaluation that are in training too')
+    for kind, title in titles.items():
+        groups = told['duplicates'][kind]
+        lines.append(f'{title}: {len(groups)}')
+        lines += _few([' = '.join(f"{one['file']} ({one['split']}, {one['class']})" for one in group)
+                       for group in groups])
+    for kind in ('only_in_train', 'only_in_evaluation'):
+        if told[kind]:
+            lines += [f"classes {kind.replace('_', ' ')}: {len(told[kind])}", *_few(told[kind])]
+    return '\n'.join(lines)
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Print what a data set holds, and write its class counts where that is asked for.
+
+    Raises:
+        InputError: If there is no such data, or the file of class counts cannot be written.
+    """
+    check_results_file(args.class_stats)
+    told = describe_data(args)
+    print(json.dumps(told, indent=2) if args.json else _text(told))
+    if args.class_stats:
+        counts = told['train']['class_counts']
+        stats = dict(pos_counts=list(counts.values()), num_samples=told['train']['images'], class_names=list(counts))
+        write_text(Path(args.class_stats), json.dumps(stats, indent=2) + '\n')
+
+
+def parse_describe_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of describe.py.
+
+    Raises:
+        InputError: If an argument or a line of the hparams file is wrong.
+    """
+    return complete(OPTIONS, read_command_line(
+        'Tell what a data set holds: classes, counts, sizes, duplicates, unreadable files.', OPTIONS, argv))
+
+
+def main() -> int:
+    return run_script(lambda: describe(parse_describe_args()))

@@ -1,0 +1,112 @@
+"""What a set of images holds, found by reading every one: sizes, modes, duplicates, what cannot be read."""
+import hashlib
+import io
+import sys
+from dataclasses import dataclass
+from typing import Any, Iterator, List, Optional, Tuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm import tqdm
+
+from ..errors import one_line
+from .datasets import ImageSet
+
+__all__ = ['Seen', 'survey']
+
+
+@dataclass
+class Seen:
+    """One image: its name, its label, a digest of its file or else of its pixels, and what it is or why it is none."""
+
+    name: str
+    target: int
+    digest: Optional[bytes] = None
+    size: Optional[Tuple[int, int]] = None
+    mode: str = ''
+    extrema: Optional[Tuple[float, float]] = None
+    error: Optional[str] = None
+
+
+def _digest(content: Any) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _inspect(seen: Seen, image: Image.Image) -> None:
+    image.load()
+    seen.size, seen.mode = image.size, image.mode
+    if image.mode == 'F' or image.mode.startswith('I'):  # whose range of values may be any
+        seen.extrema = image.getextrema()
+
+
+class _Images(Dataset):
+    """Every image of a set that can be indexed, as `Seen`."""
+
+    def __init__(self, data: ImageSet):
+        self.data = data
+        self.targets = data.targets if data.targets is not None else getattr(data.dataset, 'targets', None)
+
+    def __len__(self) -> int:
+        return len(self.data.dataset)
+
+    def _open(self, index: int) -> Tuple[Any, int]:
+        """The file of an image, or the image where there is no file, and its label."""
+        dataset = self.data.dataset
+        if hasattr(dataset, 'files'):  # files that may be opened one at a time
+            return dataset.files.open(int(dataset.rows[index])).fp, int(self.targets[index])
+        source = dataset.reader if hasattr(dataset, 'reader') else dataset
+        item, target = source[index][:2]
+        convert = getattr(dataset, 'target_transform', None) if source is not dataset else None
+        return item, convert(target) if convert else -1 if target is None else int(target)
+
+    def __getitem__(self, index: int) -> Seen:
+        dataset = self.data.dataset
+        name = dataset.filename(index) if hasattr(dataset, 'filename') else str(index)
+        seen = Seen(name, -1 if self.targets is None else int(self.targets[index]))
+        try:
+            item, seen.target = self._open(index)
+            if isinstance(item, Image.Image):
+                _inspect(seen, item)
+                seen.digest = _digest(repr((item.size, item.mode)).encode() + item.tobytes())
+            else:
+                item.seek(0)
+                content = item.read()
+                item.close()
+                seen.digest = _digest(content)
+                with Image.open(io.BytesIO(content)) as image:
+                    _inspect(seen, image)
+        except Exception as error:  # a decoder may raise anything for a damaged file
+            seen.error = one_line(error)
+        return seen
+
+
+def _stream(data: ImageSet) -> Iterator[List[Seen]]:
+    for index, (image, target) in enumerate(data.dataset):
+        seen = Seen(str(index), int(target))
+        _inspect(seen, image)
+        seen.digest = _digest(repr((image.size, image.mode)).encode() + image.tobytes())
+        yield [seen]
+
+
+def survey(data: ImageSet, num_workers: int = 0) -> List[Seen]:
+    """Read every image of a set.
+
+    Args:
+        data: The set, without a transform.
+        num_workers: Worker processes.
+
+    Returns:
+        What each image is, in order.
+    """
+    total, batches = None, _stream(data)
+    if not isinstance(data.dataset, IterableDataset):
+        images, total = _Images(data), len(data.dataset)
+        batches = DataLoader(
+            images, 64, num_workers=num_workers if total > 1000 else 0, collate_fn=list, generator=torch.Generator())
+    found: List[Seen] = []
+    with tqdm(total=total, desc='reading images', disable=not sys.stderr.isatty(), dynamic_ncols=True) as progress:
+        for batch in batches:
+            found += batch
+            progress.update(len(batch))
+    return found

@@ -1,0 +1,95 @@
+"""describe.py: every defect of a folder is named, and its counts are right."""
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.loss import load_class_stats
+
+from shike_timm.commands.describe import describe_data, parse_describe_args
+from shike_timm.data.datasets import ImageSet, in_memory_set
+from shike_timm.data.survey import survey
+
+
+@pytest.fixture
+def defects(image_folder):
+    """The folder of images with one defect of each kind."""
+    train, validation = image_folder / 'train', image_folder / 'validation'
+    shutil.copy(train / 'ant' / '0.png', train / 'ant' / 'copy.png')
+    shutil.copy(train / 'ant' / '1.png', train / 'bee' / 'other.png')
+    shutil.copy(train / 'cat' / '2.png', validation / 'cat' / 'seen.png')
+    (train / 'bee' / 'page.jpg').write_text('<html>')
+    whole = (train / 'bee' / '0.png').read_bytes()
+    (train / 'bee' / '1.png').write_bytes(whole[:len(whole) // 2])
+    Image.fromarray(np.array([[300, 7], [9, 60000], [1, 2]], dtype=np.uint16)).save(train / 'cat' / 'deep.png')
+    (train / 'dog').mkdir()
+    (validation / 'eel').mkdir()
+    Image.new('L', (50, 40)).save(validation / 'eel' / '0.png')
+    return image_folder
+
+
+def test_every_defect_is_named(defects, tmp_path, run_script):
+    status, out, error = run_script(
+        'describe.py', '--data-dir', defects, '--json', '--workers', '0', '--class-stats', tmp_path / 'stats.json')
+    assert status == 0, error
+    told = json.loads(out)
+    train, evaluation = told['train'], told['evaluation']
+    assert train['class_counts'] == {'ant': 25, 'bee': 14, 'cat': 7, 'dog': 0}
+    assert (train['images'], train['classes'], train['imbalance_factor']) == (46, 3, round(25 / 7, 4))
+    assert train['classes_without_images'] == ['dog'] and train['modes'] == {'RGB': 43, 'I;16': 1}
+    assert (train['width'], train['height']) == ([2, 10, 10], [3, 12, 12]) and train['pixel_range'] == [1, 60000]
+    assert {one['file'] for one in train['unreadable']} == {'bee/page.jpg', 'bee/1.png'}
+    assert told['shots']['medium'] == dict(classes=1, images=25) and told['shots']['few'] == dict(classes=2, images=21)
+    assert told['shots']['many'] == dict(classes=0, images=0)
+    files = {kind: [[one['file'] for one in group] for group in groups] for kind, groups in told['duplicates'].items()}
+    assert files == dict(
+        within_class=[['ant/0.png', 'ant/copy.png']], across_classes=[['ant/1.png', 'bee/other.png']],
+        across_splits=[['cat/2.png', 'cat/seen.png']])
+    assert (told['only_in_train'], told['only_in_evaluation']) == ([], ['eel'])
+    assert evaluation['modes'] == {'RGB': 13, 'L': 1} and evaluation['width'] == [10, 10, 50]
+    counts, number = load_class_stats(str(tmp_path / 'stats.json'))
+    assert counts.tolist() == [25, 14, 7, 0] and number == 46
+    status, text, error = run_script('describe.py', '--data-dir', defects, '--workers', '0')
+    assert status == 0 and all(word in text for word in (
+        'training: 46 images of 3 classes', 'bee/page.jpg: cannot identify', 'classes without images: 1', 'eel',
+        'ant/1.png (train, ant) = bee/other.png (train, bee)', 'images of evaluation that are in training too: 1'))
+
+
+def test_one_split_and_sets_in_memory(image_folder, run_script):
+    shutil.rmtree(image_folder / 'validation')
+    told = describe_data(parse_describe_args(['--data-dir', str(image_folder), '--workers', '0']))
+    assert told['evaluation'] is None and 'validation' in told['no_evaluation'] and told['train']['images'] == 42
+    told = describe_data(parse_describe_args(['--dataset', 'digits_lt', '--imb-factor', '20', '--holdout', '0.1']))
+    assert told['train']['modes'] == {'RGB': told['train']['images']} and told['train']['width'] == [8, 8, 8]
+    assert told['evaluation']['classes'] == 10 and told['duplicates']['across_splits'] == []
+    status, out, error = run_script('describe.py', '--data-dir', '/nowhere')
+    assert status == 2 and not out and "data-dir '/nowhere' does not exist" in error
+    for path in ('/nowhere/stats.json', image_folder):
+        assert run_script('describe.py', '--data-dir', image_folder, '--class-stats', path)[0] == 2
+
+
+def test_sets_of_other_kinds(tmp_path):
+    """Files opened one at a time, images without files, and streams."""
+    pixels = np.arange(3 * 4 * 4 * 3, dtype=np.uint8).reshape(3, 4, 4, 3)
+    pixels[2] = pixels[0]
+    images = [Image.fromarray(one) for one in pixels]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f'{i}.png')
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return zip(images, (1, 0, 1))
+
+    class Table(list):
+        rows, targets = [2, 1, 0], [1, 0, 1]
+        files = SimpleNamespace(open=lambda row: Image.open(tmp_path / f'{row}.png'))
+
+    listed = list(zip(images, (1, 0, 1)))
+    for data in (
+            ImageSet(listed), ImageSet(Stream()), in_memory_set(pixels, [1, 0, 1], 'ab'), ImageSet(Table('abc'))):
+        seen = survey(data)
+        assert [one.target for one in seen] == [1, 0, 1] and {one.mode for one in seen} == {'RGB'}
+        assert seen[0].digest == seen[2].digest != seen[1].digest and seen[0].size == (4, 4)
