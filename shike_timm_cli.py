@@ -9,6 +9,7 @@ COMMANDS = {
     'train': 'train a model: stage one, then classifier retraining',
     'retrain-classifier': 'retrain the classifiers of a stage-one checkpoint: stage two alone',
     'eval': 'evaluate a model on many-, medium- and few-shot classes',
+    'report': 'draw a report of a run, or of saved logits, and compare several',
     'export': 'export a model to a file that runs without this package',
     'publish': 'publish a trained model and its card to the Hugging Face Hub',
     'benchmark': 'time training and inference; without a data set, on noise',

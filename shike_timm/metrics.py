@@ -1,5 +1,6 @@
 """What is measured of a model: accuracy on many-, medium- and few-shot classes, of the ensemble and each expert."""
-from typing import Any, Dict, Optional, Sequence
+import itertools
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -7,7 +8,10 @@ import torch.nn.functional as F
 from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
 
-__all__ = ['METRICS', 'SHOTS', 'ExpertEvaluator', 'evaluate', 'format_subsets', 'format_table', 'shot_divisions']
+__all__ = [
+    'METRICS', 'SHOTS', 'ExpertEvaluator', 'all_subsets', 'evaluate', 'format_subsets', 'format_table',
+    'shot_divisions',
+]
 
 SHOTS = ('many', 'medium', 'few')
 METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
@@ -18,6 +22,12 @@ def shot_divisions(class_counts: Sequence[int]) -> Dict[str, Tensor]:
     """Masks [C] of the classes with many (over 100), medium (20 to 100) and few (under 20) training images."""
     counts = torch.as_tensor(class_counts)
     return {'many': counts > 100, 'medium': (counts >= 20) & (counts <= 100), 'few': counts < 20}
+
+
+def all_subsets(num_experts: int) -> List[Tuple[int, ...]]:
+    """Every choice of experts, the smallest first."""
+    numbers = range(num_experts)
+    return [subset for size in numbers for subset in itertools.combinations(numbers, size + 1)]
 
 
 class ExpertEvaluator(ClassificationEvaluator):
@@ -139,6 +149,7 @@ def evaluate(
         subsets: Sequence[Sequence[int]] = (),
         flip: bool = False,
         per_class: bool = False,
+        kept: Optional[List[Tuple[Tensor, Tensor]]] = None,
 ) -> Dict[str, Any]:
     """Evaluate a SHIKE model in float32.
 
@@ -150,6 +161,7 @@ def evaluate(
         subsets: Choices of experts to judge as ensembles of their own.
         flip: Average the logits with those of the mirrored images.
         per_class: Also tell the accuracy on each class, under `per_class`.
+        kept: Gets the expert logits [B, M, C] and class indices [B] of each batch, on the CPU.
 
     Returns:
         What `ExpertEvaluator.compute` gives.
@@ -164,6 +176,8 @@ def evaluate(
         if flip:
             logits = (logits + model.forward_experts(images.flip(-1))) / 2
         evaluator.update(logits, target)
+        if kept is not None:
+            kept.append((logits.float().cpu(), target.cpu()))
     model.train(was_training)
     metrics = evaluator.compute()
     if not per_class:

@@ -358,7 +358,7 @@ def _add(section: Any, option: Option) -> None:
     flags, dest = (*option.flags, option.flag), option.name
     text = option.help + (f' (default: {option.shown_default})' if option.shown_default else '')
     if option.positional:
-        section.add_argument(dest, metavar=option.placeholder, help=text)
+        section.add_argument(dest, nargs=option.nargs, metavar=option.placeholder, help=text)
     elif option.kind is bool:
         action: Any = 'store_true' if dest.startswith('no_') else argparse.BooleanOptionalAction
         section.add_argument(*flags, dest=dest, action=action, help=text, default=argparse.SUPPRESS)

@@ -1,10 +1,9 @@
 """Evaluation of a trained model, put together from parsed arguments."""
 import argparse
 import copy
-import itertools
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -16,10 +15,12 @@ from ..devices import resolve_device, tune_device
 from ..errors import InputError
 from ..loading import load_trained_model
 from ..measure import inference_costs
-from ..metrics import evaluate, format_subsets, format_table
+from ..metrics import all_subsets, evaluate, format_subsets, format_table
 from ..models import Shike
 from ..options import DATA, DEVICE, HPARAMS, PREPROCESSING, TRAINED_MODEL, Group, Option, complete, read_command_line
+from ..report.logits import save_logits
 from .cli import run_script
+from .report import check_report, collect, find_run
 
 __all__ = ['OPTIONS', 'evaluate_model', 'main', 'parse_eval_args']
 
@@ -31,14 +32,13 @@ OPTIONS = (
         Option('flip', bool, False, 'average the logits with those of the mirrored images, at twice the cost'),
         Option('batch_size', int, 256, 'images a batch', low=1, flags=('-b',)),
         Option('results_file', str, None, 'JSON file to write the metrics to', 'FILE'),
+        Option(
+            'save_logits', str, None, 'npz file to write the logits of each expert to, with targets, paths and classes',
+            'FILE'),
+        Option('report', str, None, 'folder to write a report with figures to, report.html and more', 'DIR'),
     ),
     DATA, PREPROCESSING, DEVICE, HPARAMS,
 )
-
-
-def _all_subsets(num_experts: int) -> List[Tuple[int, ...]]:
-    numbers = range(num_experts)
-    return [subset for size in numbers for subset in itertools.combinations(numbers, size + 1)]
 
 
 def _add_costs(subsets: List[Dict[str, Any]], model: Shike, images: Tensor, flip: bool) -> None:
@@ -58,6 +58,10 @@ def _write_results(path: Optional[str], metrics: Dict[str, Any]) -> None:
         write_text(Path(path), json.dumps(metrics, indent=2) + '\n')
 
 
+def _name(args: argparse.Namespace) -> str:
+    return Path(args.checkpoint).stem if args.checkpoint else args.model
+
+
 def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     """Evaluate a trained model, in float32.
 
@@ -72,6 +76,9 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         InputError: If anything given cannot work.
     """
     check_results_file(args.results_file)
+    check_results_file(args.save_logits, 'save-logits')
+    if args.report:
+        check_report(args.report)
     if args.experts and args.expert_subsets:
         raise InputError('--expert-subsets tells of every choice of experts, --experts of one: leave one of them out.')
     device = resolve_device(args.device)
@@ -96,8 +103,9 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         raise InputError(f'The model has {model.num_classes} classes, but the data {num_classes}: choose other data.')
     data_config = resolve_data_config(args, model)
     loader = create_eval_loader(dataset, data_config, args.batch_size, device, args.workers)
-    subsets = _all_subsets(model.num_experts) if args.expert_subsets else ()
-    metrics = evaluate(model.to(device), loader, counts, device, subsets, args.flip, per_class=True)
+    subsets = all_subsets(model.num_experts) if args.expert_subsets else ()
+    kept = [] if args.save_logits or args.report else None
+    metrics = evaluate(model.to(device), loader, counts, device, subsets, args.flip, per_class=True, kept=kept)
     metrics['per_class'] = dict(names=names, class_counts=counts, **metrics['per_class'])
     print(format_table({'': metrics}), flush=True)
     _write_results(args.results_file, metrics)
@@ -106,6 +114,17 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         _add_costs(metrics['subsets'], model, images.contiguous(memory_format=torch.channels_last), args.flip)
         print(f"\n{format_subsets(metrics['subsets'])}")
         _write_results(args.results_file, metrics)
+    if kept:
+        trained.class_counts, trained.class_names = counts, names
+        run = find_run(args.model, args.checkpoint)
+        saved = collect(
+            trained, dataset, kept, costs=metrics.get('subsets', []), run=run, name=run.name if run else _name(args))
+        if args.save_logits:
+            save_logits(args.save_logits, saved)
+        if args.report:
+            from ..report.data import judge
+            from ..report.page import write_report
+            print(f'Report: {write_report(Path(args.report), [judge(saved)])}')
     return metrics
 
 
