@@ -19,10 +19,10 @@ __all__ = ['FIGURES', 'Drawing', 'Missing', 'compare_models', 'draw', 'draw_curv
 INK, PAPER = '#1f2329', '#ffffff'  # what a page in the dark replaces
 COLORS = ('#3987d6', '#e0861a', '#23a079', '#c766a0', '#8b78d9', '#b09b1f', '#d4563f', '#5fa8b8')
 NEUTRAL = '#8c929b'
-WIDTH = 5.6
+WIDTH = 5.0
 MANY_POINTS = 1000  # from which on points are drawn as pixels, so that a file stays small
 STYLE = {
-    'axes.edgecolor': INK, 'axes.facecolor': 'none', 'axes.grid': True, 'axes.labelcolor': INK,
+    'axes.axisbelow': True, 'axes.edgecolor': INK, 'axes.facecolor': 'none', 'axes.grid': True, 'axes.labelcolor': INK,
     'axes.spines.right': False, 'axes.spines.top': False, 'axes.titlelocation': 'left', 'axes.titlesize': 10,
     'figure.facecolor': PAPER, 'figure.constrained_layout.use': True, 'font.size': 10, 'grid.alpha': 0.18,
     'grid.color': INK, 'grid.linewidth': 0.6, 'legend.fontsize': 9, 'legend.frameon': False, 'savefig.dpi': 160,
@@ -72,8 +72,9 @@ def class_counts(judged: Judged, other: Optional[Judged]) -> Figure:
     _shade_shots(axes, judged)
     axes.step(np.arange(len(counts)), counts, where='mid', color=COLORS[0])
     axes.set_yscale('symlog' if counts.min() < 1 else 'log')
+    axes.yaxis.set_major_formatter('{x:g}')
     axes.set_ylim(top=counts.max() * 2.2)
-    axes.set(xlabel='classes, from the most training images to the fewest', ylabel='training images')
+    axes.set(xlabel='classes, most training images first', ylabel='training images')
     return figure
 
 
@@ -85,7 +86,7 @@ def _best_expert(judged: Judged) -> np.ndarray:
 
 
 def _draw_trend(axes: Any, values: np.ndarray, color: str, label: Optional[str] = None) -> None:
-    if np.sum(~np.isnan(values)) >= 5:
+    if np.sum(~np.isnan(values)) >= 20:
         points, mean, half = trend(values)
         axes.fill_between(points, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
         axes.plot(points, mean, color=color, label=label)
@@ -94,7 +95,7 @@ def _draw_trend(axes: Any, values: np.ndarray, color: str, label: Optional[str] 
 def class_accuracy(judged: Judged, other: Optional[Judged]) -> Figure:
     accuracy = 100 * judged.accuracy[judged.order]
     many = len(accuracy) > MANY_POINTS
-    size = dict(s=3 if many else 12, linewidth=0, rasterized=many, alpha=0.5 if many else 0.9)
+    size = dict(s=3 if many else 16, linewidth=0, rasterized=many, alpha=0.5 if many else 0.9)
     figure, (top, bottom) = _figure(5.6, 2, sharex=True, sharey=True)
     ranks = np.arange(len(accuracy))
     for axes in (top, bottom):
@@ -113,7 +114,7 @@ def class_accuracy(judged: Judged, other: Optional[Judged]) -> Figure:
             bottom.scatter(ranks[mine], highest[mine], color=color, label=label, **size)
     _draw_trend(bottom, highest, INK)
     _legend(bottom, 4, title='best single expert', title_fontsize=9, alignment='left')
-    bottom.set_xlabel('classes, from the most training images to the fewest')
+    bottom.set_xlabel('classes, most training images first')
     return figure
 
 
@@ -131,8 +132,8 @@ def best_experts(judged: Judged, other: Optional[Judged]) -> Figure:
             axes.bar(
                 x, 100 * shares[shot][m], 0.9 * width, color=COLORS[m % len(COLORS)],
                 label=f'expert {m}' if not i else None)
-            axes.fill_between(
-                [x - 0.45 * width, x + 0.45 * width], low, high, color=INK, alpha=0.25, linewidth=0, zorder=3,
+            axes.errorbar(
+                x, (low + high) / 2, (high - low) / 2, color=INK, linewidth=1.2, capsize=5, fmt='none',
                 label='chance' if not i and not m else None)
     axes.set_xticks(range(len(shares)), [f'{shot} ({judged.shots[shot].sum()})' for shot in shares])
     axes.set(ylabel='share of classes in %')
@@ -156,6 +157,7 @@ def hardest_negatives(judged: Judged, other: Optional[Judged]) -> Figure:
                     heights, edges, fill=fill, color=color, alpha=0.6 if fill else 1, linewidth=1.6,
                     label=f'{shorten(one.saved.name)}, mean {values.mean():.3f}')
         ax.set_yscale('log')
+        ax.yaxis.set_major_formatter('{x:g}')
         ax.set_ylabel('images in %')
         ax.set_title(f'{shot}-shot')
         ax.legend(loc='upper right')
@@ -178,7 +180,7 @@ def _shot_bars(axes: Any, models: Sequence[Tuple[str, Judged]]) -> None:
     axes.set_xticks(range(len(names)), names.values())
     axes.set_ylabel('accuracy in %')
     axes.grid(axis='x', visible=False)
-    _legend(axes, 1 if len(models) > 2 else 2)
+    _legend(axes, 1)
 
 
 def compare_models(models: Sequence[Judged]) -> Figure:
@@ -191,20 +193,20 @@ def compare_models(models: Sequence[Judged]) -> Figure:
 def stages_and_experts(judged: Judged, other: Optional[Judged]) -> Figure:
     figure, (top, bottom) = _figure(6, 2)
     if other is None:
-        _shot_bars(top, [(shorten(judged.saved.name), judged)])
-        top.set_title('no stage one to compare with')
+        _shot_bars(top, [(f'{shorten(judged.saved.name)}, no stage one or second model at hand', judged)])
     else:
-        _shot_bars(top, [(shorten(one.saved.name), one) for one in (other, judged)])
+        _shot_bars(top, [(shorten(one.saved.name, 32), one) for one in (other, judged)])
     subsets = all_subsets(judged.saved.num_experts)
     costs = {tuple(one['experts']): one['gmacs'] for one in judged.saved.costs}
     known = all(subset in costs for subset in subsets)
     if judged.subset_top1:
+        best = {len(subset): subset for _, subset in sorted(zip(judged.subset_top1, subsets))}
         for subset, top1 in zip(subsets, judged.subset_top1):
             x = costs[subset] if known else len(subset)
             bottom.plot(x, top1, 'o', color=COLORS[len(subset) - 1])
-            bottom.annotate(
-                ' '.join(map(str, subset)), (x, top1), xytext=(6, 0), textcoords='offset points', va='center',
-                fontsize=9)
+            if best[len(subset)] == subset:  # the others' would lie on each other
+                bottom.annotate(
+                    ' '.join(map(str, subset)), (x, top1), xytext=(0, 6), textcoords='offset points', ha='center')
         bottom.margins(x=0.15, y=0.15)
     else:
         bottom.set_title('too many experts to try every choice of them')
@@ -278,21 +280,22 @@ def draw_curves(curves: Dict[str, Sequence[Optional[float]]]) -> Figure:
     terms = [key for key in curves if key in TERMS and any(curves[key])]
     figure, axes = _figure(6 if terms else 4.6, 3 if terms else 2, sharex=True)
 
-    def lines(ax: Any, keys: Sequence[str], ylabel: str) -> None:
-        for k, key in enumerate(keys):
+    def lines(ax: Any, keys: Dict[str, str], ylabel: str) -> None:
+        for k, (key, label) in enumerate(keys.items()):
             found = [(epoch, value) for epoch, value in enumerate(curves.get(key, ())) if value is not None]
             if found:
                 ax.plot(
-                    *zip(*found), color=COLORS[k % len(COLORS)], label=key.partition('_')[2],
+                    *zip(*found), color=COLORS[k % len(COLORS)], label=label,
                     marker='.' if len(found) < 40 else None)
         ax.set_ylabel(ylabel)
         _legend(ax, 5)
 
-    lines(axes[0], ['train_loss', 'eval_loss'], 'loss')
+    lines(axes[0], {'train_loss': 'training', 'eval_loss': 'evaluation'}, 'loss')
     if terms:
-        lines(axes[1], terms, 'terms, unweighted')
+        lines(axes[1], {term: term.removeprefix('train_') for term in terms}, 'terms, unweighted')
         axes[1].set_yscale('log')
-    lines(axes[-1], ['eval_top1', *(f'eval_{shot}' for shot in SHOTS)], 'accuracy in %')
+        axes[1].yaxis.set_major_formatter('{x:g}')
+    lines(axes[-1], {'eval_top1': 'top-1', **{f'eval_{shot}': shot for shot in SHOTS}}, 'accuracy in %')
     axes[-1].set_xlabel('epoch')
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -323,14 +326,15 @@ FIGURES = {
         'is a moving average with its 95 % band. The best of several looks better than any one is, by chance alone.'),
     'best_experts': Drawing(
         best_experts, 'Which expert is best at how many classes',
-        'Experts that tie share a class. The dark band is where 95 % of the shares would lie if the experts were '
+        'Experts that tie share a class. The bracket is where 95 % of the shares would lie if the experts were '
         'equally good: what is inside says nothing about an expert.'),
     'hardest_negatives': Drawing(
         hardest_negatives, 'How probable the hardest wrong class is',
         'Of each test image the largest probability of a class that it is not: less to the right is better.'),
     'stages_and_experts': Drawing(
         stages_and_experts, 'Stages, experts and cost',
-        'Above the accuracy by shot with bootstrap 95 % intervals; below each choice of experts, by their numbers.'),
+        'Above the accuracy by shot with bootstrap 95 % intervals; below each choice of experts, of '
+        'which the best of a size has its numbers.'),
     'reliability': Drawing(
         reliability, 'Whether its probabilities can be trusted',
         'Below the dotted line the model is surer than it is right. The last curve tells the accuracy when the least '
