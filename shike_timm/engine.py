@@ -7,8 +7,9 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, Optional, Set, Tuple
 
 import numpy as np
 import torch
@@ -21,8 +22,11 @@ from tqdm import tqdm
 from .checkpoints import StageSaver
 from .methods import Stage
 from .metrics import METRICS
+from .tasks import TERMS
 
 __all__ = ['Interrupted', 'LoopConfig', 'NonFiniteError', 'StopFlag', 'fit', 'seed_all', 'stop_signals', 'train_step']
+
+CHECK_INTERVAL = 50  # steps between looks at the loss, each of which waits for the device
 
 _logger = logging.getLogger(__name__)
 
@@ -74,7 +78,7 @@ class LoopConfig:
 
     Attributes:
         seed: Seed of the run.
-        log_interval: Steps between log lines.
+        log_interval: Steps between log lines within an epoch, None for none.
         val_interval: Epochs between evaluations; the last epoch is always evaluated.
         clip_grad: Gradient clipping value, None for none.
         clip_mode: timm's clipping mode: 'norm', 'value' or 'agc'.
@@ -83,7 +87,7 @@ class LoopConfig:
     """
 
     seed: int = 42
-    log_interval: int = 50
+    log_interval: Optional[int] = None
     val_interval: int = 1
     clip_grad: Optional[float] = None
     clip_mode: str = 'norm'
@@ -147,12 +151,13 @@ def _train_one_epoch(
         epoch: int,
         loss_scaler: Optional[NativeScaler],
         stop: StopFlag,
-) -> Dict[str, float]:
+) -> Tuple[Dict[str, Optional[float]], str]:
+    """Train for an epoch; gives its means and seconds, and what to tell of it."""
     task.train()
     name = stage.name.replace('_', ' ')
     first_bad_step = torch.full((), -1, dtype=torch.int64, device=task.device)
     sums: Dict[str, torch.Tensor] = {}
-    num_steps, num_images, images_since_log = len(loader), 0, 0
+    num_steps, num_images, images_since_log, status = len(loader), 0, 0, ''
     lr = max(group['lr'] for group in optimizer.param_groups)  # layer-wise rates are below it
     start = log_start = time.perf_counter()
 
@@ -181,7 +186,7 @@ def _train_one_epoch(
                 sums[key] = sums.get(key, 0.) + value.detach() * batch_size
 
         last = step == num_steps - 1
-        if last or step % config.log_interval == 0:
+        if last or step % (config.log_interval or CHECK_INTERVAL) == 0:
             check_finite()
             now = time.perf_counter()
             means = {key: float(value) / num_images for key, value in sums.items()}
@@ -193,16 +198,14 @@ def _train_one_epoch(
             )
             if last:
                 progress.close()
-            if last or progress.disable:
+            elif not progress.disable:
+                progress.set_postfix_str(status)
+            elif config.log_interval:
                 done = 100 * (step + 1) / num_steps
                 _logger.info(f'Train: {epoch} [{step:>4d}/{num_steps} ({done:>3.0f}%)]  {status}')
-            else:
-                progress.set_postfix_str(status)
             log_start, images_since_log = now, 0
-    return dict(
-        loss=round(float(sums['loss']) / num_images, 6),
-        seconds=round(time.perf_counter() - start, 3),
-    )
+    means = {key: round(float(value) / num_images, 6) for key, value in sums.items()}
+    return dict(means, seconds=round(time.perf_counter() - start, 3)), status
 
 
 def _eval_model(task: TrainingTask, ema: bool = False) -> torch.nn.Module:
@@ -216,6 +219,11 @@ def _check_weights(task: TrainingTask, stage: Stage, epoch: int) -> None:
     if not math.isfinite(float(sum(torch._foreach_norm(tensors)))):
         name = stage.name.replace('_', ' ')
         raise NonFiniteError(f'The weights are not finite after epoch {epoch} of {name}: try a lower --lr.')
+
+
+def _columns(summary: Path) -> Set[str]:
+    with summary.open(newline='') if summary.exists() else nullcontext(()) as file:
+        return set(next(csv.reader(file), ()))
 
 
 def _training_seconds(summary: Path, first_row: int) -> float:
@@ -238,6 +246,7 @@ def fit(
         start_epoch: int = 0,
         loss_scaler: Optional[NativeScaler] = None,
         stop: Optional[StopFlag] = None,
+        track: Callable[[Path], None] = lambda summary: None,
 ) -> Dict[str, Any]:
     """Train a task for its remaining epochs and evaluate it after the last.
 
@@ -254,6 +263,7 @@ def fit(
         start_epoch: Epoch to start with, counted from 0.
         loss_scaler: Loss scaling, for float16.
         stop: Flag that asks the loop to stop.
+        track: Called with the summary when it has got a row.
 
     Returns:
         The metrics of the last epoch and `seconds`, the training time of all epochs, evaluation apart.
@@ -264,25 +274,31 @@ def fit(
     """
     stop = stop or StopFlag()
     trim_summary(str(summary), stage.first_row + start_epoch)
-    metrics = None
+    columns = _columns(summary)
+    terms = [term for term in TERMS if not columns or f'train_{term}' in columns]  # an older run's has none
+    metrics, start = None, time.perf_counter()
     for epoch in range(start_epoch, stage.epochs):
         seed_all(config.seed, stage.number, epoch)
         task.progress = epoch / stage.epochs
         scheduler.step(epoch)
         lr = max(group['lr'] for group in optimizer.param_groups)
-        train_metrics = _train_one_epoch(task, loader, optimizer, stage, config, epoch, loss_scaler, stop)
+        means, status = _train_one_epoch(task, loader, optimizer, stage, config, epoch, loss_scaler, stop)
         _check_weights(task, stage, epoch)
         metrics = None
         if epoch == stage.epochs - 1 or (epoch + 1) % config.val_interval == 0:
             metrics = evaluate(_eval_model(task, ema=task.has_ema()))
-            _logger.info(f'Eval: {epoch}  ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS))
+            status += '  Eval: ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS)
+        left = (time.perf_counter() - start) / (epoch + 1 - start_epoch) * (stage.epochs - epoch - 1)
+        name = stage.name.replace('_', ' ').capitalize()
+        _logger.info(f'{name}: {epoch} of {stage.epochs}, {timedelta(seconds=round(left))} left  {status}')
         update_summary(
             stage.first_row + epoch,
-            train_metrics,
+            {key: means.get(key) for key in ('loss', 'seconds', *terms)},
             {key: metrics[key] if metrics else None for key in METRICS},
             str(summary),
             lr=lr,
         )
+        track(summary)
         saver.save_checkpoint(epoch)
     if metrics is None:
         metrics = evaluate(_eval_model(task, ema=task.has_ema()))

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 import yaml
@@ -35,6 +35,7 @@ from .loading import load_teacher
 from .methods import STAGES, Stage, plan_stages
 from .metrics import evaluate, format_table
 from .options import changed_option, run_folder
+from .trackers import check_trackers, tracking
 
 __all__ = [
     'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'load_stage_one', 'loop_config', 'prepare', 'retrain',
@@ -75,6 +76,7 @@ def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = Tru
     """
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a run is one process: do not use torchrun.")
+    check_trackers(args)
     device = resolve_device(args.device)
     tune_device(device)
     autocast = resolve_autocast(args, device)
@@ -187,6 +189,7 @@ def _run_stage(
         parts: Parts,
         folder: Path,
         stop: StopFlag,
+        track: Callable[[Path], None],
         checkpoint: Optional[Dict[str, Any]] = None,
 ) -> Dict[str, Any]:
     """Run a stage from its start, or from a checkpoint of it, and give its metrics; the run's model is left trained."""
@@ -233,6 +236,7 @@ def _run_stage(
         start_epoch,
         loss_scaler,
         stop,
+        track,
     )
     if args.model_ema:
         model.load_state_dict(task.get_eval_model(ema=True).state_dict())
@@ -250,11 +254,11 @@ def _run_stages(
     folder = _create_run_folder(run.args, resumed)
     path = folder / 'metrics.json'
     metrics = json.loads(path.read_text()) if path.exists() else {}
-    with stop_signals() as stop:
+    with stop_signals() as stop, tracking(run.args, folder) as track:
         try:
             for stage in stages:
                 parts = parts or _make_parts(run, stage)
-                metrics[stage.name] = _run_stage(run, stage, parts, folder, stop, checkpoint)
+                metrics[stage.name] = _run_stage(run, stage, parts, folder, stop, track, checkpoint)
                 parts = checkpoint = None
                 write_text(path, json.dumps(metrics, indent=2) + '\n')
         except RuntimeError as error:
@@ -263,6 +267,9 @@ def _run_stages(
                 raise Interrupted(stop.signum) from error  # a loader whose workers got the signal too
             raise
     export_model(run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts)
+    if run.args.plot_curves:
+        from .report.figures import write_curves
+        write_curves(folder)
     print(format_table(metrics))
     _logger.info(f'Run folder: {folder}')
     return metrics

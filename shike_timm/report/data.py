@@ -19,7 +19,7 @@ __all__ = [
 _TAILS = 2.5, 97.5  # percent, of a 95 % interval
 _Z = 1.959963984540054  # the normal quantile of the latter
 _CHUNK = 2 ** 26  # logits at a time
-_TILTS = np.linspace(0, 1, 11)  # exponents of the training prior
+_TILTS = np.linspace(0, 1, 6)  # exponents of the training prior
 
 
 def wilson(right: np.ndarray, total: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:

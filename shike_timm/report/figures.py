@@ -4,6 +4,7 @@ Each function takes a `Judged` model, most a second one too, and gives a figure,
 that says why there is nothing to draw.
 """
 import warnings
+from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import matplotlib
@@ -12,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..metrics import SHOTS, all_subsets
+from ..tasks import TERMS
 from .data import Judged, best_expert_shares, read_curves, tail_confusions, trend, wilson
 
-__all__ = ['FIGURES', 'Drawing', 'Missing', 'compare_models', 'draw', 'draw_curves', 'save', 'shorten']
+__all__ = ['FIGURES', 'Drawing', 'Missing', 'compare_models', 'draw', 'draw_curves', 'save', 'shorten', 'write_curves']
 
 INK, PAPER = '#1f2329', '#ffffff'  # what a page in the dark replaces
 COLORS = ('#3987d6', '#e0861a', '#23a079', '#c766a0', '#8b78d9', '#b09b1f', '#d4563f', '#5fa8b8')
@@ -277,7 +279,7 @@ def draw_curves(curves: Dict[str, Sequence[Optional[float]]]) -> Figure:
     """Loss, its terms and the accuracies of a run, from what `read_curves` gives."""
     if not curves:
         raise Missing('The summary.csv of the run has no epoch yet.')
-    terms = [key for key in curves if key in TERMS and any(curves[key])]
+    terms = [f'train_{term}' for term in TERMS if any(curves.get(f'train_{term}', ()))]
     figure, axes = _figure(6 if terms else 4.6, 3 if terms else 2, sharex=True)
 
     def lines(ax: Any, keys: Dict[str, str], ylabel: str) -> None:
@@ -315,7 +317,6 @@ class Drawing(NamedTuple):
     caption: str
 
 
-TERMS = ('train_ce', 'train_nt', 'train_mu', 'train_kd')
 FIGURES = {
     'class_counts': Drawing(
         class_counts, 'How many training images the classes have',
@@ -362,13 +363,21 @@ def draw(function: Callable[..., Figure], *args: Any) -> Tuple[Figure, Optional[
             return figure, str(missing)
 
 
-def save(figure: Figure, stem: Any, salt: str) -> str:
+def save(figure: Figure, stem: Path, salt: str) -> str:
     """Write a figure as STEM.svg and STEM.png, and give the SVG for a page, in the page's own colours."""
     style = dict(STYLE, **{'svg.hashsalt': salt})
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing')  # of a name in another script; the SVG has it as text
         figure.savefig(f'{stem}.png')
+        figure.set_layout_engine('none')  # it has its layout now
         figure.savefig(f'{stem}.svg', metadata={'Date': None})
     with open(f'{stem}.svg', encoding='utf-8') as file:
         text = file.read()
     return text[text.index('<svg'):].replace(INK, 'currentColor').replace(PAPER, 'none')
+
+
+def write_curves(run: Path) -> None:
+    """Draw the learning curves of a run folder into it, as `curves.png`."""
+    figure, _ = draw(draw_curves, read_curves(run))
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(run / 'curves.png')
