@@ -251,6 +251,7 @@ def confusions(judged: Judged, other: Optional[Judged]) -> Figure:
     axes.barh(range(len(found)), [one.cost for one in found], color=COLORS[6], alpha=0.85)
     axes.set_yticks(
         range(len(found)), [f'{shorten(names[one.true])} → {shorten(names[one.predicted])}' for one in found])
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel('points of few-shot accuracy lost')
     axes.grid(axis='y', visible=False)
