@@ -289,8 +289,8 @@ def fit(
             metrics = evaluate(_eval_model(task, ema=task.has_ema()))
             status += '  Eval: ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS)
         left = (time.perf_counter() - start) / (epoch + 1 - start_epoch) * (stage.epochs - epoch - 1)
-        name = stage.name.replace('_', ' ').capitalize()
-        _logger.info(f'{name}: {epoch} of {stage.epochs}, {timedelta(seconds=round(left))} left  {status}')
+        name = stage.name.replace('_', ' ')
+        _logger.info(f'Train: {epoch} of {stage.epochs} in {name}, {timedelta(seconds=round(left))} left  {status}')
         update_summary(
             stage.first_row + epoch,
             {key: means.get(key) for key in ('loss', 'seconds', *terms)},

@@ -15,6 +15,7 @@ __all__ = [
 
 SHOTS = ('many', 'medium', 'few')
 METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
+MOST_EXPERTS = 4  # of which a report tries every choice
 NUM_BINS = 15  # of the calibration error
 
 

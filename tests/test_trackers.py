@@ -42,7 +42,7 @@ def test_trackers_get_what_the_summary_holds(tmp_path, monkeypatch, caplog):
     assert (run / 'curves.png').read_bytes()[:4] == b'\x89PNG'
     lines = [record.getMessage() for record in caplog.records if record.name == 'shike_timm.engine']
     assert len(lines) == 4  # one an epoch
-    assert lines[0].startswith('Stage one: 0 of 2, 0:00:0') and 'Eval' not in lines[0] and 'top1: ' in lines[1]
+    assert lines[0].startswith('Train: 0 of 2 in stage one, 0:0') and 'Eval' not in lines[0] and 'top1: ' in lines[1]
 
 
 @pytest.mark.parametrize('flag, module', [

@@ -20,7 +20,7 @@ from ..models import Shike
 from ..options import DATA, DEVICE, HPARAMS, PREPROCESSING, TRAINED_MODEL, Group, Option, complete, read_command_line
 from ..report.logits import save_logits
 from .cli import run_script
-from .report import check_report, collect, find_run
+from .report import check_report, collect, count_costs, find_run
 
 __all__ = ['OPTIONS', 'evaluate_model', 'main', 'parse_eval_args']
 
@@ -117,8 +117,8 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     if kept:
         trained.class_counts, trained.class_names = counts, names
         run = find_run(args.model, args.checkpoint)
-        saved = collect(
-            trained, dataset, kept, costs=metrics.get('subsets', []), run=run, name=run.name if run else _name(args))
+        costs = metrics.get('subsets') or count_costs(model, next(iter(loader))[0][:1])
+        saved = collect(trained, dataset, kept, costs=costs, run=run, name=run.name if run else _name(args))
         if args.save_logits:
             save_logits(args.save_logits, saved)
         if args.report:

@@ -1,7 +1,9 @@
 """Reports of runs and saved logits, put together from parsed arguments."""
 import argparse
+import copy
+from functools import partial
 from pathlib import Path
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image
@@ -14,12 +16,14 @@ from ..devices import resolve_device, tune_device
 from ..errors import InputError
 from ..loading import TrainedModel, load_trained_model
 from ..methods import STAGES
-from ..metrics import evaluate
+from ..measure import count_flops
+from ..metrics import MOST_EXPERTS, all_subsets, evaluate
+from ..models import Shike
 from ..options import DEVICE, TRAIN, Group, Option, complete, defaults, read_command_line
 from ..report.logits import SavedLogits, load_logits
 from .cli import run_script
 
-__all__ = ['OPTIONS', 'check_report', 'collect', 'main', 'make_report', 'parse_report_args']
+__all__ = ['OPTIONS', 'check_report', 'collect', 'count_costs', 'find_run', 'main', 'make_report', 'parse_report_args']
 
 OPTIONS = (
     Group(
@@ -77,6 +81,17 @@ def collect(
     return SavedLogits(logits, targets, _paths(data), names, trained.class_counts, open_image=open_image, **fields)
 
 
+@torch.inference_mode()
+def count_costs(model: Shike, image: Tensor) -> List[Dict[str, Any]]:
+    """GMACs of every choice of up to four experts on an image [1, in_chans, H, W], as `--expert-subsets` tells them."""
+    costs = []
+    for subset in all_subsets(model.num_experts) if model.num_experts <= MOST_EXPERTS else ():
+        reduced = copy.deepcopy(model).eval()
+        reduced.set_experts(subset)
+        costs.append(dict(experts=list(subset), gmacs=count_flops(partial(reduced, image)) / 2e9))
+    return costs
+
+
 def find_run(*paths: Optional[str]) -> Optional[Path]:
     """The run folder that a checkpoint or `local-dir:RUN/model` lies in, None where it is in none."""
     for path in filter(None, paths):
@@ -105,7 +120,8 @@ def _evaluate_run(run: Path, args: argparse.Namespace) -> List[SavedLogits]:
         kept: List[Tuple[Tensor, Tensor]] = []
         evaluate(trained.model.to(device), loader, trained.class_counts, device, kept=kept)
         name = run.name if not saved else f"{run.name}, {path.parent.name.replace('_', ' ')}"
-        saved.append(collect(trained, data, kept, name=name, run=run))
+        costs = [] if saved else count_costs(trained.model, next(iter(loader))[0][:1])
+        saved.append(collect(trained, data, kept, name=name, run=run, costs=costs))
     return saved
 
 

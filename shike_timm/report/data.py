@@ -8,7 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 import torch
 
-from ..metrics import NUM_BINS, SHOTS, ExpertEvaluator, all_subsets, shot_divisions
+from ..metrics import MOST_EXPERTS, NUM_BINS, SHOTS, ExpertEvaluator, all_subsets, shot_divisions
 from .logits import SavedLogits
 
 __all__ = [
@@ -92,7 +92,7 @@ class Judged:
     @cached_property
     def shots(self) -> Dict[str, np.ndarray]:
         """Masks [C] of the shot divisions, of classes with test images."""
-        divisions = shot_divisions(self.saved.class_counts)
+        divisions = shot_divisions(self.saved.class_counts.tolist())
         return {shot: divisions[shot].numpy() & (self.total > 0) for shot in SHOTS}
 
     @cached_property
@@ -144,7 +144,7 @@ def judge(saved: SavedLogits) -> Judged:
     """Judge saved logits, some images at a time."""
     _, num_experts, num_classes = saved.logits.shape
     evaluator = ExpertEvaluator(num_experts, saved.class_counts.tolist())
-    subsets = all_subsets(num_experts) if num_experts <= 4 else []
+    subsets = all_subsets(num_experts) if num_experts <= MOST_EXPERTS else []
     log_prior = torch.from_numpy(saved.class_counts / saved.class_counts.sum()).clamp(min=1e-12).log().float()
     parts, subset_right, tilted = [], np.zeros(len(subsets)), np.zeros((len(_TILTS), num_classes))
     size = max(_CHUNK // (num_classes * num_experts), 1)
@@ -276,13 +276,13 @@ def paired_test(first: Judged, second: Judged) -> Dict[str, Optional[PairedTest]
 
 def best_expert_shares(
         judged: Judged,
-        num_draws: int = 200,
-) -> Tuple[Dict[str, np.ndarray], Dict[str, Tuple[np.ndarray, np.ndarray]]]:
+        num_draws: int = 300,
+) -> Tuple[Dict[str, np.ndarray], Dict[str, Tuple[float, float]]]:
     """Share of classes that each expert is best at, by shot; experts that tie share the class.
 
     Returns:
-        The shares [M], and bounds [M] of the 95 % that chance gives: experts that are equally good, so that on each
-        image any of them could have been the ones that were right.
+        The shares [M], and the bounds of 95 % of the shares that chance gives: experts that are equally good, so that
+        on each image any of them could have been the ones that were right.
     """
     targets, num_classes = judged.saved.targets, judged.saved.num_classes
     right = judged.right[:, 1:]
@@ -296,8 +296,8 @@ def best_expert_shares(
     rng = np.random.default_rng(0)
     draws = [shares(rng.permuted(right, axis=1)) for _ in range(num_draws)]
     actual = shares(right)
-    chance = {shot: tuple(np.percentile([draw[shot] for draw in draws], _TAILS, axis=0)) for shot in actual}
-    return actual, chance
+    # Chance knows no expert by number, so that the draws of all make one distribution.
+    return actual, {shot: tuple(np.percentile([draw[shot] for draw in draws], _TAILS).tolist()) for shot in actual}
 
 
 def trend(values: np.ndarray, num_points: int = 200) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:

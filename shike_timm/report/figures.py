@@ -5,7 +5,7 @@ that says why there is nothing to draw.
 """
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -23,7 +23,7 @@ COLORS = ('#3987d6', '#e0861a', '#23a079', '#c766a0', '#8b78d9', '#b09b1f', '#d4
 NEUTRAL = '#8c929b'
 WIDTH = 5.0
 MANY_POINTS = 1000  # from which on points are drawn as pixels, so that a file stays small
-STYLE = {
+STYLE: Dict[Any, Any] = {
     'axes.axisbelow': True, 'axes.edgecolor': INK, 'axes.facecolor': 'none', 'axes.grid': True, 'axes.labelcolor': INK,
     'axes.spines.right': False, 'axes.spines.top': False, 'axes.titlelocation': 'left', 'axes.titlesize': 10,
     'figure.facecolor': PAPER, 'figure.constrained_layout.use': True, 'font.size': 10, 'grid.alpha': 0.18,
@@ -128,9 +128,9 @@ def best_experts(judged: Judged, other: Optional[Judged]) -> Figure:
     num_experts = judged.saved.num_experts
     width = 0.8 / num_experts
     for i, shot in enumerate(shares):
+        low, high = (100 * bound for bound in chance[shot])
         for m in range(num_experts):
             x = i + (m - (num_experts - 1) / 2) * width
-            low, high = (100 * bound[m] for bound in chance[shot])
             axes.bar(
                 x, 100 * shares[shot][m], 0.9 * width, color=COLORS[m % len(COLORS)],
                 label=f'expert {m}' if not i else None)
@@ -276,7 +276,7 @@ def learning_curves(judged: Judged, other: Optional[Judged]) -> Figure:
     return draw_curves(read_curves(judged.saved.run))
 
 
-def draw_curves(curves: Dict[str, Sequence[Optional[float]]]) -> Figure:
+def draw_curves(curves: Dict[str, List[Optional[float]]]) -> Figure:
     """Loss, its terms and the accuracies of a run, from what `read_curves` gives."""
     if not curves:
         raise Missing('The summary.csv of the run has no epoch yet.')
@@ -366,7 +366,7 @@ def draw(function: Callable[..., Figure], *args: Any) -> Tuple[Figure, Optional[
 
 def save(figure: Figure, stem: Path, salt: str) -> str:
     """Write a figure as STEM.svg and STEM.png, and give the SVG for a page, in the page's own colours."""
-    style = dict(STYLE, **{'svg.hashsalt': salt})
+    style: Dict[Any, Any] = {**STYLE, 'svg.hashsalt': salt}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing')  # of a name in another script; the SVG has it as text
         figure.savefig(f'{stem}.png')

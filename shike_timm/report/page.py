@@ -40,7 +40,7 @@ def class_table(judged: Judged) -> Tuple[List[str], List[List[Any]]]:
     for k, name in enumerate(['ensemble', *(f'expert {m}' for m in range(saved.num_experts))]):
         header += [name, f'{name} low', f'{name} high']
         columns += [_rounded(100 * one[:, k]) for one in (accuracy, low, high)]
-    divisions = shot_divisions(saved.class_counts)
+    divisions = shot_divisions(saved.class_counts.tolist())
     rows = []
     for c in judged.order:
         shot = next(shot for shot in SHOTS if divisions[shot][c])
