@@ -15,8 +15,8 @@ from ..data import ImageSet, create_eval_loader
 from ..devices import resolve_device, tune_device
 from ..errors import InputError
 from ..loading import TrainedModel, load_trained_model
-from ..methods import STAGES
 from ..measure import count_flops
+from ..methods import STAGES
 from ..metrics import MOST_EXPERTS, all_subsets, evaluate
 from ..models import Shike
 from ..options import DEVICE, TRAIN, Group, Option, complete, defaults, read_command_line
