@@ -11,6 +11,7 @@ COMMANDS = {
     'eval': 'evaluate a model on many-, medium- and few-shot classes',
     'predict': 'predict the classes of image files',
     'describe': 'tell what a data set holds: classes, counts, sizes, duplicates, unreadable files',
+    'report': 'draw a report of a run, or of saved logits, and compare several',
     'export': 'export a model to a file that runs without this package',
     'publish': 'publish a trained model and its card to the Hugging Face Hub',
     'benchmark': 'time training and inference; without a data set, on noise',

@@ -65,22 +65,22 @@ class StageSaver(CheckpointSaver):
         self._replace(temporary, last)
 
 
-def check_results_file(path: Optional[str]) -> None:
+def check_results_file(path: Optional[str], option: str = 'results-file') -> None:
     """Check that a file of results can be written, before the work whose results it is to hold.
 
     Raises:
         InputError: If it is a folder, or in a folder that does not exist.
     """
     if path and Path(path).is_dir():
-        raise InputError(f"results-file '{path}' is a folder: give the name of a file.")
+        raise InputError(f"{option} '{path}' is a folder: give the name of a file.")
     if path and not Path(path).absolute().parent.is_dir():
-        raise InputError(f"results-file '{path}' is in a folder that does not exist: make it first.")
+        raise InputError(f"{option} '{path}' is in a folder that does not exist: make it first.")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step, so that a reader never sees half of it."""
     temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text)
+    temporary.write_text(text, encoding='utf-8')
     temporary.replace(path)
 
 

@@ -7,8 +7,9 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, Optional, Set, Tuple
 
 import numpy as np
 import torch
@@ -23,12 +24,14 @@ from .checkpoints import StageSaver
 from .distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
 from .methods import Stage
 from .metrics import METRICS
-from .tasks import ExpertTask
+from .tasks import TERMS, ExpertTask
 
 __all__ = [
     'Interrupted', 'LoopConfig', 'NonFiniteError', 'StopFlag', 'eval_model', 'fit', 'seed_all', 'stop_signals',
     'train_step',
 ]
+
+CHECK_INTERVAL = 50  # steps between looks at the loss, each of which waits for the device
 
 _logger = logging.getLogger(__name__)
 
@@ -84,7 +87,7 @@ class LoopConfig:
 
     Attributes:
         seed: Seed of the run.
-        log_interval: Steps between log lines.
+        log_interval: Steps between log lines within an epoch, None for none.
         val_interval: Epochs between evaluations; the last epoch is always evaluated.
         clip_grad: Gradient clipping value, None for none.
         clip_mode: timm's clipping mode: 'norm', 'value' or 'agc'.
@@ -96,7 +99,7 @@ class LoopConfig:
     """
 
     seed: int = 42
-    log_interval: int = 50
+    log_interval: Optional[int] = None
     val_interval: int = 1
     clip_grad: Optional[float] = None
     clip_mode: str = 'norm'
@@ -190,8 +193,8 @@ def _train_part(
         loss_scaler: Optional[NativeScaler],
         stop: StopFlag,
         vote: Vote,
-) -> Done:
-    """Train on the batches of an epoch that are not done, up to `end`, and give what is done then."""
+) -> Tuple[Done, str]:
+    """Train on the batches of an epoch that are not done, up to `end`; gives what is done then and what to tell of it."""
     seed_all(config.seed, stage.number, epoch)
     order_seed = int(torch.randint(2 ** 62, ()))
     if hasattr(loader.sampler, 'set_epoch'):  # which a stream's has not
@@ -204,7 +207,7 @@ def _train_part(
     never = torch.full((), num_steps, dtype=torch.int64, device=task.device)
     first_bad_step = never
     sums: Dict[str, torch.Tensor] = {}
-    num_images, images_since_log = 0, 0
+    num_images, images_since_log, done_now, status = 0, 0, done, ''
     lr = max(group['lr'] for group in optimizer.param_groups)  # layer-wise rates are below it
     start = log_start = time.perf_counter()
 
@@ -231,7 +234,7 @@ def _train_part(
                 sums[key] = sums.get(key, 0.) + torch.where(finite, value.detach() * batch_size, 0.)
 
         last = step == end - 1
-        if last or step % config.log_interval == 0:
+        if last or step % (config.log_interval or CHECK_INTERVAL) == 0:
             bad_step = int(over_processes(first_bad_step, dist.ReduceOp.MIN))
             if bad_step < num_steps:
                 raise NonFiniteError(
@@ -255,13 +258,13 @@ def _train_part(
             )
             if last:
                 progress.close()
-            if last or progress.disable:
+            elif not progress.disable:
+                progress.set_postfix_str(status)
+            elif config.log_interval:
                 share = 100 * (step + 1) / num_steps
                 _logger.info(f'Train: {epoch} [{step:>4d}/{num_steps} ({share:>3.0f}%)]  {status}')
-            else:
-                progress.set_postfix_str(status)
             log_start, images_since_log = now, 0
-    return done_now
+    return done_now, status
 
 
 def _train_one_epoch(
@@ -276,21 +279,25 @@ def _train_one_epoch(
         loss_scaler: Optional[NativeScaler],
         stop: StopFlag,
         vote: Vote,
-) -> Dict[str, float]:
-    """Train on what is left of an epoch, in parts that each seed themselves, so that what is between can be saved."""
-    num_steps = len(loader)
+) -> Tuple[Dict[str, Optional[float]], str]:
+    """Train on what is left of an epoch, in parts that each seed themselves, so that what is between can be saved.
+
+    Gives the epoch's means and seconds, and what to tell of it.
+    """
+    num_steps, status = len(loader), ''
     part = (config.recovery_interval or num_steps) * config.grad_accum_steps
     while done.step < num_steps:
         task.train()
         end = min(done.step + part, num_steps)
-        done = _train_part(
+        done, status = _train_part(
             task, loader, optimizer, stage, config, epoch, done, end, loss_scaler, stop, vote)
         averages = [eval_model(task, ema=True)] if task.has_ema() else []
         equal_statistics(eval_model(task), *averages, mode=config.dist_bn)
         _check_weights(task, stage, epoch)
         if end < num_steps:
             on_primary(saver.save_last, epoch - 1, asdict(done))
-    return dict(loss=round(done.sums['loss'] / done.num_images, 6), seconds=round(done.seconds, 3))
+    means = {key: round(value / done.num_images, 6) for key, value in done.sums.items()}
+    return dict(means, seconds=round(done.seconds, 3)), status
 
 
 def eval_model(task: TrainingTask, ema: bool = False) -> torch.nn.Module:
@@ -305,6 +312,11 @@ def _check_weights(task: TrainingTask, stage: Stage, epoch: int) -> None:
     if not math.isfinite(float(torch.nn.utils.get_total_norm(tensors))):
         name = stage.name.replace('_', ' ')
         raise NonFiniteError(f'The weights are not finite after epoch {epoch} of {name}: try a lower --lr.')
+
+
+def _columns(summary: Path) -> Set[str]:
+    with summary.open(newline='') if summary.exists() else nullcontext(()) as file:
+        return set(next(csv.reader(file), ()))
 
 
 def _training_seconds(summary: Path, first_row: int) -> float:
@@ -328,6 +340,7 @@ def fit(
         done: Optional[Done] = None,
         loss_scaler: Optional[NativeScaler] = None,
         stop: Optional[StopFlag] = None,
+        track: Callable[[Path], None] = lambda summary: None,
 ) -> Dict[str, Any]:
     """Train a task for its remaining epochs and evaluate it after the last.
 
@@ -345,6 +358,7 @@ def fit(
         done: What is over of that epoch.
         loss_scaler: Loss scaling, for float16.
         stop: Flag that asks the loop to stop.
+        track: Called with the summary when it has got a row.
 
     Returns:
         The metrics of the last epoch and `seconds`, the training time of all epochs, evaluation apart.
@@ -356,19 +370,26 @@ def fit(
     """
     stop, done, vote = stop or StopFlag(), done or Done(), Vote()
     on_primary(trim_summary, str(summary), stage.first_row + start_epoch)
-    metrics = None
+    columns = _columns(summary)
+    terms = [term for term in TERMS if not columns or f'train_{term}' in columns]  # an older run's has none
+    metrics, start = None, time.perf_counter()
     for epoch in range(start_epoch, stage.epochs):
         task.progress = epoch / stage.epochs
         scheduler.step(epoch)
         lr = max(group['lr'] for group in optimizer.param_groups)
-        train_metrics = _train_one_epoch(
+        means, status = _train_one_epoch(
             task, loader, optimizer, stage, config, epoch, done, saver, loss_scaler, stop, vote)
         done, metrics = Done(), None
         if epoch == stage.epochs - 1 or (epoch + 1) % config.val_interval == 0:
             metrics = evaluate(eval_model(task, ema=task.has_ema()))
-            _logger.info(f'Eval: {epoch}  ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS))
+            status += '  Eval: ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS)
+        left = (time.perf_counter() - start) / (epoch + 1 - start_epoch) * (stage.epochs - epoch - 1)
+        name = stage.name.replace('_', ' ')
+        _logger.info(f'Train: {epoch} of {stage.epochs} in {name}, {timedelta(seconds=round(left))} left  {status}')
+        trained = {key: means.get(key) for key in ('loss', 'seconds', *terms)}
         evaluated = {key: metrics[key] if metrics else None for key in METRICS}
-        on_primary(update_summary, stage.first_row + epoch, train_metrics, evaluated, str(summary), lr)
+        on_primary(update_summary, stage.first_row + epoch, trained, evaluated, str(summary), lr)
+        on_primary(track, summary)
         on_primary(saver.save_checkpoint, epoch)
     if metrics is None:
         metrics = evaluate(eval_model(task, ema=task.has_ema()))

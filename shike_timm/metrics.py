@@ -1,5 +1,6 @@
 """What is measured of a model: accuracy on many-, medium- and few-shot classes, of the ensemble and each expert."""
-from typing import Any, Dict, List, Optional, Sequence
+import itertools
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -10,10 +11,14 @@ from torch import Tensor
 from .distributed import world_size
 from .errors import InputError
 
-__all__ = ['METRICS', 'SHOTS', 'ExpertEvaluator', 'evaluate', 'format_subsets', 'format_table', 'shot_divisions']
+__all__ = [
+    'METRICS', 'SHOTS', 'ExpertEvaluator', 'all_subsets', 'evaluate', 'format_subsets', 'format_table',
+    'shot_divisions',
+]
 
 SHOTS = ('many', 'medium', 'few')
 METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
+MOST_EXPERTS = 4  # of which a report tries every choice
 NUM_BINS = 15  # of the calibration error
 
 
@@ -22,6 +27,12 @@ def shot_divisions(class_counts: Sequence[int], many_shot: int = 100, few_shot: 
     counts = torch.as_tensor(class_counts)
     many, few = counts > many_shot, counts < few_shot
     return {'many': many, 'medium': ~many & ~few, 'few': few & ~many}
+
+
+def all_subsets(num_experts: int) -> List[Tuple[int, ...]]:
+    """Every choice of experts, the smallest first."""
+    numbers = range(num_experts)
+    return [subset for size in numbers for subset in itertools.combinations(numbers, size + 1)]
 
 
 class ExpertEvaluator(ClassificationEvaluator):
@@ -154,6 +165,7 @@ def evaluate(
         flip: bool = False,
         per_class: bool = False,
         shots: Optional[Dict[str, int]] = None,
+        kept: Optional[List[Tuple[Tensor, Tensor]]] = None,
 ) -> Dict[str, Any]:
     """Evaluate a SHIKE model in float32, on what all processes have of the images, each counted once.
 
@@ -166,6 +178,7 @@ def evaluate(
         flip: Average the logits with those of the mirrored images.
         per_class: Also tell the accuracy on each class, under `per_class`.
         shots: Arguments of `shot_divisions`.
+        kept: Gets the expert logits [B, M, C] and class indices [B] of each batch, on the CPU.
 
     Returns:
         What `ExpertEvaluator.compute` gives.
@@ -182,6 +195,8 @@ def evaluate(
         if flip:
             logits = (logits + model.forward_experts(images.flip(-1))) / 2
         evaluator.update(logits, target)
+        if kept is not None:
+            kept.append((logits.float().cpu(), target.cpu()))
     model.train(was_training)
     metrics = evaluator.compute(distributed=world_size() > 1)
     if not per_class:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
@@ -40,6 +40,7 @@ from .methods import STAGES, Stage, plan_stages
 from .metrics import evaluate, format_table
 from .options import changed_option, run_folder
 from .tasks import ExpertTask
+from .trackers import check_trackers, tracking
 
 __all__ = [
     'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'load_stage_one', 'loop_config', 'prepare', 'retrain',
@@ -87,6 +88,7 @@ def prepare(
     Raises:
         InputError: If anything given cannot work.
     """
+    check_trackers(args)
     device = join_processes(args.device)
     tune_device(device)
     autocast = resolve_autocast(args, device)
@@ -208,6 +210,7 @@ def _run_stage(
         parts: Parts,
         folder: Path,
         stop: StopFlag,
+        track: Callable[[Path], None],
         checkpoint: Optional[Dict[str, Any]] = None,
 ) -> Dict[str, Any]:
     """Run a stage from its start, or from a checkpoint of it, and give its metrics; the run's model is left trained."""
@@ -266,6 +269,7 @@ def _run_stage(
         done,
         loss_scaler,
         stop,
+        track,
     )
     if args.model_ema:
         model.load_state_dict(eval_model(task, ema=True).state_dict())
@@ -286,11 +290,11 @@ def _run_stages(
     on_primary(run.data.write_sides, folder)
     path = folder / 'metrics.json'
     metrics = json.loads(path.read_text()) if path.exists() else {}
-    with stop_signals() as stop:
+    with stop_signals() as stop, tracking(run.args, folder) as track:
         try:
             for stage in stages:
                 parts = parts or _make_parts(run, stage)
-                metrics[stage.name] = _run_stage(run, stage, parts, folder, stop, checkpoint)
+                metrics[stage.name] = _run_stage(run, stage, parts, folder, stop, track, checkpoint)
                 parts = checkpoint = None
                 on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
         except (RuntimeError, OSError) as error:
@@ -301,6 +305,9 @@ def _run_stages(
     on_primary(lambda: export_model(
         run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts,
         shot_counts=run.data.shot_counts, exif=run.args.exif, pixel_range=run.args.pixel_range))
+    if run.args.plot_curves:
+        from .report.figures import write_curves
+        on_primary(write_curves, folder)
     if rank() == 0:
         print(format_table(metrics))
     _logger.info(f'Run folder: {folder}')

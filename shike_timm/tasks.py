@@ -7,10 +7,12 @@ from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .losses import balanced_softmax, knowledge_distillation, representation_loss
+from .losses import RepresentationLoss, balanced_softmax, knowledge_distillation, representation_loss
 from .models import Shike
 
-__all__ = ['ClassifierRetrainingTask', 'ExpertTask', 'RepresentationTask']
+__all__ = ['TERMS', 'ClassifierRetrainingTask', 'ExpertTask', 'RepresentationTask']
+
+TERMS = (*RepresentationLoss._fields[1:], 'kd')  # what a task may tell beside its loss
 
 
 class ExpertLogits(nn.Module):

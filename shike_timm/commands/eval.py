@@ -1,12 +1,11 @@
 """Evaluation of a trained model, put together from parsed arguments."""
 import argparse
 import copy
-import itertools
 import json
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import Tensor
@@ -15,11 +14,11 @@ from ..build import load_data, load_eval_data, resolve_data_config
 from ..checkpoints import check_results_file, write_text
 from ..data import create_eval_loader
 from ..devices import tune_device
-from ..distributed import join_processes, rank
+from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..loading import load_trained_model, set_target_prior, with_data_args
 from ..measure import inference_costs
-from ..metrics import evaluate, format_subsets, format_table
+from ..metrics import all_subsets, evaluate, format_subsets, format_table
 from ..models import Shike
 from ..options import (
     DATA,
@@ -32,7 +31,9 @@ from ..options import (
     Option,
     parse_args,
 )
+from ..report.logits import save_logits
 from .cli import run_script
+from .report import check_report, collect, count_costs, find_run
 
 __all__ = ['OPTIONS', 'evaluate_model', 'main', 'parse_eval_args']
 
@@ -46,14 +47,13 @@ OPTIONS = (
         Option('flip', bool, False, 'average the logits with those of the mirrored images, at twice the cost'),
         Option('batch_size', int, 256, 'images a batch', low=1, flags=('-b',)),
         Option('results_file', str, None, 'JSON file to write the metrics to', 'FILE'),
+        Option(
+            'save_logits', str, None, 'npz file to write the logits of each expert to, with targets, paths and classes',
+            'FILE'),
+        Option('report', str, None, 'folder to write a report with figures to, report.html and more', 'DIR'),
     ),
     DATA, PREPROCESSING, SHOT_DIVISIONS, DEVICE, HPARAMS,
 )
-
-
-def _all_subsets(num_experts: int) -> List[Tuple[int, ...]]:
-    numbers = range(num_experts)
-    return [subset for size in numbers for subset in itertools.combinations(numbers, size + 1)]
 
 
 def _add_costs(subsets: List[Dict[str, Any]], model: Shike, images: Tensor, flip: bool) -> None:
@@ -73,6 +73,10 @@ def _write_results(path: Optional[str], metrics: Dict[str, Any]) -> None:
         write_text(Path(path), json.dumps(metrics, indent=2) + '\n')
 
 
+def _name(args: argparse.Namespace) -> str:
+    return Path(args.checkpoint).stem if args.checkpoint else args.model
+
+
 def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     """Evaluate a trained model, in float32; of several processes each has its share, and the first prints and writes.
 
@@ -87,9 +91,14 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         InputError: If anything given cannot work.
     """
     check_results_file(args.results_file)
+    check_results_file(args.save_logits, 'save-logits')
+    if args.report:
+        check_report(args.report)
     if args.experts and args.expert_subsets:
         raise InputError('--expert-subsets tells of every choice of experts, --experts of one: leave one of them out.')
     device = join_processes(args.device)
+    if world_size() > 1 and (args.save_logits or args.report):
+        raise InputError('--save-logits and --report take all images in one process: leave torchrun out.')
     tune_device(device)
     trained = load_trained_model(
         args.model, args.checkpoint, True, args.experts, args.authors_classifiers)  # as timm's validate.py
@@ -109,13 +118,14 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     set_target_prior(trained, args.target_prior)
     data_config = resolve_data_config(args, model)
     loader = create_eval_loader(dataset, data_config, args.batch_size, device, args.workers)
-    subsets = _all_subsets(model.num_experts) if args.expert_subsets else ()
+    subsets = all_subsets(model.num_experts) if args.expert_subsets else ()
     shots = dict(many_shot=args.many_shot, few_shot=args.few_shot)
     left_out = f" Left out: {'; '.join(dataset.notes)}." if dataset.notes else ''
     source = dataset.source or 'a split of its own'
     _logger.info(f'Evaluation: {len(dataset.dataset)} images, {source}.{left_out}')
+    kept = [] if args.save_logits or args.report else None
     metrics = evaluate(
-        model.to(device), loader, shot_counts, device, subsets, args.flip, per_class=True, shots=shots)
+        model.to(device), loader, shot_counts, device, subsets, args.flip, per_class=True, shots=shots, kept=kept)
     metrics['per_class'] = dict(names=names, class_counts=counts, **metrics['per_class'])
     if rank():
         return metrics
@@ -132,6 +142,17 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         _add_costs(metrics['subsets'], model, images.contiguous(memory_format=torch.channels_last), args.flip)
         print(f"\n{format_subsets(metrics['subsets'])}")
         _write_results(args.results_file, metrics)
+    if kept:
+        trained.class_counts, trained.class_names = counts, names
+        run = find_run(args.model, args.checkpoint)
+        costs = metrics.get('subsets') or count_costs(model, next(iter(loader))[0][:1])
+        saved = collect(trained, dataset, kept, costs=costs, run=run, name=run.name if run else _name(args))
+        if args.save_logits:
+            save_logits(args.save_logits, saved)
+        if args.report:
+            from ..report.data import judge
+            from ..report.page import write_report
+            print(f'Report: {write_report(Path(args.report), [judge(saved)])}')
     return metrics
 
 

@@ -1,0 +1,159 @@
+"""Reports of runs and saved logits, put together from parsed arguments."""
+import argparse
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..build import load_data, resolve_data_config
+from ..checkpoints import load_checkpoint
+from ..data import ImageSet, create_eval_loader
+from ..devices import resolve_device, tune_device
+from ..errors import InputError
+from ..loading import TrainedModel, load_trained_model
+from ..measure import count_flops
+from ..methods import STAGES
+from ..metrics import MOST_EXPERTS, all_subsets, evaluate
+from ..models import Shike
+from ..options import DEVICE, TRAIN, Group, Option, complete, defaults, read_command_line
+from ..report.logits import SavedLogits, load_logits
+from .cli import run_script
+
+__all__ = ['OPTIONS', 'check_report', 'collect', 'count_costs', 'find_run', 'main', 'make_report', 'parse_report_args']
+
+OPTIONS = (
+    Group(
+        'Report',
+        Option(
+            'runs', str, None, 'run folders, which are evaluated on the data of the run, or files of eval.py '
+            '--save-logits; the first is told of at length, the others are compared with it', 'RUN|FILE.npz',
+            nargs='+', required=True, positional=True),
+        Option('output', str, 'report', 'folder to write report.html, its figures and the table to', 'DIR'),
+        Option('data_dir', str, None, 'folder of the data, where it is not where the runs had it', 'DIR'),
+        Option('batch_size', int, 256, 'images a batch', low=1, flags=('-b',)),
+    ),
+    DEVICE,
+)
+
+
+def check_report(folder: str) -> None:
+    """Check that a report can be drawn and written, before the work that it is of.
+
+    Raises:
+        InputError: If a package is missing, or the folder is a file.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"A report needs {error.name}: pip install 'shike-timm[report]'.") from error
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise InputError(f"'{folder}', where the report is to go, is a file: give the name of a folder.")
+
+
+def _paths(data: ImageSet) -> List[str]:
+    names = getattr(data.dataset, 'filenames', None)  # of timm's data sets
+    return names(absolute=True) if names else [str(i) for i in range(len(data.dataset))]
+
+
+def collect(
+        trained: TrainedModel,
+        data: ImageSet,
+        kept: Sequence[Tuple[Tensor, Tensor]],
+        **fields: Any,
+) -> SavedLogits:
+    """What an evaluation kept, with what is known of the images and classes.
+
+    Args:
+        trained: The model; its class counts must be known.
+        data: What it was evaluated on.
+        kept: What `shike_timm.metrics.evaluate` keeps.
+        **fields: Further fields of `SavedLogits`.
+    """
+    logits, targets = (torch.cat(one).numpy() for one in zip(*kept))
+    names = trained.class_names or data.class_names or [str(c) for c in range(logits.shape[2])]
+    open_image = None if data.images is None else lambda index: Image.fromarray(data.images[index])
+    return SavedLogits(logits, targets, _paths(data), names, trained.class_counts, open_image=open_image, **fields)
+
+
+@torch.inference_mode()
+def count_costs(model: Shike, image: Tensor) -> List[Dict[str, Any]]:
+    """GMACs of every choice of up to four experts on an image [1, in_chans, H, W], as `--expert-subsets` tells them."""
+    costs = []
+    for subset in all_subsets(model.num_experts) if model.num_experts <= MOST_EXPERTS else ():
+        reduced = copy.deepcopy(model).eval()
+        reduced.set_experts(subset)
+        costs.append(dict(experts=list(subset), gmacs=count_flops(partial(reduced, image)) / 2e9))
+    return costs
+
+
+def find_run(*paths: Optional[str]) -> Optional[Path]:
+    """The run folder that a checkpoint or `local-dir:RUN/model` lies in, None where it is in none."""
+    for path in filter(None, paths):
+        for folder in Path(path.removeprefix('local-dir:')).absolute().parents[:2]:
+            if (folder / 'summary.csv').exists():
+                return folder
+    return None
+
+
+def _evaluate_run(run: Path, args: argparse.Namespace) -> List[SavedLogits]:
+    """Logits of the stages of a run that it has a checkpoint of, on what it was evaluated on, the last stage first."""
+    checkpoints = [run / stage / 'last.pth.tar' for stage in STAGES if (run / stage / 'last.pth.tar').exists()]
+    if not checkpoints:
+        raise InputError(f"'{run}' holds no checkpoint of a run: give a run folder of train.py.")
+    device = resolve_device(args.device)
+    tune_device(device)
+    saved: List[SavedLogits] = []
+    data = None
+    for path in reversed(checkpoints):
+        trained = load_trained_model(checkpoint=str(path))
+        run_args = argparse.Namespace(**{**defaults(TRAIN), **vars(load_checkpoint(path)['args'])})
+        run_args.data_dir = args.data_dir or run_args.data_dir
+        data = data or load_data(run_args).test
+        loader = create_eval_loader(
+            data, resolve_data_config(run_args, trained.model), args.batch_size, device, args.workers)
+        kept: List[Tuple[Tensor, Tensor]] = []
+        evaluate(trained.model.to(device), loader, trained.class_counts, device, kept=kept)
+        name = run.name if not saved else f"{run.name}, {path.parent.name.replace('_', ' ')}"
+        costs = [] if saved else count_costs(trained.model, next(iter(loader))[0][:1])
+        saved.append(collect(trained, data, kept, name=name, run=run, costs=costs))
+    return saved
+
+
+def make_report(args: argparse.Namespace) -> Path:
+    """Write the report of the runs and files that the arguments name, and give the path of the page.
+
+    Raises:
+        InputError: If anything given cannot work; nothing has been written then.
+    """
+    check_report(args.output)
+    models, earlier = [], None
+    from ..report.data import judge
+    from ..report.page import write_report
+    for number, path in enumerate(map(Path, args.runs)):
+        saved = _evaluate_run(path.absolute(), args) if path.is_dir() else [load_logits(path)]
+        models.append(judge(saved[0]))
+        if not number and len(saved) > 1:
+            earlier = judge(saved[1])
+    page = write_report(Path(args.output), models, earlier)
+    print(f'Report: {page}')
+    return page
+
+
+def parse_report_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Arguments of `shike report`.
+
+    Raises:
+        InputError: If an argument is wrong.
+    """
+    return complete(OPTIONS, read_command_line(
+        'Draw a report of a run, or of saved logits, and compare several.', OPTIONS, argv))
+
+
+def main() -> int:
+    return run_script(lambda: make_report(parse_report_args()))

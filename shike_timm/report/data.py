@@ -1,0 +1,366 @@
+"""The numbers of a report, from saved logits."""
+import csv
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+
+from ..metrics import MOST_EXPERTS, NUM_BINS, SHOTS, ExpertEvaluator, all_subsets, shot_divisions
+from .logits import SavedLogits
+
+__all__ = [
+    'Confusion', 'Judged', 'PairedTest', 'best_expert_shares', 'bootstrap', 'bootstrap_difference', 'judge',
+    'paired_test', 'read_curves', 'same_images', 'tail_confusions', 'trend', 'wilson',
+]
+
+_TAILS = 2.5, 97.5  # percent, of a 95 % interval
+_Z = 1.959963984540054  # the normal quantile of the latter
+_CHUNK = 2 ** 26  # logits at a time
+_TILTS = np.linspace(0, 1, 6)  # exponents of the training prior
+
+
+def wilson(right: np.ndarray, total: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Bounds of Wilson's 95 % interval of a share, NaN where nothing was seen.
+
+    Args:
+        right: Successes, of any shape.
+        total: Trials, of a shape that fits.
+    """
+    with np.errstate(divide='ignore', invalid='ignore'):
+        share = right / total
+        centre = (share + _Z ** 2 / (2 * total)) / (1 + _Z ** 2 / total)
+        half = _Z / (1 + _Z ** 2 / total) * np.sqrt(share * (1 - share) / total + _Z ** 2 / (4 * total ** 2))
+    seen = np.asarray(total) > 0
+    return np.where(seen, (centre - half).clip(0), np.nan), np.where(seen, (centre + half).clip(max=1), np.nan)
+
+
+@dataclass
+class Judged:
+    """What saved logits come to; output 0 is the ensemble, output 1 + m expert m.
+
+    Attributes:
+        saved: The logits.
+        metrics: What `eval.py` tells of them.
+        predictions: Predicted classes [N, 1 + M].
+        confidence: Probability of the predicted class [N], of the ensemble.
+        hardest_negative: Largest probability of a wrong class [N], of the ensemble.
+        subset_top1: Top-1 in percent of every choice of experts, in the order of `all_subsets`.
+        tilted: Per-class accuracy [T, C] of the ensemble that is told the prior of the world, the training prior to
+            the power of each of `tilts`.
+    """
+
+    saved: SavedLogits
+    metrics: Dict[str, Any]
+    predictions: np.ndarray
+    confidence: np.ndarray
+    hardest_negative: np.ndarray
+    subset_top1: List[float]
+    tilted: np.ndarray
+
+    tilts = _TILTS
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        """Whether each output is right on each image [N, 1 + M]."""
+        return self.predictions == self.saved.targets[:, None]
+
+    @cached_property
+    def total(self) -> np.ndarray:
+        """Test images of each class [C]."""
+        return np.bincount(self.saved.targets, minlength=self.saved.num_classes)
+
+    @cached_property
+    def right_by_class(self) -> np.ndarray:
+        """Right answers of each class and output [C, 1 + M]."""
+        return np.stack([
+            np.bincount(self.saved.targets[one], minlength=self.saved.num_classes) for one in self.right.T], axis=1)
+
+    @cached_property
+    def accuracy(self) -> np.ndarray:
+        """Share of right answers of each class and output [C, 1 + M], NaN without test images."""
+        with np.errstate(invalid='ignore'):
+            return self.right_by_class / self.total[:, None]
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """Classes from the most training images to the fewest."""
+        return np.argsort(-self.saved.class_counts, kind='stable')
+
+    @cached_property
+    def shots(self) -> Dict[str, np.ndarray]:
+        """Masks [C] of the shot divisions, of classes with test images."""
+        divisions = shot_divisions(self.saved.class_counts.tolist())
+        return {shot: divisions[shot].numpy() & (self.total > 0) for shot in SHOTS}
+
+    @cached_property
+    def groups(self) -> Dict[str, np.ndarray]:
+        """Masks [C] of what accuracy is averaged over: all classes, and those of each shot division."""
+        return {'balanced': self.total > 0, **self.shots}
+
+    @cached_property
+    def intervals(self) -> Dict[str, Optional[Tuple[float, float]]]:
+        """Bootstrap 95 % intervals in percent of top-1 and the averages over `groups`, of the ensemble."""
+        return bootstrap(self.right_by_class[:, 0], self.total, self.groups)
+
+    @cached_property
+    def most_confused(self) -> List[Optional[Tuple[int, int]]]:
+        """Of each class the wrong class that the ensemble says most, and how often, None where it is never wrong."""
+        best: List[Optional[Tuple[int, int]]] = [None] * self.saved.num_classes
+        for (true, said), count in _confusions(self):
+            if best[true] is None:
+                best[true] = (said, count)
+        return best
+
+    def reliability(self) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images, right answers and mean confidence of each bin of confidence, the last NaN where a bin is empty."""
+        bins = np.minimum((np.searchsorted(_EDGES, self.confidence.astype(np.float32), side='right') - 1), NUM_BINS - 1)
+        count, confidence, right = (
+            np.bincount(bins, weights=one, minlength=NUM_BINS)
+            for one in (np.ones_like(self.confidence), self.confidence, self.right[:, 0]))
+        with np.errstate(invalid='ignore'):
+            return count.astype(int), right.astype(int), confidence / count
+
+    def coverage(self) -> Tuple[np.ndarray, np.ndarray]:
+        """Share of images kept, from the surest on, and the accuracy on them, both [N]."""
+        right = self.right[np.argsort(-self.confidence, kind='stable'), 0]
+        kept = np.arange(1, len(right) + 1)
+        return kept / len(right), right.cumsum() / kept
+
+    def prior_shift(self) -> Tuple[np.ndarray, np.ndarray]:
+        """Expected top-1 [T] in worlds from uniform to the training prior, as it is and told the prior."""
+        seen = self.total > 0
+        worlds = (self.saved.class_counts[seen] / self.saved.class_counts.sum())[None] ** _TILTS[:, None]
+        worlds /= worlds.sum(1, keepdims=True)
+        return worlds @ self.accuracy[seen, 0], (worlds * self.tilted[:, seen]).sum(1)
+
+
+_EDGES = torch.linspace(0, 1, NUM_BINS + 1).numpy()
+
+
+def judge(saved: SavedLogits) -> Judged:
+    """Judge saved logits, some images at a time."""
+    _, num_experts, num_classes = saved.logits.shape
+    evaluator = ExpertEvaluator(num_experts, saved.class_counts.tolist())
+    subsets = all_subsets(num_experts) if num_experts <= MOST_EXPERTS else []
+    log_prior = torch.from_numpy(saved.class_counts / saved.class_counts.sum()).clamp(min=1e-12).log().float()
+    parts, subset_right, tilted = [], np.zeros(len(subsets)), np.zeros((len(_TILTS), num_classes))
+    size = max(_CHUNK // (num_classes * num_experts), 1)
+    for start in range(0, len(saved.targets), size):
+        logits = torch.from_numpy(saved.logits[start:start + size]).float()
+        target = torch.from_numpy(saved.targets[start:start + size]).long()
+        evaluator.update(logits, target)
+        ensemble = logits.mean(1)
+        predictions = torch.cat([ensemble[:, None], logits], dim=1).argmax(-1)
+        for t, tilt in enumerate(_TILTS.tolist()):
+            said = (ensemble + tilt * log_prior).argmax(-1) if tilt else predictions[:, 0]
+            tilted[t] += np.bincount(target[said == target], minlength=num_classes)
+        for i, subset in enumerate(subsets):
+            subset_right[i] += int((logits[:, list(subset)].mean(1).argmax(-1) == target).sum())
+        probabilities = ensemble.softmax(-1)
+        confidence = probabilities.amax(-1)
+        probabilities.scatter_(1, target[:, None], -1)
+        parts.append((predictions, confidence, probabilities.amax(-1).clamp(min=0)))
+    predictions, confidence, hardest = (torch.cat(one).numpy() for one in zip(*parts))
+    total = np.bincount(saved.targets, minlength=num_classes)
+    return Judged(
+        saved, evaluator.compute(), predictions, confidence, hardest,
+        (100 * subset_right / len(saved.targets)).tolist(), tilted / np.maximum(total, 1))
+
+
+def bootstrap(
+        right: np.ndarray,
+        total: np.ndarray,
+        groups: Dict[str, np.ndarray],
+        num_draws: int = 2000,
+) -> Dict[str, Optional[Tuple[float, float]]]:
+    """Percentile bootstrap 95 % intervals of accuracies, in percent, the images of each class resampled.
+
+    To resample the n images of a class, k of them right, is to draw their number from the binomial of n and k / n.
+
+    Args:
+        right: Right answers of each class [C].
+        total: Test images of each class [C].
+        groups: Masks [C] of the classes to average over, by name.
+        num_draws: Resamplings.
+
+    Returns:
+        Intervals of `top1`, the share of images, and of each group, None for a group without test images.
+    """
+    share = right / np.maximum(total, 1)
+    drawn = np.random.default_rng(0).binomial(total, share, size=(num_draws, len(total)))
+    return _percentiles(drawn, total, groups)
+
+
+def _percentiles(drawn: np.ndarray, total: np.ndarray, groups: Dict[str, np.ndarray]) -> Dict[str, Any]:
+    shares = drawn / np.maximum(total, 1)
+    values = {'top1': drawn.sum(1) / max(total.sum(), 1)}
+    values.update((name, shares[:, mask].mean(1) if mask.any() else None) for name, mask in groups.items())
+    return {
+        name: None if value is None else tuple((100 * np.percentile(value, _TAILS)).tolist())
+        for name, value in values.items()
+    }
+
+
+def same_images(a: SavedLogits, b: SavedLogits) -> bool:
+    """Whether two models saw the same images, in the same order and with the same labels."""
+    return a.paths == b.paths and a.class_names == b.class_names and np.array_equal(a.targets, b.targets)
+
+
+class PairedTest(NamedTuple):
+    """What `paired_test` gives of a group of classes.
+
+    Attributes:
+        difference: Accuracy of the second model less that of the first, in percent.
+        interval: Its bootstrap 95 % interval, images resampled in pairs.
+        p_value: Of McNemar's exact test on the images that just one model has right.
+        classes: Classes where the second model is better, as good and worse.
+    """
+
+    difference: float
+    interval: Tuple[float, float]
+    p_value: float
+    classes: Tuple[int, int, int]
+
+
+def bootstrap_difference(
+        gained: np.ndarray,
+        lost: np.ndarray,
+        total: np.ndarray,
+        groups: Dict[str, np.ndarray],
+        num_draws: int = 2000,
+) -> Dict[str, Optional[Tuple[float, float]]]:
+    """Intervals as those of `bootstrap` for the difference of two models on the same images.
+
+    Args:
+        gained: Images of each class [C] that only the second model has right.
+        lost: Images of each class [C] that only the first has right.
+        total: Test images of each class [C].
+        groups: Masks [C] of the classes to average over, by name.
+        num_draws: Resamplings.
+    """
+    size = np.maximum(total, 1)
+    shares = np.stack([gained / size, lost / size, 1 - (gained + lost) / size], axis=1).clip(0)
+    rng = np.random.default_rng(0)
+    drawn = np.stack([rng.multinomial(total, shares) for _ in range(num_draws)])
+    return _percentiles(drawn[..., 0] - drawn[..., 1], total, groups)
+
+
+def paired_test(first: Judged, second: Judged) -> Dict[str, Optional[PairedTest]]:
+    """Compare two models that saw the same images, on all of them, `top1`, and on each shot division."""
+    from scipy.stats import binomtest
+    num_classes, targets = first.saved.num_classes, first.saved.targets
+    one, two = first.right[:, 0], second.right[:, 0]
+    gained, lost = (
+        np.bincount(targets[only], minlength=num_classes) for only in (two & ~one, one & ~two))
+    intervals = bootstrap_difference(gained, lost, first.total, first.shots)
+    difference = gained - lost
+    results: Dict[str, Optional[PairedTest]] = {}
+    for name, mask in {'top1': first.total > 0, **first.shots}.items():
+        if not mask.any():
+            results[name] = None
+            continue
+        wins, losses = int(gained[mask].sum()), int(lost[mask].sum())
+        share = difference[mask].sum() / first.total.sum() if name == 'top1' else (
+            difference[mask] / first.total[mask]).mean()
+        results[name] = PairedTest(
+            100 * float(share),
+            intervals[name],
+            binomtest(wins, wins + losses).pvalue if wins + losses else 1.,
+            tuple(int(np.sum(compare(difference[mask], 0))) for compare in (np.greater, np.equal, np.less)),
+        )
+    return results
+
+
+def best_expert_shares(
+        judged: Judged,
+        num_draws: int = 300,
+) -> Tuple[Dict[str, np.ndarray], Dict[str, Tuple[float, float]]]:
+    """Share of classes that each expert is best at, by shot; experts that tie share the class.
+
+    Returns:
+        The shares [M], and the bounds of 95 % of the shares that chance gives: experts that are equally good, so that
+        on each image any of them could have been the ones that were right.
+    """
+    targets, num_classes = judged.saved.targets, judged.saved.num_classes
+    right = judged.right[:, 1:]
+
+    def shares(right: np.ndarray) -> Dict[str, np.ndarray]:
+        counts = np.stack([np.bincount(targets[one], minlength=num_classes) for one in right.T], axis=1)
+        best = counts == counts.max(1, keepdims=True)
+        best = best / best.sum(1, keepdims=True)
+        return {shot: best[mask].mean(0) for shot, mask in judged.shots.items() if mask.any()}
+
+    rng = np.random.default_rng(0)
+    draws = [shares(rng.permuted(right, axis=1)) for _ in range(num_draws)]
+    actual = shares(right)
+    # Chance knows no expert by number, so that the draws of all make one distribution.
+    return actual, {shot: tuple(np.percentile([draw[shot] for draw in draws], _TAILS).tolist()) for shot in actual}
+
+
+def trend(values: np.ndarray, num_points: int = 200) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A Gaussian moving average over ranks, a fifteenth of them wide, and half the width of its 95 % band.
+
+    Args:
+        values: Values [C] in order, NaN where there is none.
+
+    Returns:
+        Points, averages and half widths.
+    """
+    ranks = np.flatnonzero(~np.isnan(values))
+    values = values[ranks]
+    points = np.linspace(ranks[0], ranks[-1], num_points)
+    weights = np.exp(-0.5 * ((points[:, None] - ranks) / max(len(ranks) / 15, 1)) ** 2)
+    weights /= weights.sum(1, keepdims=True)
+    mean = weights @ values
+    error = np.sqrt((weights ** 2 * (values - mean[:, None]) ** 2).sum(1))
+    return points, mean, _Z * error
+
+
+def _confusions(judged: Judged) -> List[Tuple[Tuple[int, int], int]]:
+    """Pairs of true and predicted class with their number, the most frequent first."""
+    wrong = ~judged.right[:, 0]
+    pairs, counts = np.unique(
+        np.stack([judged.saved.targets[wrong], judged.predictions[wrong, 0]], axis=1), axis=0, return_counts=True)
+    order = np.argsort(-counts, kind='stable')
+    return [((int(pairs[i, 0]), int(pairs[i, 1])), int(counts[i])) for i in order]
+
+
+class Confusion(NamedTuple):
+    """A class taken for another.
+
+    Attributes:
+        true: The class.
+        predicted: What it is taken for.
+        count: How often.
+        cost: Points of few-shot accuracy that this costs.
+        images: Images of it, by index.
+    """
+
+    true: int
+    predicted: int
+    count: int
+    cost: float
+    images: List[int]
+
+
+def tail_confusions(judged: Judged, limit: int = 15) -> List[Confusion]:
+    """The confusions that cost the few-shot classes most; empty where there is no such class, or no mistake."""
+    few, found = judged.shots['few'], []
+    for (true, said), count in _confusions(judged):
+        if few[true]:
+            found.append(Confusion(true, said, count, 100 * count / judged.total[true] / few.sum(), []))
+    found = sorted(found, key=lambda one: -one.cost)[:limit]
+    for one in found:
+        pair = (judged.saved.targets == one.true) & (judged.predictions[:, 0] == one.predicted)
+        one.images.extend(np.flatnonzero(pair)[:4].tolist())
+    return found
+
+
+def read_curves(run: Path) -> Dict[str, List[Optional[float]]]:
+    """The columns of a run's `summary.csv`, None for what an epoch does not have."""
+    with (run / 'summary.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    return {key: [float(row[key]) if row[key] else None for row in rows] for key in (rows[0] if rows else ())}

@@ -1,0 +1,384 @@
+"""The figures of a report, drawn with matplotlib.
+
+Each function takes a `Judged` model, most a second one too, and gives a figure, or raises `Missing` with a sentence
+that says why there is nothing to draw.
+"""
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..metrics import SHOTS, all_subsets
+from ..tasks import TERMS
+from .data import Judged, best_expert_shares, read_curves, tail_confusions, trend, wilson
+
+__all__ = ['FIGURES', 'Drawing', 'Missing', 'compare_models', 'draw', 'draw_curves', 'save', 'shorten', 'write_curves']
+
+INK, PAPER = '#1f2329', '#ffffff'  # what a page in the dark replaces
+COLORS = ('#3987d6', '#e0861a', '#23a079', '#c766a0', '#8b78d9', '#b09b1f', '#d4563f', '#5fa8b8')
+NEUTRAL = '#8c929b'
+WIDTH = 5.0
+MANY_POINTS = 1000  # from which on points are drawn as pixels, so that a file stays small
+STYLE: Dict[Any, Any] = {
+    'axes.axisbelow': True, 'axes.edgecolor': INK, 'axes.facecolor': 'none', 'axes.grid': True, 'axes.labelcolor': INK,
+    'axes.spines.right': False, 'axes.spines.top': False, 'axes.titlelocation': 'left', 'axes.titlesize': 10,
+    'figure.facecolor': PAPER, 'figure.constrained_layout.use': True, 'font.size': 10, 'grid.alpha': 0.18,
+    'grid.color': INK, 'grid.linewidth': 0.6, 'legend.fontsize': 9, 'legend.frameon': False, 'savefig.dpi': 160,
+    'svg.fonttype': 'none', 'text.color': INK, 'text.parse_math': False, 'xtick.color': INK, 'ytick.color': INK,
+}
+
+
+class Missing(Exception):
+    """There is nothing to draw; the message is a sentence that says why."""
+
+
+def shorten(name: str, length: int = 24) -> str:
+    """A class name that fits on a line of a figure."""
+    name = ' '.join(''.join(char if char.isprintable() else ' ' for char in name).split())
+    return name if len(name) <= length else name[:length - 1] + '…'
+
+
+def _figure(height: float, rows: int = 1, **kwargs: Any) -> Tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH, height))
+    return figure, figure.subplots(rows, 1, **kwargs)
+
+
+def _legend(axes: Any, columns: int = 3, **kwargs: Any) -> None:
+    axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.2,
+                columnspacing=1.2, **kwargs)
+
+
+def _shade_shots(axes: Any, judged: Judged) -> None:
+    """Shade the shot divisions along the classes in order, and name them."""
+    counts = judged.saved.class_counts
+    sizes = (counts > 100).sum(), ((counts >= 20) & (counts <= 100)).sum(), (counts < 20).sum()
+    start = -0.5
+    for shot, size, alpha in zip(SHOTS, sizes, (0.12, 0.07, 0.03)):
+        if size:
+            axes.axvspan(start, start + size, color=INK, alpha=alpha, linewidth=0)
+            axes.text(
+                start + size / 2, 0.98, shot, transform=axes.get_xaxis_transform(), ha='center', va='top', fontsize=9,
+                rotation=0 if size > 0.12 * len(counts) else 90)
+        start += size
+    axes.set_xlim(-0.5, len(counts) - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+
+def class_counts(judged: Judged, other: Optional[Judged]) -> Figure:
+    counts = judged.saved.class_counts[judged.order]
+    figure, axes = _figure(3)
+    _shade_shots(axes, judged)
+    axes.step(np.arange(len(counts)), counts, where='mid', color=COLORS[0])
+    axes.set_yscale('symlog' if counts.min() < 1 else 'log')
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.set_ylim(top=counts.max() * 2.2)
+    axes.set(xlabel='classes, most training images first', ylabel='training images')
+    return figure
+
+
+def _best_expert(judged: Judged) -> np.ndarray:
+    """The best expert of each class [C], -1 where several are."""
+    counts = judged.right_by_class[:, 1:]
+    best = counts == counts.max(1, keepdims=True)
+    return np.where(best.sum(1) == 1, best.argmax(1), -1)
+
+
+def _draw_trend(axes: Any, values: np.ndarray, color: str, label: Optional[str] = None) -> None:
+    if np.sum(~np.isnan(values)) >= 20:
+        points, mean, half = trend(values)
+        axes.fill_between(points, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+        axes.plot(points, mean, color=color, label=label)
+
+
+def class_accuracy(judged: Judged, other: Optional[Judged]) -> Figure:
+    accuracy = 100 * judged.accuracy[judged.order]
+    many = len(accuracy) > MANY_POINTS
+    size = dict(s=3 if many else 16, linewidth=0, rasterized=many, alpha=0.5 if many else 0.9)
+    figure, (top, bottom) = _figure(5.6, 2, sharex=True, sharey=True)
+    ranks = np.arange(len(accuracy))
+    for axes in (top, bottom):
+        _shade_shots(axes, judged)
+        axes.set(ylabel='accuracy in %', ylim=(-2, 112), yticks=range(0, 101, 20))
+    top.scatter(ranks, accuracy[:, 0], color=NEUTRAL, label='ensemble', **size)
+    _draw_trend(top, accuracy[:, 0], INK)
+    _legend(top)
+    best = _best_expert(judged)[judged.order]
+    highest = accuracy[:, 1:].max(1)
+    for expert in range(-1, judged.saved.num_experts):
+        mine = best == expert
+        label = 'several' if expert < 0 else f'expert {expert}'
+        color = NEUTRAL if expert < 0 else COLORS[expert % len(COLORS)]
+        if mine.any():
+            bottom.scatter(ranks[mine], highest[mine], color=color, label=label, **size)
+    _draw_trend(bottom, highest, INK)
+    _legend(bottom, 4, title='best single expert', title_fontsize=9, alignment='left')
+    bottom.set_xlabel('classes, most training images first')
+    return figure
+
+
+def best_experts(judged: Judged, other: Optional[Judged]) -> Figure:
+    if judged.saved.num_experts == 1:
+        raise Missing('This model has one expert: it is the best at every class.')
+    shares, chance = best_expert_shares(judged)
+    figure, axes = _figure(3)
+    num_experts = judged.saved.num_experts
+    width = 0.8 / num_experts
+    for i, shot in enumerate(shares):
+        low, high = (100 * bound for bound in chance[shot])
+        for m in range(num_experts):
+            x = i + (m - (num_experts - 1) / 2) * width
+            axes.bar(
+                x, 100 * shares[shot][m], 0.9 * width, color=COLORS[m % len(COLORS)],
+                label=f'expert {m}' if not i else None)
+            axes.errorbar(
+                x, (low + high) / 2, (high - low) / 2, color=INK, linewidth=1.2, capsize=5, fmt='none',
+                label='chance' if not i and not m else None)
+    axes.set_xticks(range(len(shares)), [f'{shot} ({judged.shots[shot].sum()})' for shot in shares])
+    axes.set(ylabel='share of classes in %')
+    axes.grid(axis='x', visible=False)
+    _legend(axes, 4)
+    return figure
+
+
+def hardest_negatives(judged: Judged, other: Optional[Judged]) -> Figure:
+    shots = [shot for shot in SHOTS if judged.shots[shot].any()]
+    figure, axes = _figure(1.1 + 1.5 * len(shots), len(shots), sharex=True, sharey=True, squeeze=False)
+    edges = np.linspace(0, 1, 21)
+    for ax, shot in zip(axes[:, 0], shots):
+        for one, fill in ((judged, True), (other, False)):
+            mask = one is not None and one.shots[shot][one.saved.targets]
+            if np.any(mask):
+                values = one.hardest_negative[mask]
+                heights = 100 * np.histogram(values, edges)[0] / len(values)
+                color = COLORS[0] if fill else COLORS[1]
+                ax.stairs(
+                    heights, edges, fill=fill, color=color, alpha=0.6 if fill else 1, linewidth=1.6,
+                    label=f'{shorten(one.saved.name)}, mean {values.mean():.3f}')
+        ax.set_yscale('log')
+        ax.yaxis.set_major_formatter('{x:g}')
+        ax.set_ylabel('images in %')
+        ax.set_title(f'{shot}-shot')
+        ax.legend(loc='upper right')
+    axes[-1, 0].set_xlabel('probability of the hardest negative class')
+    return figure
+
+
+def _shot_bars(axes: Any, models: Sequence[Tuple[str, Judged]]) -> None:
+    """Accuracy by shot with bootstrap intervals, a bar for each model."""
+    names = {'balanced': 'all', **{shot: shot for shot in SHOTS if any(one.shots[shot].any() for _, one in models)}}
+    width = 0.8 / len(models)
+    for k, (label, one) in enumerate(models):
+        for i, name in enumerate(names):
+            value, interval = one.metrics[name], one.intervals[name]
+            if interval is not None:
+                error = [[max(value - interval[0], 0)], [max(interval[1] - value, 0)]]
+                axes.bar(
+                    i + (k - (len(models) - 1) / 2) * width, value, 0.9 * width, yerr=error, ecolor=INK,
+                    error_kw=dict(elinewidth=1), color=COLORS[k % len(COLORS)], label=label if not i else None)
+    axes.set_xticks(range(len(names)), names.values())
+    axes.set_ylabel('accuracy in %')
+    axes.grid(axis='x', visible=False)
+    _legend(axes, 1)
+
+
+def compare_models(models: Sequence[Judged]) -> Figure:
+    """Accuracy of several models overall and by shot, with bootstrap intervals."""
+    figure, axes = _figure(3 + 0.15 * len(models))
+    _shot_bars(axes, [(shorten(one.saved.name, 48), one) for one in models])
+    return figure
+
+
+def stages_and_experts(judged: Judged, other: Optional[Judged]) -> Figure:
+    figure, (top, bottom) = _figure(6, 2)
+    if other is None:
+        _shot_bars(top, [(f'{shorten(judged.saved.name)}, no stage one or second model at hand', judged)])
+    else:
+        _shot_bars(top, [(shorten(one.saved.name, 32), one) for one in (other, judged)])
+    subsets = all_subsets(judged.saved.num_experts)
+    costs = {tuple(one['experts']): one['gmacs'] for one in judged.saved.costs}
+    known = all(subset in costs for subset in subsets)
+    if judged.subset_top1:
+        best = {len(subset): subset for _, subset in sorted(zip(judged.subset_top1, subsets))}
+        for subset, top1 in zip(subsets, judged.subset_top1):
+            x = costs[subset] if known else len(subset)
+            bottom.plot(x, top1, 'o', color=COLORS[len(subset) - 1])
+            if best[len(subset)] == subset:  # the others' would lie on each other
+                bottom.annotate(
+                    ' '.join(map(str, subset)), (x, top1), xytext=(0, 6), textcoords='offset points', ha='center')
+        bottom.margins(x=0.15, y=0.15)
+    else:
+        bottom.set_title('too many experts to try every choice of them')
+    bottom.set(xlabel='GMACs an image' if known else 'experts kept (costs were not measured)', ylabel='top-1 in %')
+    if not known:
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def reliability(judged: Judged, other: Optional[Judged]) -> Figure:
+    count, right, confidence = judged.reliability()
+    seen = count > 0
+    count, right, confidence, edges = count[seen], right[seen], confidence[seen], np.linspace(0, 1, len(count) + 1)
+    low, high = wilson(right, count)
+    figure = Figure(figsize=(WIDTH, 6.6))
+    top, bars, bottom = figure.subplots(3, 1, height_ratios=(3, 1, 3))
+    top.plot([0, 1], [0, 100], color=NEUTRAL, linestyle=':', label='calibrated')
+    top.plot(confidence, 100 * right / count, 'o-', color=COLORS[0], markersize=4, label='ensemble')
+    top.fill_between(confidence, 100 * low, 100 * high, color=COLORS[0], alpha=0.2, linewidth=0)
+    top.set(ylabel='accuracy in %', xlim=(0, 1), ylim=(0, 100))
+    top.set_title(f"calibration error {judged.metrics['ece']:.2f} %", loc='right')
+    top.legend(loc='upper left')
+    bars.bar(edges[:-1][seen], count, edges[1], align='edge', color=COLORS[0], alpha=0.6)
+    bars.set(xlabel='probability of the predicted class', ylabel='images', xlim=(0, 1))
+    kept, accuracy = judged.coverage()
+    chosen = np.unique(np.linspace(min(len(kept) - 1, len(kept) // 50), len(kept) - 1, 200).astype(int))
+    bottom.plot(100 * kept[chosen], 100 * accuracy[chosen], color=COLORS[2])
+    bottom.set(xlabel='images kept in %, the surest first', ylabel='accuracy in %', xlim=(0, 100))
+    return figure
+
+
+def confusions(judged: Judged, other: Optional[Judged]) -> Figure:
+    if not judged.shots['few'].any():
+        raise Missing('There is no few-shot class with test images: every class has 20 training images or more.')
+    found = tail_confusions(judged)
+    if not found:
+        raise Missing('No image of a few-shot class is taken for another class.')
+    figure, axes = _figure(1.2 + 0.3 * len(found))
+    names = judged.saved.class_names
+    axes.barh(range(len(found)), [one.cost for one in found], color=COLORS[6], alpha=0.85)
+    axes.set_yticks(
+        range(len(found)), [f'{shorten(names[one.true])} → {shorten(names[one.predicted])}' for one in found])
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.set_xlabel('points of few-shot accuracy lost')
+    axes.grid(axis='y', visible=False)
+    return figure
+
+
+def prior_shift(judged: Judged, other: Optional[Judged]) -> Figure:
+    plain, told = judged.prior_shift()
+    figure, axes = _figure(3)
+    axes.plot(judged.tilts, 100 * plain, color=COLORS[0], label='as it is')
+    axes.plot(judged.tilts, 100 * told, color=COLORS[1], linestyle='--', label='told the prior')
+    axes.set(
+        xlabel='prior of the world: from uniform (0) to that of training (1)', ylabel='expected top-1 in %',
+        xlim=(0, 1))
+    _legend(axes)
+    return figure
+
+
+def learning_curves(judged: Judged, other: Optional[Judged]) -> Figure:
+    if judged.saved.run is None:
+        raise Missing('There is no run folder with a summary.csv beside this model.')
+    return draw_curves(read_curves(judged.saved.run))
+
+
+def draw_curves(curves: Dict[str, List[Optional[float]]]) -> Figure:
+    """Loss, its terms and the accuracies of a run, from what `read_curves` gives."""
+    if not curves:
+        raise Missing('The summary.csv of the run has no epoch yet.')
+    terms = [f'train_{term}' for term in TERMS if any(curves.get(f'train_{term}', ()))]
+    figure, axes = _figure(6 if terms else 4.6, 3 if terms else 2, sharex=True)
+
+    def lines(ax: Any, keys: Dict[str, str], ylabel: str) -> None:
+        for k, (key, label) in enumerate(keys.items()):
+            found = [(epoch, value) for epoch, value in enumerate(curves.get(key, ())) if value is not None]
+            if found:
+                ax.plot(
+                    *zip(*found), color=COLORS[k % len(COLORS)], label=label,
+                    marker='.' if len(found) < 40 else None)
+        ax.set_ylabel(ylabel)
+        _legend(ax, 5)
+
+    lines(axes[0], {'train_loss': 'training', 'eval_loss': 'evaluation'}, 'loss')
+    if terms:
+        lines(axes[1], {term: term.removeprefix('train_') for term in terms}, 'terms, unweighted')
+        axes[1].set_yscale('log')
+        axes[1].yaxis.set_major_formatter('{x:g}')
+    lines(axes[-1], {'eval_top1': 'top-1', **{f'eval_{shot}': shot for shot in SHOTS}}, 'accuracy in %')
+    axes[-1].set_xlabel('epoch')
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+class Drawing(NamedTuple):
+    """A figure of the page.
+
+    Attributes:
+        function: Draws it.
+        title: Its heading.
+        caption: How to read it.
+    """
+
+    function: Callable[[Judged, Optional[Judged]], Figure]
+    title: str
+    caption: str
+
+
+FIGURES = {
+    'class_counts': Drawing(
+        class_counts, 'How many training images the classes have',
+        'Classes with more than 100 are many-shot, those with fewer than 20 few-shot.'),
+    'class_accuracy': Drawing(
+        class_accuracy, 'Accuracy along the tail',
+        'A point is a class. Above the ensemble; below the best single expert, in the colour of that expert. The line '
+        'is a moving average with its 95 % band. The best of several looks better than any one is, by chance alone.'),
+    'best_experts': Drawing(
+        best_experts, 'Which expert is best at how many classes',
+        'Experts that tie share a class. The bracket is where 95 % of the shares would lie if the experts were '
+        'equally good: what is inside says nothing about an expert.'),
+    'hardest_negatives': Drawing(
+        hardest_negatives, 'How probable the hardest wrong class is',
+        'Of each test image the largest probability of a class that it is not: less to the right is better.'),
+    'stages_and_experts': Drawing(
+        stages_and_experts, 'Stages, experts and cost',
+        'Above the accuracy by shot with bootstrap 95 % intervals; below each choice of experts, of '
+        'which the best of a size has its numbers.'),
+    'reliability': Drawing(
+        reliability, 'Whether its probabilities can be trusted',
+        'Below the dotted line the model is surer than it is right. The last curve tells the accuracy when the least '
+        'sure images are set aside for a person to look at.'),
+    'confusions': Drawing(
+        confusions, 'The confusions that cost the tail most',
+        'A few-shot class and what it is taken for: more images of these two classes would help most.'),
+    'prior_shift': Drawing(
+        prior_shift, 'In a world that is as long-tailed as the training set',
+        'Test images weighted as if classes came with the training frequencies to a power. Told the prior, the '
+        'logarithm of the same is added to the logits, which is right for a model whose classifiers are balanced.'),
+    'learning_curves': Drawing(
+        learning_curves, 'Learning curves', 'Of both stages in a row; new classifiers begin where the loss jumps.'),
+}
+
+
+def draw(function: Callable[..., Figure], *args: Any) -> Tuple[Figure, Optional[str]]:
+    """Draw a figure in the report's style; where there is nothing to draw, one that says so, and the sentence."""
+    with matplotlib.rc_context(STYLE):
+        try:
+            return function(*args), None
+        except Missing as missing:
+            figure = Figure(figsize=(WIDTH, 1))
+            figure.text(0.5, 0.5, str(missing), ha='center', va='center', wrap=True)
+            return figure, str(missing)
+
+
+def save(figure: Figure, stem: Path, salt: str) -> str:
+    """Write a figure as STEM.svg and STEM.png, and give the SVG for a page, in the page's own colours."""
+    style: Dict[Any, Any] = {**STYLE, 'svg.hashsalt': salt}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # of a name in another script; the SVG has it as text
+        figure.savefig(f'{stem}.png')
+        figure.set_layout_engine('none')  # it has its layout now
+        figure.savefig(f'{stem}.svg', metadata={'Date': None})
+    with open(f'{stem}.svg', encoding='utf-8') as file:
+        text = file.read()
+    return text[text.index('<svg'):].replace(INK, 'currentColor').replace(PAPER, 'none')
+
+
+def write_curves(run: Path) -> None:
+    """Draw the learning curves of a run folder into it, as `curves.png`."""
+    figure, _ = draw(draw_curves, read_curves(run))
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(run / 'curves.png')

@@ -1,0 +1,321 @@
+"""Reports: their numbers, their figures and the page."""
+import csv
+import json
+import re
+import shutil
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+import timm
+from scipy import stats
+
+from shike_timm.checkpoints import export_model
+from shike_timm.commands.eval import parse_eval_args
+from shike_timm.errors import InputError
+from shike_timm.metrics import METRICS
+from shike_timm.report.logits import SavedLogits, load_logits, save_logits
+
+pytest.importorskip('matplotlib')
+from shike_timm.report import data, figures, page  # noqa: E402
+
+HOSTILE = [
+    '<script>alert(1)</script>', '"quoted", \'twice\' & $x_1$', 'long ' * 60, 'שלום عربي', '🐙 octopus', 'a,b;c',
+    'line\nbreak', '</script><img src=x onerror=alert(2)>', '\x1b[31mred\u202e', '#1f2329 {{ 7 * 7 }}',
+]
+
+
+def make_logits(counts, num_images=600, num_experts=3, names=None, seed=0, missing=(), **fields):
+    """Logits that are right more often the more training images a class has."""
+    rng = np.random.default_rng(seed)
+    num_classes = len(counts)
+    targets = np.setdiff1d(np.arange(num_classes), missing)[np.arange(num_images) % (num_classes - len(missing))]
+    logits = rng.normal(size=(num_images, num_experts, num_classes)).astype(np.float32)
+    logits[np.arange(num_images), :, targets] += np.log10(np.asarray(counts))[targets][:, None]
+    names = names or [f'class {c}' for c in range(num_classes)]
+    return SavedLogits(logits, targets, [str(i) for i in range(num_images)], names, counts, **fields)
+
+
+COUNTS = [500, 300, 150, 90, 60, 30, 15, 10, 6, 3]
+
+
+@pytest.fixture(scope='module')
+def judged():
+    return data.judge(make_logits(COUNTS))
+
+
+def read_page(folder):
+    text = (folder / 'report.html').read_text(encoding='utf-8')
+    table = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
+    return text, json.loads(table)
+
+
+def plain_metrics(logits, targets, counts):
+    """The metrics of one output by plain NumPy, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    probabilities = np.exp(shifted) / np.exp(shifted).sum(1, keepdims=True)
+    right = logits.argmax(1) == targets
+    confidence = probabilities.max(1)
+    ece = sum(
+        abs((confidence[inside] - right[inside]).sum())
+        for low in np.arange(15) / 15 if (inside := (confidence >= low) & (confidence < low + 1 / 15)).any())
+    by_class = {c: 100 * right[targets == c].mean() for c in np.unique(targets)}
+    groups = dict(
+        balanced=counts >= 0, many=counts > 100, medium=(counts >= 20) & (counts <= 100), few=counts < 20)
+    return dict(
+        loss=-np.log(probabilities[np.arange(len(targets)), targets]).mean(),
+        top1=100 * right.mean(),
+        top5=100 * (np.argsort(-logits, 1)[:, :5] == targets[:, None]).any(1).mean(),
+        ece=100 * ece / len(targets),
+        **{name: np.mean([by_class[c] for c in by_class if mask[c]]) for name, mask in groups.items()})
+
+
+def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_script):
+    """Numbers of page, CSV and JSON agree, and NumPy finds the same in the saved logits."""
+    status, out, err = run_script(
+        'eval.py', '--checkpoint', tiny_run / 'stage_two' / 'last.pth.tar', '--dataset', 'digits_lt', '--workers', '0',
+        '--device', 'cpu', '--results-file', tmp_path / 'results.json', '--save-logits', tmp_path / 'logits.npz',
+        '--report', tmp_path / 'report')
+    assert status == 0 and 'report.html' in out, err
+    results = json.loads((tmp_path / 'results.json').read_text())
+    saved = load_logits(tmp_path / 'logits.npz')
+    assert saved.class_names == results['per_class']['names'] and saved.paths[-1] == '499'
+    costs = {tuple(one['experts']): one['gmacs'] for one in saved.costs}
+    assert len(costs) == 7 and costs[0, 1, 2] == max(costs.values()) < 3 * min(costs.values())
+    assert saved.class_counts.tolist() == results['per_class']['class_counts']
+    outputs = [saved.logits.mean(1), *saved.logits.transpose(1, 0, 2)]
+    for told, output in zip((results, *results['experts']), outputs):
+        for key, value in plain_metrics(output, saved.targets, saved.class_counts).items():
+            assert told[key] == pytest.approx(value, abs=0.0051 if key != 'ece' else 0.1), key
+    assert data.judge(saved).metrics.items() <= {**results, 'per_class': data.judge(saved).metrics['per_class']}.items()
+
+    text, table = read_page(tmp_path / 'report')
+    cells = re.findall(r'<td>([^<]*)</td>', re.search(r'<table id="metrics">.*?</table>', text, re.S)[0])
+    expected = [f'{one[key]:.2f}' for one in (*results['experts'], results) for key in METRICS]
+    assert [cell for cell in cells if re.fullmatch(r'[\d.]+', cell)] == expected
+    with (tmp_path / 'report' / 'classes.csv').open(newline='', encoding='utf-8') as file:
+        header, *rows = csv.reader(file)
+    assert header == table['header']
+    assert rows == [['' if cell is None else str(cell) for cell in row] for row in table['rows']]
+    per_class = results['per_class']
+    for row in table['rows']:
+        c = per_class['names'].index(row[0])
+        assert row[2:4] == [per_class['class_counts'][c], per_class['total'][c]]
+        assert [row[4], row[7], row[10], row[13]] == [
+            per_class['top1'][c], *(expert[c] for expert in per_class['experts'])]
+        interval = stats.binomtest(round(row[4] * row[3] / 100), row[3]).proportion_ci(method='wilson')
+        assert row[5:7] == pytest.approx([100 * interval.low, 100 * interval.high], abs=0.0051)
+    for name in figures.FIGURES:
+        assert (tmp_path / 'report' / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
+        assert (tmp_path / 'report' / f'{name}.svg').read_text(encoding='utf-8').startswith('<?xml')
+    assert 'class="missing"' not in text and text.count('src="data:image/png;base64') >= 4
+    assert not re.search(r'(src|href)="http', text.replace('xmlns', ''))
+
+
+def test_a_run_is_reported_with_its_first_stage(tiny_run, tmp_path, run_script):
+    shutil.copytree(tiny_run, tmp_path / 'other')
+    status, out, err = run_script(
+        'shike_timm_cli.py', 'report', tiny_run, tmp_path / 'other', '--output', tmp_path / 'report', '--workers', '0',
+        '--device', 'cpu')
+    assert status == 0, err
+    text, _ = read_page(tmp_path / 'report')
+    assert 'run, stage one' in text and '2 seeds of one recipe: run, other' in text
+    metrics = json.loads((tiny_run / 'metrics.json').read_text())['stage_two']
+    assert f"<b>{metrics['top1']:.2f}</b>" in text and f"{metrics['few']:.2f} ± 0.00" in text
+
+
+def test_intervals_are_those_of_scipy(judged):
+    other = data.judge(make_logits(COUNTS, seed=1))
+    by_class = [judged.right[judged.saved.targets == c, 0].astype(float) for c in range(10)]
+    few = by_class[6:]
+
+    def mean_over_classes(*samples, axis):
+        return np.mean([sample.mean(axis) for sample in samples], axis=0)
+
+    result = stats.bootstrap(few, mean_over_classes, method='percentile', n_resamples=4000, random_state=0)
+    assert judged.intervals['few'] == pytest.approx(100 * np.array(result.confidence_interval), abs=0.6)
+    gain = [
+        (other.right[:, 0].astype(float) - judged.right[:, 0])[judged.saved.targets == c] for c in range(6, 10)]
+    result = stats.bootstrap(gain, mean_over_classes, method='percentile', n_resamples=4000, random_state=0)
+    tests = data.paired_test(judged, other)
+    assert tests['few'].interval == pytest.approx(100 * np.array(result.confidence_interval), abs=0.8)
+    assert tests['few'].difference == pytest.approx(other.metrics['few'] - judged.metrics['few'], abs=0.011)
+    assert sum(tests['top1'].classes) == 10 and tests['top1'].classes[0] == sum(
+        np.greater(other.right_by_class[:, 0], judged.right_by_class[:, 0]))
+    only = [int((a.right[:, 0] & ~b.right[:, 0]).sum()) for a, b in ((other, judged), (judged, other))]
+    assert tests['top1'].p_value == stats.binomtest(only[0], sum(only)).pvalue
+
+
+def test_numbers_counted_by_hand():
+    """Four images of class 0, of which one is taken for 1, two of class 1 that are both taken for 0."""
+    saved = make_logits([200, 5], 6, 1)
+    saved.targets = np.array([0, 0, 0, 0, 1, 1])
+    saved.logits = 2 * np.eye(2, dtype=np.float32)[[0, 0, 0, 1, 0, 0]][:, None]
+    judged = data.judge(saved)
+    assert judged.most_confused == [(1, 1), (0, 2)]
+    (confusion,) = data.tail_confusions(judged)
+    assert confusion == data.Confusion(1, 0, 2, 100., [4, 5])
+    sure = 1 / (1 + np.exp(-2))
+    assert judged.hardest_negative == pytest.approx([1 - sure] * 3 + [sure] * 3)
+    count, right, confidence = judged.reliability()
+    assert count.sum() == 6 and right[int(sure * 15)] == 3 and confidence[int(sure * 15)] == pytest.approx(sure)
+    assert judged.coverage()[1] == pytest.approx([1, 1, 1, 3 / 4, 3 / 5, 3 / 6])
+    plain, told = judged.prior_shift()
+    assert plain[[0, -1]] == pytest.approx([0.375, 0.75 * 200 / 205])
+    assert told[-1] == pytest.approx(200 / 205)  # log 40 beats a margin of 2
+
+
+def test_shares_of_best_experts():
+    """Expert 1 alone is right on class 0; both always are on class 1, which they share."""
+    saved = make_logits([200, 200], 200, 2)
+    saved.logits[:] = 5 * np.eye(2, dtype=np.float32)[saved.targets][:, None]
+    saved.logits[saved.targets == 0, 0] *= -1
+    shares, chance = data.best_expert_shares(data.judge(saved))
+    assert shares['many'].tolist() == [0.25, 0.75] and list(shares) == ['many']
+    assert chance['many'] == (0.25, 0.75)  # each class is one's or both's
+
+
+@pytest.mark.parametrize('saved, sentences', [
+    (dict(counts=COUNTS, num_experts=1, missing=[0, 9]), ['one expert', 'no run folder']),
+    (dict(counts=[300, 3], num_experts=5), ['no run folder']),
+    (dict(counts=[300, 200, 50]), ['no few-shot class', 'no run folder']),
+    (dict(counts=COUNTS, num_images=1), ['no few-shot class', 'no run folder']),
+])
+def test_what_is_missing_is_said(tmp_path, saved, sentences):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        one = data.judge(make_logits(**saved))
+        page.write_report(tmp_path, [one])
+    text, table = read_page(tmp_path)
+    found = re.findall(r'<p class="missing">(.*?)</p>', text)
+    assert len(found) == len(sentences) and all(want in told for want, told in zip(sentences, found))
+    for row in table['rows']:
+        assert (row[4] is None) == (row[3] == 0)
+    assert len(list(tmp_path.glob('*.svg'))) == len(list(tmp_path.glob('*.png'))) == 9
+
+
+def test_hostile_names_are_text(tmp_path):
+    names = HOSTILE[:]
+    models = [data.judge(make_logits(COUNTS, names=names, seed=seed, name=name))
+              for seed, name in enumerate(['<b>one', 'two'])]
+    page.write_report(tmp_path, models)
+    text, table = read_page(tmp_path)
+    assert [row[0] for row in table['rows']] == names
+    with (tmp_path / 'classes.csv').open(newline='', encoding='utf-8') as file:
+        assert [row[0] for row in csv.reader(file)][1:] == names
+    assert text.count('<script') == 2 and '<img src=x' not in text and '<b>one' not in text and '&lt;b&gt;one' in text
+    drawn = (tmp_path / 'confusions.svg').read_text(encoding='utf-8')
+    assert 'octopus' not in drawn or '🐙' in drawn
+    assert '<script' not in drawn and '\x1b' not in drawn
+
+
+@pytest.fixture(scope='module')
+def large_page(tmp_path_factory):
+    """The folder of a report on as many classes as iNaturalist 2018 has, and the processor's seconds that it took."""
+    counts = np.geomspace(1000, 2, 8142).astype(int)
+    saved = make_logits(counts, 8142, 2, HOSTILE + [f'class {c}' for c in range(8142 - len(HOSTILE))])
+    folder, start = tmp_path_factory.mktemp('large'), time.process_time()
+    page.write_report(folder, [data.judge(saved)])
+    return folder, time.process_time() - start
+
+
+def test_many_classes(large_page):
+    folder, seconds = large_page
+    assert seconds < 60 and (folder / 'report.html').stat().st_size < 10e6
+
+
+def test_other_images_are_not_paired(tmp_path, judged):
+    page.write_report(tmp_path, [judged, data.judge(make_logits(COUNTS, 500))])
+    assert 'They did not see the same images' in (tmp_path / 'report.html').read_text()
+
+
+def test_images_of_a_folder(image_folder, tmp_path, run_script):
+    model = timm.create_model('resnet32_shike', num_classes=3)
+    config = timm.data.resolve_model_data_config(model)
+    export_model(model, tmp_path / 'model', dict(config, input_size=(3, 16, 16)), ['ant', 'bee', 'cat'], [24, 12, 6])
+    status, _, err = run_script(
+        'eval.py', '--model', f'local-dir:{tmp_path}/model', '--data-dir', image_folder, '--workers', '0',
+        '--device', 'cpu', '--save-logits', tmp_path / 'logits.npz')
+    assert status == 0, err
+    saved = load_logits(tmp_path / 'logits.npz')
+    assert saved.paths[0].endswith('ant/0.png') and saved.image(0).size == (10, 12)
+    saved.paths[0] = '/nowhere.png'
+    assert saved.image(0) is None
+
+
+def test_bad_files(tmp_path, run_script):
+    (tmp_path / 'text.npz').write_text('no')
+    saved = make_logits(COUNTS)
+    saved.targets = saved.targets + 9
+    save_logits(tmp_path / 'targets.npz', saved)
+    saved.targets = saved.targets[1:]
+    save_logits(tmp_path / 'lengths.npz', saved)
+    np.savez(tmp_path / 'other.npz', a=1)
+    for name, message in (
+            ('text', 'is damaged or not what'), ('targets', 'outside its 10 classes'), ('lengths', 'do not fit'),
+            ('other', 'is damaged or not what'), ('nowhere', 'does not exist')):
+        with pytest.raises(InputError, match=message):
+            load_logits(tmp_path / f'{name}.npz')
+    (tmp_path / 'empty').mkdir()
+    status, _, err = run_script('shike_timm_cli.py', 'report', tmp_path / 'empty', '--output', tmp_path / 'report')
+    assert status == 2 and 'holds no checkpoint' in err and not (tmp_path / 'report').exists()
+    status, _, err = run_script('shike_timm_cli.py', 'report', tmp_path / 'empty', '--output', tmp_path / 'text.npz')
+    assert status == 2 and 'is a file' in err
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch, run_script, tmp_path):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    status, _, err = run_script(
+        'eval.py', '--model', 'resnet32_shike', '--report', tmp_path / 'report', '--dataset', 'digits_lt')
+    assert status == 2 and "pip install 'shike-timm[report]'" in err and len(err.splitlines()) == 1
+    assert parse_eval_args([]).report is None
+
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+
+
+@pytest.mark.skipif(not CHROMIUM, reason='needs Chromium: apt-get install chromium')
+def test_the_page_in_a_browser(large_page):
+    """Offline from disk: no error on the console, no hostile name runs, the table sorts, filters and downloads."""
+    playwright = pytest.importorskip('playwright.sync_api')
+    folder, names, counts = large_page[0], HOSTILE, np.geomspace(1000, 2, 8142).astype(int)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+        tab = browser.new_context(offline=True, accept_downloads=True).new_page()
+        said = []
+        for event in ('console', 'pageerror', 'dialog', 'request'):
+            tab.on(event, lambda one, event=event: said.append((event, str(one))))
+        tab.goto(f'file://{folder}/report.html')
+        assert [event for event, _ in said] == ['request']  # of the page itself
+        first = tab.locator('#classes tbody tr:first-child td:first-child')
+        assert first.text_content() == names[0]
+        took = tab.evaluate('''() => {
+            const button = [...document.querySelectorAll('#classes th button')].find(
+                one => one.textContent === 'training images');
+            const start = performance.now();
+            button.click(); button.click();
+            document.body.offsetHeight;
+            return performance.now() - start;
+        }''')
+        assert took < 2000  # two sorts
+        shown = tab.locator('#classes tbody tr:first-child td')
+        assert shown.nth(2).text_content() == '2' and shown.nth(1).text_content() == 'few'
+        tab.fill('#search', 'OCTOPUS')
+        assert first.text_content() == names[4] and tab.locator('#classes tbody tr').count() == 1
+        tab.fill('#search', '')
+        tab.select_option('#shot', 'many')
+        many = int((counts > 100).sum())
+        assert tab.locator('#shown').text_content().startswith(f'{many} of 8142 classes')
+        with tab.expect_download() as download:
+            tab.click('#download')
+        with open(download.value.path(), newline='', encoding='utf-8') as file:
+            rows = list(csv.reader(file))
+        assert len(rows) == many + 1 and {row[1] for row in rows[1:]} == {'many'}
+        assert {row[0] for row in rows[1:]} >= set(HOSTILE)
+        for width in (1440, 390):
+            tab.set_viewport_size(dict(width=width, height=800))
+            assert tab.evaluate('document.documentElement.scrollWidth') <= width
+        assert [event for event, _ in said if event != 'request'] == []
+        browser.close()

@@ -1,0 +1,70 @@
+"""What a run tells beside its files: trackers, learning curves and log lines."""
+import csv
+import logging
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import TINY
+
+from shike_timm.commands.train import parse_train_args
+from shike_timm.runs import train
+
+
+def read_rows(run):
+    with (run / 'summary.csv').open(newline='') as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_trackers_get_what_the_summary_holds(tmp_path, monkeypatch, caplog):
+    pytest.importorskip('matplotlib')
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    told, calls = [], []
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(
+        init=lambda **options: calls.append(options), log=told.append, finish=lambda: calls.append('finish')))
+    caplog.set_level(logging.INFO, 'shike_timm.engine')
+    train(parse_train_args([
+        *TINY, '--output', str(tmp_path), '--log-wandb', '--wandb-project', 'tail', '--log-tensorboard',
+        '--plot-curves', '--val-interval', '2']))
+    run = tmp_path / 'run'
+    rows = read_rows(run)
+    assert told == rows and len(rows) == 4
+    assert calls[0]['project'] == 'tail' and calls[0]['config']['epochs'] == 2 and calls[1:] == ['finish']
+    assert rows[0]['train_loss'] == pytest.approx(
+        rows[0]['train_ce'] + 0.1 * rows[0]['train_nt'] + 0.01 * rows[0]['train_mu'], abs=1e-4)
+    assert 'train_ce' not in rows[2] and 'eval_top1' not in rows[0]
+    events = EventAccumulator(str(run)).Reload()
+    for key in rows[1]:
+        scalars = {event.step: event.value for event in events.Scalars(key)}
+        assert scalars == pytest.approx({int(row['epoch']): row[key] for row in rows if key in row})
+    assert (run / 'curves.png').read_bytes()[:4] == b'\x89PNG'
+    lines = [record.getMessage() for record in caplog.records if record.name == 'shike_timm.engine']
+    assert len(lines) == 4  # one an epoch
+    assert lines[0].startswith('Train: 0 of 2 in stage one, 0:0') and 'Eval' not in lines[0] and 'top1: ' in lines[1]
+
+
+@pytest.mark.parametrize('flag, module', [
+    ('--log-wandb', 'wandb'), ('--log-tensorboard', 'torch.utils.tensorboard'), ('--plot-curves', 'matplotlib')])
+def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch, run_script, flag, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    status, _, err = run_script('train.py', *TINY, '--output', tmp_path, flag)
+    assert status == 2 and f'{flag} needs {module.split(".")[-1]}: pip install' in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_an_older_version_keeps_its_columns(tiny_run, tmp_path):
+    run = tmp_path / 'run'
+    shutil.copytree(tiny_run, run)
+    with (run / 'summary.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    kept = [key for key in rows[0] if key not in ('train_ce', 'train_nt', 'train_mu', 'train_kd')]
+    with (run / 'summary.csv').open('w', newline='') as file:
+        writer = csv.DictWriter(file, kept, extrasaction='ignore')
+        writer.writeheader()
+        writer.writerows(rows)
+    before = read_rows(run)
+    train(parse_train_args(['--resume', str(run / 'stage_two' / 'checkpoint-0.pth.tar')]))
+    after = read_rows(run)
+    assert len(after) == 4 and after[3].keys() == before[3].keys() and after[3]['eval_top1'] == before[3]['eval_top1']
