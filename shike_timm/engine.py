@@ -194,7 +194,7 @@ def _train_part(
         stop: StopFlag,
         vote: Vote,
 ) -> Tuple[Done, str]:
-    """Train on the batches of an epoch that are not done, up to `end`; gives what is done then and what to tell of it."""
+    """Train on batches of an epoch that are not done, up to `end`; gives what is done then and what to tell of it."""
     seed_all(config.seed, stage.number, epoch)
     order_seed = int(torch.randint(2 ** 62, ()))
     if hasattr(loader.sampler, 'set_epoch'):  # which a stream's has not

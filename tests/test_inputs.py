@@ -9,10 +9,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import resolve_data_config
 
+from shike_timm.checkpoints import export_model
 from shike_timm.data import (
     Augmentation,
     create_eval_dataset,
@@ -24,6 +26,7 @@ from shike_timm.data.datasets import natural_order
 from shike_timm.data.files import Names
 from shike_timm.data.images import ImageDecoder
 from shike_timm.errors import InputError
+from shike_timm.loading import load_teacher, load_trained_model
 
 CPU = torch.device('cpu')
 
@@ -601,3 +604,32 @@ def test_one_channel_two_classes_and_a_class_of_one(run_script, tmp_path):
         'eval.py', '--model', f"local-dir:{tmp_path / 'out' / 'run' / 'model'}", '--data-dir', tmp_path / 'data',
         '--device', 'cpu', '--workers', '0')
     assert status == 0, error
+
+
+def test_a_species_folder_less_its_validation_list(make, tmp_path):
+    root = make({'all/Aves/3': 3, 'all/Aves/12': 3, 'all/Fungi/4': 3})
+    (tmp_path / 'val.txt').write_text('all/Aves/12/0.png 12\nall/Fungi/4/2.png 4\n')
+    data = load(root, val_list=str(tmp_path / 'val.txt'), class_depth=2)
+    assert data.class_names == ['3', '4', '12'] and data.class_counts == [3, 2, 2]
+    assert data.test.dataset.targets.tolist() == [1, 2]
+
+
+def test_an_image_of_two_categories_is_refused(make, tmp_path):
+    (tmp_path / 'coco.json').write_text(json.dumps(dict(
+        images=[dict(id=1, file_name='ant/0.png')], categories=[dict(id=i, name=str(i)) for i in range(2)],
+        annotations=[dict(image_id=1, category_id=i) for i in range(2)])))
+    with pytest.raises(InputError, match="Image 1 of .* annotated as '0' and as '1'"):
+        load(make({'ant': 1}), train_list=str(tmp_path / 'coco.json'))
+
+
+def test_a_teacher_of_another_order_is_heard_right(make, tmp_path):
+    data = load(make({'ant': 5, 'bee': 5, 'cat': 5}))
+    model = timm.create_model('resnet32_shike', num_classes=3)
+    for i, order in enumerate((['ant', 'bee', 'cat'], ['cat', 'ant', 'bee'])):
+        config = timm.data.resolve_model_data_config(model)
+        export_model(model, tmp_path / f'{i}', config, order, pixel_range=[0, 9], exif=True)
+    images = torch.rand(2, 3, 32, 32)
+    own, other = (load_teacher(f'local-dir:{tmp_path}/{i}', data, (3, 32, 32), CPU)(images) for i in range(2))
+    assert torch.equal(other, own[:, [1, 2, 0]]) and not torch.equal(other, own)
+    trained = load_trained_model(f'local-dir:{tmp_path}/0')
+    assert trained.data_args == dict(exif=True, pixel_range=[0, 9])
