@@ -99,6 +99,7 @@ def prepare(args: argparse.Namespace, stages: Sequence[Stage], fresh: bool = Tru
         hflip=args.hflip,
         vflip=args.vflip,
         color_jitter=args.color_jitter,
+        force_color_jitter=args.force_color_jitter,
         auto_augment=args.aa,
         cutout=args.cutout,
         interpolation=args.train_interpolation,

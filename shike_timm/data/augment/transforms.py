@@ -79,6 +79,8 @@ def create_train_transform(
         first[:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=[side // 8 for side in size[::-1]])]
     if cifar_policy:
         second = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=[128] * 3)]
+    if augmentation.force_color_jitter and augmentation.auto_augment:
+        second.insert(0, transforms.ColorJitter(*[augmentation.color_jitter] * 3))  # brightness, contrast, saturation
     if augmentation.cutout:
         last.append(Cutout(augmentation.cutout))
     return transforms.Compose(first + second + last)
