@@ -336,6 +336,7 @@ AUGMENTATION = Group(
     Option('hflip', float, 0.5, 'horizontal flip probability', 'P'),
     Option('vflip', float, 0., 'vertical flip probability', 'P'),
     Option('color_jitter', float, 0.4, 'colour jitter, off with --aa'),
+    Option('force_color_jitter', bool, False, 'colour jitter before --aa too', card='changed'),
     Option('aa', str, None, "cifar10 (torchvision's AutoAugment policy), or timm's: original, rand-m9-mstd0.5"),
     Option('cutout', int, 0, 'side of a square to blacken', low=0),
     Option('reprob', float, 0., 'random erasing probability', 'P'),

@@ -113,6 +113,7 @@ def prepare(
         hflip=args.hflip,
         vflip=args.vflip,
         color_jitter=args.color_jitter,
+        force_color_jitter=args.force_color_jitter,
         auto_augment=args.aa,
         cutout=args.cutout,
         interpolation=args.train_interpolation,

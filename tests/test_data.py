@@ -319,6 +319,16 @@ def test_timm_augmentation(options):
         assert torch.as_tensor(transform(image)).shape == (3, 24, 24)
 
 
+def test_colours_are_jittered_before_a_policy_where_that_is_asked_for():
+    for force, expected in ((False, []), (True, [(0.6, 1.4)] * 3)):
+        options = dict(auto_augment='rand-n2-m10-mstd0.5', force_color_jitter=force)
+        steps = create_train_transform((3, 24, 24), Augmentation(**options)).transforms
+        names = [type(step).__name__ for step in steps]
+        jitter = [step for step in steps if isinstance(step, transforms.ColorJitter)]
+        assert [pair for step in jitter for pair in (step.brightness, step.contrast, step.saturation)] == expected
+        assert not force or names.index('ColorJitter') == names.index('RandAugment') - 1
+
+
 def test_loaders(image_folder):
     data = load_training_data('', str(image_folder))
     config = dict(resolve_data_config(dict(img_size=16)), mean=(0., 0., 0.), std=(1., 1., 1.))

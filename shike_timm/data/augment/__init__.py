@@ -18,6 +18,7 @@ class Augmentation:
         hflip: Horizontal flip probability.
         vflip: Vertical flip probability.
         color_jitter: Strength of colour jitter, which a policy takes the place of.
+        force_color_jitter: Jitter colours before a policy all the same.
         auto_augment: timm's policy string, or 'cifar10': torchvision's AutoAugment CIFAR-10 policy with fill 128.
         cutout: Side in pixels of a square to blacken; 0 for none.
         interpolation: 'bilinear', 'bicubic' or 'random', where an image is resized.
@@ -33,6 +34,7 @@ class Augmentation:
     hflip: float = 0.5
     vflip: float = 0.
     color_jitter: float = 0.4
+    force_color_jitter: bool = False
     auto_augment: Optional[str] = None
     cutout: int = 0
     interpolation: str = 'bilinear'

@@ -80,6 +80,8 @@ def create_train_transform(
     if cifar_policy:
         grey: Any = [128] * 3  # of Pillow images, which take no float
         second = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=grey)]
+    if augmentation.force_color_jitter and augmentation.auto_augment:
+        second.insert(0, transforms.ColorJitter(*[augmentation.color_jitter] * 3))  # brightness, contrast, saturation
     if augmentation.cutout:
         last.append(Cutout(augmentation.cutout))
     return transforms.Compose(first + second + last)
