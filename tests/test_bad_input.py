@@ -2,13 +2,11 @@
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 
 from shike_timm.checkpoints import export_model, load_checkpoint, model_weights
 from shike_timm.errors import one_line
@@ -218,14 +216,6 @@ def test_an_average_comes_before_the_weights():
 def test_torchrun_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '4')
     refused('WORLD_SIZE is 4', 'train.py', *TINY, '--output', tmp_path / 'out')
-
-
-def test_status_of_a_process(tmp_path):
-    result = subprocess.run(
-        [sys.executable, ROOT / 'train.py', '--hparams', 'missing.yaml'], cwd=tmp_path, capture_output=True, text=True,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    assert result.returncode == 2
-    assert result.stderr == "train.py: error: hparams file 'missing.yaml' does not exist.\n"
 
 
 def test_resuming_with_other_options(refused, tmp_path, tiny_run):
