@@ -2,13 +2,11 @@
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 
 from shike_timm.checkpoints import export_model, load_checkpoint, model_weights
 from shike_timm.errors import one_line
@@ -220,14 +218,6 @@ def test_processes_that_nobody_starts(refused, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '4')
     refused('4 processes are expected', 'train.py', *TINY, '--output', tmp_path / 'out')
     refused('WORLD_SIZE is 4, but a benchmark is of one process', 'benchmark.py', *TINY)
-
-
-def test_status_of_a_process(tmp_path):
-    result = subprocess.run(
-        [sys.executable, ROOT / 'train.py', '--hparams', 'missing.yaml'], cwd=tmp_path, capture_output=True, text=True,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    assert result.returncode == 2
-    assert result.stderr == "train.py: error: hparams file 'missing.yaml' does not exist.\n"
 
 
 def test_resuming_with_other_options(refused, tmp_path, tiny_run):

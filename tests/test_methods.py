@@ -70,8 +70,8 @@ def test_stages():
 
 
 @pytest.mark.parametrize('options, message', [
-    (['--method', '?'], ', '.join(METHODS)),
-    (['--method', 'balanced_softmx'], "'balanced_softmx'.*'balanced_softmax'"),
+    (['--method', 'balanced'], "'balanced' is unknown: choose one of .*balanced_softmax"),
+    (['--method', 'balanced-softmax'], "unknown, the nearest valid one is 'balanced_softmax'"),
     (['--epochs', '5'], '--warmup-epochs 5 .*--epochs 5'),
     (['--crt-epochs', '2', '--crt-warmup-epochs', '3'], '--crt-warmup-epochs 3 '),
 ])

@@ -13,7 +13,6 @@ from conftest import ROOT, read_yaml
 
 import shike_timm
 from shike_timm.build import create_model, create_optimizer, create_schedule, mixup_options, resolve_autocast
-from shike_timm.commands.eval import parse_eval_args
 from shike_timm.commands.retrain_classifier import parse_retrain_args
 from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
@@ -332,11 +331,6 @@ def test_retraining_takes_the_arguments_of_the_checkpoint(tmp_path, tiny_run):
     assert (args.dataset, args.lr, args.crt_lr, args.seed) == ('digits_lt', 0.05, 0.4, 7)
     assert (args.experiment, args.device, args.output) == ('', None, 'output/train')
     assert checkpoint['args'].lr == 0.05
-
-
-def test_eval_args():
-    args = parse_eval_args(['--model', 'local-dir:x', '--dataset', 'digits_lt'])
-    assert (args.model, args.batch_size, args.checkpoint) == ('local-dir:x', 256, None)
 
 
 def test_saved_arguments_are_hparams(tiny_run):

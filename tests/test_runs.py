@@ -367,7 +367,7 @@ def test_stage_one_alone_and_its_retraining(tmp_path):
     ['--clip-grad', '0.1', '--clip-mode', 'agc', '--torchcompile', 'eager', '--detach-teacher'],
     ['--mixup', '0.4', '--alpha', '0', '--beta', '0', '--no-fusion', '--num-experts', '2'],
     ['--kd-model-name', 'TEACHER', '--model-ema', '--model-ema-decay', '0.5', '--val-interval', '5', '--mixup', '0.4',
-     '--alpha', '0', '--torchcompile', 'eager', '--amp', '--channels-last'],
+     '--alpha', '0', '--amp', '--channels-last'],
     ['--reprob', '0.5', '--no-aug', '--checkpoint-hist', '1', '--workers', '1', '--log-interval', '1'],
 ], ids=lambda options: options[0])
 def test_options_run(tmp_path, tiny_run, options):

@@ -153,7 +153,7 @@ class Shike(nn.Module):
         self.grad_checkpointing = False
         self.trunk_frozen = False
         self.backbone_name = net.name
-        self.pretrained_cfg: Dict[str, Any] = {}  # timm puts its own in place of it
+        self.pretrained_cfg = dict[str, Any]()  # timm puts its own in place of it
 
         self.stem = net.stem
         self.stages = nn.ModuleList(net.stages)
