@@ -23,8 +23,9 @@ MAX_LISTED = 10  # lines of a kind in the text; the JSON has all
 _ASKED = {field.name for field in fields(DataRequest)} - {'name', 'root', 'class_names', 'class_stats', 'batch_size'}
 
 OPTIONS = (
-    DATA,
-    Group('Splits', *(option for option in TRAINING_DATA.options if option.name in _ASKED)),
+    Group('Data to describe', *(
+        option for group in (DATA, TRAINING_DATA) for option in group.options
+        if option.name in _ASKED | {'data_dir', 'dataset', 'dataset_download'})),
     Group(
         'Description',
         Option('json', bool, False, 'print JSON, with all names'),
