@@ -184,6 +184,7 @@ def test_output_folders(run_script, tmp_path, tiny_run):
     ("model 'local-dir:", ['--model', 'local-dir:PICKLED']),
     ("results-file '/nowhere/x.json'", ['--model', 'resnet32_shike', '--results-file', '/nowhere/x.json']),
     ("results-file '/' is a folder", ['--model', 'resnet32_shike', '--results-file', '/']),
+    ("save-logits '/nowhere/x.npz'", ['--model', 'resnet32_shike', '--save-logits', '/nowhere/x.npz']),
 ])
 def test_eval_arguments(refused, value, argv, tmp_path):
     if argv[-1:] == ['local-dir:PICKLED']:

@@ -186,7 +186,7 @@ def test_all_files_of_the_weights_come_with_an_installation():
     files = {path for path in WEIGHTS.rglob('*') if path.is_file()}
     assert files == set(WEIGHTS.glob('*/*'))
     assert {path.name for path in WEIGHTS.iterdir()} == {f'resnet32_shike.{tag}' for tag in RUN_OF}
-    assert 'shike_timm = ["py.typed", "weights/*/*"]' in (ROOT / 'pyproject.toml').read_text()
+    assert 'shike_timm = ["py.typed", "weights/*/*", "report/*.html"]' in (ROOT / 'pyproject.toml').read_text()
 
 
 @pytest.mark.parametrize('tag', RUN_OF)
