@@ -93,8 +93,6 @@ def _load_by_name(name: str, pretrained: bool) -> TrainedModel:
         raise InputError(f"model '{name}' cannot be loaded: {one_line(error)}.") from error
     if not isinstance(model, Shike):
         raise InputError(f"model '{name}' is a {type(model).__name__}, expected a SHIKE model.")
-    # Of no use any more, and perhaps somebody's path.
-    model._model_args = {key: value for key, value in model._model_args.items() if key != 'pretrained_backbone'}
     counts = config.get('class_counts')
     if model.class_counts is None and counts:
         model.set_training_prior(counts)

@@ -388,7 +388,8 @@ class Shike(nn.Module):
 
     @_model_args.setter
     def _model_args(self, made_with: Dict[str, Any]) -> None:
-        self._made_with = made_with
+        # The backbone's weights are of no use any more, and perhaps in somebody's path.
+        self._made_with = {name: value for name, value in made_with.items() if name != 'pretrained_backbone'}
 
     @torch.jit.ignore()
     def set_experts(self, experts: Sequence[int]) -> None:
