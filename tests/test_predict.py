@@ -146,3 +146,17 @@ def test_bad_input(value, argv, folder, tmp_path, run_script):
     status, out, error = run_script('predict.py', *argv)
     assert status == 2 and not out and len(error.splitlines()) == 1
     assert value.format(tmp=tmp_path) in error and [path.name for path in tmp_path.iterdir()] == ['model.onnx']
+
+
+def test_deep_and_turned_images_are_read_as_in_training(tmp_path, model):
+    """By what a saved model keeps of its training, also through ONNX's config.json and on the command line."""
+    values = np.random.default_rng(1).integers(0, 256, (32, 32), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    Image.fromarray(values.astype(np.uint16) * 4).save(tmp_path / 'deep.png', exif=turned)
+    Image.fromarray(np.rot90(values, -1)).save(tmp_path / 'plain.png')
+    deep, plain = (
+        next(iter(shike_timm.predict(
+            tmp_path / name, model='resnet32_shike', topk=0, output_type='logit', workers=0, device='cpu', **options)))
+        for name, options in (('deep.png', dict(pixel_range=[0, 1020], exif=True)), ('plain.png', {})))
+    assert deep['error'] is None and deep['label'] == plain['label'] and deep['logit'] == plain['logit']

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -58,6 +58,9 @@ OPTIONS = (*PREDICTION[:2], OUTPUT, *PREDICTION[2:])
 _logger = logging.getLogger(__name__)
 
 
+DECODING = ('pixel_range', 'exif')  # how images were decoded in training, which a saved model keeps
+
+
 @dataclass
 class _Predictor:
     """What gives logits: of images [B, C, H, W] those of M experts [B, M, classes]."""
@@ -68,6 +71,7 @@ class _Predictor:
     num_experts: int
     num_classes: int
     class_names: Optional[Sequence[str]] = None
+    decoding: Dict[str, Any] = field(default_factory=dict)  # arguments of `create_file_loader`
 
 
 def _onnx_file(args: argparse.Namespace) -> Optional[Path]:
@@ -97,7 +101,10 @@ def _load_onnx(args: argparse.Namespace, path: Path) -> _Predictor:
             f"'{path}' and the config.json beside it cannot be used ({one_line(error)}): export the model "
             'anew.') from error
     names = config.get('label_names')
-    return _Predictor(lambda images: run(images)[:, None], torch.device('cpu'), data_config, 1, num_classes, names)
+    given = {name: getattr(args, name) for name in DECODING}
+    decoding = {name: config.get(name) if value is None else value for name, value in given.items()}
+    return _Predictor(
+        lambda images: run(images)[:, None], torch.device('cpu'), data_config, 1, num_classes, names, decoding)
 
 
 def _load(args: argparse.Namespace) -> _Predictor:
@@ -109,9 +116,10 @@ def _load(args: argparse.Namespace) -> _Predictor:
     trained = load_trained_model(args.model, args.checkpoint, True, args.experts, args.authors_classifiers)
     set_target_prior(trained, args.target_prior)
     model = trained.model.to(device).eval()
-    data_config = resolve_data_config(with_data_args(args, trained), model)
+    args = with_data_args(args, trained)
     return _Predictor(
-        model.forward_experts, device, data_config, model.num_experts, model.num_classes, trained.class_names)
+        model.forward_experts, device, resolve_data_config(args, model), model.num_experts, model.num_classes,
+        trained.class_names, {name: getattr(args, name) for name in DECODING})
 
 
 def _top(logits: Tensor, predictor: _Predictor, args: argparse.Namespace) -> Iterator[Row]:
@@ -161,7 +169,7 @@ def _start(args: argparse.Namespace) -> Tuple[_Predictor, Iterator[Row]]:
     predictor = _load(args)
     loader = create_file_loader(
         paths, predictor.data_config, args.batch_size, min(args.workers, len(paths)),
-        pin_memory=predictor.device.type == 'cuda')
+        pin_memory=predictor.device.type == 'cuda', **predictor.decoding)
     bar = tqdm(loader, unit='batch', disable=not sys.stderr.isatty(), dynamic_ncols=True)
     return predictor, _rows(predictor, bar, paths, args)
 

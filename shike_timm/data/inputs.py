@@ -2,8 +2,7 @@
 import glob
 import os
 import sys
-from functools import lru_cache
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import timm.data
@@ -13,24 +12,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import InputError, one_line
+from .images import MODES, ImageDecoder, image_extensions
 
 __all__ = ['create_file_loader', 'find_images']
-
-MODES = {1: 'L', 3: 'RGB'}
-
-
-@lru_cache(maxsize=1)
-def _extensions() -> FrozenSet[str]:
-    known = Image.registered_extensions()
-    return frozenset(extension for extension, kind in known.items() if kind in Image.OPEN)
-
 
 def _walk(folder: str) -> Iterator[str]:
     """Images below a folder, in the order of their names; hidden names are passed over."""
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith('.') and name != '__MACOSX')
         for name in sorted(files):
-            if not name.startswith('.') and os.path.splitext(name)[1].lower() in _extensions():
+            if not name.startswith('.') and os.path.splitext(name)[1].lower() in image_extensions():
                 yield os.path.join(place, name)
 
 
@@ -70,9 +61,9 @@ def find_images(names: Iterable[str]) -> List[str]:
 class _ImageFiles(Dataset):
     """Gives images as uint8 arrays [C, H, W], or what is wrong with their file."""
 
-    def __init__(self, paths: List[str], mode: str, transform: Callable[[Image.Image], np.ndarray]):
+    def __init__(self, paths: List[str], decoder: ImageDecoder, transform: Callable[[Image.Image], np.ndarray]):
         self.paths = paths
-        self.mode = mode
+        self.decoder = decoder
         self.transform = transform
 
     def __len__(self) -> int:
@@ -81,7 +72,7 @@ class _ImageFiles(Dataset):
     def __getitem__(self, index: int) -> Tuple[Optional[np.ndarray], Optional[str]]:
         try:
             with Image.open(self.paths[index]) as image:
-                return self.transform(image.convert(self.mode)), None
+                return self.transform(self.decoder(image)), None
         except Exception as error:  # a decoder may raise anything for a damaged file
             return None, one_line(error)
 
@@ -97,6 +88,8 @@ def create_file_loader(
         batch_size: int,
         num_workers: int = 4,
         pin_memory: bool = False,
+        pixel_range: Optional[Tuple[float, float]] = None,
+        exif: bool = False,
 ) -> Iterable[Tuple[Optional[Tensor], List[Optional[str]]]]:
     """Loader over files, in order.
 
@@ -106,6 +99,8 @@ def create_file_loader(
         batch_size: Files a batch.
         num_workers: Worker processes.
         pin_memory: Give tensors in pinned memory.
+        pixel_range: As for `ImageDecoder`.
+        exif: As for `ImageDecoder`.
 
     Returns:
         An iterable of batches: uint8 images [n, C, H, W] of the n files that could be read, None for none of them,
@@ -118,6 +113,6 @@ def create_file_loader(
     if channels not in MODES:
         raise InputError(f'The model takes images of {channels} channels, expected 1 or 3: no files have such.')
     transform = timm.data.create_transform(**data_config, is_training=False, use_prefetcher=True)
-    dataset = _ImageFiles(paths, MODES[channels], transform)
+    dataset = _ImageFiles(paths, ImageDecoder(channels, pixel_range, exif), transform)
     return DataLoader(
         dataset, batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin_memory)
