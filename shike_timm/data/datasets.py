@@ -283,7 +283,7 @@ def table_set(
     by_class = np.argsort(sorted_targets, kind='stable')
     rows, sorted_targets = rows[by_class], sorted_targets[by_class]
     group_hashes = _group_hashes(names, groups, request.group_key)[rows] if request.group_key else None
-    files = open_files([names[i] for i in rows.tolist()])
+    files = open_files([names[int(i)] for i in rows])
     table = ImageTable(files, sorted_targets, request.decoder(), groups=group_hashes)
     return ImageSet(table, class_names, np.bincount(sorted_targets, minlength=len(class_names)).tolist(), notes=notes)
 

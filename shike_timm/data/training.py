@@ -66,12 +66,13 @@ class TrainingData:
 
 def _read_class_stats(path: str) -> Tuple[List[int], Optional[List[str]]]:
     try:
-        counts, _ = load_class_stats(path)
+        loaded = load_class_stats(path)
+        assert loaded is not None  # it is for no path alone
         with open(path) as file:
             names = json.load(file).get('class_names')
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"class-stats '{path}' cannot be read: {one_line(error)}.") from error
-    return counts.long().tolist(), names
+    return loaded[0].long().tolist(), names
 
 
 def _check_request(request: DataRequest, has_imb_factor: bool) -> None:
