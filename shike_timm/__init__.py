@@ -70,7 +70,8 @@ def predict(inputs: Any, **options: Any) -> Iterator[Dict[str, Any]]:
     Raises:
         ValueError: If an option is unknown or cannot work.
     """
+    from shike_timm.options import check_values, complete
+
     from .commands.predict import PREDICTION, predict_rows
-    from .options import check_values, complete
     inputs = [str(one) for one in inputs] if isinstance(inputs, (list, tuple)) else [str(inputs)]
     return predict_rows(complete(PREDICTION, check_values(PREDICTION, dict(options, inputs=inputs), 'predict()')))

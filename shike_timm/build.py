@@ -3,7 +3,7 @@ import argparse
 import dataclasses
 import inspect
 import logging
-from typing import Any, Dict, Optional, Sequence, cast
+from typing import Any, Dict, List, Optional, Sequence, cast
 
 import timm
 import timm.data
@@ -242,7 +242,7 @@ def load_data(
 
 def load_eval_data(
         args: argparse.Namespace,
-        class_names: Optional[Sequence[str]],
+        class_names: Optional[List[str]],
         in_chans: int = 3,
         run_folder: Optional[Any] = None,
 ) -> ImageSet:

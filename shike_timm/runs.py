@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
 import yaml
@@ -38,6 +38,7 @@ from .errors import DamagedError, InputError
 from .loading import load_teacher
 from .methods import STAGES, Stage, plan_stages
 from .metrics import evaluate, format_table
+from .models import Shike
 from .options import changed_option, run_folder
 from .tasks import ExpertTask
 from .trackers import check_trackers, tracking
@@ -101,7 +102,7 @@ def prepare(
         raise InputError('--batch-size 1 leaves BatchNorm nothing to average over: choose a larger one.')
     if args.sync_bn and world_size() > 1:
         check_sync_bn(device)
-        model = convert_sync_batchnorm(model)
+        model = cast(Shike, convert_sync_batchnorm(model))
     if any(stage.compiled for stage in stages):
         check_compiler(args.torchcompile, args.torchcompile_mode, device)
     data_config = resolve_data_config(args, model)

@@ -55,7 +55,7 @@ def tracking(args: argparse.Namespace, folder: Path) -> Iterator[Callable[[Path]
 
     with ExitStack() as stack:
         if args.log_wandb:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  # an extra that we do not name
             wandb.init(project=args.wandb_project, name=args.experiment, config=vars(args), dir=folder)
             stack.callback(wandb.finish)
             trackers.append(wandb.log)

@@ -110,6 +110,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         dataset, counts, names, shot_counts = data.test, data.class_counts, data.class_names, data.shot_counts
     else:
         dataset = load_eval_data(args, names, model.in_chans, trained.run_folder)
+    assert shot_counts is not None  # known where `counts` are
     num_classes = len(dataset.class_names or counts)
     if len({num_classes, len(counts), model.num_classes}) > 1:
         raise InputError(f'The model has {model.num_classes} classes, but the data {num_classes}: choose other data.')
@@ -126,7 +127,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     kept = [] if args.save_logits or args.report else None
     metrics = evaluate(
         model.to(device), loader, shot_counts, device, subsets, args.flip, per_class=True, shots=shots, kept=kept)
-    metrics['per_class'] = dict(names=names, class_counts=counts, **metrics['per_class'])
+    metrics.update(per_class=dict(names=names, class_counts=counts, **metrics['per_class']))
     if rank():
         return metrics
     print(format_table({'': metrics}), flush=True)

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -77,8 +78,9 @@ def collect(
     """
     logits, targets = (torch.cat(one).numpy() for one in zip(*kept))
     names = trained.class_names or data.class_names or [str(c) for c in range(logits.shape[2])]
-    open_image = None if data.images is None else lambda index: Image.fromarray(data.images[index])
-    return SavedLogits(logits, targets, _paths(data), names, trained.class_counts, open_image=open_image, **fields)
+    images, counts = data.images, np.array(trained.class_counts)
+    open_image = None if images is None else lambda index: Image.fromarray(images[index])
+    return SavedLogits(logits, targets, _paths(data), names, counts, open_image=open_image, **fields)
 
 
 @torch.inference_mode()
@@ -112,6 +114,7 @@ def _evaluate_run(run: Path, args: argparse.Namespace) -> List[SavedLogits]:
     data = None
     for path in reversed(checkpoints):
         trained = load_trained_model(checkpoint=str(path))
+        assert trained.class_counts is not None  # which checkpoints of runs have
         run_args = argparse.Namespace(**{**defaults(TRAIN), **vars(load_checkpoint(path)['args'])})
         run_args.data_dir = args.data_dir or run_args.data_dir
         data = data or load_data(run_args).test

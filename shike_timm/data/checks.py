@@ -143,6 +143,7 @@ def without_unreadable(data: ImageSet, num_workers: int = 0) -> ImageSet:
     if len(bad) > MAX_NAMED:
         _logger.warning(f'{len(bad) - MAX_NAMED} more cannot be read and are left out.')
     left = data.take(np.setdiff1d(np.arange(len(table)), bad))
+    assert left.class_counts and data.class_counts and data.class_names  # as of every table
     for label, (count, before) in enumerate(zip(left.class_counts, data.class_counts)):
         if before and not count:
             first = next(index for index in bad if table.targets[index] == label)

@@ -70,7 +70,8 @@ class ImageSet:
 
     def take(self, index: np.ndarray) -> 'ImageSet':
         """Some images of a set in memory, or of a table."""
-        if self.images is not None:
+        assert self.class_names is not None  # a stream alone may lack them
+        if self.images is not None and self.targets is not None:
             return in_memory_set(self.images[index], self.targets[index], self.class_names)
         table = self.dataset.take(index)
         counts = np.bincount(table.targets, minlength=len(self.class_names)).tolist()
@@ -84,6 +85,7 @@ class MemorySet(ImageSet):
     class_counts: List[int]
     images: np.ndarray
     targets: np.ndarray
+    take: Callable[[np.ndarray], 'MemorySet']
 
 
 def in_memory_set(
@@ -179,10 +181,10 @@ class DataRequest:
         """
         if self.in_chans not in MODES:
             raise InputError(f'Images of {self.in_chans} channels are not read: choose 1 or 3 with --in-chans.')
-        if self.pixel_range and not self.pixel_range[0] < self.pixel_range[1]:
-            low, high = self.pixel_range
+        low, high = self.pixel_range or (0., 1.)
+        if not low < high:
             raise InputError(f'--pixel-range {low:g} {high:g} is empty: give the lower value first.')
-        return ImageDecoder(self.in_chans, tuple(self.pixel_range) if self.pixel_range else None, bool(self.exif))
+        return ImageDecoder(self.in_chans, (low, high) if self.pixel_range else None, bool(self.exif))
 
 
 def map_labels(path: str, labels: Sequence[str]) -> Tuple[List[str], List[Optional[int]]]:
@@ -274,14 +276,14 @@ def table_set(
             notes.append(f'{len(missing)} classes without images')
         label_of = {name: c for c, name in enumerate(class_names)}
         targets = [label_of[label] for label in labels]
-    order = np.array([i for i in _file_order(names) if targets[i] is not None], dtype=np.int64)
-    if not len(order):
+    rows = np.array([i for i in _file_order(names) if targets[i] is not None], dtype=np.int64)
+    if not len(rows):
         raise InputError(f"class-map '{request.class_map}' names none of the classes, such as '{labels[0]}'.")
-    sorted_targets = np.array([targets[i] for i in order], dtype=np.int32)
+    sorted_targets = np.array([targets[i] for i in rows], dtype=np.int32)
     by_class = np.argsort(sorted_targets, kind='stable')
-    order, sorted_targets = order[by_class], sorted_targets[by_class]
-    group_hashes = _group_hashes(names, groups, request.group_key)[order] if request.group_key else None
-    files = open_files([names[i] for i in order])
+    rows, sorted_targets = rows[by_class], sorted_targets[by_class]
+    group_hashes = _group_hashes(names, groups, request.group_key)[rows] if request.group_key else None
+    files = open_files([names[int(i)] for i in rows])
     table = ImageTable(files, sorted_targets, request.decoder(), groups=group_hashes)
     return ImageSet(table, class_names, np.bincount(sorted_targets, minlength=len(class_names)).tolist(), notes=notes)
 

@@ -138,9 +138,9 @@ class _Tree:
     """What lies in a folder or an archive."""
 
     def __init__(self, request: DataRequest):
-        self.request, self.root = request, request.root
-        if not self.root:
+        if not request.root:
             raise InputError("No folder of data was named for dataset '': give it as --data-dir.")
+        self.request, self.root = request, request.root
         if not os.path.exists(self.root):
             raise InputError(
                 f"data-dir '{self.root}' does not exist: give a folder with a sub-folder of images per class.")
@@ -225,7 +225,8 @@ def _load_lists(request: DataRequest) -> Tuple[ImageSet, Optional[ImageSet]]:
     if not request.train_list:
         tree = _Tree(request)
         train = tree.images(tree.split(request.train_split, TRAIN_SPLITS) or '')
-        return _without(train, request.root, test), test
+        assert test is not None  # of the one list there is
+        return _without(train, tree.root, test), test
     train = load_list(request, request.train_list)
     if test is not None and len(_without(train, request.train_list, test).dataset) < len(train.dataset):
         raise InputError(
@@ -242,7 +243,7 @@ def _load_train(request: DataRequest) -> Tuple[ImageSet, Optional[ImageSet]]:
     if split is None and eval_split is not None:
         raise InputError(
             f"data-dir '{request.root}' has no {request.train_split} split: expected a folder "
-            f"'{os.path.join(request.root, tree.prefix, request.train_split)}' beside '{eval_split}'.")
+            f"'{os.path.join(tree.root, tree.prefix, request.train_split)}' beside '{eval_split}'.")
     train = tree.images(split or '')
     train.is_whole = eval_split is None
     if request.holdout or eval_split is None:

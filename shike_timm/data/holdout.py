@@ -71,14 +71,14 @@ def hold_out_share(data: ImageSet, share: float, name: str) -> Tuple[ImageSet, I
     if isinstance(table, ImageTable):
         targets, groups = table.targets, table.groups
         files = [table.filename(i).rpartition('/')[2] for i in range(len(table))]
-    elif data.images is not None:
+    elif data.images is not None and data.targets is not None:
         targets, groups, files = data.targets, None, [str(i) for i in range(len(data.targets))]
     else:
         raise InputError(
             f"holdout {share:g} needs a data set whose images can be told apart, and '{name}' is a stream: give it "
             'another split to evaluate on with --val-split, or drop it.')
-    counts = np.bincount(targets, minlength=len(data.class_names))
-    sizes = _sizes(counts, share)
+    assert data.class_names is not None  # a stream alone may lack them
+    sizes = _sizes(np.bincount(targets, minlength=len(data.class_names)), share)
     if groups is not None:
         chosen = _choose_groups(targets, groups, sizes)
     else:
@@ -89,6 +89,7 @@ def hold_out_share(data: ImageSet, share: float, name: str) -> Tuple[ImageSet, I
             f"Nothing of '{name}' can be held out to evaluate on, since each class has a single image or group: add "
             'images, or name others with --val-list.')
     train, test = _part(data, chosen)
+    assert test.class_counts is not None  # which `take` counts
     bare = [name for name, count in zip(data.class_names, test.class_counts) if not count]
     if bare:
         word = 'class has' if len(bare) == 1 else 'classes have'
@@ -103,6 +104,7 @@ def hold_out_share(data: ImageSet, share: float, name: str) -> Tuple[ImageSet, I
 def write_sides(folder: Path, train: ImageSet, test: ImageSet) -> None:
     """Write the lists of both sides of a training set into a run folder."""
     for name, data in zip(SIDES, (train, test)):
+        assert data.class_names is not None  # as of every table
         with (folder / name).open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             rows = csv.writer(file)
             rows.writerow(('path', 'label'))

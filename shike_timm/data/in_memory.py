@@ -82,6 +82,7 @@ class DeviceLoader:
         if self.sampler.share.start:
             generator.manual_seed(generator.initial_seed() + self.sampler.share.start)  # draws of its own
         order = order.to(self.images.device)
+        assert self.augmentation is not None  # there is one wherever there is a sampler
         for chosen in order.split(max(AUGMENTED_AT_ONCE // self.batch_size, 1) * self.batch_size):
             yield augment_batch(self.images[chosen], self.augmentation, generator), self.targets[chosen]
 

@@ -112,7 +112,7 @@ def create_file_loader(
     channels = data_config['input_size'][0]
     if channels not in MODES:
         raise InputError(f'The model takes images of {channels} channels, expected 1 or 3: no files have such.')
-    transform = timm.data.create_transform(**data_config, is_training=False, use_prefetcher=True)
+    transform: Any = timm.data.create_transform(**data_config, is_training=False, use_prefetcher=True)
     dataset = _ImageFiles(paths, ImageDecoder(channels, pixel_range, exif), transform)
     return DataLoader(
         dataset, batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin_memory)

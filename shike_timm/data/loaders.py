@@ -51,7 +51,7 @@ def _create_worker_loader(
         device: torch.device,
         num_workers: int,
         transform: Callable,
-        sampler: Union[EpochSampler, range],
+        sampler: Union[None, EpochSampler, range],
         collate: Callable,
         **erasing: Any,
 ) -> Union[PrefetchLoader, CheckedLoader]:
@@ -177,7 +177,7 @@ def create_eval_loader(
     loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data)
     if loader is not None:
         return loader
-    transform = timm.data.create_transform(is_training=False, use_prefetcher=True, **data_config)
+    transform: Any = timm.data.create_transform(is_training=False, use_prefetcher=True, **data_config)
     stream = isinstance(data.dataset, IterableDataset)
     share = range(0) if stream else range(rank(), len(data.dataset), world_size())
     is_table = isinstance(data.dataset, ImageTable)

@@ -2,14 +2,14 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence, Tuple, Type
+from typing import Callable, List, Optional, Sequence, Tuple, Type, Union
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
 from ..errors import InputError
-from .datasets import DataRequest, DatasetEntry, ImageSet, in_memory_set, register_dataset
+from .datasets import DataRequest, DatasetEntry, MemorySet, in_memory_set, register_dataset
 
 __all__ = ['hold_out', 'long_tailed_counts', 'long_tailed_indices', 'register_long_tailed']
 
@@ -48,7 +48,11 @@ def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_
     return counts
 
 
-def long_tailed_indices(targets: Sequence[int], counts: Sequence[int], seed: Optional[int] = None) -> np.ndarray:
+def long_tailed_indices(
+        targets: Union[Sequence[int], np.ndarray],
+        counts: Sequence[int],
+        seed: Optional[int] = None,
+) -> np.ndarray:
     """Positions of `counts[c]` images of each class c, in file order.
 
     Args:
@@ -80,7 +84,7 @@ def _explain_cifar(cls: Type[CIFAR10], root: str) -> str:
     return f"{cls.__name__} in '{root}' cannot be read: {remedy}"
 
 
-def _cifar(cls: Type[CIFAR10], request: DataRequest, train: bool) -> ImageSet:
+def _cifar(cls: Type[CIFAR10], request: DataRequest, train: bool) -> MemorySet:
     """torchvision's CIFAR-10 or CIFAR-100."""
     root = request.root or '.'
     try:
@@ -90,7 +94,7 @@ def _cifar(cls: Type[CIFAR10], request: DataRequest, train: bool) -> ImageSet:
     return in_memory_set(dataset.data, dataset.targets, dataset.classes)
 
 
-def _digits(request: DataRequest, train: bool) -> ImageSet:
+def _digits(request: DataRequest, train: bool) -> MemorySet:
     """scikit-learn's bundled scans of handwritten digits, 8x8 grey levels, parted into training and test images."""
     try:
         from sklearn.datasets import load_digits
@@ -104,7 +108,7 @@ def _digits(request: DataRequest, train: bool) -> ImageSet:
     return in_memory_set(images[..., None].repeat(3, axis=-1), digits.target[keep], names)
 
 
-def hold_out(data: ImageSet, sizes: Sequence[int], option: str) -> Tuple[ImageSet, ImageSet]:
+def hold_out(data: MemorySet, sizes: Sequence[int], option: str) -> Tuple[MemorySet, MemorySet]:
     """Split a training set in memory, to choose settings without looking at the test set.
 
     Args:
@@ -129,9 +133,9 @@ def hold_out(data: ImageSet, sizes: Sequence[int], option: str) -> Tuple[ImageSe
 
 
 def _load_train(
-        source: Callable[[DataRequest, bool], ImageSet],
+        source: Callable[[DataRequest, bool], MemorySet],
         request: DataRequest,
-) -> Tuple[ImageSet, Optional[ImageSet]]:
+) -> Tuple[MemorySet, Optional[MemorySet]]:
     data, held_out = source(request, True), None
     if request.val_per_class:
         sizes = [request.val_per_class] * len(data.class_counts)
@@ -147,7 +151,7 @@ def _load_train(
     return data, held_out
 
 
-def register_long_tailed(name: str, source: Callable[[DataRequest, bool], ImageSet]) -> None:
+def register_long_tailed(name: str, source: Callable[[DataRequest, bool], MemorySet]) -> None:
     """Make the long-tailed subset of a balanced data set known by a name.
 
     Args:

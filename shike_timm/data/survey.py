@@ -45,7 +45,7 @@ class _Images(Dataset):
 
     def __init__(self, data: ImageSet):
         self.data = data
-        self.targets = data.targets if data.targets is not None else getattr(data.dataset, 'targets', None)
+        self.targets: Any = data.targets if data.targets is not None else getattr(data.dataset, 'targets', None)
 
     def __len__(self) -> int:
         return len(self.data.dataset)

@@ -1,7 +1,7 @@
 """Data sets of images that can be told apart by name, whatever they are kept in."""
 import logging
 from functools import partial
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class ImageTable(Dataset):
     def __init__(
             self,
             files: Any,
-            targets: Sequence[int],
+            targets: Union[Sequence[int], np.ndarray],
             decoder: ImageDecoder,
             rows: Optional[np.ndarray] = None,
             groups: Optional[np.ndarray] = None,

@@ -1,7 +1,7 @@
 """What `timm.data.create_dataset` reads by names with one of its prefixes; folders and archives apart."""
 import io
 import re
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import timm.data
@@ -87,7 +87,7 @@ def _create(request: DataRequest, split: str, train: bool) -> Any:
     prefix = name.partition('/')[0].lower()
     if prefix == 'torch' and not root:
         raise InputError(f"No folder of data was named for dataset '{name}': give it as --data-dir.")
-    options = {}
+    options: Dict[str, Any] = {}
     if prefix != 'torch':
         options = dict(input_key=request.input_key, target_key=request.target_key)
     if f'{prefix}/' in STREAMS:

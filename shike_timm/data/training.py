@@ -23,16 +23,16 @@ class TrainingData:
     """A training set, the set it is evaluated on, and what the training set says of the classes.
 
     Attributes:
-        train: Training set, None where there is only noise to measure on.
-        test: Evaluation split, None likewise.
+        train: Training set.
+        test: Evaluation split.
         class_counts: Training images of each class, all positive.
         class_names: Names of the classes in label order.
         shot_counts: Images of each class that make it one of many, medium or few: with those that are held out.
         holdout: Share of each class that is held out.
     """
 
-    train: Optional[ImageSet]
-    test: Optional[ImageSet]
+    train: ImageSet
+    test: ImageSet
     class_counts: List[int]
     class_names: List[str]
     shot_counts: List[int] = field(default_factory=list)
@@ -58,8 +58,6 @@ class TrainingData:
             f"Data: {sum(counts)} training images of {len(counts)} classes, from {largest} of "
             f"'{names[counts.index(largest)]}' to {smallest} of '{names[counts.index(smallest)]}', imbalance factor "
             f'{largest / smallest:.4g}.')
-        if self.test is None:
-            return line
         number = f'{sum(self.test.class_counts)} images' if self.test.class_counts else 'images'
         line += f" Evaluation: {number}, {self.test.source or 'a split of its own'}."
         notes = list(dict.fromkeys([*self.train.notes, *self.test.notes]))
@@ -68,12 +66,13 @@ class TrainingData:
 
 def _read_class_stats(path: str) -> Tuple[List[int], Optional[List[str]]]:
     try:
-        counts, _ = load_class_stats(path)
+        loaded = load_class_stats(path)
+        assert loaded is not None  # it is for no path alone
         with open(path) as file:
             names = json.load(file).get('class_names')
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"class-stats '{path}' cannot be read: {one_line(error)}.") from error
-    return counts.long().tolist(), names
+    return loaded[0].long().tolist(), names
 
 
 def _check_request(request: DataRequest, has_imb_factor: bool) -> None:
@@ -131,13 +130,13 @@ def load_training_data(name: str, root: Optional[str] = None, **options: Any) ->
         raise InputError(
             f"dataset '{name}' does not list its labels, so its classes cannot be counted: use a folder of images, or "
             'give their counts with --class-stats.')
-    if len(train.class_names or counts) != len(counts):
+    named = len(train.class_names or counts)
+    if named != len(counts):
         raise InputError(
-            f"'{stats or name or root}' counts {len(counts)} classes, but {len(train.class_names)} have names: give "
-            'what fits.')
+            f"'{stats or name or root}' counts {len(counts)} classes, but {named} have names: give what fits.")
     if request.class_names:
         train = match_classes(replace(train, class_counts=counts), request.class_names, what, all_of_them=True)
-        counts = train.class_counts
+        counts = train.class_counts or counts
     names = train.class_names or [str(c) for c in range(len(counts))]
     if min(counts) < 1:
         bare = names[counts.index(min(counts))]
@@ -147,7 +146,7 @@ def load_training_data(name: str, root: Optional[str] = None, **options: Any) ->
             f"{what} has a single class, '{names[0]}', and nothing to tell it from: give a folder of several.")
     train = _checked(train, request)
     if not stats:
-        counts = train.class_counts
+        counts = train.class_counts or counts
     shot_counts, holdout = counts, request.holdout
     if test is None and not holdout and not train.is_whole:
         test = entry.load_eval(replace(request, class_names=train.class_names))
@@ -156,14 +155,15 @@ def load_training_data(name: str, root: Optional[str] = None, **options: Any) ->
     if test is not None:
         test = _checked(match_classes(test, names, _split_words(request)), request)
         if holdout:
+            assert test.class_counts is not None  # as of all that is held out
             shot_counts = [kept + held for kept, held in zip(counts, test.class_counts)]
     else:
         holdout, sides = holdout or HOLDOUT, read_sides(request.sides)
-        if sides:
+        if sides and request.sides:
             train, test = hold_out_listed(train, sides, request.sides)
         else:
-            train, test = hold_out_share(train, holdout, name or root)
-        counts = train.class_counts
+            train, test = hold_out_share(train, holdout, name or str(root))
+        counts = train.class_counts or counts
     return TrainingData(train, test, counts, names, shot_counts, holdout)
 
 
@@ -192,7 +192,7 @@ def create_eval_dataset(
     request = DataRequest(name, root, val_split=split, download=download, class_names=class_names, **options)
     data = find_dataset(name).load_eval(request)
     sides = read_sides(request.sides)
-    if sides and data is not None and data.is_whole and covers(data, sides):
+    if sides and request.sides and data is not None and data.is_whole and covers(data, sides):
         _, data = hold_out_listed(data, sides, request.sides)
         data.is_training = False
     if data is None or data.is_training:

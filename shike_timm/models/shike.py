@@ -377,7 +377,7 @@ class Shike(nn.Module):
     def _model_args(self) -> Dict[str, Any]:
         """What timm writes into the configuration of a saved model: what it was made with, and what was set since."""
         made_with = {name: _plain(value) for name, value in self.__dict__.get('_made_with', {}).items()}
-        now = dict(
+        now: Dict[str, Any] = dict(
             class_counts=self.class_counts, classifier_prior=self.classifier_prior, target_prior=self.target_prior)
         scale = getattr(self.classifier, 'scale', COSINE_SCALE)
         if scale != COSINE_SCALE or 'cosine_scale' in made_with:
@@ -422,7 +422,7 @@ class Shike(nn.Module):
     def _levels(self, indices: Union[None, int, Sequence[int]]) -> List[int]:
         """Feature levels as indices from 0, of indices that may count from the end, or of how many of the last."""
         num_levels = len(self.feature_info)
-        if indices is None or isinstance(indices, Integral):
+        if indices is None or isinstance(indices, (int, Integral)):
             indices = range(-(num_levels if indices is None else indices), 0)
         if not indices or not all(-num_levels <= i < num_levels for i in indices):
             raise ValueError(f'indices must be of the {num_levels} feature levels of the model, got {list(indices)}.')

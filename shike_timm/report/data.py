@@ -259,18 +259,17 @@ def paired_test(first: Judged, second: Judged) -> Dict[str, Optional[PairedTest]
     difference = gained - lost
     results: Dict[str, Optional[PairedTest]] = {}
     for name, mask in {'top1': first.total > 0, **first.shots}.items():
-        if not mask.any():
+        interval = intervals[name]
+        if interval is None or not mask.any():
             results[name] = None
             continue
         wins, losses = int(gained[mask].sum()), int(lost[mask].sum())
         share = difference[mask].sum() / first.total.sum() if name == 'top1' else (
             difference[mask] / first.total[mask]).mean()
-        results[name] = PairedTest(
-            100 * float(share),
-            intervals[name],
-            binomtest(wins, wins + losses).pvalue if wins + losses else 1.,
-            tuple(int(np.sum(compare(difference[mask], 0))) for compare in (np.greater, np.equal, np.less)),
-        )
+        p_value = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.
+        better, same, worse = (
+            int(np.sum(compare(difference[mask], 0))) for compare in (np.greater, np.equal, np.less))
+        results[name] = PairedTest(100 * float(share), interval, p_value, (better, same, worse))
     return results
 
 

@@ -150,8 +150,7 @@ def hardest_negatives(judged: Judged, other: Optional[Judged]) -> Figure:
     edges = np.linspace(0, 1, 21)
     for ax, shot in zip(axes[:, 0], shots):
         for one, fill in ((judged, True), (other, False)):
-            mask = one is not None and one.shots[shot][one.saved.targets]
-            if np.any(mask):
+            if one is not None and (mask := one.shots[shot][one.saved.targets]).any():
                 values = one.hardest_negative[mask]
                 heights = 100 * np.histogram(values, edges)[0] / len(values)
                 color = COLORS[0] if fill else COLORS[1]

@@ -79,7 +79,7 @@ def create_train_transform(
         first[:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=[side // 8 for side in size[::-1]])]
     if cifar_policy:
         grey: Any = [128] * 3  # of Pillow images, which take no float
-        second = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=grey)]
+        second[:] = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=grey)]
     if augmentation.force_color_jitter and augmentation.auto_augment:
         second.insert(0, transforms.ColorJitter(*[augmentation.color_jitter] * 3))  # brightness, contrast, saturation
     if augmentation.cutout:
