@@ -210,7 +210,7 @@ def resolve_data_config(args: argparse.Namespace, model: Shike) -> Dict[str, Any
 
 def _data_options(args: argparse.Namespace) -> Dict[str, Any]:
     """Fields of `DataRequest` that the arguments have."""
-    names = {field.name for field in dataclasses.fields(DataRequest)} - {'name', 'root', 'in_chans'}
+    names = {field.name for field in dataclasses.fields(DataRequest)} - {'name', 'root', 'in_chans', 'class_names'}
     options = {name: value for name, value in vars(args).items() if name in names}
     return dict(options, download=args.dataset_download)
 

@@ -205,4 +205,4 @@ def test_a_mistake_ends_all_processes(tmp_path):
     _, error = finish(torchrun(
         2, 'eval.py', '--model', 'resnet32_shike.cifar100_lt_if100', '--pretrained', '--dataset', 'digits_lt',
         '--device', 'cpu', stdout=subprocess.PIPE, stderr=subprocess.PIPE), status=1)
-    assert 'eval.py: error: The model has 100 classes' in error and 'Error:' not in error.split('ChildFailed')[0]
+    assert "eval.py: error: Class '0' of the validation split" in error and 'Error:' not in error.split('ChildFailed')[0]

@@ -231,15 +231,19 @@ def test_other_images_are_not_paired(tmp_path, judged):
     assert 'They did not see the same images' in (tmp_path / 'report.html').read_text()
 
 
-def test_images_of_a_folder(image_folder, tmp_path, run_script):
+def test_images_of_a_folder(image_folder, tmp_path, run_script, monkeypatch):
     model = timm.create_model('resnet32_shike', num_classes=3)
     config = timm.data.resolve_model_data_config(model)
     export_model(model, tmp_path / 'model', dict(config, input_size=(3, 16, 16)), ['ant', 'bee', 'cat'], [24, 12, 6])
+    monkeypatch.setattr('shike_timm.data.table.MAX_UNREADABLE', 0.5)
+    (image_folder / 'validation' / 'ant' / '00.png').write_bytes(b'')  # has no logits and no place among paths
     status, _, err = run_script(
         'eval.py', '--model', f'local-dir:{tmp_path}/model', '--data-dir', image_folder, '--workers', '0',
-        '--device', 'cpu', '--save-logits', tmp_path / 'logits.npz')
+        '--no-check-images', '--device', 'cpu', '--save-logits', tmp_path / 'logits.npz')
     assert status == 0, err
     saved = load_logits(tmp_path / 'logits.npz')
+    folders = [path.split('/')[-2] for path in saved.paths]
+    assert [['ant', 'bee', 'cat'][target] for target in saved.targets] == folders
     assert saved.paths[0].endswith('ant/0.png') and saved.image(0).size == (10, 12)
     saved.paths[0] = '/nowhere.png'
     assert saved.image(0) is None

@@ -1,18 +1,20 @@
 """Reports of runs and saved logits, put together from parsed arguments."""
 import argparse
 import copy
+import os
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..build import load_data, resolve_data_config
+from ..build import load_eval_data, resolve_data_config
 from ..checkpoints import load_checkpoint
 from ..data import ImageSet, create_eval_loader
+from ..data.table import ImageTable
 from ..devices import resolve_device, tune_device
 from ..errors import InputError
 from ..loading import TrainedModel, load_trained_model
@@ -57,9 +59,15 @@ def check_report(folder: str) -> None:
         raise InputError(f"'{folder}', where the report is to go, is a file: give the name of a folder.")
 
 
-def _paths(data: ImageSet) -> List[str]:
-    names = getattr(data.dataset, 'filenames', None)  # of timm's data sets
-    return names(absolute=True) if names else [str(i) for i in range(len(data.dataset))]
+def _images(data: ImageSet) -> Tuple[List[str], Optional[Callable[[int], Image.Image]]]:
+    """Paths, or else indices, of the images that could be read, in order, and what opens one of them."""
+    table, images = data.dataset, data.images
+    if isinstance(table, ImageTable):
+        read = (~table.unreadable).nonzero()[:, 0].tolist()
+        root = os.path.abspath(table.files.root)
+        return [os.path.join(root, table.filename(i)) for i in read], lambda i: table.read(read[i])
+    paths = [str(i) for i in range(len(data.dataset))]
+    return paths, None if images is None else lambda i: Image.fromarray(images[i])
 
 
 def collect(
@@ -78,9 +86,9 @@ def collect(
     """
     logits, targets = (torch.cat(one).numpy() for one in zip(*kept))
     names = trained.class_names or data.class_names or [str(c) for c in range(logits.shape[2])]
-    images, counts = data.images, np.array(trained.class_counts)
-    open_image = None if images is None else lambda index: Image.fromarray(images[index])
-    return SavedLogits(logits, targets, _paths(data), names, counts, open_image=open_image, **fields)
+    paths, open_image = _images(data)
+    return SavedLogits(
+        logits, targets, paths, names, np.array(trained.class_counts), open_image=open_image, **fields)
 
 
 @torch.inference_mode()
@@ -117,7 +125,7 @@ def _evaluate_run(run: Path, args: argparse.Namespace) -> List[SavedLogits]:
         assert trained.class_counts is not None  # which checkpoints of runs have
         run_args = argparse.Namespace(**{**defaults(TRAIN), **vars(load_checkpoint(path)['args'])})
         run_args.data_dir = args.data_dir or run_args.data_dir
-        data = data or load_data(run_args).test
+        data = data or load_eval_data(run_args, trained.class_names, trained.model.in_chans, trained.run_folder)
         loader = create_eval_loader(
             data, resolve_data_config(run_args, trained.model), args.batch_size, device, args.workers)
         kept: List[Tuple[Tensor, Tensor]] = []
