@@ -48,7 +48,8 @@ def relative_difference(found, expected):
     return torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected)
 
 
-@pytest.mark.parametrize('fast', [dict(channels_last=True), dict(channels_last=True, compiled=True)])
+@pytest.mark.parametrize('fast', [
+    dict(channels_last=True), pytest.param(dict(channels_last=True, compiled=True), marks=pytest.mark.slow)])
 def test_logits_and_gradients_equal_the_plain_ones(fast):
     logits, gradients = logits_and_gradients()
     fast_logits, fast_gradients = logits_and_gradients(**fast)

@@ -202,7 +202,8 @@ def test_the_card_of_the_packages_weights_runs_and_tells_of_the_recorded_run(tmp
     assert f"value: {float(recorded(RUN_OF[tag])['top1'])}\n" in card and f"'resnet32_shike.{tag}'" in card
 
 
-@pytest.mark.parametrize('tag', RUN_OF)
+@pytest.mark.parametrize('tag', [
+    tag if not number else pytest.param(tag, marks=pytest.mark.slow) for number, tag in enumerate(RUN_OF)])
 def test_the_weights_of_the_package_give_the_figures_of_their_run(
         tmp_path, run_script, real_cifar_root, monkeypatch, tag):
     monkeypatch.setattr(socket.socket, 'connect', None)  # no network

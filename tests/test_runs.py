@@ -153,7 +153,7 @@ def test_resumed_run_equals_an_undisturbed_one(tiny_run, tmp_path, monkeypatch, 
 @pytest.mark.parametrize('options, dies_after', [
     (['--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9'], 9),
     (['--workers', '1', '--no-device-data', '--reprob', '0.3', '--aa', 'rand-m9-mstd0.5', '--crt-epochs', '0'], 9),
-    (['--mixup', '0.4', '--alpha', '0', '--grad-accum-steps', '2'], 19),
+    pytest.param(['--mixup', '0.4', '--alpha', '0', '--grad-accum-steps', '2'], 19, marks=pytest.mark.slow),
 ], ids=['device', 'workers', 'accumulated'])
 def test_a_run_goes_on_from_the_middle_of_an_epoch(tmp_path, monkeypatch, caplog, options, dies_after):
     caplog.set_level('INFO')
