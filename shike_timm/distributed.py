@@ -1,6 +1,7 @@
 """Processes that torchrun or Slurm started: joined, told apart, and of one mind. One process alone is rank 0 of 1."""
 import argparse
 import logging
+import os
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, List, Optional
 
@@ -16,6 +17,8 @@ __all__ = [
     'Vote', 'equal_statistics', 'join_processes', 'local_primary_first', 'on_primary', 'over_processes', 'rank',
     'world_size',
 ]
+
+_logger = logging.getLogger(__name__)
 
 
 def rank() -> int:
@@ -49,6 +52,9 @@ def join_processes(name: Optional[str]) -> torch.device:
             f'Process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs: start a process for each.')
     if number:
         logging.getLogger().setLevel(logging.CRITICAL)
+    elif os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' and os.environ['TORCHELASTIC_MAX_RESTARTS'] != '0':
+        # Its store goes on holding addresses of processes that are gone, which those after them may take for good.
+        _logger.warning('torchrun restarts processes reliably with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 alone: set it.')
     if not dist.is_initialized():
         # Numbers and objects of the host go by gloo, so that agreeing on them waits for no GPU.
         backend = 'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo'

@@ -21,7 +21,7 @@ from shike_timm.errors import InputError
 from shike_timm.methods import plan_stages
 
 COUNTS = (1, 2, 3)
-ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
 
 
 def torchrun(num_processes, *command, **kwargs):
@@ -135,6 +135,14 @@ def test_what_a_gpu_is_needed_for(monkeypatch):
     with pytest.raises(InputError, match='Process 2 of this machine finds 0 GPUs'):
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
         distributed.join_processes('cuda')
+
+
+def test_restarts_that_torchrun_does_not_do_reliably(monkeypatch, caplog):
+    for name, value in dict(WORLD_SIZE=2, TORCHELASTIC_MAX_RESTARTS=1, TORCHELASTIC_USE_AGENT_STORE=True).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(InputError, match='2 processes are expected'):
+        distributed.join_processes('cpu')
+    assert 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE' in caplog.text
 
 
 # A run that lasts some seconds, saved every second update.
