@@ -48,7 +48,7 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
     ]),
     'ablation': ('The ablation, CIFAR-100-LT (100), 180 + 20 epochs:', [
         *ABLATION,
-        ('all of SHIKE', ['shike'], '56.34'),
+        ('all of SHIKE', ['if100_seed0'], '56.34'),
     ]),
     'fusion': ('Fusion and the gradient of the trunk, on 50 training images a class set aside, 180 + 20 epochs:', [
         ('product, sum', ['val_product'], None),
