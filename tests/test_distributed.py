@@ -53,6 +53,7 @@ def seen(tmp_path_factory):
     return [json.loads((folder / f'{n}.json').read_text()) for n in COUNTS]
 
 
+@pytest.mark.slow
 def test_processes_train_as_one(seen):
     one, *others = seen
     assert len(one['losses']) == 32 and one['losses'][15] < 0.75 * one['losses'][0]
