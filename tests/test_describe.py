@@ -43,7 +43,7 @@ def test_every_defect_is_named(defects, tmp_path, run_script):
     train, evaluation = told['train'], told['evaluation']
     assert {name: count for name, count in train['class_counts'].items() if count} == {'ant': 25, 'bee': 14, 'cat': 7}
     assert (train['images'], train['classes'], train['imbalance_factor']) == (46, 3, round(25 / 7, 4))
-    assert train['modes'] == {'RGB': 43, 'I;16': 1}
+    assert train['modes'] in ({'RGB': 43, 'I;16': 1}, {'RGB': 43, 'I': 1})  # as older releases of Pillow read it
     assert (train['width'], train['height']) == ([2, 10, 10], [3, 12, 12]) and train['pixel_range'] == [1, 60000]
     assert {short(one['file']) for one in train['unreadable']} == {'bee/page.jpg', 'bee/1.png'}
     assert told['shots']['medium'] == dict(classes=1, images=25) and told['shots']['few'] == dict(classes=2, images=21)

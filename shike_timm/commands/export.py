@@ -98,7 +98,7 @@ def _write_torchscript(model: nn.Module, images: Tensor, path: Path) -> None:
 
 
 def _write_program(model: nn.Module, images: Tensor, path: Path) -> None:
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch', max=2 ** 31 - 1)},))
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop('stack_trace', None)  # as above

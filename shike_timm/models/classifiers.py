@@ -26,7 +26,7 @@ def cosines(x: Tensor, weight: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return torch.einsum('bmd,mcd->bmc', x, weight)
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on the meta device
+    if device != 'meta' and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return torch.einsum('bmd,mcd->bmc', x, weight)
     return torch.einsum('bmd,mcd->bmc', x, weight)
