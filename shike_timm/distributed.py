@@ -52,9 +52,11 @@ def join_processes(name: Optional[str]) -> torch.device:
             f'Process {local_rank} of this machine finds {torch.cuda.device_count()} GPUs: start a process for each.')
     if number:
         logging.getLogger().setLevel(logging.CRITICAL)
-    elif os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' and os.environ['TORCHELASTIC_MAX_RESTARTS'] != '0':
+    elif not dist.is_initialized() and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         # Its store goes on holding addresses of processes that are gone, which those after them may take for good.
-        _logger.warning('torchrun restarts processes reliably with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 alone: set it.')
+        if os.environ['TORCHELASTIC_MAX_RESTARTS'] != '0':
+            _logger.warning(
+                'torchrun restarts processes reliably with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 alone: set it.')
     if not dist.is_initialized():
         # Numbers and objects of the host go by gloo, so that agreeing on them waits for no GPU.
         backend = 'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo'

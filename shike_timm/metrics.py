@@ -2,6 +2,7 @@
 import itertools
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from .errors import InputError
 
 __all__ = [
     'METRICS', 'SHOTS', 'ExpertEvaluator', 'all_subsets', 'evaluate', 'format_subsets', 'format_table',
-    'shot_divisions',
+    'shot_divisions', 'shot_numbers',
 ]
 
 SHOTS = ('many', 'medium', 'few')
@@ -27,6 +28,12 @@ def shot_divisions(class_counts: Sequence[int], many_shot: int = 100, few_shot: 
     counts = torch.as_tensor(class_counts)
     many, few = counts > many_shot, counts < few_shot
     return {'many': many, 'medium': ~many & ~few, 'few': few & ~many}
+
+
+def shot_numbers(class_counts: Sequence[int], **shots: int) -> np.ndarray:
+    """Place in `SHOTS` of each class's division [C]; arguments as for `shot_divisions`."""
+    divisions = shot_divisions(class_counts, **shots)
+    return torch.stack([divisions[shot] for shot in SHOTS]).int().argmax(0).numpy()
 
 
 def all_subsets(num_experts: int) -> List[Tuple[int, ...]]:

@@ -405,7 +405,7 @@ TRAINED_MODEL = Group(
     Option(
         'model', str, None, 'run folder, model folder, hf-hub:USER/NAME, or a registered name; for predict also an '
         'exported ONNX file'),
-    Option('pretrained', bool, False, "load a registered name's published weights"),
+    Option('pretrained', bool, False, "load a registered name's published weights, as eval and predict always do"),
     Option('checkpoint', str, None, "checkpoint of train.py, or of the authors' CIFAR code", 'FILE'),
     Option(
         'authors_classifiers', str, 'rt_classifiers', "which of the two sets in a checkpoint of the authors' code: the "

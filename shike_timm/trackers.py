@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
+from .distributed import rank
 from .errors import InputError
 
 __all__ = ['check_trackers', 'tracking']
@@ -34,7 +35,7 @@ def check_trackers(args: argparse.Namespace) -> None:
 
 @contextmanager
 def tracking(args: argparse.Namespace, folder: Path) -> Iterator[Callable[[Path], None]]:
-    """Start the trackers that the arguments ask for.
+    """Start the trackers that the arguments ask for, in the first process.
 
     Args:
         args: Arguments of train.py.
@@ -54,12 +55,12 @@ def tracking(args: argparse.Namespace, folder: Path) -> Iterator[Callable[[Path]
                 tracker(values)
 
     with ExitStack() as stack:
-        if args.log_wandb:
+        if args.log_wandb and not rank():
             import wandb  # pyright: ignore[reportMissingImports]  # an extra that we do not name
             wandb.init(project=args.wandb_project, name=args.experiment, config=vars(args), dir=folder)
             stack.callback(wandb.finish)
             trackers.append(wandb.log)
-        if args.log_tensorboard:
+        if args.log_tensorboard and not rank():
             from torch.utils.tensorboard import SummaryWriter
             writer = stack.enter_context(SummaryWriter(folder))
 

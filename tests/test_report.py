@@ -15,7 +15,7 @@ from scipy import stats
 from shike_timm.checkpoints import export_model
 from shike_timm.commands.eval import parse_eval_args
 from shike_timm.errors import InputError
-from shike_timm.metrics import METRICS
+from shike_timm.metrics import METRICS, SHOTS, shot_numbers
 from shike_timm.report.logits import SavedLogits, load_logits, save_logits
 
 pytest.importorskip('matplotlib')
@@ -35,7 +35,8 @@ def make_logits(counts, num_images=600, num_experts=3, names=None, seed=0, missi
     logits = rng.normal(size=(num_images, num_experts, num_classes)).astype(np.float32)
     logits[np.arange(num_images), :, targets] += np.log10(np.asarray(counts))[targets][:, None]
     names = names or [f'class {c}' for c in range(num_classes)]
-    return SavedLogits(logits, targets, [str(i) for i in range(num_images)], names, counts, **fields)
+    paths = [str(i) for i in range(num_images)]
+    return SavedLogits(logits, targets, paths, names, counts, shot_numbers(counts), **fields)
 
 
 COUNTS = [500, 300, 150, 90, 60, 30, 15, 10, 6, 3]
@@ -239,9 +240,13 @@ def test_images_of_a_folder(image_folder, tmp_path, run_script, monkeypatch):
     (image_folder / 'validation' / 'ant' / '00.png').write_bytes(b'')  # has no logits and no place among paths
     status, _, err = run_script(
         'eval.py', '--model', f'local-dir:{tmp_path}/model', '--data-dir', image_folder, '--workers', '0',
-        '--no-check-images', '--device', 'cpu', '--save-logits', tmp_path / 'logits.npz')
+        '--no-check-images', '--device', 'cpu', '--many-shot', '20', '--few-shot', '10', '--save-logits',
+        tmp_path / 'logits.npz', '--results-file', tmp_path / 'results.json')
     assert status == 0, err
     saved = load_logits(tmp_path / 'logits.npz')
+    told, judged = json.loads((tmp_path / 'results.json').read_text()), data.judge(saved)
+    assert [SHOTS[shot] for shot in saved.shots] == ['many', 'medium', 'few']  # of 24, 12 and 6 images
+    assert all(judged.metrics[key] == told[key] for key in METRICS)
     folders = [path.split('/')[-2] for path in saved.paths]
     assert [['ant', 'bee', 'cat'][target] for target in saved.targets] == folders
     assert saved.paths[0].endswith('ant/0.png') and saved.image(0).size == (10, 12)

@@ -18,7 +18,7 @@ from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..loading import load_trained_model, set_target_prior, with_data_args
 from ..measure import inference_costs
-from ..metrics import all_subsets, evaluate, format_subsets, format_table
+from ..metrics import all_subsets, evaluate, format_subsets, format_table, shot_numbers
 from ..models import Shike
 from ..options import (
     DATA,
@@ -33,7 +33,7 @@ from ..options import (
 )
 from ..report.logits import save_logits
 from .cli import run_script
-from .report import check_report, collect, count_costs, find_run
+from .report import check_report, collect, count_costs
 
 __all__ = ['OPTIONS', 'evaluate_model', 'main', 'parse_eval_args']
 
@@ -145,9 +145,12 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         _write_results(args.results_file, metrics)
     if kept:
         trained.class_counts, trained.class_names = counts, names
-        run = find_run(args.model, args.checkpoint)
+        run = Path(trained.run_folder) if trained.run_folder else None
+        run = run if run and (run / 'summary.csv').exists() else None  # a model folder may lie anywhere
         costs = metrics.get('subsets') or count_costs(model, next(iter(loader))[0][:1])
-        saved = collect(trained, dataset, kept, costs=costs, run=run, name=run.name if run else _name(args))
+        saved = collect(
+            trained, dataset, kept, shot_numbers(shot_counts, **shots), costs=costs, run=run,
+            name=run.name if run else _name(args))
         if args.save_logits:
             save_logits(args.save_logits, saved)
         if args.report:

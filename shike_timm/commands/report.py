@@ -20,13 +20,13 @@ from ..errors import InputError
 from ..loading import TrainedModel, load_trained_model
 from ..measure import count_flops
 from ..methods import STAGES
-from ..metrics import MOST_EXPERTS, all_subsets, evaluate
+from ..metrics import MOST_EXPERTS, all_subsets, evaluate, shot_numbers
 from ..models import Shike
 from ..options import DEVICE, TRAIN, Group, Option, complete, defaults, read_command_line
 from ..report.logits import SavedLogits, load_logits
 from .cli import run_script
 
-__all__ = ['OPTIONS', 'check_report', 'collect', 'count_costs', 'find_run', 'main', 'make_report', 'parse_report_args']
+__all__ = ['OPTIONS', 'check_report', 'collect', 'count_costs', 'main', 'make_report', 'parse_report_args']
 
 OPTIONS = (
     Group(
@@ -74,6 +74,7 @@ def collect(
         trained: TrainedModel,
         data: ImageSet,
         kept: Sequence[Tuple[Tensor, Tensor]],
+        shots: np.ndarray,
         **fields: Any,
 ) -> SavedLogits:
     """What an evaluation kept, with what is known of the images and classes.
@@ -82,13 +83,14 @@ def collect(
         trained: The model; its class counts must be known.
         data: What it was evaluated on.
         kept: What `shike_timm.metrics.evaluate` keeps.
+        shots: What `shike_timm.metrics.shot_numbers` gives.
         **fields: Further fields of `SavedLogits`.
     """
     logits, targets = (torch.cat(one).numpy() for one in zip(*kept))
     names = trained.class_names or data.class_names or [str(c) for c in range(logits.shape[2])]
     paths, open_image = _images(data)
     return SavedLogits(
-        logits, targets, paths, names, np.array(trained.class_counts), open_image=open_image, **fields)
+        logits, targets, paths, names, np.array(trained.class_counts), shots, open_image=open_image, **fields)
 
 
 @torch.inference_mode()
@@ -100,15 +102,6 @@ def count_costs(model: Shike, image: Tensor) -> List[Dict[str, Any]]:
         reduced.set_experts(subset)
         costs.append(dict(experts=list(subset), gmacs=count_flops(partial(reduced, image)) / 2e9))
     return costs
-
-
-def find_run(*paths: Optional[str]) -> Optional[Path]:
-    """The run folder that a checkpoint or `local-dir:RUN/model` lies in, None where it is in none."""
-    for path in filter(None, paths):
-        for folder in Path(path.removeprefix('local-dir:')).absolute().parents[:2]:
-            if (folder / 'summary.csv').exists():
-                return folder
-    return None
 
 
 def _evaluate_run(run: Path, args: argparse.Namespace) -> List[SavedLogits]:
@@ -130,9 +123,11 @@ def _evaluate_run(run: Path, args: argparse.Namespace) -> List[SavedLogits]:
             data, resolve_data_config(run_args, trained.model), args.batch_size, device, args.workers)
         kept: List[Tuple[Tensor, Tensor]] = []
         evaluate(trained.model.to(device), loader, trained.class_counts, device, kept=kept)
+        shots = shot_numbers(
+            trained.shot_counts or trained.class_counts, many_shot=run_args.many_shot, few_shot=run_args.few_shot)
         name = run.name if not saved else f"{run.name}, {path.parent.name.replace('_', ' ')}"
         costs = [] if saved else count_costs(trained.model, next(iter(loader))[0][:1])
-        saved.append(collect(trained, data, kept, name=name, run=run, costs=costs))
+        saved.append(collect(trained, data, kept, shots, name=name, run=run, costs=costs))
     return saved
 
 

@@ -102,14 +102,16 @@ def hold_out_share(data: ImageSet, share: float, name: str) -> Tuple[ImageSet, I
 
 
 def write_sides(folder: Path, train: ImageSet, test: ImageSet) -> None:
-    """Write the lists of both sides of a training set into a run folder."""
+    """Write the lists of both sides of a training set into a run folder, each in one step."""
     for name, data in zip(SIDES, (train, test)):
         assert data.class_names is not None  # as of every table
-        with (folder / name).open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+        temporary = folder / f'{name}.tmp'
+        with temporary.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
             rows = csv.writer(file)
             rows.writerow(('path', 'label'))
             rows.writerows(
                 (data.dataset.filename(i), data.class_names[target]) for i, target in enumerate(data.dataset.targets))
+        temporary.replace(folder / name)
 
 
 def read_sides(folder: Optional[str]) -> Optional[List[Dict[str, str]]]:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 import torch
 
-from ..metrics import MOST_EXPERTS, NUM_BINS, SHOTS, ExpertEvaluator, all_subsets, shot_divisions
+from ..metrics import MOST_EXPERTS, NUM_BINS, SHOTS, ExpertEvaluator, all_subsets
 from .logits import SavedLogits
 
 __all__ = [
@@ -86,14 +86,13 @@ class Judged:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Classes from the most training images to the fewest."""
-        return np.argsort(-self.saved.class_counts, kind='stable')
+        """Classes by shot division, and within one from the most training images to the fewest."""
+        return np.lexsort((-self.saved.class_counts, self.saved.shots))
 
     @cached_property
     def shots(self) -> Dict[str, np.ndarray]:
         """Masks [C] of the shot divisions, of classes with test images."""
-        divisions = shot_divisions(self.saved.class_counts.tolist())
-        return {shot: divisions[shot].numpy() & (self.total > 0) for shot in SHOTS}
+        return {shot: (self.saved.shots == number) & (self.total > 0) for number, shot in enumerate(SHOTS)}
 
     @cached_property
     def groups(self) -> Dict[str, np.ndarray]:
@@ -143,7 +142,9 @@ _EDGES = torch.linspace(0, 1, NUM_BINS + 1).numpy()
 def judge(saved: SavedLogits) -> Judged:
     """Judge saved logits, some images at a time."""
     _, num_experts, num_classes = saved.logits.shape
-    evaluator = ExpertEvaluator(num_experts, saved.class_counts.tolist())
+    # Divisions as they were when the logits were saved: one, two and three images stand for few, medium and many.
+    evaluator = ExpertEvaluator(
+        num_experts, (len(SHOTS) - saved.shots).tolist(), shots=dict(many_shot=2, few_shot=2))
     subsets = all_subsets(num_experts) if num_experts <= MOST_EXPERTS else []
     log_prior = torch.from_numpy(saved.class_counts / saved.class_counts.sum()).clamp(min=1e-12).log().float()
     parts, subset_right, tilted = [], np.zeros(len(subsets)), np.zeros((len(_TILTS), num_classes))

@@ -54,17 +54,17 @@ def _legend(axes: Any, columns: int = 3, **kwargs: Any) -> None:
 
 def _shade_shots(axes: Any, judged: Judged) -> None:
     """Shade the shot divisions along the classes in order, and name them."""
-    counts = judged.saved.class_counts
-    sizes = (counts > 100).sum(), ((counts >= 20) & (counts <= 100)).sum(), (counts < 20).sum()
+    shots = judged.saved.shots
+    sizes = np.bincount(shots, minlength=len(SHOTS))
     start = -0.5
     for shot, size, alpha in zip(SHOTS, sizes, (0.12, 0.07, 0.03)):
         if size:
             axes.axvspan(start, start + size, color=INK, alpha=alpha, linewidth=0)
             axes.text(
                 start + size / 2, 0.98, shot, transform=axes.get_xaxis_transform(), ha='center', va='top', fontsize=9,
-                rotation=0 if size > 0.12 * len(counts) else 90)
+                rotation=0 if size > 0.12 * len(shots) else 90)
         start += size
-    axes.set_xlim(-0.5, len(counts) - 0.5)
+    axes.set_xlim(-0.5, len(shots) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
@@ -320,7 +320,8 @@ class Drawing(NamedTuple):
 FIGURES = {
     'class_counts': Drawing(
         class_counts, 'How many training images the classes have',
-        'Classes with more than 100 are many-shot, those with fewer than 20 few-shot.'),
+        'Many-shot classes have more than 100 and few-shot ones fewer than 20, unless the evaluation was told '
+        'otherwise.'),
     'class_accuracy': Drawing(
         class_accuracy, 'Accuracy along the tail',
         'A point is a class. Above the ensemble; below the best single expert, in the colour of that expert. The line '

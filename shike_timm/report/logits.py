@@ -13,7 +13,7 @@ from ..errors import InputError
 
 __all__ = ['SavedLogits', 'load_logits', 'save_logits']
 
-_ARRAYS = ('logits', 'targets', 'paths', 'class_names', 'class_counts', 'costs')
+_ARRAYS = ('logits', 'targets', 'paths', 'class_names', 'class_counts', 'shots', 'costs')
 
 
 @dataclass
@@ -26,6 +26,7 @@ class SavedLogits:
         paths: Where each image lies, or its index in the data set [N].
         class_names: Names of the classes in label order [C].
         class_counts: Training images of each class [C].
+        shots: Shot division of each class [C], as its place in `shike_timm.metrics.SHOTS`.
         costs: Choices of `experts` with their `gmacs`, as `eval.py --expert-subsets` tells them; may be empty.
         name: What to call the model.
         run: Its run folder, None where there is none.
@@ -37,6 +38,7 @@ class SavedLogits:
     paths: List[str]
     class_names: List[str]
     class_counts: np.ndarray
+    shots: np.ndarray
     costs: List[Dict[str, Any]] = field(default_factory=list)
     name: str = 'model'
     run: Optional[Path] = None
@@ -78,6 +80,7 @@ def save_logits(path: Union[str, Path], saved: SavedLogits) -> None:
             paths=np.array(saved.paths, dtype=str),
             class_names=np.array(saved.class_names, dtype=str),
             class_counts=saved.class_counts,
+            shots=saved.shots,
             costs=json.dumps(saved.costs),
         )
     temporary.replace(path)
@@ -107,8 +110,9 @@ def load_logits(path: Union[str, Path]) -> SavedLogits:
             arrays = {key: file[key] for key in _ARRAYS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"'{path}' is damaged or not what eval.py --save-logits writes: save it again.") from error
-    logits, targets, paths, names, counts = (arrays[key] for key in _ARRAYS[:-1])
-    _check_shapes(path, logits, targets, [paths], [names, counts])
+    logits, targets, paths, names, counts, shots = (arrays[key] for key in _ARRAYS[:-1])
+    _check_shapes(path, logits, targets, [paths], [names, counts, shots])
     run = path.parent if (path.parent / 'summary.csv').exists() else None
     return SavedLogits(
-        logits, targets, paths.tolist(), names.tolist(), counts, json.loads(str(arrays['costs'])), path.stem, run)
+        logits, targets, paths.tolist(), names.tolist(), counts, shots, json.loads(str(arrays['costs'])), path.stem,
+        run)

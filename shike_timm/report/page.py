@@ -14,7 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..checkpoints import write_text
-from ..metrics import METRICS, SHOTS, shot_divisions
+from ..metrics import METRICS, SHOTS
 from ..version import __version__
 from .data import Judged, paired_test, same_images, tail_confusions, wilson
 from .figures import FIGURES, compare_models, draw, save, shorten
@@ -40,10 +40,9 @@ def class_table(judged: Judged) -> Tuple[List[str], List[List[Any]]]:
     for k, name in enumerate(['ensemble', *(f'expert {m}' for m in range(saved.num_experts))]):
         header += [name, f'{name} low', f'{name} high']
         columns += [_rounded(100 * one[:, k]) for one in (accuracy, low, high)]
-    divisions = shot_divisions(saved.class_counts.tolist())
     rows = []
     for c in judged.order:
-        shot = next(shot for shot in SHOTS if divisions[shot][c])
+        shot = SHOTS[saved.shots[c]]
         said, count = judged.most_confused[c] or (None, None)
         rows.append([
             saved.class_names[c], shot, int(saved.class_counts[c]), int(judged.total[c]), *(one[c] for one in columns),
