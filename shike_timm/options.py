@@ -84,6 +84,8 @@ class Option:
             return None
         if value is None:
             raise InputError(f'{where} is empty, expected a value.')
+        if value is True and self.const is not None:
+            return self.const  # in a file or in Python, the flag alone
         if self.kind in (bool, dict):
             if not isinstance(value, self.kind):
                 raise InputError(f'{where} is {value!r}, expected {_KINDS[self.kind]}.')

@@ -237,6 +237,7 @@ def test_what_a_file_sets_can_be_unset(tmp_path):
     assert (args.torchcompile, args.amp, args.crt_epochs) == (None, False, 3)
     assert parse_train_args(['--torchcompile']).torchcompile == 'inductor'
     assert complete(TRAIN, dict(hparams=path, crt_epochs=None)).crt_epochs is None
+    assert parse_train_args(['-c', write(tmp_path, 'pretrained_backbone: true')]).pretrained_backbone == 'default'
 
 
 def test_recipes_by_name(tmp_path, monkeypatch):
