@@ -262,7 +262,7 @@ MODEL = Group(
         'product (the paper), or residual, which starts as the backbone and is the default with --pretrained-backbone',
         choices=['product', 'residual']),
     Option('classifier', str, None, 'kind of classifier', choices=('cosine', 'linear')),
-    Option('aligner', str, None, 'kind of aligner', choices=('conv', 'bottleneck')),
+    Option('aligner', str, None, 'kind of aligner', choices=('conv', 'bottleneck', 'separable')),
     Option('drop', float, None, 'dropout rate', 'RATE', low=0, below=1),
     Option('drop_path', float, None, 'stochastic depth rate', 'RATE', low=0, below=1),
     Option('grad_checkpointing', bool, False, 'recompute activations to save memory', card='changed'),

@@ -175,7 +175,7 @@ def test_dropout_acts_in_training_only():
     (dict(depths=(0, 1, 1)), r'got \(0, 1, 1\)'),
     (dict(depths=(1, 2)), 'one shared stage for each of 3 experts'),
     (dict(classifier='tree'), "cosine, linear, got 'tree'"),
-    (dict(aligner='none'), "conv, bottleneck, got 'none'"),
+    (dict(aligner='none'), "conv, bottleneck, separable, got 'none'"),
     (dict(global_pool='catavgmax'), "got 'catavgmax'"),
     (dict(global_pool=''), "global_pool ''.*num_classes=0"),
 ])

@@ -89,7 +89,8 @@ class Shike(nn.Module):
             'residual', `own * (1 + aligned)` with `aligned` zero at first, so that a fresh expert is its backbone.
             False gives a plain mixture of experts, and with `num_experts=1` the plain network. True is 'product'.
         classifier: 'cosine' or 'linear'.
-        aligner: 'conv' (the authors') or 'bottleneck' (far smaller on wide backbones).
+        aligner: 'conv' (the authors'), 'bottleneck' (far smaller on wide backbones), or 'separable' (a bottleneck of
+            depthwise convolutions, for backbones of few operations).
         global_pool: 'avg', 'max', 'avgmax', or '' for unpooled features, which needs `num_classes=0`.
         drop_rate: Dropout on the pooled features.
         drop_path_rate: Stochastic depth in the backbone, where it has one; None leaves the backbone its own rate.
