@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import shike_timm  # noqa: F401
-from shike_timm.models.aligners import bottleneck_aligner, conv_aligner
+from shike_timm.models.aligners import ALIGNERS, conv_aligner
 
 
 def count(model):
@@ -16,7 +16,7 @@ def test_resnet32_has_the_authors_parameters():
     assert count(timm.create_model('resnet32_shike')) == 1_257_808
 
 
-@pytest.mark.parametrize('aligner, expected', [('conv', 122.7), ('bottleneck', 61.1)])
+@pytest.mark.parametrize('aligner, expected', [('conv', 122.7), ('bottleneck', 61.1), ('separable', 57.55)])
 def test_resnet50_has_the_parameters_counted_by_hand(aligner, expected):
     with torch.device('meta'):
         model = timm.create_model('resnet50_shike', aligner=aligner)
@@ -85,7 +85,7 @@ def test_conv_aligner_is_the_authors_chain(halvings, kinds):
     assert aligner(torch.randn(1, 4, 16, 16)).shape == (1, 4 * 2 ** halvings, 16 >> halvings, 16 >> halvings)
 
 
-@pytest.mark.parametrize('aligner', [conv_aligner, bottleneck_aligner])
+@pytest.mark.parametrize('aligner', ALIGNERS.values())
 def test_aligners_keep_the_resolution_where_asked(aligner):
     assert aligner(4, 12, 0)(torch.randn(1, 4, 8, 8)).shape == (1, 12, 8, 8)
 
