@@ -15,7 +15,7 @@ import torch
 import yaml
 
 RESULTS = Path(__file__).resolve().parent
-SHARES = ('top1', 'many', 'medium', 'few', 'ece')
+SHARES = ('top1', 'balanced', 'many', 'medium', 'few', 'ece')
 COLUMNS = (
     'name', 'options', 'seed', 'commit', 'device', 'minutes', *(f'stage_one_{key}' for key in SHARES), *SHARES,
     'experts', 'log',

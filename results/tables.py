@@ -77,14 +77,32 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('1 2 1', ['short_seed0'], None),
         *_short(EXPERTS[3:]),
     ]),
+    'finetune_lr': ('Learning rates of stage one, on 50 training images a class set aside:', [
+        ('one plain network, 0.05', ['lite0_val_plain_05'], None),
+        ('one plain network, 0.02', ['lite0_val_plain_02'], None),
+        ('one plain network, 0.01', ['lite0_val_plain_01'], None),
+        ('three experts, 0.05', ['lite0_val_three_05'], None),
+        ('three experts, 0.02', ['lite0_val_three_02'], None),
+        ('SHIKE, 0.05', ['lite0_val_separable_05'], None),
+        ('SHIKE, 0.02', ['lite0_val_separable_02'], None),
+        ('SHIKE with bottleneck aligners, 0.05', ['lite0_val_shike_05'], None),
+    ]),
+    'finetune': ('On the test split:', [
+        ('CIFAR-100-LT (100): one plain network', ['lite0_plain'], None),
+        ('three experts', ['lite0_three'], None),
+        ('SHIKE', ['lite0_shike'], None),
+        ('plankton: one plain network', ['plankton_plain'], None),
+        ('three experts', ['plankton_three'], None),
+        ('SHIKE', ['plankton_shike'], None),
+    ]),
     'backbone': ('EfficientNet-Lite0 as backbone, CIFAR-100-LT (100) at 64 px, 5 + 2 epochs:', [
         ('from ImageNet weights', ['lite0_pretrained'], None),
         ('from none', ['lite0_scratch'], None),
     ]),
 }
 COLUMNS = {
-    'stage_one_top1': 'stage one', 'top1': 'stage two', 'many': 'many', 'medium': 'medium', 'few': 'few', 'ece': 'ECE',
-    'minutes': 'minutes',
+    'stage_one_top1': 'stage one', 'stage_one_balanced': 'balanced', 'top1': 'stage two', 'balanced': 'balanced',
+    'many': 'many', 'medium': 'medium', 'few': 'few', 'ece': 'ECE', 'minutes': 'minutes',
 }
 
 
@@ -110,7 +128,9 @@ def make_runs_table(name: str, results: Path) -> str:
     """The table of those runs that are recorded; a comparison only from two rows on."""
     recorded = {row['name']: row for row in read_rows(results)}
     caption, table_rows = TABLES[name]
-    columns = [key for key in COLUMNS if key != 'minutes' or name == 'recipes']
+    left_out = {'minutes'} if name != 'recipes' else set()
+    left_out |= {'stage_one_balanced', 'balanced'} if name != 'finetune' else set()
+    columns = [key for key in COLUMNS if key not in left_out]
     rows = []
     for what, names, paper in table_rows:
         known = [recorded[run] for run in names if run in recorded]
