@@ -43,7 +43,8 @@ def expert_maps(model: Shike, images: Tensor, classes: Sequence[int]) -> np.ndar
     from pytorch_grad_cam.utils.model_targets import (  # pyright: ignore[reportMissingImports]
         ClassifierOutputTarget,
     )
-    targets, maps = [ClassifierOutputTarget(one) for one in classes], []
+    targets: List[Any] = [ClassifierOutputTarget(one) for one in classes]
+    maps = []
     for m, expert in enumerate(model.experts):
         with GradCAM(_OneExpert(model, m), [expert]) as cam:
             maps.append(cam(images, targets))
