@@ -296,7 +296,7 @@ def test_where_experts_look(image_folder, tmp_path, run_script):
         topk=0, workers=0)
     for row, told in zip(table.split('<tr>')[2:], predicted):
         at = [one['prob'][one['label'].index(told['label'][0])] for one in (told, *told['experts'])]
-        assert [float(one) for one in re.findall(r'([\d.]+) %', row)] == pytest.approx(
+        assert [float(one) for one in re.findall(r'([\d.]+)&nbsp;%', row)] == pytest.approx(
             [100 * one for one in at], abs=0.06)
     (image_folder / 'text.png').write_text('no')
     status, _, err = run_script(*command, image_folder / 'text.png')

@@ -136,7 +136,7 @@ def best_experts(judged: Judged, other: Optional[Judged]) -> Figure:
                 label=f'expert {m}' if not i else None)
             axes.errorbar(
                 x, (low + high) / 2, (high - low) / 2, color=INK, linewidth=1.2, capsize=5, fmt='none',
-                label='chance' if not i and not m else None)
+                label='chance' if not i and m == num_experts - 1 else None)
     axes.set_xticks(range(len(shares)), [f'{shot} ({judged.shots[shot].sum()})' for shot in shares])
     axes.set(ylabel='share of classes in %')
     axes.grid(axis='x', visible=False)
@@ -241,7 +241,7 @@ def reliability(judged: Judged, other: Optional[Judged]) -> Figure:
 
 def confusions(judged: Judged, other: Optional[Judged]) -> Figure:
     if not judged.shots['few'].any():
-        raise Missing('There is no few-shot class with test images: every class has 20 training images or more.')
+        raise Missing('There is no few-shot class with test images.')
     found = tail_confusions(judged)
     if not found:
         raise Missing('No image of a few-shot class is taken for another class.')
@@ -320,8 +320,8 @@ class Drawing(NamedTuple):
 FIGURES = {
     'class_counts': Drawing(
         class_counts, 'How many training images the classes have',
-        'Many-shot classes have more than 100 and few-shot ones fewer than 20, unless the evaluation was told '
-        'otherwise.'),
+        'Shaded as the evaluation divides them: many-shot classes have more than 100 and few-shot ones fewer than 20, '
+        'unless --many-shot or --few-shot said otherwise.'),
     'class_accuracy': Drawing(
         class_accuracy, 'Accuracy along the tail',
         'A point is a class. Above the ensemble; below the best single expert, in the colour of that expert. The line '
