@@ -3,7 +3,6 @@ import csv
 import logging
 import math
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -193,6 +192,7 @@ def _train_part(
         loss_scaler: Optional[NativeScaler],
         stop: StopFlag,
         vote: Vote,
+        progress: tqdm,
 ) -> Tuple[Done, str]:
     """Train on batches of an epoch that are not done, up to `end`; gives what is done then and what to tell of it."""
     seed_all(config.seed, stage.number, epoch)
@@ -211,13 +211,10 @@ def _train_part(
     lr = max(group['lr'] for group in optimizer.param_groups)  # layer-wise rates are below it
     start = log_start = time.perf_counter()
 
-    progress = tqdm(
-        loader, desc=f'{name} {epoch}', initial=done.step, total=num_steps, leave=False,
-        disable=rank() > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
-    for step, (images, target) in enumerate(progress, done.step):
+    progress.set_description_str(f'{name} {epoch}', refresh=False)
+    for step, (images, target) in enumerate(loader, done.step):
         signum = vote(stop.signum)
         if signum:
-            progress.close()
             raise Interrupted(signum)
         update = (step + 1) % config.grad_accum_steps == 0
         result = train_step(task, images, target, optimizer, config, loss_scaler, update)
@@ -256,14 +253,12 @@ def _train_part(
                 + f'Time: {images_since_log / (now - log_start):>7.2f}/s ({num_images / (now - start):>7.2f}/s)  '
                 f'LR: {lr:.3e}'
             )
-            if last:
-                progress.close()
-            elif not progress.disable:
-                progress.set_postfix_str(status)
-            elif config.log_interval:
+            progress.set_postfix_str(status, refresh=False)
+            if config.log_interval and progress.disable and not last:
                 share = 100 * (step + 1) / num_steps
                 _logger.info(f'Train: {epoch} [{step:>4d}/{num_steps} ({share:>3.0f}%)]  {status}')
             log_start, images_since_log = now, 0
+        progress.update()
     return done_now, status
 
 
@@ -279,6 +274,7 @@ def _train_one_epoch(
         loss_scaler: Optional[NativeScaler],
         stop: StopFlag,
         vote: Vote,
+        progress: tqdm,
 ) -> Tuple[Dict[str, Optional[float]], str]:
     """Train on what is left of an epoch, in parts that each seed themselves, so that what is between can be saved.
 
@@ -290,7 +286,7 @@ def _train_one_epoch(
         task.train()
         end = min(done.step + part, num_steps)
         done, status = _train_part(
-            task, loader, optimizer, stage, config, epoch, done, end, loss_scaler, stop, vote)
+            task, loader, optimizer, stage, config, epoch, done, end, loss_scaler, stop, vote, progress)
         averages = [eval_model(task, ema=True)] if task.has_ema() else []
         equal_statistics(eval_model(task), *averages, mode=config.dist_bn)
         _check_weights(task, stage, epoch)
@@ -341,6 +337,7 @@ def fit(
         loss_scaler: Optional[NativeScaler] = None,
         stop: Optional[StopFlag] = None,
         track: Callable[[Path], None] = lambda summary: None,
+        progress: Optional[tqdm] = None,
 ) -> Dict[str, Any]:
     """Train a task for its remaining epochs and evaluate it after the last.
 
@@ -359,6 +356,7 @@ def fit(
         loss_scaler: Loss scaling, for float16.
         stop: Flag that asks the loop to stop.
         track: Called with the summary when it has got a row.
+        progress: Bar of the run, which moves a step a batch.
 
     Returns:
         The metrics of the last epoch and `seconds`, the training time of all epochs, evaluation apart.
@@ -369,6 +367,7 @@ def fit(
             last update that `recovery_interval` saved.
     """
     stop, done, vote = stop or StopFlag(), done or Done(), Vote()
+    progress = tqdm(disable=True) if progress is None else progress
     on_primary(trim_summary, str(summary), stage.first_row + start_epoch)
     columns = _columns(summary)
     terms = [term for term in TERMS if not columns or f'train_{term}' in columns]  # an older run's has none
@@ -378,7 +377,7 @@ def fit(
         scheduler.step(epoch)
         lr = max(group['lr'] for group in optimizer.param_groups)
         means, status = _train_one_epoch(
-            task, loader, optimizer, stage, config, epoch, done, saver, loss_scaler, stop, vote)
+            task, loader, optimizer, stage, config, epoch, done, saver, loss_scaler, stop, vote, progress)
         done, metrics = Done(), None
         if epoch == stage.epochs - 1 or (epoch + 1) % config.val_interval == 0:
             metrics = evaluate(eval_model(task, ema=task.has_ema()))

@@ -132,6 +132,16 @@ def _results_section(metrics: Dict[str, Any]) -> str:
     )
 
 
+CLASSES_SECTION = """## Every class
+
+![Training images of each class, by shot division](class_counts.png)
+
+![Accuracy of each class: above the ensemble, below the best single expert in its colour](class_accuracy.png)
+
+[classes.csv](classes.csv) has the accuracy of every class with its 95 % interval, and what it is most often taken for.
+"""
+
+
 def _usage_section(load_as: str, has_labels: bool) -> str:
     label = "\nlabel = model.pretrained_cfg['label_names'][int(logits.argmax())]" if has_labels else ''
     return f"""## Use
@@ -181,6 +191,7 @@ def model_card(
         args: Optional[Dict[str, Any]] = None,
         license: Optional[str] = None,
         load_as: Optional[str] = None,
+        with_report: bool = False,
 ) -> ModelCard:
     """Make the card of a model.
 
@@ -192,6 +203,7 @@ def model_card(
         args: The run's `args.yaml`; folders in it are left out.
         license: License of the weights; where None, that of the pretrained ones they started from, if there is one.
         load_as: Name to load the model by, where it is not on the Hub.
+        with_report: Whether figures and table of a report lie beside the card.
 
     Returns:
         The card, with the last stage's metrics of the ensemble as model-index.
@@ -215,6 +227,7 @@ def model_card(
         'the experts.',
         _data_section(config, args),
         _results_section(metrics),
+        CLASSES_SECTION.strip() if with_report else '',
         _usage_section(load_as or f'hf-hub:{repo_id}', bool(config.get('label_names'))),
         _recipe_section(metrics, args),
         _limits_section(config, metrics, args),

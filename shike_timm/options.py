@@ -376,15 +376,14 @@ RUN = Group(
     Option('model_ema_decay', float, 0.9998, 'decay of the average', 'D', card='changed'),
     Option(
         'log_interval', int, None, 'steps between log lines within an epoch; by default there is one line an epoch, '
-        'and on a terminal a bar', low=1, may_change=True, card='never'),
+        'and on a terminal a bar of the whole run', low=1, may_change=True, card='never'),
     Option(
-        'log_wandb', bool, False, "tell Weights & Biases what summary.csv holds", may_change=True, card='never'),
+        'log_wandb', bool, False, 'tell Weights & Biases what summary.csv holds', may_change=True, card='never'),
     Option('wandb_project', str, None, 'project there', may_change=True, card='never'),
+    Option('log_trackio', bool, False, 'tell Trackio the same', may_change=True, card='never'),
+    Option('trackio_project', str, 'shike-timm', 'project there', may_change=True, card='never'),
     Option(
         'log_tensorboard', bool, False, 'write what summary.csv holds for TensorBoard, into the run folder',
-        may_change=True, card='never'),
-    Option(
-        'plot_curves', bool, False, 'draw the learning curves at the end, as curves.png in the run folder',
         may_change=True, card='never'),
     Option('val_interval', int, 1, 'epochs between evaluations', low=1, may_change=True, card='never'),
     Option('checkpoint_hist', int, 2, 'checkpoints kept of each stage', low=1, may_change=True, card='never'),

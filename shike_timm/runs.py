@@ -3,11 +3,14 @@ import copy
 import json
 import logging
 import os
+import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, cast
 
 import torch
 import yaml
@@ -17,6 +20,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import NativeScaler
 from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .build import (
     check_compiler,
@@ -178,11 +183,14 @@ def loop_config(run: Run) -> LoopConfig:
     )
 
 
-def _create_run_folder(folder: Path, args: argparse.Namespace, resumed: bool) -> None:
+def _check_run_folder(folder: Path, resumed: bool) -> None:
+    if not resumed and folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"output folder '{folder}' already holds a run: add --resume to go on, or choose another --experiment.")
+
+
+def _create_run_folder(folder: Path, args: argparse.Namespace) -> None:
     try:
-        if not resumed and folder.exists() and any(folder.iterdir()):
-            raise InputError(
-                f"output folder '{folder}' already holds a run: add --resume to go on, or choose another --experiment.")
         folder.mkdir(parents=True, exist_ok=True)
         values = {key: value for key, value in vars(args).items() if key not in ('hparams', 'resume', 'checkpoint')}
         write_text(folder / 'args.yaml', yaml.safe_dump(values))
@@ -213,6 +221,7 @@ def _run_stage(
         folder: Path,
         stop: StopFlag,
         track: Callable[[Path], None],
+        progress: tqdm,
         checkpoint: Optional[Dict[str, Any]] = None,
 ) -> Dict[str, Any]:
     """Run a stage from its start, or from a checkpoint of it, and give its metrics; the run's model is left trained."""
@@ -228,6 +237,7 @@ def _run_stage(
         if loss_scaler is not None and loss_scaler.state_dict_key in checkpoint:
             loss_scaler.load_state_dict(checkpoint[loss_scaler.state_dict_key])
         start_epoch, done = checkpoint['epoch'] + 1, Done(**checkpoint['saver'].get('done', {}))
+        progress.initial = progress.n = start_epoch * len(run.train_loader) + done.step
         _logger.info(f'Resuming {stage.name} at epoch {start_epoch}, step {done.step}.')
     compile_task(task, args, stage)
     images = args.batch_size * world_size() * args.grad_accum_steps
@@ -272,10 +282,20 @@ def _run_stage(
         loss_scaler,
         stop,
         track,
+        progress,
     )
     if args.model_ema:
         model.load_state_dict(eval_model(task, ema=True).state_dict())
     return metrics
+
+
+@contextmanager
+def _progress_bar(num_steps: int) -> Iterator[tqdm]:
+    """A bar of the whole run with the time that is left, below the log lines; on a terminal alone."""
+    shown = rank() == 0 and sys.stderr.isatty()
+    bar = tqdm(total=num_steps, unit='step', smoothing=0, dynamic_ncols=True, disable=not shown)
+    with bar, logging_redirect_tqdm() if shown else nullcontext():
+        yield bar
 
 
 def _run_stages(
@@ -287,16 +307,18 @@ def _run_stages(
     """Run stages in order, the first from a checkpoint if one is given; write metrics and the final model."""
     parts = _make_parts(run, stages[0])  # a wrong option shows here, before there is a folder
     folder = Path(run.args.output, run.args.experiment)
-    on_primary(_create_run_folder, folder, run.args, resumed)
-    _logger.info(run.data.describe())
-    on_primary(run.data.write_sides, folder)
+    on_primary(_check_run_folder, folder, resumed)
     path = folder / 'metrics.json'
     metrics = json.loads(path.read_text()) if path.exists() else {}
-    with stop_signals() as stop, tracking(run.args, folder) as track:
+    num_steps = sum(stage.epochs for stage in stages) * len(run.train_loader)
+    with stop_signals() as stop, tracking(run.args, folder) as track, _progress_bar(num_steps) as progress:
+        on_primary(_create_run_folder, folder, run.args)
+        _logger.info(run.data.describe())
+        on_primary(run.data.write_sides, folder)
         try:
             for stage in stages:
                 parts = parts or _make_parts(run, stage)
-                metrics[stage.name] = _run_stage(run, stage, parts, folder, stop, track, checkpoint)
+                metrics[stage.name] = _run_stage(run, stage, parts, folder, stop, track, progress, checkpoint)
                 parts = checkpoint = None
                 on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
         except (RuntimeError, OSError) as error:
@@ -307,7 +329,7 @@ def _run_stages(
     on_primary(lambda: export_model(
         run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts,
         shot_counts=run.data.shot_counts, exif=run.args.exif, pixel_range=run.args.pixel_range))
-    if run.args.plot_curves:
+    if find_spec('matplotlib') is not None:  # an extra
         from .report.figures import write_curves
         on_primary(write_curves, folder)
     if rank() == 0:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 from .distributed import rank
-from .errors import InputError
+from .errors import InputError, one_line
 
 __all__ = ['check_trackers', 'tracking']
 
+Row = Dict[str, float]
+
 _NEEDS = {
     'log_wandb': ('wandb', 'wandb'),
+    'log_trackio': ('trackio', 'trackio'),
     'log_tensorboard': ('torch.utils.tensorboard', 'tensorboard'),
-    'plot_curves': ('matplotlib', 'matplotlib'),
 }
 
 
@@ -33,18 +35,50 @@ def check_trackers(args: argparse.Namespace) -> None:
                 raise InputError(f'--{flag} needs {package}: pip install {package}, or leave it out.') from error
 
 
+def _start_wandb(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
+    import wandb  # pyright: ignore[reportMissingImports]  # an extra that we do not name
+    wandb.init(project=args.wandb_project, name=args.experiment, config=vars(args))
+    stack.callback(wandb.finish)
+    return wandb.log
+
+
+def _start_trackio(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
+    import trackio  # pyright: ignore[reportMissingImports]  # as above
+    resume = 'allow' if args.resume is not None else 'never'
+    trackio.init(project=args.trackio_project, name=args.experiment, config=vars(args), resume=resume)
+    stack.callback(trackio.finish)
+    return lambda values: trackio.log(values, step=int(values['epoch']))
+
+
+def _start_tensorboard(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
+    from torch.utils.tensorboard import SummaryWriter
+    writer = stack.enter_context(SummaryWriter(folder))
+
+    def write(values: Row) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, int(values['epoch']))
+
+    return write
+
+
+_STARTS = dict(log_wandb=_start_wandb, log_trackio=_start_trackio, log_tensorboard=_start_tensorboard)
+
+
 @contextmanager
 def tracking(args: argparse.Namespace, folder: Path) -> Iterator[Callable[[Path], None]]:
     """Start the trackers that the arguments ask for, in the first process.
 
     Args:
         args: Arguments of train.py.
-        folder: The run folder.
+        folder: The run folder, which may not be there yet.
 
     Yields:
         A function that tells them the last row of a summary.
+
+    Raises:
+        InputError: If one cannot start.
     """
-    trackers: List[Callable[[Dict[str, float]], Any]] = []
+    trackers: List[Callable[[Row], Any]] = []
 
     def track(summary: Path) -> None:
         if trackers:
@@ -55,18 +89,12 @@ def tracking(args: argparse.Namespace, folder: Path) -> Iterator[Callable[[Path]
                 tracker(values)
 
     with ExitStack() as stack:
-        if args.log_wandb and not rank():
-            import wandb  # pyright: ignore[reportMissingImports]  # an extra that we do not name
-            wandb.init(project=args.wandb_project, name=args.experiment, config=vars(args), dir=folder)
-            stack.callback(wandb.finish)
-            trackers.append(wandb.log)
-        if args.log_tensorboard and not rank():
-            from torch.utils.tensorboard import SummaryWriter
-            writer = stack.enter_context(SummaryWriter(folder))
-
-            def write(values: Dict[str, float]) -> None:
-                for key, value in values.items():
-                    writer.add_scalar(key, value, int(values['epoch']))
-
-            trackers.append(write)
+        for option, start in _STARTS.items():
+            if getattr(args, option) and not rank():
+                try:
+                    trackers.append(start(args, folder, stack))
+                except Exception as error:  # whatever a service that refuses, or a full disk, makes it raise
+                    flag = option.replace('_', '-')
+                    raise InputError(
+                        f'--{flag} could not start ({one_line(error)}): mend that, or leave it out.') from error
         yield track

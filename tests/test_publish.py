@@ -1,5 +1,6 @@
 """Publishing to the Hub: the card, the round trip, and one sentence for everything that can fail."""
 import json
+import re
 import shutil
 import time
 
@@ -183,6 +184,37 @@ def test_license(hub, run_copy, publish):
         assert ModelCard(hub.files(NAME)['README.md'].decode()).data.license == expected
     status, error = publish(run_copy, '--license', 'Free', repo_id='tester/other')
     assert status == 2 and 'see that --license is one of' in error and 'tester/other' not in hub.repos
+
+
+def write_tables(folder, config, top1):
+    """What publishing takes of a report."""
+    folder.mkdir()
+    rows = ['class,training images,test images,ensemble']
+    rows += [f'{name},{count},50,{top1}' for name, count in zip(config['label_names'], config['class_counts'])]
+    (folder / 'classes.csv').write_text('\n'.join(rows))
+    for name in ('class_counts.png', 'class_accuracy.png'):
+        (folder / name).write_bytes(f'png of {name}'.encode())
+
+
+def test_a_report_goes_along(hub, run_copy, tmp_path, publish):
+    config, metrics, _ = read_files(run_copy)
+    top1 = metrics['stage_two']['top1']
+    write_tables(run_copy / 'report', config, top1)
+    write_tables(tmp_path / 'counts', dict(config, class_counts=config['class_counts'][::-1]), top1)
+    write_tables(tmp_path / 'other', config, top1 + 1)
+    for folder, message in (
+            ('nowhere', 'does not exist'), ('counts', 'training images are not those'), ('other', 'top-1 is')):
+        status, error = publish(run_copy, '--report', tmp_path / folder)
+        assert status == 2 and message in error and not hub.requests
+    assert publish(run_copy) == (0, '')
+    files = hub.files(NAME)
+    assert len(files) == 6 and files['class_accuracy.png'] == b'png of class_accuracy.png'
+    assert files['classes.csv'] == (run_copy / 'report' / 'classes.csv').read_bytes()
+    links = re.findall(r'\]\((\w+\.(?:png|csv))\)', files['README.md'].decode())
+    assert links == ['class_counts.png', 'class_accuracy.png', 'classes.csv']
+    (run_copy / 'report' / 'classes.csv').write_text('class\nant')
+    status, error = publish(run_copy)
+    assert status == 2 and "classes.csv' is damaged" in error
 
 
 @pytest.mark.parametrize('route, refusal, expected, sentence', [

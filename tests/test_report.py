@@ -6,12 +6,15 @@ import shutil
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
+import torch
 from scipy import stats
 
+import shike_timm
 from shike_timm.checkpoints import export_model
 from shike_timm.commands.eval import parse_eval_args
 from shike_timm.errors import InputError
@@ -111,7 +114,7 @@ def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_scrip
     for name in figures.FIGURES:
         assert (tmp_path / 'report' / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
         assert (tmp_path / 'report' / f'{name}.svg').read_text(encoding='utf-8').startswith('<?xml')
-    assert 'class="missing"' not in text and text.count('src="data:image/png;base64') >= 4
+    assert 'class="missing"' not in text and text.count('src="data:image/png;base64') >= 4 and 'mathdefault' not in text
     assert not re.search(r'(src|href)="http', text.replace('xmlns', ''))
 
 
@@ -252,6 +255,66 @@ def test_images_of_a_folder(image_folder, tmp_path, run_script, monkeypatch):
     assert saved.paths[0].endswith('ant/0.png') and saved.image(0).size == (10, 12)
     saved.paths[0] = '/nowhere.png'
     assert saved.image(0) is None
+
+
+def test_maps_are_those_of_a_linear_classifier():
+    """Of a linear classifier on pooled features the map of a class is their sum weighted by its weights."""
+    pytest.importorskip('pytorch_grad_cam')
+    from shike_timm.report.cam import expert_maps
+    torch.manual_seed(0)
+    model = timm.create_model('resnet32_shike', num_classes=3, classifier='linear').eval()
+    images = torch.randn(2, 3, 31, 21)
+    maps = expert_maps(model, images, [2, 0])
+    with torch.no_grad():
+        features = model.forward_features(images).unflatten(1, (3, -1))
+    weights = model.classifier.weight[:, [2, 0]].transpose(0, 1)
+    expected = torch.einsum('bmdhw,bmd->bmhw', features, weights).clamp(min=0).detach()
+    for _ in range(2):  # of what all speaks against, nothing is left
+        low, high = expected.amin((2, 3), keepdim=True), expected.amax((2, 3), keepdim=True)
+        expected = torch.nn.functional.interpolate((expected - low) / (high - low + 1e-7), (31, 21), mode='bilinear')
+    assert maps.shape == expected.shape == (2, 3, 31, 21) and maps == pytest.approx(expected.numpy(), abs=2e-3)
+    assert all(one.grad is None for one in model.parameters())
+
+
+def test_where_experts_look(image_folder, tmp_path, run_script):
+    pytest.importorskip('pytorch_grad_cam')
+    model = timm.create_model('resnet32_shike', num_classes=3, in_chans=1)
+    config = dict(timm.data.resolve_model_data_config(model), input_size=(1, 31, 21), mean=(0.5,), std=(0.5,))
+    export_model(model, tmp_path / 'model', config, ['ant', '<b>bee', 'cat'], [24, 12, 6])
+    (image_folder / 'train' / 'bee').rename(image_folder / 'train' / '<b>bee')
+    (image_folder / 'validation' / 'bee').rename(image_folder / 'validation' / '<b>bee')
+    command = [
+        'eval.py', '--model', f'local-dir:{tmp_path}/model', '--data-dir', image_folder, '--workers', '0', '--device',
+        'cpu', '--report', tmp_path / 'report', '--cam', image_folder / 'validation' / 'ant']
+    status, _, err = run_script(*command)
+    assert status == 0, err
+    text, _ = read_page(tmp_path / 'report')
+    table = re.search(r'<table id="looks">.*?</table>', text, re.S)[0]
+    assert table.count('<tr>') == 1 + 4 and table.count('<img') == 4 * (1 + 3) and '<b>' not in table
+    predicted = shike_timm.predict(
+        [str(image_folder / 'validation' / 'ant')], model=f'local-dir:{tmp_path}/model', device='cpu', per_expert=True,
+        topk=0, workers=0)
+    for row, told in zip(table.split('<tr>')[2:], predicted):
+        at = [one['prob'][one['label'].index(told['label'][0])] for one in (told, *told['experts'])]
+        assert [float(one) for one in re.findall(r'([\d.]+)&nbsp;%', row)] == pytest.approx(
+            [100 * one for one in at], abs=0.06)
+    (image_folder / 'text.png').write_text('no')
+    status, _, err = run_script(*command, image_folder / 'text.png')
+    assert status == 2 and "text.png' cannot be read" in err and len(err.splitlines()) == 1
+
+
+def test_maps_that_cannot_be_had(tmp_path, run_script, monkeypatch):
+    status, _, err = run_script('eval.py', '--model', 'resnet32_shike', '--dataset', 'digits_lt', '--cam', 'x.png')
+    assert status == 2 and 'add --report DIR' in err
+    monkeypatch.setitem(sys.modules, 'pytorch_grad_cam', SimpleNamespace())
+    save_logits(tmp_path / 'logits.npz', make_logits(COUNTS))
+    command = ['shike_timm_cli.py', 'report', tmp_path / 'logits.npz', '--cam', 'x.png', '--output', tmp_path / 'new']
+    status, _, err = run_script(*command)
+    assert status == 2 and '--cam needs a model' in err
+    monkeypatch.setitem(sys.modules, 'pytorch_grad_cam', None)
+    status, _, err = run_script(*command)
+    assert status == 2 and 'needs pytorch_grad_cam: pip install' in err and len(err.splitlines()) == 1
+    assert not (tmp_path / 'new').exists()
 
 
 def test_bad_files(tmp_path, run_script):

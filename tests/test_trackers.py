@@ -1,6 +1,7 @@
 """What a run tells beside its files: trackers, learning curves and log lines."""
 import csv
 import logging
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -17,21 +18,31 @@ def read_rows(run):
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
+def stub(calls, told):
+    """A tracker with the interface of wandb that writes down what it is told."""
+    return SimpleNamespace(
+        init=lambda **options: calls.append(options), log=lambda values, step=None: told.append(values),
+        finish=lambda: calls.append('finish'))
+
+
 def test_trackers_get_what_the_summary_holds(tmp_path, monkeypatch, caplog):
     pytest.importorskip('matplotlib')
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    told, calls = [], []
-    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(
-        init=lambda **options: calls.append(options), log=told.append, finish=lambda: calls.append('finish')))
+    calls, told = {}, {}
+    for name in ('wandb', 'trackio'):
+        calls[name], told[name] = [], []
+        monkeypatch.setitem(sys.modules, name, stub(calls[name], told[name]))
     caplog.set_level(logging.INFO, 'shike_timm.engine')
     train(parse_train_args([
-        *TINY, '--output', str(tmp_path), '--log-wandb', '--wandb-project', 'tail', '--log-tensorboard',
-        '--plot-curves', '--val-interval', '2']))
+        *TINY, '--output', str(tmp_path), '--log-wandb', '--wandb-project', 'tail', '--log-trackio',
+        '--log-tensorboard', '--val-interval', '2']))
     run = tmp_path / 'run'
     rows = read_rows(run)
-    assert told == rows and len(rows) == 4
-    assert calls[0]['project'] == 'tail' and calls[0]['config']['epochs'] == 2 and calls[1:] == ['finish']
+    assert told['wandb'] == told['trackio'] == rows and len(rows) == 4
+    for name, project in (('wandb', 'tail'), ('trackio', 'shike-timm')):
+        options, *rest = calls[name]
+        assert options['project'] == project and options['config']['epochs'] == 2 and rest == ['finish']
     assert rows[0]['train_loss'] == pytest.approx(
         rows[0]['train_ce'] + 0.1 * rows[0]['train_nt'] + 0.01 * rows[0]['train_mu'], abs=1e-4)
     assert 'train_ce' not in rows[2] and 'eval_top1' not in rows[0]
@@ -46,12 +57,35 @@ def test_trackers_get_what_the_summary_holds(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize('flag, module', [
-    ('--log-wandb', 'wandb'), ('--log-tensorboard', 'torch.utils.tensorboard'), ('--plot-curves', 'matplotlib')])
+    ('--log-wandb', 'wandb'), ('--log-trackio', 'trackio'), ('--log-tensorboard', 'torch.utils.tensorboard')])
 def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch, run_script, flag, module):
     monkeypatch.setitem(sys.modules, module, None)
     status, _, err = run_script('train.py', *TINY, '--output', tmp_path, flag)
     assert status == 2 and f'{flag} needs {module.split(".")[-1]}: pip install' in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['wandb', 'trackio'])
+def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path, monkeypatch, run_script, name):
+    def refuse(**options):
+        raise RuntimeError('no API key.\nLog in first.')
+
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=refuse))
+    status, _, err = run_script('train.py', *TINY, '--output', tmp_path, f'--log-{name}')
+    assert status == 2 and f'--log-{name} could not start (no API key' in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_gets_one_bar_of_the_run(tiny_run, tmp_path, monkeypatch, run_script):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    run = shutil.copytree(tiny_run, tmp_path / 'run')
+    shutil.rmtree(run / 'stage_two')
+    shutil.copy(run / 'stage_one' / 'checkpoint-0.pth.tar', run / 'stage_one' / 'last.pth.tar')
+    status, _, err = run_script('train.py', '--resume', run)
+    assert status == 0, err
+    assert '24/24 [' in err and '25%' in err  # goes on where the run was, a quarter of both stages
+    assert {int(total) for total in re.findall(r'/(\d+) \[\d\d:\d\d<', err)} == {24}  # and counts all steps
+    assert err.count('Train: ') == 3 and not re.search(r'\S Train: \d', err)  # a line an epoch, above it
 
 
 def test_a_run_of_an_older_version_keeps_its_columns(tiny_run, tmp_path):

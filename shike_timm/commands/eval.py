@@ -33,7 +33,7 @@ from ..options import (
 )
 from ..report.logits import save_logits
 from .cli import run_script
-from .report import check_report, collect, count_costs
+from .report import CAM, check_report, collect, count_costs
 
 __all__ = ['OPTIONS', 'evaluate_model', 'main', 'parse_eval_args']
 
@@ -51,6 +51,7 @@ OPTIONS = (
             'save_logits', str, None, 'npz file to write the logits of each expert to, with targets, paths and classes',
             'FILE'),
         Option('report', str, None, 'folder to write a report with figures to, report.html and more', 'DIR'),
+        CAM,
     ),
     DATA, PREPROCESSING, SHOT_DIVISIONS, DEVICE, HPARAMS,
 )
@@ -92,8 +93,10 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     """
     check_results_file(args.results_file)
     check_results_file(args.save_logits, 'save-logits')
+    if args.cam and not args.report:
+        raise InputError('--cam shows where experts look in a report: add --report DIR.')
     if args.report:
-        check_report(args.report)
+        check_report(args.report, args.cam)
     if args.experts and args.expert_subsets:
         raise InputError('--expert-subsets tells of every choice of experts, --experts of one: leave one of them out.')
     device = join_processes(args.device)
@@ -118,6 +121,11 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         model.set_training_prior(counts, model.classifier_prior)
     set_target_prior(trained, args.target_prior)
     data_config = resolve_data_config(args, model)
+    model.to(device)
+    looks = []
+    if args.cam:
+        from ..report.cam import look_at
+        looks = look_at(model, args.cam, data_config, names, exif=args.exif, pixel_range=args.pixel_range)
     loader = create_eval_loader(dataset, data_config, args.batch_size, device, args.workers)
     subsets = all_subsets(model.num_experts) if args.expert_subsets else ()
     shots = dict(many_shot=args.many_shot, few_shot=args.few_shot)
@@ -126,7 +134,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     _logger.info(f'Evaluation: {len(dataset.dataset)} images, {source}.{left_out}')
     kept = [] if args.save_logits or args.report else None
     metrics = evaluate(
-        model.to(device), loader, shot_counts, device, subsets, args.flip, per_class=True, shots=shots, kept=kept)
+        model, loader, shot_counts, device, subsets, args.flip, per_class=True, shots=shots, kept=kept)
     metrics.update(per_class=dict(names=names, class_counts=counts, **metrics['per_class']))
     if rank():
         return metrics
@@ -156,7 +164,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         if args.report:
             from ..report.data import judge
             from ..report.page import write_report
-            print(f'Report: {write_report(Path(args.report), [judge(saved)])}')
+            print(f'Report: {write_report(Path(args.report), [judge(saved)], looks=looks)}')
     return metrics
 
 

@@ -1,10 +1,11 @@
 """Publishing to the Hugging Face Hub: checked before the first request, all files in one commit."""
 import argparse
+import csv
 import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
@@ -18,9 +19,10 @@ from ..model_card import model_card
 from ..options import Group, Option, parse_args
 from .cli import run_script
 
-__all__ = ['OPTIONS', 'PublishError', 'main', 'parse_publish_args', 'publish', 'read_run']
+__all__ = ['OPTIONS', 'PublishError', 'find_report', 'main', 'parse_publish_args', 'publish', 'read_run']
 
 CARD = 'README.md'
+FIGURES, TABLE = ('class_counts.png', 'class_accuracy.png'), 'classes.csv'  # of a report
 
 
 class PublishError(OSError):
@@ -43,6 +45,50 @@ def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
             raise InputError(
                 f"'{path}' is damaged ({one_line(error)}): restore it, or move the model away.") from error
     return found[0], found[1]
+
+
+def find_report(
+        folder: Optional[str],
+        model_folder: Path,
+        config: Dict[str, Any],
+        result: Dict[str, Any],
+) -> List[Path]:
+    """The files of a report that go beside a card.
+
+    Args:
+        folder: The report's, or None for `report` in the run folder, if there is one.
+        model_folder: The model's.
+        config: Its `config.json`.
+        result: Its metrics, empty where they are not known.
+
+    Raises:
+        InputError: If there is no report, or it is of another model.
+    """
+    own = model_folder.resolve().parent / 'report'
+    if folder is None and (model_folder.resolve().name != 'model' or not (own / TABLE).is_file()):
+        return []
+    report = own if folder is None else Path(folder)
+    paths = [report / name for name in (*FIGURES, TABLE)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise InputError(f"'{missing[0]}' does not exist: give --report the folder that shike report wrote.")
+    problem = None
+    try:
+        with paths[-1].open(newline='', encoding='utf-8') as file:
+            rows = list(csv.DictReader(file))
+        counts = {row['class']: int(row['training images']) for row in rows}
+        right = sum(float(row['ensemble']) * int(row['test images']) for row in rows if row['ensemble'])
+        top1 = right / max(sum(int(row['test images']) for row in rows), 1)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise InputError(f"'{paths[-1]}' is damaged ({one_line(error)}): make the report anew.") from error
+    names = config.get('label_names')
+    if names and config.get('class_counts') and counts != dict(zip(names, config['class_counts'])):
+        problem = 'classes or their training images are not those of the model'
+    elif abs(result.get('top1', top1) - top1) > 0.5:  # devices round differently, and a second stage is far away
+        problem = f"top-1 is {top1:.2f} and that of the run {result['top1']:.2f}"
+    if problem:
+        raise InputError(f"'{report}' is of another model, as its {problem}: make it anew, or move it away.")
+    return paths
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -118,7 +164,8 @@ def publish(args: argparse.Namespace) -> str:
     model = load_trained_model(f'local-dir:{folder}').model
     config = json.loads((folder / CONFIG).read_bytes())
     config.get('model_args', {}).pop('pretrained_backbone', None)  # of no use there, and perhaps a path of ours
-    card = model_card(args.repo_id, model, config, metrics, run_args, args.license)
+    report = find_report(args.report, folder, config, list(metrics.values())[-1] if metrics else {})
+    card = model_card(args.repo_id, model, config, metrics, run_args, args.license, with_report=bool(report))
     if not re.fullmatch('[!-~]+', get_token() or ''):  # other characters would make an error that quotes it
         raise InputError(
             "There is no token for the Hub, or not one that can be: log in with 'hf auth login --force', or set "
@@ -135,6 +182,7 @@ def publish(args: argparse.Namespace) -> str:
             CommitOperationAdd(WEIGHTS, folder / WEIGHTS),
             CommitOperationAdd(CONFIG, json.dumps(config, indent=2).encode()),
             CommitOperationAdd(CARD, str(card).encode()),
+            *(CommitOperationAdd(path.name, path) for path in report),
         ]
         api.create_commit(
             args.repo_id, additions, commit_message='Publish model with shike-timm', parent_commit=parent)
@@ -154,6 +202,9 @@ OPTIONS = (
         Option('repo_id', str, None, 'name on the Hub', 'USER/NAME', required=True),
         Option('private', bool, False, 'make the repository private'),
         Option('update', bool, False, 'replace what is already published there'),
+        Option(
+            'report', str, None, 'folder that shike report wrote of the model, for two of its figures and the table of '
+            'classes beside the card; RUN/report if there is one', 'DIR'),
         Option(
             'license', str, None, "license on the card, such as mit; by default that of the backbone's weights", 'ID'),
     ),

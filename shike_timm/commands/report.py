@@ -26,7 +26,11 @@ from ..options import DEVICE, TRAIN, Group, Option, complete, defaults, read_com
 from ..report.logits import SavedLogits, load_logits
 from .cli import run_script
 
-__all__ = ['OPTIONS', 'check_report', 'collect', 'count_costs', 'main', 'make_report', 'parse_report_args']
+__all__ = ['CAM', 'OPTIONS', 'check_report', 'collect', 'count_costs', 'main', 'make_report', 'parse_report_args']
+
+CAM = Option(
+    'cam', str, None, 'image files, folders or patterns, of which the report shows where each expert looks', 'IMAGE',
+    nargs='+')
 
 OPTIONS = (
     Group(
@@ -35,6 +39,7 @@ OPTIONS = (
             'runs', str, None, 'run folders, which are evaluated on the data of the run, or files of eval.py '
             '--save-logits; the first is told of at length, the others are compared with it', 'RUN|FILE.npz',
             nargs='+', required=True, positional=True),
+        CAM,
         Option('output', str, 'report', 'folder to write report.html, its figures and the table to', 'DIR'),
         Option('data_dir', str, None, 'folder of the data, where it is not where the runs had it', 'DIR'),
         Option('batch_size', int, 256, 'images a batch', low=1, flags=('-b',)),
@@ -43,8 +48,12 @@ OPTIONS = (
 )
 
 
-def check_report(folder: str) -> None:
+def check_report(folder: str, cam: Optional[Sequence[str]] = None) -> None:
     """Check that a report can be drawn and written, before the work that it is of.
+
+    Args:
+        folder: Where to.
+        cam: Images for `--cam`.
 
     Raises:
         InputError: If a package is missing, or the folder is a file.
@@ -53,6 +62,8 @@ def check_report(folder: str) -> None:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
         import scipy  # noqa: F401
+        if cam:
+            import pytorch_grad_cam  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(f"A report needs {error.name}: pip install 'shike-timm[report]'.") from error
     if Path(folder).exists() and not Path(folder).is_dir():
@@ -104,31 +115,44 @@ def count_costs(model: Shike, image: Tensor) -> List[Dict[str, Any]]:
     return costs
 
 
-def _evaluate_run(run: Path, args: argparse.Namespace) -> List[SavedLogits]:
-    """Logits of the stages of a run that it has a checkpoint of, on what it was evaluated on, the last stage first."""
+def _evaluate_run(
+        run: Path,
+        args: argparse.Namespace,
+        cam: Optional[Sequence[str]],
+) -> Tuple[List[SavedLogits], List[Dict[str, Any]]]:
+    """Logits of the stages of a run that it has a checkpoint of, on what it was evaluated on, the last stage first.
+
+    The second value is where the experts of that stage look on the images of `cam`.
+    """
     checkpoints = [run / stage / 'last.pth.tar' for stage in STAGES if (run / stage / 'last.pth.tar').exists()]
     if not checkpoints:
         raise InputError(f"'{run}' holds no checkpoint of a run: give a run folder of train.py.")
     device = resolve_device(args.device)
     tune_device(device)
     saved: List[SavedLogits] = []
-    data = None
+    data, looks = None, []
     for path in reversed(checkpoints):
         trained = load_trained_model(checkpoint=str(path))
         assert trained.class_counts is not None  # which checkpoints of runs have
         run_args = argparse.Namespace(**{**defaults(TRAIN), **vars(load_checkpoint(path)['args'])})
         run_args.data_dir = args.data_dir or run_args.data_dir
         data = data or load_eval_data(run_args, trained.class_names, trained.model.in_chans, trained.run_folder)
-        loader = create_eval_loader(
-            data, resolve_data_config(run_args, trained.model), args.batch_size, device, args.workers)
+        data_config = resolve_data_config(run_args, trained.model)
+        trained.model.to(device)
+        if cam and not saved:
+            from ..report.cam import look_at
+            looks = look_at(
+                trained.model, cam, data_config, trained.class_names, exif=run_args.exif,
+                pixel_range=run_args.pixel_range)
+        loader = create_eval_loader(data, data_config, args.batch_size, device, args.workers)
         kept: List[Tuple[Tensor, Tensor]] = []
-        evaluate(trained.model.to(device), loader, trained.class_counts, device, kept=kept)
+        evaluate(trained.model, loader, trained.class_counts, device, kept=kept)
         shots = shot_numbers(
             trained.shot_counts or trained.class_counts, many_shot=run_args.many_shot, few_shot=run_args.few_shot)
         name = run.name if not saved else f"{run.name}, {path.parent.name.replace('_', ' ')}"
         costs = [] if saved else count_costs(trained.model, next(iter(loader))[0][:1])
         saved.append(collect(trained, data, kept, shots, name=name, run=run, costs=costs))
-    return saved
+    return saved, looks
 
 
 def make_report(args: argparse.Namespace) -> Path:
@@ -137,16 +161,22 @@ def make_report(args: argparse.Namespace) -> Path:
     Raises:
         InputError: If anything given cannot work; nothing has been written then.
     """
-    check_report(args.output)
-    models, earlier = [], None
+    check_report(args.output, args.cam)
+    if args.cam and not Path(args.runs[0]).is_dir():
+        raise InputError(f"--cam needs a model, which '{args.runs[0]}' lacks: give a run folder, or use shike eval.")
+    models, earlier, looks = [], None, []
     from ..report.data import judge
     from ..report.page import write_report
     for number, path in enumerate(map(Path, args.runs)):
-        saved = _evaluate_run(path.absolute(), args) if path.is_dir() else [load_logits(path)]
+        if path.is_dir():
+            saved, looked = _evaluate_run(path.absolute(), args, None if number else args.cam)
+            looks += looked
+        else:
+            saved = [load_logits(path)]
         models.append(judge(saved[0]))
         if not number and len(saved) > 1:
             earlier = judge(saved[1])
-    page = write_report(Path(args.output), models, earlier)
+    page = write_report(Path(args.output), models, earlier, looks)
     print(f'Report: {page}')
     return page
 

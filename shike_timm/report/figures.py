@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from ..metrics import SHOTS, all_subsets
 from ..tasks import TERMS
@@ -47,6 +47,13 @@ def _figure(height: float, rows: int = 1, **kwargs: Any) -> Tuple[Figure, Any]:
     return figure, figure.subplots(rows, 1, **kwargs)
 
 
+def _log_scale(axes: Any, scale: str = 'log') -> None:
+    """A log scale with plain numbers, the ones between where it spans less than a decade."""
+    axes.set_yscale(scale)
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+
+
 def _legend(axes: Any, columns: int = 3, **kwargs: Any) -> None:
     axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.2,
                 columnspacing=1.2, **kwargs)
@@ -73,8 +80,7 @@ def class_counts(judged: Judged, other: Optional[Judged]) -> Figure:
     figure, axes = _figure(3)
     _shade_shots(axes, judged)
     axes.step(np.arange(len(counts)), counts, where='mid', color=COLORS[0])
-    axes.set_yscale('symlog' if counts.min() < 1 else 'log')
-    axes.yaxis.set_major_formatter('{x:g}')
+    _log_scale(axes, 'symlog' if counts.min() < 1 else 'log')
     axes.set_ylim(top=counts.max() * 2.2)
     axes.set(xlabel='classes, most training images first', ylabel='training images')
     return figure
@@ -136,7 +142,7 @@ def best_experts(judged: Judged, other: Optional[Judged]) -> Figure:
                 label=f'expert {m}' if not i else None)
             axes.errorbar(
                 x, (low + high) / 2, (high - low) / 2, color=INK, linewidth=1.2, capsize=5, fmt='none',
-                label='chance' if not i and not m else None)
+                label='chance' if not i and m == num_experts - 1 else None)
     axes.set_xticks(range(len(shares)), [f'{shot} ({judged.shots[shot].sum()})' for shot in shares])
     axes.set(ylabel='share of classes in %')
     axes.grid(axis='x', visible=False)
@@ -157,11 +163,11 @@ def hardest_negatives(judged: Judged, other: Optional[Judged]) -> Figure:
                 ax.stairs(
                     heights, edges, fill=fill, color=color, alpha=0.6 if fill else 1, linewidth=1.6,
                     label=f'{shorten(one.saved.name)}, mean {values.mean():.3f}')
-        ax.set_yscale('log')
-        ax.yaxis.set_major_formatter('{x:g}')
+        _log_scale(ax)
         ax.set_ylabel('images in %')
         ax.set_title(f'{shot}-shot')
         ax.legend(loc='upper right')
+    axes[0, 0].set_ylim(top=600)  # with room for legends
     axes[-1, 0].set_xlabel('probability of the hardest negative class')
     return figure
 
@@ -241,7 +247,7 @@ def reliability(judged: Judged, other: Optional[Judged]) -> Figure:
 
 def confusions(judged: Judged, other: Optional[Judged]) -> Figure:
     if not judged.shots['few'].any():
-        raise Missing('There is no few-shot class with test images: every class has 20 training images or more.')
+        raise Missing('There is no few-shot class with test images.')
     found = tail_confusions(judged)
     if not found:
         raise Missing('No image of a few-shot class is taken for another class.')
@@ -295,8 +301,7 @@ def draw_curves(curves: Dict[str, List[Optional[float]]]) -> Figure:
     lines(axes[0], {'train_loss': 'training', 'eval_loss': 'evaluation'}, 'loss')
     if terms:
         lines(axes[1], {term: term.removeprefix('train_') for term in terms}, 'terms, unweighted')
-        axes[1].set_yscale('log')
-        axes[1].yaxis.set_major_formatter('{x:g}')
+        _log_scale(axes[1])
     lines(axes[-1], {'eval_top1': 'top-1', **{f'eval_{shot}': shot for shot in SHOTS}}, 'accuracy in %')
     axes[-1].set_xlabel('epoch')
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -320,8 +325,8 @@ class Drawing(NamedTuple):
 FIGURES = {
     'class_counts': Drawing(
         class_counts, 'How many training images the classes have',
-        'Many-shot classes have more than 100 and few-shot ones fewer than 20, unless the evaluation was told '
-        'otherwise.'),
+        'Shaded as the evaluation divides them: many-shot classes have more than 100 and few-shot ones fewer than 20, '
+        'unless --many-shot or --few-shot said otherwise.'),
     'class_accuracy': Drawing(
         class_accuracy, 'Accuracy along the tail',
         'A point is a class. Above the ensemble; below the best single expert, in the colour of that expert. The line '

@@ -21,7 +21,7 @@ from .figures import FIGURES, compare_models, draw, save, shorten
 
 __all__ = ['class_table', 'seed_groups', 'write_report']
 
-THUMBNAIL = 56  # pixels at most
+THUMBNAIL, MAP = 56, 224  # pixels at most
 SHARES = ('top1', 'balanced', *SHOTS)
 # What one recipe's seeds may differ in.
 NOT_OF_THE_RECIPE = {'seed', 'experiment', 'output', 'data_dir', 'device', 'workers', 'class_counts', 'class_names'}
@@ -55,9 +55,9 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
         csv.writer(file).writerows([header, *rows])
 
 
-def _data_uri(image: Image.Image) -> str:
+def _data_uri(image: Image.Image, size: int = THUMBNAIL) -> str:
     image = image.convert('RGB')
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((size, size))
     buffer = io.BytesIO()
     image.save(buffer, 'PNG' if image.width <= 32 else 'JPEG')
     kind = 'png' if image.width <= 32 else 'jpeg'
@@ -106,13 +106,19 @@ def _compare(first: Judged, second: Judged) -> Dict[str, Any]:
         won=[(names[c], gain[c]) for c in order[::-1][:8] if gain[c] > 0])
 
 
-def write_report(folder: Path, models: Sequence[Judged], earlier: Optional[Judged] = None) -> Path:
+def write_report(
+        folder: Path,
+        models: Sequence[Judged],
+        earlier: Optional[Judged] = None,
+        looks: Sequence[Dict[str, Any]] = (),
+) -> Path:
     """Write `report.html`, `classes.csv` and each figure as SVG and PNG.
 
     Args:
         folder: Where to write, made if it does not exist.
         models: What the report is of, the first at length, the others beside it.
         earlier: Stage one of the first; what it is compared with in figures if there is none is the second model.
+        looks: What `shike_timm.report.cam.look_at` gives of the first.
 
     Returns:
         The path of the page.
@@ -132,10 +138,11 @@ def write_report(folder: Path, models: Sequence[Judged], earlier: Optional[Judge
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined)
-    environment.filters['shorten'] = shorten
+    environment.filters.update(shorten=shorten, data_uri=_data_uri)
     text = environment.get_template('page.html').render(
         version=__version__, judged=judged, saved=judged.saved, models=models, metrics=METRICS, shares=SHARES,
         figures=figures, comparison=comparison, pairs=[_compare(*pair) for pair in combinations(models, 2)],
-        seeds=seed_groups(models), confusions=_confusion_rows(judged), table=dict(header=header, rows=rows))
+        seeds=seed_groups(models), confusions=_confusion_rows(judged), looks=looks, map_size=MAP,
+        table=dict(header=header, rows=rows))
     write_text(folder / 'report.html', text)
     return folder / 'report.html'
