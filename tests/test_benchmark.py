@@ -193,3 +193,12 @@ def test_bfloat16_is_the_default_only_where_the_cpu_computes_it(monkeypatch, pub
     assert resolve_autocast(parse_benchmark_args(['--amp']), CPU) == (None if known == 'avx2' else torch.bfloat16)
     assert resolve_autocast(parse_benchmark_args(['--amp', '--amp-dtype', 'bfloat16']), CPU) == torch.bfloat16
     assert resolve_autocast(parse_benchmark_args(['--no-amp']), CPU) is None
+
+
+@pytest.mark.parametrize('native', [True, False])
+def test_a_gpu_that_emulates_bfloat16_is_told_of(monkeypatch, caplog, native):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: including_emulation or native)
+    device = torch.device('cuda')
+    assert resolve_autocast(parse_benchmark_args(['--amp']), device) == torch.float16 and not caplog.text
+    args = parse_benchmark_args(['--amp', '--amp-dtype', 'bfloat16'])
+    assert resolve_autocast(args, device) == torch.bfloat16 and ('no known instructions' in caplog.text) != native

@@ -1,7 +1,8 @@
 """Runs on fake CUDA tensors, which need no GPU: a CPU tensor among them, or a wait for the device, is an error.
 
-What does not run so: the backward (autograd wants a device), the kernel of fused SGD, compiled code and CUDA graphs, the
-metrics after the sums are on the host, what a worker process pins, NCCL. On a GPU benchmarks/gpu.sh runs all but the last.
+What does not run so: the backward (autograd wants a device), the kernel of fused SGD, compiled code and CUDA graphs,
+metrics from sums that are on the host, what worker processes pin, NCCL. On a GPU benchmarks/gpu.sh runs all but the
+last.
 """
 from functools import partial
 
