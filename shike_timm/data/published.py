@@ -124,7 +124,7 @@ def _load_train(published: Published, request: DataRequest) -> Tuple[ImageSet, O
     test_path = str(_find_list(root, test_name, request.val_list, '--val-list'))
     test = _load_list(published, request, test_path, test_digest)
     if path is None:
-        train = _load_whole(published, request, root, test, exact=_is(test_path, test_digest))
+        train = _load_whole(published, request, root, test, exact=_is(test_path, test_digest) and not request.class_map)
     else:
         train = _load_list(published, request, path, digest)
         check_apart(train, test, path, test_path)
