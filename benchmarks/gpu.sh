@@ -3,10 +3,13 @@
 #
 # DATA is the folder of CIFAR-100; figures, logs and runs go to OUT, which must not exist. Times the full recipe in each
 # way to run its step, from process start to the final metrics and from an empty compiler cache, then the unaccelerated
-# path; then training against the baseline; then training and inference by part. Environment variables shrink it:
-# WAYS, SEEDS, EPOCHS, CRT_EPOCHS, DEVICE, ROUNDS, STEPS and BATCH. A trial on a CPU:
+# path; then training against the baseline; then training and inference by part; then the step of each recipe for large
+# data, on noise, with its memory as counted beforehand and as the allocator has it. Before all that come the tests of
+# what fake tensors cannot show (tests/test_fake_cuda.py): backward, optimizer, compiled steps, CUDA graphs, resuming.
+# Environment variables shrink it: WAYS, SEEDS, EPOCHS, CRT_EPOCHS, DEVICE, ROUNDS, STEPS, BATCH and RECIPES. A trial on
+# a CPU:
 #
-#     WAYS='eager plain' DEVICE=cpu EPOCHS=1 CRT_EPOCHS=1 ROUNDS=1 STEPS=2 BATCH=2 benchmarks/gpu.sh DATA OUT
+#     WAYS='eager plain' DEVICE=cpu EPOCHS=1 CRT_EPOCHS=1 ROUNDS=1 STEPS=2 BATCH=2 RECIPES= benchmarks/gpu.sh DATA OUT
 set -euo pipefail
 data=$(realpath "$1")
 mkdir "$2"
@@ -22,6 +25,7 @@ schedule=(
     --crt-epochs "$crt_epochs" --crt-warmup-epochs $((crt_epochs > 5 ? 5 : 0)) --val-interval "$epochs"
 )
 
+python -m pytest tests/test_cuda.py 2>&1 | tee "$out/tests.txt" || echo 'tests/test_cuda.py fails'
 for seed in ${SEEDS:-0}; do
     for way in ${WAYS:-eager bfloat16 compiled graphs plain}; do
         case $way in
@@ -53,3 +57,9 @@ done
 python benchmark.py --model resnet50_shike --compare resnet50 --batch-size "${BATCH:-64}" --device "$device" --amp \
     --channels-last --num-rounds "$rounds" $steps --results-file "$out/resnet50.json" |
     tee "$out/resnet50.txt"
+for recipe in ${RECIPES-imagenet_lt_resnet50 imagenet_lt_resnext50 inat2018_resnet50 places_lt_resnet152}; do
+    for bench in memory train; do
+        python benchmark.py --hparams "$recipe" --bench "$bench" --device "$device" --num-rounds "$rounds" $steps \
+            --results-file "$out/$recipe-$bench.json" | tee "$out/$recipe-$bench.txt"
+    done
+done

@@ -34,10 +34,15 @@ def resolve_autocast(args: argparse.Namespace, device: torch.device) -> Optional
     """
     if not args.amp:
         return None
-    if not args.amp_dtype and not computes_bfloat16(device):
-        _logger.warning('This CPU is not known to have instructions for bfloat16: float32 is used in spite of --amp.')
-        return None
     name = args.amp_dtype or ('float16' if device.type == 'cuda' else 'bfloat16')
+    if name == 'bfloat16' and not computes_bfloat16(device):
+        if not args.amp_dtype:
+            _logger.warning(
+                'This CPU is not known to have instructions for bfloat16: float32 is used in spite of --amp.')
+            return None
+        _logger.warning(
+            'This device has no known instructions for bfloat16 and may take many times as long as with '
+            f"{'float16' if device.type == 'cuda' else 'float32'}.")
     if name == 'float16' and device.type != 'cuda':
         raise InputError(
             f"--amp-dtype float16 needs loss scaling on CUDA, and the device is '{device.type}': use bfloat16.")

@@ -30,6 +30,8 @@ def resolve_device(name: Optional[str]) -> torch.device:
 
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device is known to have instructions for bfloat16; of CPUs, x86 ones with AVX-512 BF16 or AMX."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != 'cpu':
         return True
     if hasattr(torch.cpu, 'get_capabilities'):

@@ -71,13 +71,18 @@ def join_processes(name: Optional[str]) -> torch.device:
 
 @contextmanager
 def local_primary_first() -> Iterator[None]:
-    """The first process of each machine goes before its others, for what leaves files behind that they find."""
+    """The first process of each machine goes before its others, for what leaves files behind that they find.
+
+    What it raises is no reason for them to wait: they meet the same, or else that it is gone.
+    """
     waits = world_size() > 1 and world_info_from_env()[0] > 0
     if waits:
         dist.barrier()
-    yield
-    if world_size() > 1 and not waits:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if world_size() > 1 and not waits:
+            dist.barrier()
 
 
 def on_primary(function: Callable[..., Any], *args: Any) -> None:

@@ -10,12 +10,13 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Set
 import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
-    'PARTS', 'count_flops', 'inference_costs', 'measure_ceilings', 'peak_memory', 'rates_by_turns', 'seconds_per_call',
-    'time_parts',
+    'PARTS', 'count_flops', 'inference_costs', 'measure_ceilings', 'on_paper', 'peak_memory', 'rates_by_turns',
+    'seconds_per_call', 'time_parts',
 ]
 
 PARTS = ('data', 'forward', 'losses', 'backward', 'optimizer')
@@ -178,15 +179,15 @@ class _LiveTensors(TorchDispatchMode):
                 self._add(one)
         elif isinstance(result, Tensor):
             storage = result.untyped_storage()
-            address, num_bytes = storage.data_ptr(), storage.nbytes()
-            if address and address not in self.known:
-                self.known.add(address)
+            key, num_bytes = id(storage), storage.nbytes()  # torch keeps one Python object for a storage while it lives
+            if key not in self.known:
+                self.known.add(key)
                 self.live += num_bytes
                 self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._remove, address, num_bytes)
+                weakref.finalize(storage, self._remove, key, num_bytes)
 
-    def _remove(self, address: int, num_bytes: int) -> None:
-        self.known.discard(address)
+    def _remove(self, key: int, num_bytes: int) -> None:
+        self.known.discard(key)
         self.live -= num_bytes
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -214,3 +215,22 @@ def peak_memory(step: Callable[[], Any], device: torch.device, held: Iterable[Te
     step()
     _synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before + sum(tensor.nbytes for tensor in held)
+
+
+@contextmanager
+def on_paper(module: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Do inside the context what takes neither time nor memory: tensors have shapes and types there, but no values.
+
+    Args:
+        module: Module that becomes of such tensors, for good.
+
+    Yields:
+        What makes such a tensor of another one, for the inputs.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for part in module.modules():
+            for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+                blank = mode.from_tensor(tensor.detach())
+                is_parameter = isinstance(tensor, nn.Parameter)
+                setattr(part, name, nn.Parameter(blank, tensor.requires_grad) if is_parameter else blank)
+        yield mode.from_tensor

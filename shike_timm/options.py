@@ -156,8 +156,8 @@ DATA = Group(
     'Data',
     Option('data_dir', str, None, 'folder of the data, or a tar archive', 'DIR', may_change=True, card='never'),
     Option(
-        'dataset', str, '', "cifar10_lt, cifar100_lt, digits_lt, a name of timm's, or none for a folder or archive of "
-        'images and for lists'),
+        'dataset', str, '', "cifar10_lt, cifar100_lt, digits_lt, imagenet_lt, inat2018, places_lt, a name of timm's, "
+        'or none for a folder or archive of images and for lists'),
     Option('val_split', str, 'validation', 'split to evaluate on; the default stands for val and test too'),
     Option(
         'val_list', str, None, 'list of the images to evaluate on, below --data-dir: lines of a path and a label, .csv '

@@ -39,7 +39,7 @@ from .data import Augmentation, TrainingData, create_eval_loader, create_train_l
 from .devices import tune_device
 from .distributed import join_processes, local_primary_first, on_primary, rank, world_size
 from .engine import Done, Interrupted, LoopConfig, StopFlag, eval_model, fit, seed_all, stop_signals
-from .errors import DamagedError, InputError
+from .errors import DamagedError, InputError, one_line
 from .loading import load_teacher
 from .methods import STAGES, Stage, plan_stages
 from .metrics import evaluate, format_table
@@ -325,6 +325,10 @@ def _run_stages(
             _logger.error(f'The last checkpoint is kept; go on with train.py --resume {folder}')
             if stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(stop.signum) from error  # a loader whose workers got the signal too
+            if 'DataLoader worker' in str(error):
+                raise OSError(
+                    f'A process that loads images is gone, perhaps for want of memory ({one_line(error)}): go on with '
+                    'fewer --workers.') from error
             raise
     on_primary(lambda: export_model(
         run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts,

@@ -9,7 +9,13 @@ import torch._inductor.config
 from conftest import ROOT
 
 from shike_timm.build import resolve_autocast
-from shike_timm.commands.benchmark import benchmark, format_report, parse_benchmark_args
+from shike_timm.commands.benchmark import (
+    _plain_run,
+    _shike_run,
+    benchmark,
+    format_report,
+    parse_benchmark_args,
+)
 from shike_timm.engine import LoopConfig, train_step
 from shike_timm.measure import measure_ceilings, peak_memory, time_parts
 from shike_timm.tasks import RepresentationTask
@@ -55,6 +61,33 @@ def test_counted_work_is_known(report):
     # A step is a forward and twice as much backward, the gradient of the images apart.
     assert 2.9 < train['gflops'] / inference['gflops'] <= 3
     assert 2.5 < plain_train['gflops'] / plain['gflops'] <= 3
+
+
+def test_memory_of_a_step_that_is_not_run(report):
+    counted, = benchmark(parse_benchmark_args([*QUICK, '--model', 'resnet32_shike', '--bench', 'memory']))['results']
+    measured = report['results'][0]
+    # A batch more, of 48 KiB, is made while the step is measured.
+    assert counted.pop('peak_memory_mb') == pytest.approx(measured['peak_memory_mb'], rel=0.01)
+    assert counted == {key: measured[key] for key in counted} and counted['bench'] == 'train, stage 1'
+
+
+@pytest.mark.parametrize('options, size', [
+    (['--img-size', '16'], (3, 16, 16)),
+    (['--input-size', '1', '16', '24'], (1, 16, 24)),
+    (['--in-chans', '1'], (1, 32, 32)),
+])
+def test_noise_has_the_size_that_is_asked_for(options, size):
+    args = parse_benchmark_args([*QUICK, '--model', 'resnet32_shike', *options])
+    run = _shike_run(args)
+    for one in (run, _plain_run(args, 'resnet18', run)):
+        images, _ = next(iter(one.train_loader))
+        assert images.shape == (4, *size) and one.model(images).shape == (4, 100)
+
+
+def test_a_published_set_without_its_images_is_noise_with_its_classes():
+    run = _shike_run(parse_benchmark_args(['--hparams', 'inat2018_resnet50', '--img-size', '64', '--device', 'cpu']))
+    assert run.data_config['input_size'] == (3, 64, 64) and run.model.num_classes == 8142
+    assert next(iter(run.train_loader))[0].shape == (64, 3, 64, 64)
 
 
 def test_table(report):
@@ -160,3 +193,12 @@ def test_bfloat16_is_the_default_only_where_the_cpu_computes_it(monkeypatch, pub
     assert resolve_autocast(parse_benchmark_args(['--amp']), CPU) == (None if known == 'avx2' else torch.bfloat16)
     assert resolve_autocast(parse_benchmark_args(['--amp', '--amp-dtype', 'bfloat16']), CPU) == torch.bfloat16
     assert resolve_autocast(parse_benchmark_args(['--no-amp']), CPU) is None
+
+
+@pytest.mark.parametrize('native', [True, False])
+def test_a_gpu_that_emulates_bfloat16_is_told_of(monkeypatch, caplog, native):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: including_emulation or native)
+    device = torch.device('cuda')
+    assert resolve_autocast(parse_benchmark_args(['--amp']), device) == torch.float16 and not caplog.text
+    args = parse_benchmark_args(['--amp', '--amp-dtype', 'bfloat16'])
+    assert resolve_autocast(args, device) == torch.bfloat16 and ('no known instructions' in caplog.text) != native

@@ -13,7 +13,7 @@ from torchvision.transforms import functional as tvf
 from torchvision.transforms.autoaugment import _apply_op
 
 from shike_timm.data import Augmentation, create_eval_loader, create_train_loader, load_training_data
-from shike_timm.data.augment.batch import augment_batch, auto_augment, crop, cutout
+from shike_timm.data.augment.batch import augment_batch, auto_augment, batch_gap, crop, cutout
 from shike_timm.data.augment.transforms import Cutout
 from shike_timm.data.datasets import in_memory_set
 from shike_timm.data.in_memory import AUGMENTED_AT_ONCE, DeviceLoader
@@ -178,6 +178,7 @@ def test_workers_take_what_has_no_batched_form(cifar, image_folder):
         assert not isinstance(create_train_loader(*arguments), DeviceLoader)
         with pytest.raises(InputError, match=f'--device-data cannot be had with this data set: {reason}'):
             create_train_loader(*arguments, device_data=True)
+    assert batch_gap(Augmentation(**RECIPE), torch.device('mps')) == '--aa cifar10'  # for want of float64
     with pytest.raises(InputError, match='its images are 32x32, not 64x64'):
         create_train_loader(
             cifar.train, dict(CIFAR, input_size=(3, 64, 64)), 16, CPU, Augmentation(no_aug=True), 0, device_data=True)

@@ -138,6 +138,18 @@ def test_what_a_gpu_is_needed_for(monkeypatch):
         distributed.join_processes('cuda')
 
 
+@pytest.mark.parametrize('local_rank, expected', [(0, ['read', 'met']), (1, ['met', 'read'])])
+def test_nobody_waits_for_a_process_that_fails(monkeypatch, local_rank, expected):
+    seen = []
+    monkeypatch.setattr(distributed, 'world_size', lambda: 2)
+    monkeypatch.setattr(distributed, 'world_info_from_env', lambda: (local_rank, local_rank, 2))
+    monkeypatch.setattr(distributed.dist, 'barrier', lambda: seen.append('met'))
+    with pytest.raises(InputError), distributed.local_primary_first():
+        seen.append('read')
+        raise InputError('no data')
+    assert seen == expected
+
+
 def test_restarts_that_torchrun_does_not_do_reliably(monkeypatch, caplog):
     for name, value in dict(WORLD_SIZE=2, TORCHELASTIC_MAX_RESTARTS=1, TORCHELASTIC_USE_AGENT_STORE=True).items():
         monkeypatch.setenv(name, str(value))

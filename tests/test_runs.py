@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -219,6 +221,70 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, run_scrip
     assert load_checkpoint(stage / 'last.pth.tar')['epoch'] == 0
     train(parse_train_args(['--resume', str(tmp_path / 'run')]))
     assert without_seconds(tmp_path / 'run') == without_seconds(tiny_run)
+
+
+def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch, run_script):
+    original = engine.train_step
+
+    def kills(*args):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        return original(*args)
+
+    monkeypatch.setattr(engine, 'train_step', kills)
+    status, _, error = run_script(
+        'train.py', *TINY, '--no-device-data', '--workers', '1', '--batch-size', '8', '--output', tmp_path)
+    assert status == 1 and error.count('A process that loads images is gone') == 1 and 'Traceback' not in error
+    assert 'The last checkpoint is kept' in error
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
+    """SIGKILL at any moment of both stages, until the run is through; all in processes that are forked from here."""
+    options = ['--batch-size', '16', '--recovery-interval', '2', '--epochs', '12', '--aa', 'cifar10', '--drop', '0.1']
+    random = np.random.default_rng(0)
+
+    def start(output, *more):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                torch.set_num_threads(1)
+                original = engine.train_step
+
+                def counted(*args):
+                    result = original(*args)
+                    with (output / 'steps').open('a') as file:
+                        file.write('.')
+                    return result
+
+                engine.train_step = counted
+                train(parse_train_args([*TINY, *options, '--output', str(output), '--resume', *more]))
+                status = 0
+            finally:
+                os._exit(status)
+        return child
+
+    def num_steps(output):
+        return (output / 'steps').stat().st_size if (output / 'steps').exists() else 0
+
+    folders = [tmp_path / 'whole', tmp_path / 'killed']
+    for folder in folders:
+        folder.mkdir()
+    assert os.waitpid(start(folders[0]), 0)[1] == 0
+    needed = num_steps(folders[0])
+    for _ in range(20):
+        child, before = start(folders[1]), num_steps(folders[1])
+        while num_steps(folders[1]) == before:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.2))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert os.waitpid(start(folders[1]), 0)[1] == 0
+    assert num_steps(folders[1]) <= needed + 20 * 3  # an interval of two, and what was under way
+    one, other = ((folder / 'run' / 'model' / 'model.safetensors').read_bytes() for folder in folders)
+    assert one == other and without_seconds(folders[0] / 'run') == without_seconds(folders[1] / 'run')
 
 
 def test_one_overflow_under_loss_scaling_is_no_end(tmp_path, monkeypatch):

@@ -4,29 +4,35 @@ import copy
 import json
 import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable
+from typing import Any, Callable, Dict, Iterable, Iterator, Sequence, Tuple
 
 import numpy as np
 import timm
-import timm.data
 import torch
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, TrainingTask
 from timm.utils import is_distributed_env
 from torch import Tensor
 
-from ..build import check_compiler, check_model_name, create_model, create_optimizer, resolve_autocast
+from ..build import (
+    check_compiler,
+    check_model_name,
+    create_model,
+    create_optimizer,
+    resolve_autocast,
+    resolve_data_config,
+)
 from ..checkpoints import check_results_file, write_text
-from ..data import TrainingData
+from ..data import TrainingData, find_dataset
 from ..data.datasets import in_memory_set
 from ..data.in_memory import DeviceLoader
 from ..devices import resolve_device, tune_device
 from ..engine import train_step
 from ..errors import InputError, one_line
-from ..measure import PARTS, count_flops, measure_ceilings, peak_memory, rates_by_turns, time_parts
+from ..measure import PARTS, count_flops, measure_ceilings, on_paper, peak_memory, rates_by_turns, time_parts
 from ..methods import Stage, plan_stages
 from ..models import Shike
 from ..options import TRAINING, Group, Option, parse_args
@@ -38,7 +44,9 @@ __all__ = ['OPTIONS', 'benchmark', 'format_report', 'main', 'parse_benchmark_arg
 OPTIONS = (
     Group(
         'Benchmark',
-        Option('bench', str, 'both', 'what to time', choices=('both', 'train', 'inference')),
+        Option(
+            'bench', str, 'both', 'what to time; memory: nothing, but what a training step needs on any device',
+            choices=('both', 'train', 'inference', 'memory')),
         Option('stage', int, 1, 'stage whose training step is timed', choices=(1, 2)),
         Option(
             'compare', str, [], "timm's models to time beside it, turn by turn, on noise of the same size", nargs='+'),
@@ -63,10 +71,9 @@ class _Contestant:
     result: Dict[str, Any]
 
 
-def _noise_run(args: argparse.Namespace, model: Any) -> Run:
+def _noise_run(args: argparse.Namespace, model: Any, data_config: Dict[str, Any]) -> Run:
     """A run of a model of timm over one batch of noise."""
     device = resolve_device(args.device)
-    data_config = timm.data.resolve_data_config(vars(args), model=model)
     channels, height, width = data_config['input_size']
     rng = np.random.default_rng(args.seed)
     images = rng.integers(0, 256, (args.batch_size, height, width, channels), dtype=np.uint8)
@@ -93,23 +100,25 @@ def _stage(args: argparse.Namespace) -> Stage:
 
 
 def _shike_run(args: argparse.Namespace) -> Run:
-    if args.dataset or args.data_dir:
+    published = find_dataset(args.dataset).num_classes  # of a set that is a folder, which may not be here
+    if args.data_dir or args.dataset and not published:
         return prepare(args, [_stage(args)])
     if args.kd_model_name:
         raise InputError(
             f"--kd-model-name '{args.kd_model_name}' teaches the classes of a data set: add --dataset or --data-dir.")
-    num_classes: Any = args.num_classes or timm.get_pretrained_cfg_value(args.model, 'num_classes')
-    return _noise_run(args, create_model(args, num_classes))
+    known: Any = args.num_classes or published or timm.get_pretrained_cfg_value(args.model, 'num_classes')
+    model = create_model(args, known)
+    return _noise_run(args, model, resolve_data_config(args, model))
 
 
 def _plain_run(args: argparse.Namespace, name: str, like: Run) -> Run:
     """A plain timm model on noise of the size, and with the classes, of the SHIKE model's run."""
-    args = copy.copy(args)
-    args.img_size = like.data_config['input_size'][-1]
+    channels = like.data_config['input_size'][0]
     try:
-        return _noise_run(args, timm.create_model(name, num_classes=like.data.num_classes))
+        model = timm.create_model(name, num_classes=like.data.num_classes, in_chans=channels)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"model '{name}' cannot be made: {one_line(error)}.") from error
+    return _noise_run(args, model, like.data_config)
 
 
 def _describe(step: Callable[[], Any], run: Run, held: Iterable[Tensor], **result: Any) -> Dict[str, Any]:
@@ -123,17 +132,23 @@ def _describe(step: Callable[[], Any], run: Run, held: Iterable[Tensor], **resul
     )
 
 
-def _training(run: Run, name: str) -> _Contestant:
+def _create_task(run: Run, stage: Stage) -> TrainingTask:
+    if isinstance(run.model, Shike):
+        return create_task(run, stage)
+    task = ClassificationTask(run.model, device=run.device, verbose=False)
+    task.to(memory_format=torch.channels_last if run.args.channels_last else torch.contiguous_format)
+    return task
+
+
+def _training_step(
+        run: Run,
+        task: TrainingTask,
+        batches: Iterator[Sequence[Tensor]],
+) -> Tuple[torch.optim.Optimizer, Callable[[], None], Dict[str, Any]]:
+    """Optimizer of a task, a step of training it, and what such a step is and costs."""
     args, stage = run.args, _stage(run.args)
-    shike = isinstance(run.model, Shike)
-    if shike:
-        task = create_task(run, stage)
-    else:
-        task = ClassificationTask(run.model, device=run.device, verbose=False)
-        task.to(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     optimizer = create_optimizer(args, stage.lr, run.model)
     scaler, config = create_loss_scaler(run), loop_config(run)
-    batches = chain.from_iterable(repeat(run.train_loader))
     task.train()
 
     def step() -> None:
@@ -143,8 +158,25 @@ def _training(run: Run, name: str) -> _Contestant:
     step()  # the optimizer's state exists from here on
     held = [*task.parameters(), *task.buffers()]
     held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    result = _describe(step, run, held, model=name, bench=f'train, stage {stage.number}' if shike else 'train')
-    result['compiled'] = compile_task(task, args, stage if shike else plan_stages(args)[0])
+    what = f'train, stage {stage.number}' if isinstance(run.model, Shike) else 'train'
+    return optimizer, step, _describe(step, run, held, bench=what)
+
+
+def _memory(run: Run, name: str) -> Dict[str, Any]:
+    """What a training step takes that is not run; of half precision whichever the device has."""
+    run = replace(run, autocast=torch.bfloat16 if run.args.amp else None)
+    task = _create_task(run, _stage(run.args))
+    batch = next(iter(run.train_loader))
+    with on_paper(task) as blank:
+        return dict(model=name, **_training_step(run, task, repeat([blank(tensor) for tensor in batch]))[-1])
+
+
+def _training(run: Run, name: str) -> _Contestant:
+    args, stage = run.args, _stage(run.args)
+    task = _create_task(run, stage)
+    optimizer, step, costs = _training_step(run, task, chain.from_iterable(repeat(run.train_loader)))
+    result = dict(model=name, **costs)
+    result['compiled'] = compile_task(task, args, stage if isinstance(run.model, Shike) else plan_stages(args)[0])
     # With data a round is an epoch, since many batches are augmented at once; noise is one batch.
     num_iter = args.num_bench_iter or (len(run.train_loader) if len(run.train_loader) > 1 else NUM_BENCH_ITER)
     for _ in range(args.num_warm_iter):
@@ -175,6 +207,23 @@ def _inference(run: Run, name: str) -> _Contestant:
     return _Contestant(step, args.num_bench_iter or NUM_BENCH_ITER, result)
 
 
+def _tell_memory(args: argparse.Namespace) -> Dict[str, Any]:
+    args = copy.copy(args)
+    args.device, args.amp_dtype = 'cpu', 'bfloat16'
+    run = _shike_run(args)
+    results = [_memory(run, args.model)] + [_memory(_plain_run(args, other, run), other) for other in args.compare]
+    size = ' x '.join(map(str, run.data_config['input_size'])) + (' in half precision' if args.amp else '')
+    for r in results:
+        print(
+            f"{r['model']}, {r['bench']}, {r['batch_size']} images of {size}: "
+            f"{r['peak_memory_mb'] / 1024:.1f} GiB of tensors, {r['gflops']:.1f} GFLOP an image, "
+            f"{r['parameters'] / 1e6:.1f} M parameters")
+    report = dict(results=[dict(r, gflops=round(r['gflops'], 4)) for r in results])
+    if args.results_file:
+        write_text(Path(args.results_file), json.dumps(report, indent=2) + '\n')
+    return report
+
+
 def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
     """Time the model that the arguments describe, and those it is compared with, turn by turn.
 
@@ -186,7 +235,8 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
     Returns:
         `device`, `threads`, `dtype`, `ceilings` and `results`, one for each model and kind of work: images a second
         as the median of rounds and all rounds, parameters, floating-point operations per image, peak memory,
-        achieved FLOP/s and, for training, milliseconds by part.
+        achieved FLOP/s and, for training, milliseconds by part. Of `bench` memory `results` alone, without times: a
+        step that is not compiled, without what libraries set aside for themselves.
 
     Raises:
         InputError: If anything given cannot work.
@@ -196,6 +246,8 @@ def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
         raise InputError(
             f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')}, but a benchmark is of one process: do not use torchrun.")
     check_model_name(args.model)
+    if args.bench == 'memory':
+        return _tell_memory(args)
     device = resolve_device(args.device)
     tune_device(device)
     check_compiler(args.torchcompile, args.torchcompile_mode, device)

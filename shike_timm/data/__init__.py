@@ -1,6 +1,7 @@
 """Data sets by name, and loaders over them. A module that registers data sets is imported here."""
 from . import folders as folders
 from . import long_tail as long_tail
+from . import published as published
 from . import timm_sets as timm_sets
 from .augment import Augmentation as Augmentation
 from .datasets import DataRequest as DataRequest

@@ -340,6 +340,8 @@ class DatasetEntry:
         load_eval: Gives the evaluation split, None where there is none.
         has_imb_factor: Whether it is cut to an imbalance factor, and holds training images out by itself.
         eval_split: What its evaluation split is called, None where `val_split` says.
+        num_classes: Classes of a published set of lists, beside which others may be given; None for one of any other
+            kind.
     """
 
     name: str
@@ -347,6 +349,7 @@ class DatasetEntry:
     load_eval: Callable[[DataRequest], Optional[ImageSet]]
     has_imb_factor: bool = False
     eval_split: Optional[str] = None
+    num_classes: Optional[int] = None
 
 
 DATASETS: Dict[str, DatasetEntry] = {}

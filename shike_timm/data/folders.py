@@ -12,7 +12,7 @@ from .files import archive_members, open_files
 from .images import image_extensions
 from .lists import load_list
 
-__all__ = ['EVAL_SPLITS', 'TRAIN_SPLITS']
+__all__ = ['EVAL_SPLITS', 'TRAIN_SPLITS', 'check_apart', 'list_folder', 'without']
 
 # What a split may be called where the default was not changed.
 TRAIN_SPLITS = ('train', 'training')
@@ -26,7 +26,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith('.') or name in NOT_DATA
 
 
-def _list_folder(root: str, hidden: Counter) -> Listed:
+def list_folder(root: str, hidden: Counter) -> Listed:
     """All files below a folder by their folder, through links, each folder once."""
     listed: Listed = {}
     seen, waiting = set(), ['']
@@ -147,7 +147,7 @@ class _Tree:
         self.hidden: Counter = Counter()
         self.members = None
         if os.path.isdir(self.root):
-            listed = _list_folder(self.root, self.hidden)
+            listed = list_folder(self.root, self.hidden)
         else:
             self.members = archive_members(self.root)
             listed = _list_archive(self.members, self.hidden)
@@ -210,8 +210,17 @@ class _Tree:
         return table_set(self.request, names, labels, notes, lambda names: open_files(self.root, names, self.members))
 
 
-def _without(train: ImageSet, path: str, test: ImageSet) -> ImageSet:
-    """Training images that are not on the list of the others."""
+def without(train: ImageSet, path: str, test: ImageSet) -> ImageSet:
+    """Training images that are not among those to evaluate on.
+
+    Args:
+        train: Training images.
+        path: Where they come from, for the message.
+        test: Those to evaluate on.
+
+    Raises:
+        InputError: If all of them are.
+    """
     listed = {test.dataset.filename(i) for i in range(len(test.dataset))}
     names = (train.dataset.filename(i) for i in range(len(train.dataset)))
     left = np.flatnonzero([name not in listed for name in names])
@@ -220,17 +229,26 @@ def _without(train: ImageSet, path: str, test: ImageSet) -> ImageSet:
     return train.take(left) if len(left) < len(train.dataset) else train
 
 
+def check_apart(train: ImageSet, test: ImageSet, train_list: str, val_list: str) -> None:
+    """Check that two lists share no image.
+
+    Raises:
+        InputError: If they do.
+    """
+    if len(without(train, train_list, test).dataset) < len(train.dataset):
+        raise InputError(f"'{train_list}' and '{val_list}' share images: take those out of one of them.")
+
+
 def _load_lists(request: DataRequest) -> Tuple[ImageSet, Optional[ImageSet]]:
     test = load_list(request, request.val_list) if request.val_list else None
     if not request.train_list:
         tree = _Tree(request)
         train = tree.images(tree.split(request.train_split, TRAIN_SPLITS) or '')
         assert test is not None  # of the one list there is
-        return _without(train, tree.root, test), test
+        return without(train, tree.root, test), test
     train = load_list(request, request.train_list)
-    if test is not None and len(_without(train, request.train_list, test).dataset) < len(train.dataset):
-        raise InputError(
-            f"'{request.train_list}' and '{request.val_list}' share images: take those out of one of them.")
+    if test is not None:
+        check_apart(train, test, request.train_list, str(request.val_list))
     return train, test
 
 

@@ -2,8 +2,9 @@
 import csv
 import json
 import os
+import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..errors import InputError, one_line
 from .datasets import DataRequest, ImageSet, table_set
@@ -151,8 +152,14 @@ def _once(listed: ImageList, path: str, notes: List[str]) -> ImageList:
     return ImageList(list(label_of), list(label_of.values()), [*groups.values()] or None, listed.order)
 
 
-def load_list(request: DataRequest, path: str) -> ImageSet:
+def load_list(request: DataRequest, path: str, spellings: Sequence[Tuple[str, str]] = ()) -> ImageSet:
     """The images that a list file names, below the folder or in the archive of the data.
+
+    Args:
+        request: Says where the images are.
+        path: The list.
+        spellings: Patterns with replacements, the first of which to lead to an image is taken where the paths of the
+            list do not.
 
     Raises:
         InputError: If it cannot be read, or its first images are not there.
@@ -162,11 +169,16 @@ def load_list(request: DataRequest, path: str) -> ImageSet:
     root = request.root or '.'
     if not os.path.exists(root):
         raise InputError(f"data-dir '{root}' does not exist: give the folder that the paths of '{path}' begin in.")
-    if os.path.isdir(root) and not any(os.path.exists(os.path.join(root, name)) for name in listed.names[:10]):
-        raise InputError(
-            f"'{os.path.join(root, listed.names[0])}' does not exist: give the folder that the paths of '{path}' "
-            'begin in as --data-dir.')
+    names = listed.names
+    if os.path.isdir(root):
+        spelled = (names, *([re.sub(*pair, name) for name in names] for pair in spellings))
+        present = [one for one in spelled if any(os.path.exists(os.path.join(root, name)) for name in one[:10])]
+        if not present:
+            raise InputError(
+                f"'{os.path.join(root, names[0])}' does not exist: give the folder that the paths of '{path}' "
+                'begin in as --data-dir.')
+        names = present[0]
     data = table_set(
-        request, listed.names, listed.labels, notes, lambda names: open_files(root, names), listed.groups, listed.order)
+        request, names, listed.labels, notes, lambda names: open_files(root, names), listed.groups, listed.order)
     data.source = f"the list '{path}'"
     return data

@@ -124,7 +124,7 @@ def create_train_loader(
         times = f' times {world_size() * accumulated}' if world_size() * accumulated > 1 else ''
         raise InputError(
             f'batch-size {batch_size}{times} exceeds the {len(data.dataset)} training images: choose a smaller one.')
-    option = '--mixup or --cutmix' if mixup else batch_gap(augmentation)
+    option = '--mixup or --cutmix' if mixup else batch_gap(augmentation, device)
     gap = device_data_gap(data, data_config, is_training=True)
     gap = gap or option and f'{option} works on one image at a time'
     loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data, augmentation, sampler)

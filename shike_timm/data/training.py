@@ -8,7 +8,7 @@ from timm.loss import load_class_stats
 
 from ..errors import InputError, one_line
 from .checks import without_unreadable
-from .datasets import DataRequest, ImageSet, find_dataset, match_classes
+from .datasets import DataRequest, DatasetEntry, ImageSet, find_dataset, match_classes
 from .holdout import covers, hold_out_listed, hold_out_share, read_sides, write_sides
 from .table import ImageTable
 
@@ -75,9 +75,9 @@ def _read_class_stats(path: str) -> Tuple[List[int], Optional[List[str]]]:
     return loaded[0].long().tolist(), names
 
 
-def _check_request(request: DataRequest, has_imb_factor: bool) -> None:
+def _check_request(request: DataRequest, entry: DatasetEntry) -> None:
     what = request.name or request.root
-    if request.val_per_class and not has_imb_factor:
+    if request.val_per_class and not entry.has_imb_factor:
         raise InputError(
             f"val-per-class {request.val_per_class} needs one of the *_lt data sets, not '{what}': drop it.")
     if request.holdout and request.val_per_class:
@@ -86,10 +86,10 @@ def _check_request(request: DataRequest, has_imb_factor: bool) -> None:
     if request.holdout and request.val_list:
         raise InputError(
             f"holdout {request.holdout:g} and val-list '{request.val_list}' contradict each other: drop one.")
-    if request.class_stats and has_imb_factor:
+    if request.class_stats and entry.has_imb_factor:
         raise InputError(
             f"class-stats '{request.class_stats}' is not for '{what}', whose counts follow its imb-factor: drop it.")
-    if request.name and (request.train_list or request.val_list):
+    if request.name and entry.num_classes is None and (request.train_list or request.val_list):
         raise InputError(
             f"List '{request.train_list or request.val_list}' is of images in a folder, and dataset '{what}' is none: "
             'drop one of them.')
@@ -119,7 +119,7 @@ def load_training_data(name: str, root: Optional[str] = None, **options: Any) ->
             contradict each other.
     """
     entry, request = find_dataset(name), DataRequest(name, root, **options)
-    _check_request(request, entry.has_imb_factor)
+    _check_request(request, entry)
     what = f"'{name or root}'"
     train, test = entry.load_train(request)
     stats, counts = request.class_stats, train.class_counts

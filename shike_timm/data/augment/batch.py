@@ -116,13 +116,14 @@ def augment_batch(
     return images
 
 
-def batch_gap(augmentation: Augmentation) -> Optional[str]:
-    """The first part of an augmentation that has no batched form, as its option reads; None if all have."""
+def batch_gap(augmentation: Augmentation, device: torch.device) -> Optional[str]:
+    """The first part of an augmentation that has no batched form on a device, as its option reads; None if all have."""
     if augmentation.no_aug:
         return None
     if augmentation.train_crop_mode != 'pad':
         return f"--train-crop-mode {augmentation.train_crop_mode or 'rrc'}"
-    if augmentation.auto_augment not in (None, '', 'cifar10'):
+    lacks_float64 = device.type == 'mps'
+    if augmentation.auto_augment and (augmentation.auto_augment != 'cifar10' or lacks_float64):
         return f'--aa {augmentation.auto_augment}'
     if augmentation.color_jitter and (augmentation.force_color_jitter or not augmentation.auto_augment):
         return f'--color-jitter {augmentation.color_jitter:g}'

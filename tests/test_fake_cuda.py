@@ -1,0 +1,139 @@
+"""Runs on fake CUDA tensors, which need no GPU: a CPU tensor among them, or a wait for the device, is an error.
+
+What does not run so: the backward (autograd wants a device), the kernel of fused SGD, compiled code and CUDA graphs,
+metrics from sums that are on the host, what worker processes pin, NCCL. On a GPU benchmarks/gpu.sh runs all but the
+last.
+"""
+from functools import partial
+
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from shike_timm import engine, runs
+from shike_timm.checkpoints import load_checkpoint, load_weights
+from shike_timm.commands.train import parse_train_args
+from shike_timm.methods import plan_stages
+from shike_timm.metrics import ExpertEvaluator, evaluate
+
+CUDA = torch.device('cuda', 0)
+
+
+class FakeCuda(TorchDispatchMode):
+    """Tensors on CUDA are fake and those of the host real; what goes from there to here is refused."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+
+    def _fake(self, leaf):
+        return self.mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) and not is_fake(leaf) else leaf
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        fake = any(is_fake(leaf) for leaf in leaves)
+        if not fake and not any(isinstance(leaf, torch.device) and leaf.type == 'cuda' for leaf in leaves):
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        args, kwargs = tree_map(self._fake, (args, kwargs))
+        result = function(*args, **kwargs)
+        home = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.device.type == 'cpu']
+        assert not home, f'{function} waits for the device'
+        return result
+
+
+def apply(self, function, recurse=True):
+    """What `nn.Module._apply` does, which cannot put a fake tensor in the place of a real one."""
+    for child in self.children():
+        child._apply(function)
+    for name, parameter in self._parameters.items():
+        if parameter is not None:
+            self._parameters[name] = nn.Parameter(function(parameter.detach()), parameter.requires_grad)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = function(buffer)
+    return self
+
+
+def fused_sgd(*tensors, **options):
+    """In place of the one kernel that takes no fake tensors."""
+    assert all(tensor.device == CUDA for tensor in tree_leaves((tensors, options)) if isinstance(tensor, torch.Tensor))
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """As if there were a GPU, in the test."""
+    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: True)
+    monkeypatch.setattr(runs, 'join_processes', lambda name: CUDA)
+    monkeypatch.setattr(runs, 'tune_device', lambda device: None)
+    monkeypatch.setattr(nn.Module, '_apply', apply)
+    host_generator = torch.Generator
+    monkeypatch.setattr(torch, 'Generator', lambda device=None: host_generator())  # timm's average makes one of its own
+    monkeypatch.setattr(torch, '_fused_sgd_', fused_sgd)
+    monkeypatch.setattr(FakeTensorMode, '__deepcopy__', lambda self, memo: self, raising=False)  # by its tensors
+    with FakeTensorMode() as mode, FakeCuda(mode):
+        yield
+
+
+@pytest.mark.parametrize('options', [
+    ['--amp', '--channels-last', '--model-ema', '--aa', 'cifar10', '--cutout', '2', '--clip-grad', '1'],
+    ['--amp', '--amp-dtype', 'bfloat16', '--no-aug', '--vflip', '0.5'],
+    ['--opt', 'adamw', '--detach-teacher'],
+    ['--method', 'ldam_drw', '--crt-epochs', '1'],
+], ids=['float16', 'bfloat16', 'float32', 'margins'])
+def test_both_stages(tiny_run, fake_cuda, monkeypatch, options):
+    args = parse_train_args([*TINY, '--device', 'cuda', *options])
+    if args.model_ema:
+        args.kd_model_name = f'local-dir:{tiny_run}/model'
+    stages = plan_stages(args)
+    checkpoint = load_checkpoint(tiny_run / 'stage_one' / 'last.pth.tar')
+    run = runs.prepare(args, stages)
+    load_weights(run.model, checkpoint['state_dict'], '')
+    for stage in stages:
+        task = runs.create_task(run, stage)
+        optimizer = runs.create_optimizer(args, stage.lr, run.model)
+        if stage.number == 1 and args.opt == 'momentum':
+            optimizer.load_state_dict(checkpoint['optimizer'])
+
+        def backward(loss, task=task, **kwargs):
+            assert loss.device == CUDA and loss.dtype == torch.float32 and loss.requires_grad
+            for parameter in task.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+        monkeypatch.setattr(torch.Tensor, 'backward', backward)
+        scaler, config = runs.create_loss_scaler(run), runs.loop_config(run)
+        assert (scaler is not None) == (run.autocast == torch.float16)
+        task.train()
+        run.train_loader.sampler.set_epoch(3, 0, 2)
+        steps = 0
+        for images, target in run.train_loader:
+            assert images.device == target.device == CUDA
+            result = engine.train_step(task, images, target, optimizer, config, scaler)
+            assert all(value.device == CUDA for value in result.values())
+            steps += 1
+        assert steps == 2
+    assert all(parameter.device == CUDA for parameter in run.model.parameters())
+
+
+def test_evaluation(fake_cuda, monkeypatch):
+    args = parse_train_args([*TINY, '--device', 'cuda'])
+    sums = []
+    monkeypatch.setattr(ExpertEvaluator, 'compute', lambda self, distributed: sums.append(self) or {})
+    run = runs.prepare(args, plan_stages(args))
+    evaluate(
+        run.model, run.test_loader, run.data.shot_counts, CUDA, subsets=[(0,), (0, 1)], flip=True, per_class=True)
+    assert sums[0].top1.device == sums[0].loss_sum.device == CUDA and sums[0].top1.shape == (10, 6)
+
+
+def test_what_is_refused(fake_cuda):
+    images = torch.ones(2, device=CUDA)
+    for mistake in (images.cpu, partial(torch.add, images, torch.ones(2)), images.sum().item, images.tolist):
+        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
+            mistake()
