@@ -236,7 +236,9 @@ TRAINING_DATA = Group(
     Option('batch_size', int, 128, 'images a training batch of each process', low=1, flags=('-b',)),
     Option(
         'grad_accum_steps', int, 1, 'batches of an update, whose gradients are added up', low=1, card='changed'),
-    Option('validation_batch_size', int, 256, 'images an evaluation batch', low=1, flags=('-vb',), card='never'),
+    Option(
+        'validation_batch_size', int, None, 'images an evaluation batch, as many as a training batch by default',
+        low=1, flags=('-vb',), may_change=True, card='never'),
     Option(
         'device_data', bool, None, 'keep the data on the device and augment it there in large batches rather than in '
         'worker processes; by default where the data set (*_lt, torch/cifar*) and the augmentation allow it',
@@ -250,6 +252,10 @@ MODEL = Group(
     Option(
         'pretrained_backbone', str, None, "start trunk and experts from timm's weights: its default ones, those of a "
         'tag, or a file', 'TAG|FILE', const='default'),
+    Option(
+        'initial_checkpoint', str, None, 'start from a SHIKE model of any classes: a run folder, a checkpoint, '
+        'local-dir:RUN/model or hf-hub:USER/NAME; classifiers of other classes are left out', 'FILE|NAME'),
+    Option('pretrained', bool, False, "start from the model's published weights, likewise"),
     Option('freeze_trunk', bool, False, 'keep the shared stages as they are, BatchNorm in eval mode'),
     Option('num_classes', int, None, 'classes, those of the data by default', low=1, card='changed'),
     Option('num_experts', int, None, 'experts'),
@@ -362,10 +368,10 @@ RUN = Group(
     Option('channels_last', bool, False, 'channels_last memory layout', card='never'),
     Option(
         'torchcompile', str, None, 'compile the forward and backward of stage one, with inductor or the named backend',
-        'BACKEND', const='inductor', card='never'),
+        'BACKEND', const='inductor', may_change=True, card='never'),
     Option(
         'torchcompile_mode', str, None, 'mode of torch.compile: reduce-overhead (CUDA graphs), max-autotune, ...',
-        'MODE', card='never'),
+        'MODE', may_change=True, card='never'),
     Option('sync_bn', bool, False, 'BatchNorm over the batches of all processes together', card='changed'),
     Option(
         'dist_bn', str, 'reduce', 'statistics of BatchNorm after an epoch of several processes: their mean, or those '
@@ -501,7 +507,6 @@ def defaults(groups: Sequence[Group]) -> Dict[str, Any]:
 def complete(
         groups: Sequence[Group],
         given: Dict[str, Any],
-        hparams: Optional[str] = None,
         saved: Optional[Dict[str, Any]] = None,
 ) -> argparse.Namespace:
     """Values of all options: what is given, over the hparams file, over what was saved, over the defaults.
@@ -509,7 +514,6 @@ def complete(
     Args:
         groups: The options.
         given: Checked values of the command line or from Python.
-        hparams: The hparams file where none is given.
         saved: Checked values of an earlier run.
 
     Raises:
@@ -517,7 +521,7 @@ def complete(
     """
     args = argparse.Namespace(**{**defaults(groups), **(saved or {})})
     in_files = [group for group in groups if group is not HPARAMS]
-    hparams = given.get('hparams') or hparams
+    hparams = given.get('hparams')
     for path, values in read_hparams(hparams).items() if hparams else ():
         vars(args).update(check_values(in_files, values, f"hparams file '{path}'"))
     vars(args).update(given)

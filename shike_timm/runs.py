@@ -35,7 +35,7 @@ from .devices import tune_device
 from .distributed import join_processes, local_primary_first, on_primary, rank, world_size
 from .engine import Done, Interrupted, LoopConfig, StopFlag, eval_model, fit, seed_all, stop_signals
 from .errors import DamagedError, InputError
-from .loading import load_teacher
+from .loading import Start, load_start, load_teacher, start_from
 from .methods import STAGES, Stage, plan_stages
 from .metrics import evaluate, format_table
 from .models import Shike
@@ -76,6 +76,7 @@ def prepare(
         fresh: bool = True,
         class_names: Optional[Sequence[str]] = None,
         run_folder: Optional[Path] = None,
+        start: Optional[Start] = None,
 ) -> Run:
     """Make and check what the stages of a run share; nothing is written.
 
@@ -85,6 +86,7 @@ def prepare(
         fresh: Whether the model begins here; otherwise a checkpoint brings its weights.
         class_names: Classes in label order of the checkpoint.
         run_folder: Run of the checkpoint.
+        start: Weights to begin with.
 
     Raises:
         InputError: If anything given cannot work.
@@ -98,6 +100,8 @@ def prepare(
     args.holdout = data.holdout
     seed_all(args.seed, 1, -1)
     model = create_model(args, data.num_classes, fresh).to(device)
+    if start is not None:
+        start_from(model, start, data.class_names)
     if args.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):
         raise InputError('--batch-size 1 leaves BatchNorm nothing to average over: choose a larger one.')
     if args.sync_bn and world_size() > 1:
@@ -127,7 +131,7 @@ def prepare(
         data.train, data_config, args.batch_size, device, augmentation, args.workers, mixup, args.device_data,
         args.grad_accum_steps)
     test_loader = create_eval_loader(
-        data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
+        data.test, data_config, args.validation_batch_size or args.batch_size, device, args.workers, args.device_data)
     teacher = None
     if args.kd_model_name and args.distill_loss_weight and stages[0].number == 1:
         held_out = bool(args.holdout or args.val_per_class)
@@ -358,9 +362,10 @@ def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
     before = vars(checkpoint['args'])
     option = changed_option(args, before)
     if option is not None:
+        another = f', or begin another run from its weights with --initial-checkpoint {run_folder(args)}'
         raise InputError(
             f"{option.flag} {getattr(args, option.name)} differs from the resumed run's "
-            f'{before.get(option.name, option.default)}: leave it out.')
+            f"{before.get(option.name, option.default)}: leave it out{another if option.name == 'epochs' else ''}.")
     if before.get('world_size', 1) != world_size():
         raise InputError(
             f"'{path}' is of a run of {before.get('world_size', 1)} processes, and these are {world_size()}: start as "
@@ -410,7 +415,10 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     if args.pretrained_backbone and args.fusion_type is None and checkpoint is None:
         args.fusion_type = 'residual'
     saved = saved_args(checkpoint or {})
-    run = prepare(args, stages, checkpoint is None, saved.get('class_names'), folder)
+    start = load_start(args) if checkpoint is None else None
+    if start is not None:
+        vars(args).update({key: value for key, value in start.data_args.items() if getattr(args, key) is None})
+    run = prepare(args, stages, checkpoint is None, saved.get('class_names'), folder, start)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path or '')
         _tell_of_changes(run.data, saved.get('class_counts'))
@@ -435,6 +443,8 @@ def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
 def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     """Run stage two alone, on the trunk and experts of stage one, into a run folder of its own.
 
+    Classes are those of stage one, unless `num_classes` says that there are others.
+
     Args:
         args: Those that `shike_timm.commands.retrain_classifier.parse_retrain_args` gives.
         checkpoint: What `load_stage_one` gives.
@@ -452,10 +462,11 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
     stage = plan_stages(args, retraining=True)[-1]
     args.crt_epochs = stage.epochs
     saved = saved_args(checkpoint)
+    same = args.num_classes == saved.get('num_classes')
     held_out = f'holdout {args.holdout:g}' if args.holdout else ''
     if args.val_per_class:
         held_out = f'val-per-class {args.val_per_class}'
-    for key in ('holdout', 'val_per_class', 'dataset', 'imb_factor', 'imb_type') if held_out else ():
+    for key in ('holdout', 'val_per_class', 'dataset', 'imb_factor', 'imb_type') if held_out and same else ():
         if getattr(args, key) != saved.get(key, 0):
             raise InputError(
                 f"--{held_out} would evaluate on images that stage one was trained on, since its "
@@ -464,6 +475,11 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
     stage_one = Path(args.checkpoint)
     run_of_it = stage_one if stage_one.is_dir() else stage_one.absolute().parents[1]
-    run = prepare(args, [stage], False, saved.get('class_names'), run_of_it)
-    load_weights(run.model, weights, args.checkpoint)
+    run = prepare(args, [stage], False, saved.get('class_names') if same else None, run_of_it if same else None)
+    if same:
+        load_weights(run.model, weights, args.checkpoint)
+    elif set(run.data.class_names) == set(saved.get('class_names') or ()):
+        raise InputError(f'--num-classes {args.num_classes} is for other classes than those of stage one: leave it out.')
+    else:
+        start_from(run.model, Start(args.checkpoint, weights, saved.get('class_names')), run.data.class_names)
     return _run_stages(run, [stage])

@@ -312,7 +312,9 @@ def match_classes(data: ImageSet, names: Sequence[str], what: str, all_of_them: 
             (lacking[0], 'training', f'the {len(own)} of {what}'))
         raise InputError(
             f"Class '{stray}' of {where} is not among {others}: remove it, add training images of it, or name the "
-            'classes in the order of training with --class-map.')
+            'classes in the order of training with --class-map'
+            + (f'; for other classes begin with train.py --initial-checkpoint, or say retrain_classifier.py '
+               f'--num-classes {len(own)}.' if all_of_them else '.'))
     if own == list(label):
         return data
     labels = np.array([label[name] for name in own])
