@@ -479,7 +479,7 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
     if same:
         load_weights(run.model, weights, args.checkpoint)
     elif set(run.data.class_names) == set(saved.get('class_names') or ()):
-        raise InputError(f'--num-classes {args.num_classes} is for other classes than those of stage one: leave it out.')
+        raise InputError(f'--num-classes {args.num_classes} is for other classes than stage one had: leave it out.')
     else:
         start_from(run.model, Start(args.checkpoint, weights, saved.get('class_names')), run.data.class_names)
     return _run_stages(run, [stage])

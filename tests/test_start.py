@@ -59,8 +59,8 @@ def test_classifiers_go_by_names(tiny_run, caplog):
 
 def test_a_run_from_a_model_of_other_classes(tiny_run, image_folder, tmp_path, caplog, run_script):
     options = [
-        *SMALL, '--data-dir', str(image_folder), '--batch-size', '8', '--lr', '0', '--device', 'cpu', '--output', str(tmp_path),
-        '--experiment', 'fine', '--initial-checkpoint', f'local-dir:{tiny_run}/model']
+        *SMALL, '--data-dir', str(image_folder), '--batch-size', '8', '--lr', '0', '--device', 'cpu', '--output',
+        str(tmp_path), '--experiment', 'fine', '--initial-checkpoint', f'local-dir:{tiny_run}/model']
     train(parse_train_args(options))
     assert 'classifiers of' in caplog.text and 'are left out' in caplog.text
     tuned = load_checkpoint(tmp_path / 'fine' / 'stage_one' / 'last.pth.tar')
@@ -77,8 +77,8 @@ def test_a_run_from_a_model_of_other_classes(tiny_run, image_folder, tmp_path, c
 
 def test_classifiers_retrained_for_other_classes(tiny_run, image_folder, tmp_path, run_script):
     argv = [
-        '--checkpoint', tiny_run, '--dataset', '', '--data-dir', image_folder, '--batch-size', '8', '--output', tmp_path,
-        '--crt-epochs', '1']
+        '--checkpoint', tiny_run, '--dataset', '', '--data-dir', image_folder, '--batch-size', '8', '--output',
+        tmp_path, '--crt-epochs', '1']
     status, _, error = run_script('retrain_classifier.py', *argv)
     assert status == 2 and "Class 'ant'" in error and '--num-classes 3' in error
     status, _, error = run_script('retrain_classifier.py', *argv, '--num-classes', '3', '--experiment', 'other')

@@ -20,8 +20,8 @@ def run_script(main: Callable[[], Any]) -> int:
     """Run a script's work and give its exit status.
 
     Returns:
-        0 when done, 1 when training stopped being finite, memory ran out or the system failed, 2 for bad input, 128 plus the signal
-        when stopped by one.
+        0 when done, 1 when training stopped being finite, memory ran out or the system failed, 2 for bad input, 128
+        plus the signal when stopped by one.
     """
     setup_default_logging()
     for name in ('timm', 'httpx', 'httpx2'):  # the last two tell of every request to the Hub
@@ -40,8 +40,8 @@ def run_script(main: Callable[[], Any]) -> int:
         return 1
     except torch.OutOfMemoryError:
         print(
-            f'{name}: error: The memory of the device is too small for this: choose a smaller --batch-size, in training '
-            'with as many --grad-accum-steps more, --amp or --grad-checkpointing.', file=sys.stderr)
+            f'{name}: error: The memory of the device is too small: choose a smaller --batch-size, in training with as '
+            'many --grad-accum-steps more, --amp or --grad-checkpointing.', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
