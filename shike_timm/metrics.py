@@ -222,6 +222,8 @@ def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
         for m, expert in enumerate(result['experts']):
             rows.append((f'{stage} expert {m}'.strip(), *(expert.get(key) for key in METRICS)))
         rows.append((f'{stage} ensemble'.strip(), *(result.get(key) for key in METRICS)))
+        if 'plain' in result:
+            rows.append((f'{stage} not averaged', *(result['plain'].get(key) for key in METRICS)))
     return _format_rows(rows)
 
 

@@ -280,6 +280,7 @@ METHOD = Group(
     Option('focal_gamma', float, 2., 'exponent of focal', 'G', low=0, card='changed'),
     Option('alpha', float, 0.1, 'weight of dynamic knowledge transfer'),
     Option('beta', float, 0.01, 'weight of mutual distillation'),
+    Option('smoothing', float, 0., 'label smoothing', 'S', low=0, below=1, card='changed'),
     Option(
         'trunk_grad', str, 'sum', 'gradient of the shared stages: the sum of what experts send, or their mean',
         choices=['sum', 'mean'], card='changed'),
@@ -343,6 +344,10 @@ AUGMENTATION = Group(
     Option('vflip', float, 0., 'vertical flip probability', 'P'),
     Option('color_jitter', float, 0.4, 'colour jitter, off with --aa'),
     Option('force_color_jitter', bool, False, 'colour jitter before --aa too', card='changed'),
+    Option(
+        'color_jitter_prob', float, None, 'probability of colour jitter, always by default', 'P', low=0, card='changed'),
+    Option('grayscale_prob', float, 0., 'probability of taking the colours out', 'P', low=0, card='changed'),
+    Option('gaussian_blur_prob', float, 0., 'probability of blur', 'P', low=0, card='changed'),
     Option('aa', str, None, "cifar10 (torchvision's AutoAugment policy), or timm's: original, rand-m9-mstd0.5"),
     Option('cutout', int, 0, 'side of a square to blacken', low=0),
     Option('reprob', float, 0., 'random erasing probability', 'P'),
@@ -352,6 +357,9 @@ AUGMENTATION = Group(
     Option('cutmix', float, 0., 'CutMix alpha; needs --alpha 0', 'A'),
     Option('mixup_prob', float, 1., 'probability of Mixup or CutMix', 'P', card='changed'),
     Option('mixup_switch_prob', float, 0.5, 'probability of CutMix where both are on', 'P', card='changed'),
+    Option(
+        'mixup_off_epoch', int, 0, 'epoch from which on nothing is mixed, counted on into stage two; 0 for never', 'N',
+        low=0, card='changed'),
     Option('mixup_mode', str, 'batch', 'how to mix', choices=('batch', 'pair', 'elem'), card='changed'),
     Option(
         'train_interpolation', str, 'random', 'interpolation in training', choices=('random', 'bilinear', 'bicubic'),
@@ -377,7 +385,8 @@ RUN = Group(
         'dist_bn', str, 'reduce', 'statistics of BatchNorm after an epoch of several processes: their mean, or those '
         'of the first', choices=('reduce', 'broadcast'), card='never'),
     Option('model_ema', bool, False, 'keep and evaluate an average of the weights'),
-    Option('model_ema_decay', float, 0.9998, 'decay of the average', 'D', card='changed'),
+    Option('model_ema_decay', float, 0.9998, 'decay of the average, which it rises to', 'D', card='changed'),
+    Option('model_ema_warmup', bool, True, 'begin with a small decay, as short runs need; on by default', card='changed'),
     Option(
         'log_interval', int, None, 'steps between log lines within an epoch; by default there is one line an epoch, '
         'and on a terminal a bar', low=1, may_change=True, card='never'),
@@ -391,6 +400,10 @@ RUN = Group(
         'plot_curves', bool, False, 'draw the learning curves at the end, as curves.png in the run folder',
         may_change=True, card='never'),
     Option('val_interval', int, 1, 'epochs between evaluations', low=1, may_change=True, card='never'),
+    Option(
+        'eval_metric', str, None, 'also keep the checkpoint with the best of this metric, as model_best.pth.tar of its '
+        'stage; note that the evaluation set then chooses',
+        choices=('loss', 'top1', 'top5', 'balanced', 'many', 'medium', 'few', 'ece'), may_change=True, card='never'),
     Option('checkpoint_hist', int, 2, 'checkpoints kept of each stage', low=1, may_change=True, card='never'),
     Option(
         'recovery_interval', int, None, 'updates after which the middle of an epoch is saved, to go on from there',

@@ -118,6 +118,9 @@ def prepare(
         hflip=args.hflip,
         vflip=args.vflip,
         color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
         force_color_jitter=args.force_color_jitter,
         auto_augment=args.aa,
         cutout=args.cutout,
@@ -148,7 +151,7 @@ def create_task(run: Run, stage: Stage) -> ExpertTask:
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
     if args.model_ema:
-        task.setup_ema(decay=args.model_ema_decay)
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     return task
 
 
@@ -179,6 +182,8 @@ def loop_config(run: Run) -> LoopConfig:
         grad_accum_steps=args.grad_accum_steps,
         recovery_interval=args.recovery_interval,
         dist_bn=args.dist_bn,
+        mixup_off_epoch=args.mixup_off_epoch if args.mixup or args.cutmix else 0,
+        eval_metric=args.eval_metric,
     )
 
 
@@ -256,6 +261,7 @@ def _run_stage(
         amp_scaler=loss_scaler,
         task=task,
         max_history=args.checkpoint_hist,
+        decreasing=args.eval_metric in ('loss', 'ece'),
     )
     if checkpoint is None:
         on_primary(saver.save_last, -1)
@@ -279,6 +285,9 @@ def _run_stage(
     )
     if args.model_ema:
         model.load_state_dict(eval_model(task, ema=True).state_dict())
+        _logger.info(
+            f"The averaged weights of {stage.name} are kept, with top1 {metrics['top1']}; the plain ones have "
+            f"{metrics['plain']['top1']}.")
     return metrics
 
 
