@@ -345,7 +345,7 @@ AUGMENTATION = Group(
     Option('color_jitter', float, 0.4, 'colour jitter, off with --aa'),
     Option('force_color_jitter', bool, False, 'colour jitter before --aa too', card='changed'),
     Option(
-        'color_jitter_prob', float, None, 'probability of colour jitter, always by default', 'P', low=0, card='changed'),
+        'color_jitter_prob', float, None, 'probability of colour jitter, 1 by default', 'P', low=0, card='changed'),
     Option('grayscale_prob', float, 0., 'probability of taking the colours out', 'P', low=0, card='changed'),
     Option('gaussian_blur_prob', float, 0., 'probability of blur', 'P', low=0, card='changed'),
     Option('aa', str, None, "cifar10 (torchvision's AutoAugment policy), or timm's: original, rand-m9-mstd0.5"),
@@ -386,7 +386,7 @@ RUN = Group(
         'of the first', choices=('reduce', 'broadcast'), card='never'),
     Option('model_ema', bool, False, 'keep and evaluate an average of the weights'),
     Option('model_ema_decay', float, 0.9998, 'decay of the average, which it rises to', 'D', card='changed'),
-    Option('model_ema_warmup', bool, True, 'begin with a small decay, as short runs need; on by default', card='changed'),
+    Option('model_ema_warmup', bool, True, 'begin with a small decay, on by default', card='changed'),
     Option(
         'log_interval', int, None, 'steps between log lines within an epoch; by default there is one line an epoch, '
         'and on a terminal a bar', low=1, may_change=True, card='never'),
