@@ -37,7 +37,7 @@ from .engine import Done, Interrupted, LoopConfig, StopFlag, eval_model, fit, se
 from .errors import DamagedError, InputError
 from .loading import Start, load_start, load_teacher, start_from
 from .methods import STAGES, Stage, plan_stages
-from .metrics import evaluate, format_table
+from .metrics import balanced_over, evaluate, format_table
 from .models import Shike
 from .options import changed_option, run_folder
 from .tasks import ExpertTask
@@ -325,6 +325,7 @@ def _run_stages(
         on_primary(write_curves, folder)
     if rank() == 0:
         print(format_table(metrics))
+        _logger.info(balanced_over(metrics[stages[-1].name], run.data.num_classes))
     _logger.info(f'Run folder: {folder}')
     return metrics
 

@@ -633,3 +633,74 @@ def test_a_teacher_of_another_order_is_heard_right(make, tmp_path):
     assert torch.equal(other, own[:, [1, 2, 0]]) and not torch.equal(other, own)
     trained = load_trained_model(f'local-dir:{tmp_path}/0')
     assert trained.data_args == dict(exif=True, pixel_range=[0, 9])
+
+
+def write_every_defect(root):
+    """A folder with one defect of each kind; gives what each is called where it is told of."""
+    rng = np.random.default_rng(0)
+
+    def picture(mode='RGB'):
+        return Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).convert(mode)
+
+    counts = {'ant': 6, 'naïve, "b"': 5, 'one': 1, 'market/indoor': 4, 'market/outdoor': 4, 'church/outdoor': 4}
+    for folder, count in {**counts, '.ipynb_checkpoints': 2, '__MACOSX/ant': 1}.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            picture().save(root / folder / f'{i}.png')
+    (root / 'dog').mkdir()
+    ant = root / 'ant'
+    picture().save(root / 'loose.png')
+    for path in ('._0.png', 'Thumbs.db', '.DS_Store', 'notes.txt', 'clip.mp4'):
+        (ant / path).write_bytes(b'x')
+    for mode, name in (('CMYK', 'ink.JPG'), ('L', 'grey.png'), ('LA', 'clear.png'), ('RGBA', 'glass.webp')):
+        picture(mode).save(ant / name)
+    picture().convert('P').save(ant / 'palette.png', transparency=0)
+    Image.fromarray(rng.integers(0, 65536, (9, 12)).astype(np.uint16)).save(ant / 'deep.png')
+    Image.fromarray(rng.integers(0, 2 ** 31, (9, 12)).astype(np.int32)).save(ant / 'deeper.tif')
+    Image.fromarray(rng.random((9, 12), dtype=np.float32)).save(ant / 'float.tif')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture().save(ant / 'turned.jpg', exif=exif)
+    for name in ('other.bmp', 'other.gif'):
+        picture().save(ant / name)
+    readable = 6 + 11
+    whole = (ant / '0.png').read_bytes()
+    (ant / 'cut.png').write_bytes(whole[:len(whole) // 2])
+    (ant / 'empty.jpg').write_bytes(b'')
+    (ant / 'page.jpg').write_text('<html>')
+    (ant / 'gone.png').symlink_to('nowhere')
+    Image.new('1', (14000, 14000)).save(ant / 'bomb.png')
+    shutil.copy(ant / '1.png', root / 'naïve, "b"' / 'copy.png')
+    shutil.copy(ant / '2.png', ant / 'again.png')
+    return readable + 1
+
+
+def test_a_folder_of_all_defects_trains_and_each_is_named(run_script, tmp_path):
+    root, out = tmp_path / 'data', tmp_path / 'out'
+    ants = write_every_defect(root)
+    argv = [*RUN, '--data-dir', root, '--output', out]
+    status, _, error = run_script('train.py', *argv)
+    assert status == 2 and '--class-depth 1 or --class-depth 2' in error and not out.exists()
+    status, _, error = run_script('train.py', *argv, '--class-depth', '2', '--exif')
+    assert status == 0, error
+    config = metrics(out / 'run' / 'model' / 'config.json')
+    assert dict(zip(config['label_names'], config['shot_counts'])) == {
+        'ant': ants, 'naïve, "b"': 6, 'one': 1, 'market/indoor': 4, 'market/outdoor': 4, 'church/outdoor': 4}
+    assert 'balanced is the mean over 5 of 6 classes' in error
+    assert metrics(out / 'run' / 'metrics.json')['stage_two']['balanced_classes'] == 5
+    line = next(line for line in error.splitlines() if line.startswith('Data: '))
+    for words in (
+            "of 6 classes, from", "to 1 of 'one'", '1 image beside the class folders (loose.png)',
+            '1 folder without images (dog)', '2 files of other types (.mp4, .txt)', '5 hidden names', '5 unreadable (',
+            '1 class has no image held out', '0.2 of each class of the training set, held out by name'):
+        assert line.count(words) == 1, (words, line)
+    for name, why in (
+            ('cut.png', 'truncated'), ('empty.jpg', 'cannot identify'), ('page.jpg', 'cannot identify'),
+            ('gone.png', 'No such file'), ('bomb.png', 'decompression bomb')):
+        assert error.count(f"'ant/{name}' cannot be read and is left out") == 1 and why in error, error
+    status, text, _ = run_script('describe.py', '--data-dir', root, '--class-depth', '2', '--workers', '0', '--json')
+    told = json.loads(text)
+    assert status == 0 and len(told['train']['unreadable']) == 5 and told['train']['classes'] == 6
+    assert {'CMYK', 'P', 'LA', 'L', 'F'} < set(told['train']['modes'])
+    assert [len(told['duplicates'][kind]) for kind in ('within_class', 'across_classes')] == [1, 1]
+    assert len(told['train']['left_out']) == 4
