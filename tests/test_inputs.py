@@ -447,19 +447,57 @@ def test_web_data_sets(make, tmp_path):
                     tar.addfile(member, io.BytesIO(content))
     stats = tmp_path / 'stats.json'
     stats.write_text(json.dumps(dict(pos_counts=[9, 3, 5], num_samples=17, class_names=names)))
-    options = dict(val_split='val-0.tar|17', class_stats=str(stats))
+
+    def stream(split):  # what is no file here is read as it comes
+        return dict(root='', train_split=f'pipe:cat {tmp_path}/train-0.tar', val_split=f'pipe:cat {tmp_path}/{split}')
+
     data = load_training_data(
-        'wds/x', str(tmp_path), train_split='train-0.tar', train_num_samples=17, batch_size=4, in_chans=1, **options)
+        'wds/x', train_num_samples=17, batch_size=4, in_chans=1, class_stats=str(stats), **stream('val-0.tar|17'))
     assert data.class_counts == [9, 3, 5] and data.class_names == names
     image, target = next(iter(data.test.dataset))
     assert image.mode == 'L' and target == 2
-    alone = create_eval_dataset('wds/x', str(tmp_path), options.pop('val_split'), class_names=sorted(names), **options)
+    split = f'pipe:cat {tmp_path}/val-0.tar|17'
+    alone = create_eval_dataset('wds/x', '', split, class_names=sorted(names), class_stats=str(stats))
     assert [target for _, target in alone.dataset] == [0] * 5 + [1] * 3 + [2] * 9
     (tmp_path / 'map.txt').write_text('W\nF\nB\n')
-    named = create_eval_dataset('wds/x', str(tmp_path), 'val-0.tar|17', class_map=str(tmp_path / 'map.txt'))
+    named = create_eval_dataset('wds/x', '', split, class_map=str(tmp_path / 'map.txt'))
     assert named.class_names == ['W', 'F', 'B'] and next(iter(named.dataset))[1] == 2
     with pytest.raises(InputError, match='is a stream'):
-        load_training_data('wds/x', str(tmp_path), train_split='train-0.tar|17', holdout=0.1, **options)
+        load_training_data('wds/x', train_num_samples=17, holdout=0.1, class_stats=str(stats), **stream('val-0.tar|17'))
+
+
+def test_shards_that_are_files_are_as_good_as_a_folder(make, tmp_path, caplog):
+    pytest.importorskip('webdataset')
+    root = make({'wolf': 9, 'bear': 5, 'fox': 3})
+    plain = load(root)
+    names = plain.class_names
+    for shard in range(2):
+        with tarfile.open(tmp_path / f'part-{shard}.tar', 'w') as tar:
+            for path in sorted(root.glob('*/*.png'))[shard::2]:
+                key, label = path.relative_to(root).with_suffix(''), path.parent.name
+                fields = json.dumps(dict(kind=label)).encode()
+                number = b'%d' % names.index(label)
+                for suffix, content in (
+                        ('png', path.read_bytes()), ('cls', number), ('json', fields), ('txt', b'x')):
+                    member = tarfile.TarInfo(f'{key}.{suffix}')
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    stats = tmp_path / 'stats.json'
+    stats.write_text(json.dumps(dict(pos_counts=plain.shot_counts, num_samples=17, class_names=names)))
+    shards = dict(train_split='part-{0..1}.tar', holdout=0.2)
+    for options in (dict(class_stats=str(stats)), dict(target_key='kind')):
+        data = load_training_data('wds/x', str(tmp_path), **shards, **options)
+        assert data.class_names == names and names_of(data.test) == names_of(plain.test)
+        assert 'class-stats' not in caplog.text
+        assert names_of(data.train) == names_of(plain.train)
+        assert all(np.array_equal(data.train.dataset[i][0], plain.train.dataset[i][0]) for i in range(13))
+    bare = load_training_data('wds/x', str(tmp_path), **shards)
+    assert bare.class_names == ['0', '1', '2'] and bare.class_counts == data.class_counts
+    stats.write_text(json.dumps(dict(pos_counts=[1, 2, 3], num_samples=6)))
+    assert load_training_data('wds/x', str(tmp_path), **shards, class_stats=str(stats)).shot_counts == [1, 2, 3]
+    assert 'counts 6 images, but' in caplog.text
+    with pytest.raises(InputError, match='hold no images'):
+        load_training_data('wds/x', str(tmp_path), **shards, input_key='jpg')
 
 
 def test_torchvision_sets_of_one_channel(tmp_path):

@@ -138,8 +138,8 @@ def test_lengths_of_streams(tmp_path):
                 tar.addfile(member, io.BytesIO(data))
     (tmp_path / 'stats.json').write_text(json.dumps(dict(pos_counts=[4, 4], num_samples=8)))
     data = load_training_data(
-        'wds/x', str(tmp_path), train_split='x-0.tar', val_split='x-0.tar', train_num_samples=8, val_num_samples=6,
-        class_stats=str(tmp_path / 'stats.json'))
+        'wds/x', '', train_split=f'pipe:cat {tmp_path}/x-0.tar', val_split=f'pipe:cat {tmp_path}/x-0.tar',
+        train_num_samples=8, val_num_samples=6, class_stats=str(tmp_path / 'stats.json'))
     assert (len(data.train.dataset), len(data.test.dataset)) == (8, 6)
 
 
