@@ -57,6 +57,21 @@ def evaluate(**options: Any) -> Dict[str, Any]:
     return evaluate_model(complete(OPTIONS, check_values(OPTIONS, options, 'evaluate()')))
 
 
+def describe(**options: Any) -> Dict[str, Any]:
+    """Tell what a data set holds as `describe.py` does, with its options as keyword arguments.
+
+    Returns:
+        What `shike_timm.commands.describe.describe_data` gives and `--json` prints.
+
+    Raises:
+        ValueError: If an option is unknown or cannot work.
+    """
+    from shike_timm.options import check_values, complete
+
+    from .commands.describe import OPTIONS, describe_data
+    return describe_data(complete(OPTIONS, check_values(OPTIONS, options, 'describe()')))
+
+
 def predict(inputs: Any, **options: Any) -> Iterator[Dict[str, Any]]:
     """Predict the classes of image files as `predict.py` does, with its options as keyword arguments.
 

@@ -120,7 +120,7 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
         raise InputError(
             f"--backbone '{args.backbone}' goes with --model shike, not with '{args.model}': change one of them."
             if args.backbone else '--model shike needs --backbone, the name of a network of timm: add it.')
-    if args.freeze_trunk and not args.pretrained_backbone:
+    if args.freeze_trunk and not (args.pretrained_backbone or args.initial_checkpoint or args.pretrained):
         raise InputError('--freeze-trunk would keep random shared stages: add --pretrained-backbone.')
     source = True if args.pretrained_backbone == 'default' else args.pretrained_backbone
     try:
@@ -143,10 +143,10 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
             model.set_preprocessing(source)  # of the weights that those of the checkpoint came from
     except (ValueError, RuntimeError, OSError) as error:  # the Hub's are of the last kind
         raise InputError(f"model '{args.model}' cannot be made: {one_line(error)}.") from error
-    if fresh and '.' in args.model and model.pretrained_cfg.get('file'):
+    if fresh and '.' in args.model and model.pretrained_cfg.get('file') and not args.pretrained:
         raise InputError(
-            f"--model '{args.model}' names weights, from which training does not start: give "
-            f"'{get_arch_name(args.model)}'.")
+            f"--model '{args.model}' names weights, from which training starts with --pretrained alone: add it, or "
+            f"give '{get_arch_name(args.model)}'.")
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.freeze_trunk:
         model.freeze_trunk()

@@ -51,6 +51,16 @@ class StageSaver(CheckpointSaver):
     def state_dict(self, epoch: Optional[int] = None, metric: Optional[float] = None) -> Dict[str, Any]:
         return dict(super().state_dict(epoch, metric), done=self.done)
 
+    def save_epoch(self, epoch: int, value: Optional[float] = None) -> None:
+        """Save a whole epoch, as `model_best` too where its value of the metric is the best so far."""
+        best = value is not None and (self.best_metric is None or self.cmp(value, self.best_metric))
+        if best:
+            self.best_epoch, self.best_metric = epoch, value
+        self.save_checkpoint(epoch)
+        if best:
+            last, kept = (os.path.join(self.checkpoint_dir, name + self.extension) for name in ('last', 'model_best'))
+            self._duplicate(last, kept)
+
     def save_last(self, epoch: int, done: Optional[Dict[str, Any]] = None) -> None:
         """Save the state as `last` and as nothing else.
 

@@ -20,6 +20,7 @@ from timm.utils.summary import trim_summary
 from tqdm import tqdm
 
 from .checkpoints import StageSaver
+from .data import set_mixup
 from .distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
 from .methods import Stage
 from .metrics import METRICS
@@ -94,6 +95,8 @@ class LoopConfig:
         channels_last: Lay images out with channels last.
         grad_accum_steps: Batches of an update.
         recovery_interval: Updates after which the middle of an epoch is saved, None for never.
+        mixup_off_epoch: Epoch of the run from which on images are not mixed, 0 for none.
+        eval_metric: Metric whose best checkpoint is kept too, None for none.
         dist_bn: How processes come to equal statistics of BatchNorm, as in `equal_statistics`.
     """
 
@@ -107,6 +110,8 @@ class LoopConfig:
     grad_accum_steps: int = 1
     recovery_interval: Optional[int] = None
     dist_bn: str = 'reduce'
+    mixup_off_epoch: int = 0
+    eval_metric: Optional[str] = None
 
 
 @dataclass
@@ -142,6 +147,7 @@ def train_step(
         config: LoopConfig,
         loss_scaler: Optional[NativeScaler] = None,
         update: bool = True,
+        num_updates: Optional[int] = None,
 ) -> Dict[str, torch.Tensor]:
     """Train on one batch without waiting for the device, unless an optimizer that is not fused meets loss scaling.
 
@@ -153,6 +159,7 @@ def train_step(
         config: Settings.
         loss_scaler: Loss scaling, for float16.
         update: Whether this is the last batch of an update; the gradients of the others are only added up.
+        num_updates: Updates of the stage with this one, which the decay of the average depends on.
 
     Returns:
         What the task returns, `loss` among it.
@@ -176,7 +183,7 @@ def train_step(
                 dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
             optimizer.step()
         optimizer.zero_grad()
-        task.update_ema()
+        task.update_ema(num_updates)
     return result
 
 
@@ -217,7 +224,8 @@ def _train_part(
         if signum:
             raise Interrupted(signum)
         update = (step + 1) % config.grad_accum_steps == 0
-        result = train_step(task, images, target, optimizer, config, loss_scaler, update)
+        num_updates = (epoch * num_steps + step + 1) // config.grad_accum_steps
+        result = train_step(task, images, target, optimizer, config, loss_scaler, update, num_updates)
         finite = result['loss'].detach().isfinite()
         # Loss scaling leaves out the update of a loss that overflowed: only one that stays so is an end.
         first_bad_step = torch.where(
@@ -290,8 +298,7 @@ def _train_one_epoch(
         averages = [eval_model(task, ema=True)] if task.has_ema() else []
         equal_statistics(eval_model(task), *averages, mode=config.dist_bn)
         _check_weights(task, stage, epoch)
-        if end < num_steps:
-            on_primary(saver.save_last, epoch - 1, asdict(done))
+        on_primary(saver.save_last, epoch - 1, asdict(done))  # also before the evaluation, which may fail
     means = {key: round(value / done.num_images, 6) for key, value in done.sums.items()}
     return dict(means, seconds=round(done.seconds, 3)), status
 
@@ -308,6 +315,13 @@ def _check_weights(task: TrainingTask, stage: Stage, epoch: int) -> None:
     if not math.isfinite(float(torch.nn.utils.get_total_norm(tensors))):
         name = stage.name.replace('_', ' ')
         raise NonFiniteError(f'The weights are not finite after epoch {epoch} of {name}: try a lower --lr.')
+
+
+def _evaluate(task: TrainingTask, evaluate: Callable[[torch.nn.Module], Dict[str, Any]]) -> Dict[str, Any]:
+    """Metrics of the model, or of its moving average and under `plain` those of the weights as trained."""
+    if not task.has_ema():
+        return evaluate(eval_model(task))
+    return dict(evaluate(eval_model(task, ema=True)), plain=evaluate(eval_model(task)))
 
 
 def _columns(summary: Path) -> Set[str]:
@@ -375,12 +389,14 @@ def fit(
     for epoch in range(start_epoch, stage.epochs):
         task.progress = epoch / stage.epochs
         scheduler.step(epoch)
+        if config.mixup_off_epoch:
+            set_mixup(loader, stage.first_row + epoch < config.mixup_off_epoch)
         lr = max(group['lr'] for group in optimizer.param_groups)
         means, status = _train_one_epoch(
             task, loader, optimizer, stage, config, epoch, done, saver, loss_scaler, stop, vote, progress)
         done, metrics = Done(), None
         if epoch == stage.epochs - 1 or (epoch + 1) % config.val_interval == 0:
-            metrics = evaluate(eval_model(task, ema=task.has_ema()))
+            metrics = _evaluate(task, evaluate)
             status += '  Eval: ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS)
         left = (time.perf_counter() - start) / (epoch + 1 - start_epoch) * (stage.epochs - epoch - 1)
         name = stage.name.replace('_', ' ')
@@ -389,7 +405,7 @@ def fit(
         evaluated = {key: metrics[key] if metrics else None for key in METRICS}
         on_primary(update_summary, stage.first_row + epoch, trained, evaluated, str(summary), lr)
         on_primary(track, summary)
-        on_primary(saver.save_checkpoint, epoch)
+        on_primary(saver.save_epoch, epoch, metrics[config.eval_metric] if metrics and config.eval_metric else None)
     if metrics is None:
-        metrics = evaluate(eval_model(task, ema=task.has_ema()))
+        metrics = _evaluate(task, evaluate)
     return dict(metrics, seconds=round(_training_seconds(summary, stage.first_row), 1))

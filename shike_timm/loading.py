@@ -2,6 +2,7 @@
 import argparse
 import copy
 import json
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,11 @@ from .models.authors import is_authors_layout, num_classes_and_experts
 from .options import PREPROCESSING, TRAIN, defaults
 
 __all__ = [
-    'CONFIG', 'WEIGHTS', 'TrainedModel', 'find_model', 'is_registered', 'load_teacher', 'load_trained_model',
-    'set_target_prior', 'with_data_args',
+    'CONFIG', 'WEIGHTS', 'Start', 'TrainedModel', 'find_model', 'is_registered', 'load_start', 'load_teacher',
+    'load_trained_model', 'set_target_prior', 'start_from', 'with_data_args',
 ]
+
+_logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
@@ -203,6 +206,87 @@ def load_trained_model(
         except ValueError as error:
             raise InputError(f'--experts: {error}') from error
     return trained
+
+
+@dataclass
+class Start:
+    """Weights that training begins with.
+
+    Attributes:
+        name: Where they come from.
+        weights: State dict of a SHIKE model.
+        class_names: Its classes in label order, None where that is not known.
+        data_args: Preprocessing options that they expect.
+    """
+
+    name: str
+    weights: Dict[str, Tensor]
+    class_names: Optional[List[str]] = None
+    data_args: Dict[str, Any] = field(default_factory=dict)
+
+
+def load_start(args: argparse.Namespace) -> Optional[Start]:
+    """The weights that `--initial-checkpoint` or `--pretrained` names, None without them.
+
+    Raises:
+        InputError: If both are given, or the weights cannot be loaded.
+    """
+    name = args.initial_checkpoint or (args.model if args.pretrained else None)
+    given = [key for key in ('initial_checkpoint', 'pretrained', 'pretrained_backbone') if getattr(args, key)]
+    if len(given) > 1:
+        flags = ' and '.join(f"--{key.replace('_', '-')}" for key in given)
+        raise InputError(f'{flags} both bring weights to start from: drop one of them.')
+    if name is None:
+        return None
+    path = Path(name)
+    if path.name == WEIGHTS and path.with_name(CONFIG).is_file():
+        name = str(path.parent)
+    elif path.is_file():
+        checkpoint = load_checkpoint(path)
+        weights = model_weights(checkpoint, path)
+        if not hasattr(checkpoint.get('args'), 'class_counts') and not is_authors_layout(weights):
+            return Start(name, weights)  # of the model that the arguments describe, or else it shows when loaded
+    elif args.initial_checkpoint and ':' not in name and not path.exists() and not is_registered(name):
+        raise InputError(
+            f"--initial-checkpoint '{name}' does not exist: give a file, a run folder, local-dir:FOLDER or "
+            'hf-hub:USER/NAME.')
+    trained = load_trained_model(name, pretrained=True, authors_classifiers='classifiers')
+    config = trained.model.pretrained_cfg
+    data_args = {key: config.get(key) for key in ('mean', 'std', 'interpolation', 'crop_pct', 'input_size')}
+    data_args.update({key: value for key, value in trained.data_args.items() if value is not None})
+    sizes = ('img_size', 'input_size', 'in_chans')
+    if data_args.get('img_size') or any(getattr(args, key) for key in sizes):
+        data_args.pop('input_size')
+    if any(getattr(args, key) for key in sizes):
+        data_args.pop('img_size', None)
+    data_args = {key: list(value) if isinstance(value, tuple) else value for key, value in data_args.items()}
+    return Start(name, trained.model.state_dict(), trained.class_names, data_args)
+
+
+def start_from(model: Shike, start: Start, class_names: Sequence[str]) -> None:
+    """Give a model the weights to start from, its classifiers by the names of the classes where those are the same.
+
+    Args:
+        model: The model.
+        start: The weights.
+        class_names: The model's classes in label order.
+
+    Raises:
+        InputError: If they are of another architecture; the model is left as it was.
+    """
+    own, weights, names = model.state_dict(), dict(start.weights), start.class_names
+    head = {key: value for key, value in own.items() if key.startswith('classifier.')}
+    loaded = [key for key in weights if key.startswith('classifier.')]
+    differ = sorted(set(names or class_names) ^ set(class_names))
+    if differ or any(key not in weights or weights[key].shape != value.shape for key, value in head.items()):
+        why = f"'{differ[0]}' is a class of one alone" if differ else 'they have another shape'
+        _logger.warning(f"The classifiers of '{start.name}' are left out, since {why}: training begins with new ones.")
+        weights = {key: value for key, value in weights.items() if key not in loaded}
+        weights.update(head)
+    elif names:
+        places = [names.index(name) for name in class_names]
+        weights.update({key: weights[key][:, places] for key in loaded})
+    load_weights(model, weights, start.name)
 
 
 def load_teacher(

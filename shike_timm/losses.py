@@ -30,22 +30,28 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=-1).clamp(min=MIN_LOG_PROB)
 
 
-def _expected(values: Tensor, target: Tensor) -> Tensor:
-    """Values [B, M, C] at the target, or weighted with its probabilities: summed over experts, averaged over batch."""
+def _expected(values: Tensor, target: Tensor, smoothing: float = 0.) -> Tensor:
+    """Values [B, M, C] at the target, or weighted with its probabilities: summed over experts, averaged over batch.
+
+    With smoothing the target keeps 1 - smoothing of its weight, and the rest goes to all classes alike.
+    """
+    if smoothing:
+        return (1 - smoothing) * _expected(values, target) + smoothing * values.mean(-1).sum(1).mean()
     if target.ndim == 1:
         index = target[:, None, None].expand(-1, values.shape[1], 1)
         return values.gather(-1, index).sum(1).mean()
     return (target.to(values.dtype)[:, None] * values).sum((1, 2)).mean()
 
 
-def expert_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def expert_cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.) -> Tensor:
     """Plain cross-entropy, the L_ce of Eq. 10.
 
     Args:
         logits: Expert logits [B, M, C].
         target: Class indices [B], or class probabilities [B, C] as Mixup and CutMix make them.
+        smoothing: Share of the target's weight that goes to all classes alike.
     """
-    return -_expected(_log_softmax(_widen(logits)), target)
+    return -_expected(_log_softmax(_widen(logits)), target, smoothing)
 
 
 def mutual_distillation(logits: Tensor) -> Tensor:
@@ -113,19 +119,26 @@ def knowledge_distillation(logits: Tensor, teacher: Tensor, temperature: float =
     return temperature ** 2 * (log_teacher.exp() * (log_teacher - log_prob)).sum((1, 2)).mean()
 
 
-def balanced_softmax(logits: Tensor, target: Tensor, class_counts: Tensor) -> Tensor:
+def balanced_softmax(logits: Tensor, target: Tensor, class_counts: Tensor, smoothing: float = 0.) -> Tensor:
     """Balanced softmax cross-entropy, Eq. 11.
 
     Args:
         logits: Expert logits [B, M, C].
         target: Class indices [B], or class probabilities [B, C].
         class_counts: Training images of each class [C], all positive: log n_c is added to the logits.
+        smoothing: As for `expert_cross_entropy`.
     """
     logits = _widen(logits)
-    return expert_cross_entropy(logits + class_counts.to(logits.dtype).log(), target)
+    return expert_cross_entropy(logits + class_counts.to(logits.dtype).log(), target, smoothing)
 
 
-def logit_adjusted(logits: Tensor, target: Tensor, class_counts: Tensor, tau: float = 1.) -> Tensor:
+def logit_adjusted(
+        logits: Tensor,
+        target: Tensor,
+        class_counts: Tensor,
+        tau: float = 1.,
+        smoothing: float = 0.,
+) -> Tensor:
     """Logit-adjusted cross-entropy (Menon et al., ICLR 2021): tau log pi_c is added to the logits.
 
     Args:
@@ -133,24 +146,26 @@ def logit_adjusted(logits: Tensor, target: Tensor, class_counts: Tensor, tau: fl
         target: Class indices [B], or class probabilities [B, C].
         class_counts: Training images of each class [C], all positive; their shares are the prior pi.
         tau: Strength; at 1 it equals `balanced_softmax`, at 0 plain cross-entropy.
+        smoothing: As for `expert_cross_entropy`.
     """
     logits = _widen(logits)
     prior = class_counts.to(logits.dtype) / class_counts.sum()
-    return expert_cross_entropy(logits + tau * prior.log(), target)
+    return expert_cross_entropy(logits + tau * prior.log(), target, smoothing)
 
 
-def focal(logits: Tensor, target: Tensor, gamma: float = 2.) -> Tensor:
+def focal(logits: Tensor, target: Tensor, gamma: float = 2., smoothing: float = 0.) -> Tensor:
     """Focal loss over softmax probabilities p (Lin et al., ICCV 2017): -(1 - p_y)^gamma log p_y.
 
     Args:
         logits: Expert logits [B, M, C].
         target: Class indices [B], or class probabilities [B, C].
         gamma: How much what is classified well already counts less; 0 is plain cross-entropy.
+        smoothing: As for `expert_cross_entropy`.
     """
     log_prob = _log_softmax(_widen(logits))
     # 1 - p without cancellation, away from 0 where a power below 1 has no finite slope.
     rest = -torch.expm1(log_prob)
-    return -_expected(rest.clamp(min=torch.finfo(rest.dtype).tiny) ** gamma * log_prob, target)
+    return -_expected(rest.clamp(min=torch.finfo(rest.dtype).tiny) ** gamma * log_prob, target, smoothing)
 
 
 def ldam(
@@ -195,6 +210,7 @@ def representation_loss(
         alpha: float = 0.1,
         beta: float = 0.01,
         detach_teacher: bool = False,
+        smoothing: float = 0.,
 ) -> RepresentationLoss:
     """The loss of stage one, L = L_ce + alpha * L_nt + beta * L_mu (Eq. 10).
 
@@ -204,11 +220,12 @@ def representation_loss(
         alpha: Weight of dynamic knowledge transfer; its term is not computed where 0.
         beta: Weight of mutual distillation; its term is not computed where 0.
         detach_teacher: Stop gradients through the teacher of dynamic knowledge transfer.
+        smoothing: As for `expert_cross_entropy`, whose term alone it changes.
 
     Returns:
         The total and its three unweighted terms.
     """
-    ce = expert_cross_entropy(logits, target)
+    ce = expert_cross_entropy(logits, target, smoothing)
     zero = torch.zeros_like(ce)
     nt = dynamic_knowledge_transfer(logits, target, detach_teacher) if alpha else zero
     mu = mutual_distillation(logits) if beta else zero

@@ -88,13 +88,16 @@ def _class_counts(run: 'Run') -> torch.Tensor:
 
 def _shike(run: 'Run') -> ExpertTask:
     args = run.args
-    return RepresentationTask(run.model, args.alpha, args.beta, args.detach_teacher, **_teaching(run))
+    return RepresentationTask(
+        run.model, args.alpha, args.beta, args.detach_teacher, args.smoothing, **_teaching(run))
 
 
 def _ldam_drw(run: 'Run') -> ExpertTask:
     classifier = run.model.get_classifier()
     if not isinstance(classifier, CosineClassifier):
         raise InputError("--method ldam_drw sets margins between cosines: leave out --classifier linear.")
+    if run.args.smoothing:
+        raise InputError('--smoothing does not go with the margins of --method ldam_drw: leave it out.')
     loss = partial(ldam, class_counts=_class_counts(run), scale=classifier.scale)
     counts = run.data.class_counts
     _, weights = compute_class_weights(counts, sum(counts), 'effective_num', beta=0.9999)
@@ -103,7 +106,8 @@ def _ldam_drw(run: 'Run') -> ExpertTask:
 
 
 def _by_loss(make_loss: Callable[['Run'], Callable]) -> Callable[['Run'], ExpertTask]:
-    return lambda run: ExpertTask(run.model, make_loss(run), **_teaching(run))
+    return lambda run: ExpertTask(
+        run.model, partial(make_loss(run), smoothing=run.args.smoothing), **_teaching(run))
 
 
 METHODS: Dict[str, Method] = {
@@ -184,7 +188,7 @@ def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stag
         2,
         crt_epochs,
         _peak_lr(args, 'crt_'),
-        lambda run: ClassifierRetrainingTask(run.model, run.data.class_counts, device=run.device),
+        lambda run: ClassifierRetrainingTask(run.model, run.data.class_counts, run.device, run.args.smoothing),
         args.crt_warmup_epochs,
         args.crt_warmup_lr,
         first_row=args.epochs,

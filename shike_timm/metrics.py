@@ -13,7 +13,7 @@ from .distributed import world_size
 from .errors import InputError
 
 __all__ = [
-    'METRICS', 'SHOTS', 'ExpertEvaluator', 'all_subsets', 'evaluate', 'format_subsets', 'format_table',
+    'METRICS', 'SHOTS', 'ExpertEvaluator', 'all_subsets', 'balanced_over', 'evaluate', 'format_subsets', 'format_table',
     'shot_divisions', 'shot_numbers',
 ]
 
@@ -118,11 +118,12 @@ class ExpertEvaluator(ClassificationEvaluator):
 
         Returns:
             Of the ensemble the mean cross-entropy `loss`, the share of images right, `top1` and `top5`, the accuracy
-            averaged over all classes, `balanced`, and over those of each shot division, None for a division without
-            test images, and the expected calibration error `ece` (15 bins, Guo et al., ICML 2017); all but the loss
-            are in percent, to two decimals. The same under `experts` of each expert and, if there are subsets, under
-            `subsets` of each, with its `experts`. Under `per_class` are lists over the classes: their test images,
-            `total`, the ensemble's accuracy, `top1`, None without test images, and under `experts` that of each.
+            averaged over the classes with test images, `balanced`, of which there are `balanced_classes`, and over
+            those of each shot division, None for a division without test images, and the expected calibration error
+            `ece` (15 bins, Guo et al., ICML 2017); all but the loss are in percent, to two decimals. The same under
+            `experts` of each expert and, if there are subsets, under `subsets` of each, with its `experts`. Under
+            `per_class` are lists over the classes: their test images, `total`, the ensemble's accuracy, `top1`, None
+            without test images, and under `experts` that of each.
 
         Raises:
             InputError: If a logit was not a number.
@@ -154,7 +155,8 @@ class ExpertEvaluator(ClassificationEvaluator):
             per_class.append([
                 round(share, 2) if count else None for share, count in zip(accuracy[:, k].tolist(), total.tolist())])
         last = self.num_experts + 1
-        metrics: Dict[str, Any] = dict(results[0], experts=results[1:last])
+        metrics: Dict[str, Any] = dict(
+            results[0], balanced_classes=int((total > 0).sum()), experts=results[1:last])
         if self.subsets:
             metrics['subsets'] = [
                 dict(one, experts=subset.tolist()) for subset, one in zip(self.subsets, results[last:])]
@@ -211,6 +213,11 @@ def evaluate(
     return metrics
 
 
+def balanced_over(metrics: Dict[str, Any], num_classes: int) -> str:
+    """Over how many classes the balanced accuracy is the mean, in words."""
+    return f"balanced is the mean over {metrics['balanced_classes']} of {num_classes} classes, those with images here."
+
+
 def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
     """A text table of metrics, a row for each expert and the ensemble of each stage.
 
@@ -222,6 +229,8 @@ def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
         for m, expert in enumerate(result['experts']):
             rows.append((f'{stage} expert {m}'.strip(), *(expert.get(key) for key in METRICS)))
         rows.append((f'{stage} ensemble'.strip(), *(result.get(key) for key in METRICS)))
+        if 'plain' in result:
+            rows.append((f'{stage} not averaged', *(result['plain'].get(key) for key in METRICS)))
     return _format_rows(rows)
 
 

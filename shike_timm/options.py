@@ -238,7 +238,9 @@ TRAINING_DATA = Group(
     Option('batch_size', int, 128, 'images a training batch of each process', low=1, flags=('-b',)),
     Option(
         'grad_accum_steps', int, 1, 'batches of an update, whose gradients are added up', low=1, card='changed'),
-    Option('validation_batch_size', int, 256, 'images an evaluation batch', low=1, flags=('-vb',), card='never'),
+    Option(
+        'validation_batch_size', int, None, 'images an evaluation batch, as many as a training batch by default',
+        low=1, flags=('-vb',), may_change=True, card='never'),
     Option(
         'device_data', bool, None, 'keep the data on the device and augment it there in large batches rather than in '
         'worker processes; by default where the data set (*_lt, torch/cifar*) and the augmentation allow it',
@@ -252,6 +254,10 @@ MODEL = Group(
     Option(
         'pretrained_backbone', str, None, "start trunk and experts from timm's weights: its default ones, those of a "
         'tag, or a file', 'TAG|FILE', const='default'),
+    Option(
+        'initial_checkpoint', str, None, 'start from a SHIKE model of any classes: a run folder, a checkpoint, '
+        'local-dir:RUN/model or hf-hub:USER/NAME; classifiers of other classes are left out', 'FILE|NAME'),
+    Option('pretrained', bool, False, "start from the model's published weights, likewise"),
     Option('freeze_trunk', bool, False, 'keep the shared stages as they are, BatchNorm in eval mode'),
     Option('num_classes', int, None, 'classes, those of the data by default', low=1, card='changed'),
     Option('num_experts', int, None, 'experts'),
@@ -276,6 +282,7 @@ METHOD = Group(
     Option('focal_gamma', float, 2., 'exponent of focal', 'G', low=0, card='changed'),
     Option('alpha', float, 0.1, 'weight of dynamic knowledge transfer'),
     Option('beta', float, 0.01, 'weight of mutual distillation'),
+    Option('smoothing', float, 0., 'label smoothing', 'S', low=0, below=1, card='changed'),
     Option(
         'trunk_grad', str, 'sum', 'gradient of the shared stages: the sum of what experts send, or their mean',
         choices=['sum', 'mean'], card='changed'),
@@ -339,6 +346,10 @@ AUGMENTATION = Group(
     Option('vflip', float, 0., 'vertical flip probability', 'P'),
     Option('color_jitter', float, 0.4, 'colour jitter, off with --aa'),
     Option('force_color_jitter', bool, False, 'colour jitter before --aa too', card='changed'),
+    Option(
+        'color_jitter_prob', float, None, 'probability of colour jitter, 1 by default', 'P', low=0, card='changed'),
+    Option('grayscale_prob', float, 0., 'probability of taking the colours out', 'P', low=0, card='changed'),
+    Option('gaussian_blur_prob', float, 0., 'probability of blur', 'P', low=0, card='changed'),
     Option('aa', str, None, "cifar10 (torchvision's AutoAugment policy), or timm's: original, rand-m9-mstd0.5"),
     Option('cutout', int, 0, 'side of a square to blacken', low=0),
     Option('reprob', float, 0., 'random erasing probability', 'P'),
@@ -348,6 +359,9 @@ AUGMENTATION = Group(
     Option('cutmix', float, 0., 'CutMix alpha; needs --alpha 0', 'A'),
     Option('mixup_prob', float, 1., 'probability of Mixup or CutMix', 'P', card='changed'),
     Option('mixup_switch_prob', float, 0.5, 'probability of CutMix where both are on', 'P', card='changed'),
+    Option(
+        'mixup_off_epoch', int, 0, 'epoch from which on nothing is mixed, counted on into stage two; 0 for never', 'N',
+        low=0, card='changed'),
     Option('mixup_mode', str, 'batch', 'how to mix', choices=('batch', 'pair', 'elem'), card='changed'),
     Option(
         'train_interpolation', str, 'random', 'interpolation in training', choices=('random', 'bilinear', 'bicubic'),
@@ -364,16 +378,17 @@ RUN = Group(
     Option('channels_last', bool, False, 'channels_last memory layout', card='never'),
     Option(
         'torchcompile', str, None, 'compile the forward and backward of stage one, with inductor or the named backend',
-        'BACKEND', const='inductor', card='never'),
+        'BACKEND', const='inductor', may_change=True, card='never'),
     Option(
         'torchcompile_mode', str, None, 'mode of torch.compile: reduce-overhead (CUDA graphs), max-autotune, ...',
-        'MODE', card='never'),
+        'MODE', may_change=True, card='never'),
     Option('sync_bn', bool, False, 'BatchNorm over the batches of all processes together', card='changed'),
     Option(
         'dist_bn', str, 'reduce', 'statistics of BatchNorm after an epoch of several processes: their mean, or those '
         'of the first', choices=('reduce', 'broadcast'), card='never'),
     Option('model_ema', bool, False, 'keep and evaluate an average of the weights'),
-    Option('model_ema_decay', float, 0.9998, 'decay of the average', 'D', card='changed'),
+    Option('model_ema_decay', float, 0.9998, 'decay of the average, which it rises to', 'D', card='changed'),
+    Option('model_ema_warmup', bool, True, 'begin with a small decay, on by default', card='changed'),
     Option(
         'log_interval', int, None, 'steps between log lines within an epoch; by default there is one line an epoch, '
         'and on a terminal a bar of the whole run', low=1, may_change=True, card='never'),
@@ -386,6 +401,10 @@ RUN = Group(
         'log_tensorboard', bool, False, 'write what summary.csv holds for TensorBoard, into the run folder',
         may_change=True, card='never'),
     Option('val_interval', int, 1, 'epochs between evaluations', low=1, may_change=True, card='never'),
+    Option(
+        'eval_metric', str, None, 'also keep the checkpoint with the best of this metric, as model_best.pth.tar of its '
+        'stage; note that the evaluation set then chooses',
+        choices=('loss', 'top1', 'top5', 'balanced', 'many', 'medium', 'few', 'ece'), may_change=True, card='never'),
     Option('checkpoint_hist', int, 2, 'checkpoints kept of each stage', low=1, may_change=True, card='never'),
     Option(
         'recovery_interval', int, None, 'updates after which the middle of an epoch is saved, to go on from there',
@@ -502,7 +521,6 @@ def defaults(groups: Sequence[Group]) -> Dict[str, Any]:
 def complete(
         groups: Sequence[Group],
         given: Dict[str, Any],
-        hparams: Optional[str] = None,
         saved: Optional[Dict[str, Any]] = None,
 ) -> argparse.Namespace:
     """Values of all options: what is given, over the hparams file, over what was saved, over the defaults.
@@ -510,7 +528,6 @@ def complete(
     Args:
         groups: The options.
         given: Checked values of the command line or from Python.
-        hparams: The hparams file where none is given.
         saved: Checked values of an earlier run.
 
     Raises:
@@ -518,7 +535,7 @@ def complete(
     """
     args = argparse.Namespace(**{**defaults(groups), **(saved or {})})
     in_files = [group for group in groups if group is not HPARAMS]
-    hparams = given.get('hparams') or hparams
+    hparams = given.get('hparams')
     for path, values in read_hparams(hparams).items() if hparams else ():
         vars(args).update(check_values(in_files, values, f"hparams file '{path}'"))
     vars(args).update(given)

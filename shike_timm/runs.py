@@ -40,9 +40,9 @@ from .devices import tune_device
 from .distributed import join_processes, local_primary_first, on_primary, rank, world_size
 from .engine import Done, Interrupted, LoopConfig, StopFlag, eval_model, fit, seed_all, stop_signals
 from .errors import DamagedError, InputError, one_line
-from .loading import load_teacher
+from .loading import Start, load_start, load_teacher, start_from
 from .methods import STAGES, Stage, plan_stages
-from .metrics import evaluate, format_table
+from .metrics import balanced_over, evaluate, format_table
 from .models import Shike
 from .options import changed_option, run_folder
 from .tasks import ExpertTask
@@ -81,6 +81,7 @@ def prepare(
         fresh: bool = True,
         class_names: Optional[Sequence[str]] = None,
         run_folder: Optional[Path] = None,
+        start: Optional[Start] = None,
 ) -> Run:
     """Make and check what the stages of a run share; nothing is written.
 
@@ -90,6 +91,7 @@ def prepare(
         fresh: Whether the model begins here; otherwise a checkpoint brings its weights.
         class_names: Classes in label order of the checkpoint.
         run_folder: Run of the checkpoint.
+        start: Weights to begin with.
 
     Raises:
         InputError: If anything given cannot work.
@@ -103,6 +105,8 @@ def prepare(
     args.holdout = data.holdout
     seed_all(args.seed, 1, -1)
     model = create_model(args, data.num_classes, fresh).to(device)
+    if start is not None:
+        start_from(model, start, data.class_names)
     if args.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):
         raise InputError('--batch-size 1 leaves BatchNorm nothing to average over: choose a larger one.')
     if args.sync_bn and world_size() > 1:
@@ -119,6 +123,9 @@ def prepare(
         hflip=args.hflip,
         vflip=args.vflip,
         color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
         force_color_jitter=args.force_color_jitter,
         auto_augment=args.aa,
         cutout=args.cutout,
@@ -132,7 +139,7 @@ def prepare(
         data.train, data_config, args.batch_size, device, augmentation, args.workers, mixup, args.device_data,
         args.grad_accum_steps)
     test_loader = create_eval_loader(
-        data.test, data_config, args.validation_batch_size, device, args.workers, args.device_data)
+        data.test, data_config, args.validation_batch_size or args.batch_size, device, args.workers, args.device_data)
     teacher = None
     if args.kd_model_name and args.distill_loss_weight and stages[0].number == 1:
         held_out = bool(args.holdout or args.val_per_class)
@@ -149,7 +156,7 @@ def create_task(run: Run, stage: Stage) -> ExpertTask:
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
     if args.model_ema:
-        task.setup_ema(decay=args.model_ema_decay)
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     return task
 
 
@@ -180,6 +187,8 @@ def loop_config(run: Run) -> LoopConfig:
         grad_accum_steps=args.grad_accum_steps,
         recovery_interval=args.recovery_interval,
         dist_bn=args.dist_bn,
+        mixup_off_epoch=args.mixup_off_epoch if args.mixup or args.cutmix else 0,
+        eval_metric=args.eval_metric,
     )
 
 
@@ -262,6 +271,7 @@ def _run_stage(
         amp_scaler=loss_scaler,
         task=task,
         max_history=args.checkpoint_hist,
+        decreasing=args.eval_metric in ('loss', 'ece'),
     )
     if checkpoint is None:
         on_primary(saver.save_last, -1)
@@ -286,6 +296,9 @@ def _run_stage(
     )
     if args.model_ema:
         model.load_state_dict(eval_model(task, ema=True).state_dict())
+        _logger.info(
+            f"The averaged weights of {stage.name} are kept, with top1 {metrics['top1']}; the plain ones have "
+            f"{metrics['plain']['top1']}.")
     return metrics
 
 
@@ -338,6 +351,7 @@ def _run_stages(
         on_primary(write_curves, folder)
     if rank() == 0:
         print(format_table(metrics))
+        _logger.info(balanced_over(metrics[stages[-1].name], run.data.num_classes))
     _logger.info(f'Run folder: {folder}')
     return metrics
 
@@ -384,9 +398,10 @@ def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
     before = vars(checkpoint['args'])
     option = changed_option(args, before)
     if option is not None:
+        another = f', or begin another run from its weights with --initial-checkpoint {run_folder(args)}'
         raise InputError(
             f"{option.flag} {getattr(args, option.name)} differs from the resumed run's "
-            f'{before.get(option.name, option.default)}: leave it out.')
+            f"{before.get(option.name, option.default)}: leave it out{another if option.name == 'epochs' else ''}.")
     if before.get('world_size', 1) != world_size():
         raise InputError(
             f"'{path}' is of a run of {before.get('world_size', 1)} processes, and these are {world_size()}: start as "
@@ -436,7 +451,10 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     if args.pretrained_backbone and args.fusion_type is None and checkpoint is None:
         args.fusion_type = 'residual'
     saved = saved_args(checkpoint or {})
-    run = prepare(args, stages, checkpoint is None, saved.get('class_names'), folder)
+    start = load_start(args) if checkpoint is None else None
+    if start is not None:
+        vars(args).update({key: value for key, value in start.data_args.items() if getattr(args, key) is None})
+    run = prepare(args, stages, checkpoint is None, saved.get('class_names'), folder, start)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path or '')
         _tell_of_changes(run.data, saved.get('class_counts'))
@@ -461,6 +479,8 @@ def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
 def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     """Run stage two alone, on the trunk and experts of stage one, into a run folder of its own.
 
+    Classes are those of stage one, unless `num_classes` says that there are others.
+
     Args:
         args: Those that `shike_timm.commands.retrain_classifier.parse_retrain_args` gives.
         checkpoint: What `load_stage_one` gives.
@@ -478,10 +498,11 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
     stage = plan_stages(args, retraining=True)[-1]
     args.crt_epochs = stage.epochs
     saved = saved_args(checkpoint)
+    same = args.num_classes == saved.get('num_classes')
     held_out = f'holdout {args.holdout:g}' if args.holdout else ''
     if args.val_per_class:
         held_out = f'val-per-class {args.val_per_class}'
-    for key in ('holdout', 'val_per_class', 'dataset', 'imb_factor', 'imb_type') if held_out else ():
+    for key in ('holdout', 'val_per_class', 'dataset', 'imb_factor', 'imb_type') if held_out and same else ():
         if getattr(args, key) != saved.get(key, 0):
             raise InputError(
                 f"--{held_out} would evaluate on images that stage one was trained on, since its "
@@ -490,6 +511,11 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
     stage_one = Path(args.checkpoint)
     run_of_it = stage_one if stage_one.is_dir() else stage_one.absolute().parents[1]
-    run = prepare(args, [stage], False, saved.get('class_names'), run_of_it)
-    load_weights(run.model, weights, args.checkpoint)
+    run = prepare(args, [stage], False, saved.get('class_names') if same else None, run_of_it if same else None)
+    if same:
+        load_weights(run.model, weights, args.checkpoint)
+    elif set(run.data.class_names) == set(saved.get('class_names') or ()):
+        raise InputError(f'--num-classes {args.num_classes} is for other classes than stage one had: leave it out.')
+    else:
+        start_from(run.model, Start(args.checkpoint, weights, saved.get('class_names')), run.data.class_names)
     return _run_stages(run, [stage])

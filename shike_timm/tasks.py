@@ -162,6 +162,7 @@ class RepresentationTask(ExpertTask):
         alpha: Weight of dynamic knowledge transfer, `nt`.
         beta: Weight of mutual distillation, `mu`.
         detach_teacher: Stop gradients through the teacher of dynamic knowledge transfer.
+        smoothing: Label smoothing.
         **kwargs: Arguments of `ExpertTask`.
     """
 
@@ -171,9 +172,11 @@ class RepresentationTask(ExpertTask):
             alpha: float = 0.1,
             beta: float = 0.01,
             detach_teacher: bool = False,
+            smoothing: float = 0.,
             **kwargs: Any,
     ):
-        loss = partial(representation_loss, alpha=alpha, beta=beta, detach_teacher=detach_teacher)
+        loss = partial(
+            representation_loss, alpha=alpha, beta=beta, detach_teacher=detach_teacher, smoothing=smoothing)
         super().__init__(model, loss, **kwargs)
 
 
@@ -186,10 +189,17 @@ class ClassifierRetrainingTask(ExpertTask):
         model: A SHIKE model after stage one.
         class_counts: Training images of each class [C], all positive.
         device: Device for the task.
+        smoothing: Label smoothing.
     """
 
-    def __init__(self, model: Shike, class_counts: Sequence[int], device: Optional[torch.device] = None):
+    def __init__(
+            self,
+            model: Shike,
+            class_counts: Sequence[int],
+            device: Optional[torch.device] = None,
+            smoothing: float = 0.,
+    ):
         model.requires_grad_(False)
         model.reset_classifier(model.num_classes)
-        loss = partial(balanced_softmax, class_counts=torch.tensor(class_counts, device=device))
+        loss = partial(balanced_softmax, class_counts=torch.tensor(class_counts, device=device), smoothing=smoothing)
         super().__init__(model, loss, freeze_features=True, device=device)

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from timm.loss import load_class_stats
 
+import shike_timm
 from shike_timm.commands.describe import describe_data, parse_describe_args
 from shike_timm.data.datasets import ImageSet, in_memory_set
-from shike_timm.data.survey import survey
+from shike_timm.data.survey import alike, survey
 
 
 @pytest.fixture
@@ -61,7 +62,48 @@ def test_every_defect_is_named(defects, tmp_path, run_script):
     status, text, error = run_script('describe.py', '--data-dir', defects, '--workers', '0')
     assert status == 0 and all(word in text for word in (
         'training: 46 images of 3 classes', 'bee/page.jpg: cannot identify', 'eel',
-        'ant/1.png (train, ant) = ', 'bee/other.png (train, bee)', 'images of evaluation that are in training too: 1'))
+        'ant/1.png (train, ant) = ', 'bee/other.png (train, bee)', 'equal images of evaluation in training: 1'))
+
+
+def test_groups_and_numbers(image_folder, tmp_path):
+    names = dict(zip(('ant', 'bee', 'cat'), ('1', '3', '7')))
+    for split in ('train', 'validation'):
+        for old, new in names.items():
+            (image_folder / split / old).rename(image_folder / split / new)
+            for i in range(2):
+                path = image_folder / split / new / f'{i}.png'
+                path.rename(path.with_name(f'track{new}{split if i else ""}_{i}.png'))
+    told = shike_timm.describe(
+        data_dir=str(image_folder), group_key='track[^_]*', workers=0, many_shot=20, few_shot=10, perceptual=False,
+        class_stats=str(tmp_path / 'stats.json'))
+    assert told['label_gaps'] == [2, 4, 5, 6] and told['similar'] is None
+    assert {(leak['train'], leak['evaluation']) for leak in told['group_leaks']} == {
+        (f'train/{name}/track{name}_0.png', f'validation/{name}/track{name}_0.png') for name in '137'}
+    assert {shot: one['classes'] for shot, one in told['shots'].items()} == dict(many=1, medium=1, few=1)
+    assert load_class_stats(str(tmp_path / 'stats.json'))[0].tolist() == [24, 12, 6]
+
+
+def test_images_that_look_alike(tmp_path, monkeypatch, run_script):
+    pytest.importorskip('imagehash')
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((96, 64), Image.BICUBIC)
+        for name, size in (('ant', (96, 64)), ('bee', (48, 32))):
+            (tmp_path / 'data' / name).mkdir(parents=True, exist_ok=True)
+            if name == 'ant' or i < 2:
+                coarse.resize(size).save(tmp_path / 'data' / name / f'{i}.jpg', quality=60)
+    told = shike_timm.describe(data_dir=str(tmp_path / 'data'), workers=0)
+    assert not any(told['duplicates'].values()) and not told['similar']['within_class']
+    assert [[one['file'] for one in group] for group in told['similar']['across_classes']] == [
+        [f'ant/{i}.jpg', f'bee/{i}.jpg'] for i in range(2)]
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    status, _, error = run_script('describe.py', '--data-dir', tmp_path / 'data', '--perceptual')
+    assert status == 2 and 'shike-timm[describe]' in error
+
+
+def test_hashes_within_a_few_bits():
+    looks = [0, 0, 0b111, 2 ** 63, 0b1111, (1 << 40) - 1, 2 ** 64 - 1, 2 ** 64 - 2]
+    assert sorted(map(sorted, alike(looks))) == [[0, 1, 2, 3, 4], [6, 7]]  # the fifth by way of the third
 
 
 def test_one_split_and_sets_in_memory(image_folder, run_script):

@@ -447,19 +447,57 @@ def test_web_data_sets(make, tmp_path):
                     tar.addfile(member, io.BytesIO(content))
     stats = tmp_path / 'stats.json'
     stats.write_text(json.dumps(dict(pos_counts=[9, 3, 5], num_samples=17, class_names=names)))
-    options = dict(val_split='val-0.tar|17', class_stats=str(stats))
+
+    def stream(split):  # what is no file here is read as it comes
+        return dict(root='', train_split=f'pipe:cat {tmp_path}/train-0.tar', val_split=f'pipe:cat {tmp_path}/{split}')
+
     data = load_training_data(
-        'wds/x', str(tmp_path), train_split='train-0.tar', train_num_samples=17, batch_size=4, in_chans=1, **options)
+        'wds/x', train_num_samples=17, batch_size=4, in_chans=1, class_stats=str(stats), **stream('val-0.tar|17'))
     assert data.class_counts == [9, 3, 5] and data.class_names == names
     image, target = next(iter(data.test.dataset))
     assert image.mode == 'L' and target == 2
-    alone = create_eval_dataset('wds/x', str(tmp_path), options.pop('val_split'), class_names=sorted(names), **options)
+    split = f'pipe:cat {tmp_path}/val-0.tar|17'
+    alone = create_eval_dataset('wds/x', '', split, class_names=sorted(names), class_stats=str(stats))
     assert [target for _, target in alone.dataset] == [0] * 5 + [1] * 3 + [2] * 9
     (tmp_path / 'map.txt').write_text('W\nF\nB\n')
-    named = create_eval_dataset('wds/x', str(tmp_path), 'val-0.tar|17', class_map=str(tmp_path / 'map.txt'))
+    named = create_eval_dataset('wds/x', '', split, class_map=str(tmp_path / 'map.txt'))
     assert named.class_names == ['W', 'F', 'B'] and next(iter(named.dataset))[1] == 2
     with pytest.raises(InputError, match='is a stream'):
-        load_training_data('wds/x', str(tmp_path), train_split='train-0.tar|17', holdout=0.1, **options)
+        load_training_data('wds/x', train_num_samples=17, holdout=0.1, class_stats=str(stats), **stream('val-0.tar|17'))
+
+
+def test_shards_that_are_files_are_as_good_as_a_folder(make, tmp_path, caplog):
+    pytest.importorskip('webdataset')
+    root = make({'wolf': 9, 'bear': 5, 'fox': 3})
+    plain = load(root)
+    names = plain.class_names
+    for shard in range(2):
+        with tarfile.open(tmp_path / f'part-{shard}.tar', 'w') as tar:
+            for path in sorted(root.glob('*/*.png'))[shard::2]:
+                key, label = path.relative_to(root).with_suffix(''), path.parent.name
+                fields = json.dumps(dict(kind=label)).encode()
+                number = b'%d' % names.index(label)
+                for suffix, content in (
+                        ('png', path.read_bytes()), ('cls', number), ('json', fields), ('txt', b'x')):
+                    member = tarfile.TarInfo(f'{key}.{suffix}')
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    stats = tmp_path / 'stats.json'
+    stats.write_text(json.dumps(dict(pos_counts=plain.shot_counts, num_samples=17, class_names=names)))
+    shards = dict(train_split='part-{0..1}.tar', holdout=0.2)
+    for options in (dict(class_stats=str(stats)), dict(target_key='kind')):
+        data = load_training_data('wds/x', str(tmp_path), **shards, **options)
+        assert data.class_names == names and names_of(data.test) == names_of(plain.test)
+        assert 'class-stats' not in caplog.text
+        assert names_of(data.train) == names_of(plain.train)
+        assert all(np.array_equal(data.train.dataset[i][0], plain.train.dataset[i][0]) for i in range(13))
+    bare = load_training_data('wds/x', str(tmp_path), **shards)
+    assert bare.class_names == ['0', '1', '2'] and bare.class_counts == data.class_counts
+    stats.write_text(json.dumps(dict(pos_counts=[1, 2, 3], num_samples=6)))
+    assert load_training_data('wds/x', str(tmp_path), **shards, class_stats=str(stats)).shot_counts == [1, 2, 3]
+    assert 'counts 6 images, but' in caplog.text
+    with pytest.raises(InputError, match='hold no images'):
+        load_training_data('wds/x', str(tmp_path), **shards, input_key='jpg')
 
 
 def test_torchvision_sets_of_one_channel(tmp_path):
@@ -633,3 +671,74 @@ def test_a_teacher_of_another_order_is_heard_right(make, tmp_path):
     assert torch.equal(other, own[:, [1, 2, 0]]) and not torch.equal(other, own)
     trained = load_trained_model(f'local-dir:{tmp_path}/0')
     assert trained.data_args == dict(exif=True, pixel_range=[0, 9])
+
+
+def write_every_defect(root):
+    """A folder with one defect of each kind; gives what each is called where it is told of."""
+    rng = np.random.default_rng(0)
+
+    def picture(mode='RGB'):
+        return Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).convert(mode)
+
+    counts = {'ant': 6, 'naïve, "b"': 5, 'one': 1, 'market/indoor': 4, 'market/outdoor': 4, 'church/outdoor': 4}
+    for folder, count in {**counts, '.ipynb_checkpoints': 2, '__MACOSX/ant': 1}.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            picture().save(root / folder / f'{i}.png')
+    (root / 'dog').mkdir()
+    ant = root / 'ant'
+    picture().save(root / 'loose.png')
+    for path in ('._0.png', 'Thumbs.db', '.DS_Store', 'notes.txt', 'clip.mp4'):
+        (ant / path).write_bytes(b'x')
+    for mode, name in (('CMYK', 'ink.JPG'), ('L', 'grey.png'), ('LA', 'clear.png'), ('RGBA', 'glass.webp')):
+        picture(mode).save(ant / name)
+    picture().convert('P').save(ant / 'palette.png', transparency=0)
+    Image.fromarray(rng.integers(0, 65536, (9, 12)).astype(np.uint16)).save(ant / 'deep.png')
+    Image.fromarray(rng.integers(0, 2 ** 31, (9, 12)).astype(np.int32)).save(ant / 'deeper.tif')
+    Image.fromarray(rng.random((9, 12), dtype=np.float32)).save(ant / 'float.tif')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture().save(ant / 'turned.jpg', exif=exif)
+    for name in ('other.bmp', 'other.gif'):
+        picture().save(ant / name)
+    readable = 6 + 11
+    whole = (ant / '0.png').read_bytes()
+    (ant / 'cut.png').write_bytes(whole[:len(whole) // 2])
+    (ant / 'empty.jpg').write_bytes(b'')
+    (ant / 'page.jpg').write_text('<html>')
+    (ant / 'gone.png').symlink_to('nowhere')
+    Image.new('1', (14000, 14000)).save(ant / 'bomb.png')
+    shutil.copy(ant / '1.png', root / 'naïve, "b"' / 'copy.png')
+    shutil.copy(ant / '2.png', ant / 'again.png')
+    return readable + 1
+
+
+def test_a_folder_of_all_defects_trains_and_each_is_named(run_script, tmp_path):
+    root, out = tmp_path / 'data', tmp_path / 'out'
+    ants = write_every_defect(root)
+    argv = [*RUN, '--data-dir', root, '--output', out]
+    status, _, error = run_script('train.py', *argv)
+    assert status == 2 and '--class-depth 1 or --class-depth 2' in error and not out.exists()
+    status, _, error = run_script('train.py', *argv, '--class-depth', '2', '--exif')
+    assert status == 0, error
+    config = metrics(out / 'run' / 'model' / 'config.json')
+    assert dict(zip(config['label_names'], config['shot_counts'])) == {
+        'ant': ants, 'naïve, "b"': 6, 'one': 1, 'market/indoor': 4, 'market/outdoor': 4, 'church/outdoor': 4}
+    assert 'balanced is the mean over 5 of 6 classes' in error
+    assert metrics(out / 'run' / 'metrics.json')['stage_two']['balanced_classes'] == 5
+    line = next(line for line in error.splitlines() if line.startswith('Data: '))
+    for words in (
+            "of 6 classes, from", "to 1 of 'one'", '1 image beside the class folders (loose.png)',
+            '1 folder without images (dog)', '2 files of other types (.mp4, .txt)', '5 hidden names', '5 unreadable (',
+            '1 class has no image held out', '0.2 of each class of the training set, held out by name'):
+        assert line.count(words) == 1, (words, line)
+    for name, why in (
+            ('cut.png', 'truncated'), ('empty.jpg', 'cannot identify'), ('page.jpg', 'cannot identify'),
+            ('gone.png', 'No such file'), ('bomb.png', 'decompression bomb')):
+        assert error.count(f"'ant/{name}' cannot be read and is left out") == 1 and why in error, error
+    status, text, _ = run_script('describe.py', '--data-dir', root, '--class-depth', '2', '--workers', '0', '--json')
+    told = json.loads(text)
+    assert status == 0 and len(told['train']['unreadable']) == 5 and told['train']['classes'] == 6
+    assert {'CMYK', 'P', 'LA', 'L', 'F'} < set(told['train']['modes'])
+    assert [len(told['duplicates'][kind]) for kind in ('within_class', 'across_classes')] == [1, 1]
+    assert len(told['train']['left_out']) == 4

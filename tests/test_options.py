@@ -224,7 +224,8 @@ def test_every_option_by_command_line_file_and_keyword(tmp_path):
             value, argv = sample(option)
             given = complete(TRAIN, read_command_line('', TRAIN, argv))
             assert getattr(given, option.name) == value != option.default
-            in_file = complete(TRAIN, {}, write(tmp_path, yaml.safe_dump({option.name: value})))
+            in_file = complete(TRAIN, dict(hparams=write(tmp_path, yaml.safe_dump({option.name: value}))))
+            in_file.hparams = None
             assert vars(complete(TRAIN, check_values(TRAIN, {option.name: value}, ''))) == vars(in_file) == vars(given)
             assert (option.name in card_options(vars(given))) == (option.card != 'never')
     told = card_options(vars(complete(TRAIN, {})))

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
+import torch
 import torch.distributed as dist
 from timm.utils import setup_default_logging
 
@@ -19,8 +20,8 @@ def run_script(main: Callable[[], Any]) -> int:
     """Run a script's work and give its exit status.
 
     Returns:
-        0 when done, 1 when training stopped being finite or the system failed, 2 for bad input, 128 plus the signal
-        when stopped by one.
+        0 when done, 1 when training stopped being finite, memory ran out or the system failed, 2 for bad input, 128
+        plus the signal when stopped by one.
     """
     setup_default_logging()
     for name in ('timm', 'httpx', 'httpx2'):  # the last two tell of every request to the Hub
@@ -36,6 +37,11 @@ def run_script(main: Callable[[], Any]) -> int:
         return 2
     except NonFiniteError as error:
         print(f'{name}: {error}', file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print(
+            f'{name}: error: The memory of the device is too small: choose a smaller --batch-size, in training with as '
+            'many --grad-accum-steps more, --amp or --grad-checkpointing.', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,5 +1,6 @@
 """Description of a data set: classes, counts, sizes, and whatever may falsify a training on it."""
 import argparse
+import importlib.util
 import json
 from collections import Counter, defaultdict
 from dataclasses import fields
@@ -7,13 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
+
 from ..checkpoints import check_results_file, write_text
 from ..data import find_dataset
 from ..data.datasets import DataRequest, ImageSet
-from ..data.survey import Seen, survey
+from ..data.survey import Seen, alike, survey
 from ..errors import InputError
 from ..metrics import shot_divisions
-from ..options import DATA, HPARAMS, TRAINING_DATA, Group, Option, complete, read_command_line
+from ..options import DATA, HPARAMS, SHOT_DIVISIONS, TRAINING_DATA, Group, Option, complete, read_command_line
 from .cli import run_script
 
 __all__ = ['OPTIONS', 'describe', 'describe_data', 'main', 'parse_describe_args']
@@ -28,10 +31,14 @@ OPTIONS = (
         if option.name in _ASKED | {'data_dir', 'dataset', 'dataset_download'})),
     Group(
         'Description',
+        *SHOT_DIVISIONS.options,
         Option('json', bool, False, 'print JSON, with all names'),
         Option(
             'class_stats', str, None, "JSON file to write the training images of each class to, in timm's format",
             'FILE'),
+        Option(
+            'perceptual', bool, None, 'also find images that look alike, by perceptual hashes; by default where the '
+            'package imagehash is installed'),
         Option('workers', int, 4, 'processes that read images', low=0, flags=('-j',)),
     ),
     HPARAMS,
@@ -86,19 +93,28 @@ def _describe_split(data: ImageSet, seen: List[Seen]) -> Dict[str, Any]:
     return told
 
 
-def _duplicates(sets: Dict[str, Tuple[ImageSet, List[Seen]]]) -> Dict[str, List[List[Dict[str, str]]]]:
-    """Groups of equal images: in one class, in several of one split, and in both splits."""
-    groups: Dict[bytes, List[Tuple[str, Any, Seen]]] = defaultdict(list)
-    for split, (data, seen) in sets.items():
-        for one in seen:
-            if one.digest is not None:
-                names = data.class_names
-                name = names[one.target] if names and 0 <= one.target < len(names) else str(one.target)
-                groups[one.digest].append((split, name, one))
+Found = Tuple[str, str, Seen]  # an image's split and class
+
+
+def _equal(found: List[Found]) -> List[List[Found]]:
+    groups: Dict[bytes, List[Found]] = defaultdict(list)
+    for one in found:
+        if one[2].digest is not None:
+            groups[one[2].digest].append(one)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _similar(found: List[Found]) -> List[List[Found]]:
+    """Groups of images that look alike, some of which are not equal."""
+    hashed = [(one, one[2].look) for one in found if one[2].look is not None]
+    groups = ([hashed[i][0] for i in group] for group in alike([look for _, look in hashed]))
+    return [group for group in groups if len({one.digest for _, _, one in group}) > 1]
+
+
+def _by_place(groups: List[List[Found]]) -> Dict[str, List[List[Dict[str, str]]]]:
+    """Groups of images by where they are: in one class, in several, and in both splits."""
     told: Dict[str, List[List[Dict[str, str]]]] = dict(within_class=[], across_classes=[], across_splits=[])
-    for group in groups.values():
-        if len(group) < 2:
-            continue
+    for group in groups:
         kind = 'within_class' if len({name for _, name, _ in group}) == 1 else 'across_classes'
         listed = [{'split': split, 'class': name, 'file': one.name} for split, name, one in group]
         if len({split for split, _, _ in group}) > 1:
@@ -108,8 +124,36 @@ def _duplicates(sets: Dict[str, Tuple[ImageSet, List[Seen]]]) -> Dict[str, List[
     return told
 
 
+def _label_gaps(names: Sequence[str]) -> List[int]:
+    """Numbers that are missing among class names that are all numbers."""
+    numbers = {int(name) for name in names if name.isdecimal()}
+    if len(numbers) < len(names) or not numbers:
+        return []
+    return sorted(set(range(min(numbers), max(numbers))) - numbers)
+
+
+def _group_leaks(sets: Dict[str, Tuple[ImageSet, List[Seen]]]) -> List[Dict[str, str]]:
+    """Groups of `--group-key` with images in both splits, an image of each."""
+    tables = [data.dataset for data, _ in sets.values()]
+    if len(tables) < 2 or any(getattr(table, 'groups', None) is None for table in tables):
+        return []
+    shared = np.intersect1d(tables[0].groups, tables[1].groups)
+    orders = [np.argsort(table.groups, kind='stable') for table in tables]
+    firsts = [np.searchsorted(table.groups, shared, sorter=order) for table, order in zip(tables, orders)]
+    return [
+        {split: table.filename(int(order[first])) for split, table, order, first in zip(sets, tables, orders, pair)}
+        for pair in zip(*firsts)]
+
+
+def _is_perceptual(wanted: Optional[bool]) -> bool:
+    found = importlib.util.find_spec('imagehash') is not None
+    if wanted and not found:
+        raise InputError("--perceptual needs imagehash: pip install 'shike-timm[describe]'.")
+    return found if wanted is None else wanted
+
+
 def describe_data(args: argparse.Namespace) -> Dict[str, Any]:
-    """Read a whole data set and tell what it holds.
+    """Read a whole data set and tell what it holds; its class counts are written where that is asked for.
 
     Args:
         args: What `parse_describe_args` gives.
@@ -120,29 +164,43 @@ def describe_data(args: argparse.Namespace) -> Dict[str, Any]:
         file and error, `modes` and, of `width` and `height`, smallest, median and largest; of images with more than 8
         bits their `pixel_range`. Under `shots` the many-, medium- and few-shot classes of training and their images,
         under `duplicates` groups of equal files, or pixels where there are no files, `within_class`, `across_classes`
-        and `across_splits`; then `only_in_train` and `only_in_evaluation`, classes, and `no_evaluation`, why there is
-        no evaluation split.
+        and `across_splits`, and likewise under `similar` those that look alike, None where that was not looked for;
+        then `label_gaps`, numbers missing among class names, `group_leaks`, an image of each split of groups that are
+        in both, `only_in_train` and `only_in_evaluation`, classes, and `no_evaluation`, why there is no evaluation
+        split.
 
     Raises:
-        InputError: If there is no such data.
+        InputError: If there is no such data, or the file of class counts cannot be written.
     """
+    check_results_file(args.class_stats)
+    perceptual = _is_perceptual(args.perceptual)
     train, test, reason = _load(args)
-    sets = {'train': (train, survey(train, args.workers))}
+    sets = {'train': (train, survey(train, args.workers, perceptual))}
     if test is not None:
-        sets['evaluation'] = (test, survey(test, args.workers))
+        sets['evaluation'] = (test, survey(test, args.workers, perceptual))
     told: Dict[str, Any] = {split: _describe_split(*one) for split, one in sets.items()}
     counts = {split: {name for name, count in told[split]['class_counts'].items() if count} for split in sets}
     training = [count for count in told['train']['class_counts'].values() if count]
     shots = {
         shot: dict(classes=int(mask.sum()), images=sum(count for count, inside in zip(training, mask) if inside))
-        for shot, mask in shot_divisions(training).items()
+        for shot, mask in shot_divisions(training, args.many_shot, args.few_shot).items()
     }
+    found = [
+        (split, names[one.target] if 0 <= one.target < len(names) else str(one.target), one)
+        for split, (data, seen) in sets.items() for names in [data.class_names or ()] for one in seen]
+    if args.class_stats:
+        names, numbers = zip(*told['train']['class_counts'].items())
+        stats = dict(pos_counts=numbers, num_samples=told['train']['images'], class_names=names)
+        write_text(Path(args.class_stats), json.dumps(stats, indent=2) + '\n')
     return dict(
         train=told['train'],
         evaluation=told.get('evaluation'),
         no_evaluation=reason,
         shots=shots,
-        duplicates=_duplicates(sets),
+        duplicates=_by_place(_equal(found)),
+        similar=_by_place(_similar(found)) if perceptual else None,
+        label_gaps=_label_gaps(sorted(counts['train'])),
+        group_leaks=_group_leaks(sets),
         only_in_train=sorted(counts['train'] - counts['evaluation']) if test is not None else [],
         only_in_evaluation=sorted(counts['evaluation'] - counts['train']) if test is not None else [],
     )
@@ -184,13 +242,19 @@ def _text(told: Dict[str, Any]) -> str:
     else:
         lines.append(f"evaluation: none; {told['no_evaluation']}")
     titles = dict(
-        within_class='equal images in one class', across_classes='equal images in several classes',
-        across_splits='images of evaluation that are in training too')
-    for kind, title in titles.items():
-        groups = told['duplicates'][kind]
-        lines.append(f'{title}: {len(groups)}')
-        lines += _few([' = '.join(f"{one['file']} ({one['split']}, {one['class']})" for one in group)
-                       for group in groups])
+        within_class='images in one class', across_classes='images in several classes',
+        across_splits='images of evaluation in training')
+    for which, word, sign in (('duplicates', 'equal', ' = '), ('similar', 'alike', ' ~ ')):
+        for kind, groups in (told[which] or {}).items():
+            lines.append(f'{word} {titles[kind]}: {len(groups)}')
+            lines += _few([
+                sign.join(f"{one['file']} ({one['split']}, {one['class']})" for one in group) for group in groups])
+    if told['group_leaks']:
+        lines.append(f"groups in training and evaluation: {len(told['group_leaks'])}")
+        lines += _few([' and '.join(leak.values()) for leak in told['group_leaks']])
+    if told['label_gaps']:
+        lines.append(f"numbers missing among the classes: {len(told['label_gaps'])}")
+        lines += _few([', '.join(map(str, told['label_gaps'][:MAX_LISTED]))])
     for kind in ('only_in_train', 'only_in_evaluation'):
         if told[kind]:
             lines += [f"classes {kind.replace('_', ' ')}: {len(told[kind])}", *_few(told[kind])]
@@ -198,18 +262,9 @@ def _text(told: Dict[str, Any]) -> str:
 
 
 def describe(args: argparse.Namespace) -> None:
-    """Print what a data set holds, and write its class counts where that is asked for.
-
-    Raises:
-        InputError: If there is no such data, or the file of class counts cannot be written.
-    """
-    check_results_file(args.class_stats)
+    """Print what a data set holds; what is raised is what `describe_data` raises."""
     told = describe_data(args)
     print(json.dumps(told, indent=2) if args.json else _text(told))
-    if args.class_stats:
-        counts = told['train']['class_counts']
-        stats = dict(pos_counts=list(counts.values()), num_samples=told['train']['images'], class_names=list(counts))
-        write_text(Path(args.class_stats), json.dumps(stats, indent=2) + '\n')
 
 
 def parse_describe_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..loading import load_trained_model, set_target_prior, with_data_args
 from ..measure import inference_costs
-from ..metrics import all_subsets, evaluate, format_subsets, format_table, shot_numbers
+from ..metrics import all_subsets, balanced_over, evaluate, format_subsets, format_table, shot_numbers
 from ..models import Shike
 from ..options import (
     DATA,
@@ -139,6 +139,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     if rank():
         return metrics
     print(format_table({'': metrics}), flush=True)
+    _logger.info(balanced_over(metrics, len(counts)))
     sizes = [size for size in metrics['per_class']['total'] if size]
     if max(sizes) > 2 * min(sizes):
         _logger.info(

@@ -1,4 +1,5 @@
 """The registry of data sets, and what loads one by name."""
+import json
 import re
 import unicodedata
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 import numpy as np
 from PIL import Image
 from timm.data.readers.class_map import load_class_map
+from timm.loss import load_class_stats
 from torch.utils.data import Dataset
 
 from ..errors import InputError, one_line
@@ -17,7 +19,7 @@ from .table import ImageTable
 
 __all__ = [
     'DATASETS', 'DataRequest', 'DatasetEntry', 'ImageSet', 'MemorySet', 'find_dataset', 'in_memory_set',
-    'map_labels', 'match_classes', 'natural_order', 'register_dataset', 'table_set',
+    'map_labels', 'match_classes', 'natural_order', 'read_class_stats', 'register_dataset', 'table_set',
 ]
 
 
@@ -210,6 +212,22 @@ def map_labels(path: str, labels: Sequence[str]) -> Tuple[List[str], List[Option
     return names, [index_of.get(label) for label in labels]
 
 
+def read_class_stats(path: str) -> Tuple[List[int], Optional[List[str]]]:
+    """Class counts of a file as `timm.loss.load_class_stats` reads it, and the names of the classes where it has them.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    try:
+        loaded = load_class_stats(path)
+        assert loaded is not None  # it is for no path alone
+        with open(path) as file:
+            names = json.load(file).get('class_names')
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"class-stats '{path}' cannot be read: {one_line(error)}.") from error
+    return loaded[0].long().tolist(), names
+
+
 def _group_hashes(names: Sequence[str], groups: Optional[Sequence[str]], key: str) -> np.ndarray:
     if groups is not None:
         return name_hashes(groups)
@@ -312,7 +330,9 @@ def match_classes(data: ImageSet, names: Sequence[str], what: str, all_of_them: 
             (lacking[0], 'training', f'the {len(own)} of {what}'))
         raise InputError(
             f"Class '{stray}' of {where} is not among {others}: remove it, add training images of it, or name the "
-            'classes in the order of training with --class-map.')
+            'classes in the order of training with --class-map'
+            + (f'; for other classes begin with train.py --initial-checkpoint, or say retrain_classifier.py '
+               f'--num-classes {len(own)}.' if all_of_them else '.'))
     if own == list(label):
         return data
     labels = np.array([label[name] for name in own])

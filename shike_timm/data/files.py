@@ -63,29 +63,32 @@ class FolderFiles:
 
 
 class ArchiveFiles:
-    """Members of an uncompressed tar archive, read at their places in it.
+    """Members of uncompressed tar archives, read at their places in them.
 
     Args:
-        root: The archive.
+        root: The archive, or the folder of several.
         names: Paths of the members.
-        places: Byte at which each begins and its length [N, 2].
+        places: Number of the archive of each, the byte at which it begins and its length [N, 3].
+        archives: Paths of the archives, that of the only one by default.
     """
 
-    def __init__(self, root: str, names: Iterable[str], places: np.ndarray):
+    def __init__(self, root: str, names: Iterable[str], places: np.ndarray, archives: Sequence[str] = ()):
         self.root = root
         self.names = Names(names)
         self.places = places
+        self.archives = archives or (root,)
 
     def open(self, row: int) -> Image.Image:
         """The image of a row, not decoded yet."""
-        start, length = self.places[row].tolist()
-        with open(self.root, 'rb') as file:
+        archive, start, length = self.places[row].tolist()
+        with open(self.archives[archive], 'rb') as file:
             file.seek(start)
             return Image.open(io.BytesIO(file.read(length)))
 
     def stamp(self, row: int) -> str:
         """What changes when the file of a row does."""
-        return f'{self.names[row]}|{self.places[row, 1]}|{os.stat(self.root).st_mtime_ns}'
+        archive, start, length = self.places[row].tolist()
+        return f'{self.names[row]}|{start}|{length}|{os.stat(self.archives[archive]).st_mtime_ns}'
 
 
 def _members(tar: tarfile.TarFile, prefix: str = '', offset: int = 0) -> Iterator[Tuple[str, int, int]]:
@@ -126,8 +129,8 @@ def open_files(root: str, names: Sequence[str], members: Optional[Sequence[Tuple
     """
     if os.path.isdir(root):
         return FolderFiles(root, names)
-    places = {name: (start, length) for name, start, length in members or archive_members(root) if length >= 0}
+    places = {name: (0, start, length) for name, start, length in members or archive_members(root) if length >= 0}
     missing = next((name for name in names if name not in places), None)
     if missing is not None:
         raise InputError(f"'{root}' has no member '{missing}': give paths as they are in the archive.")
-    return ArchiveFiles(root, names, np.array([places[name] for name in names], dtype=np.int64).reshape(-1, 2))
+    return ArchiveFiles(root, names, np.array([places[name] for name in names], dtype=np.int64).reshape(-1, 3))

@@ -16,7 +16,28 @@ from .in_memory import DeviceLoader, device_data_gap
 from .sharding import EpochSampler, SeededDataset
 from .table import CheckedLoader, ImageTable, readable_collate
 
-__all__ = ['create_eval_loader', 'create_train_loader']
+__all__ = ['create_eval_loader', 'create_train_loader', 'set_mixup']
+
+
+class _Mixup(timm.data.FastCollateMixup):
+    """timm's mixing in collation, which can be switched off for workers that run already."""
+
+    def __init__(self, **options: Any):
+        self._enabled = torch.ones(1, dtype=torch.bool).share_memory_()
+        super().__init__(**options)
+
+    @property
+    def mixup_enabled(self) -> bool:
+        return bool(self._enabled)
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, enabled: bool) -> None:
+        self._enabled.fill_(enabled)
+
+
+def set_mixup(loader: Any, enabled: bool) -> None:
+    """Switch the mixing of images on or off, in a loader that `create_train_loader` made with `mixup`."""
+    (loader.loader if isinstance(loader, CheckedLoader) else loader).mixup_enabled = enabled
 
 
 def _create_device_loader(
@@ -145,7 +166,7 @@ def create_train_loader(
         num_workers,
         transform,
         sampler,
-        timm.data.FastCollateMixup(**mixup) if mixup else fast_collate,
+        _Mixup(**mixup) if mixup else fast_collate,
         re_prob=0. if augmentation.no_aug else augmentation.re_prob,
         re_mode=augmentation.re_mode,
         re_count=augmentation.re_count,

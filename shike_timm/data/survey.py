@@ -3,8 +3,9 @@ import hashlib
 import io
 import sys
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -12,13 +13,19 @@ from tqdm import tqdm
 
 from ..errors import one_line
 from .datasets import ImageSet
+from .images import ImageDecoder
 
-__all__ = ['Seen', 'survey']
+__all__ = ['Seen', 'alike', 'survey']
+
+MAX_BITS = 3  # of 64 that differ between hashes of images that look alike
 
 
 @dataclass
 class Seen:
-    """One image: its name, its label, a digest of its file or else of its pixels, and what it is or why it is none."""
+    """One image: its name, its label, a digest of its file or else of its pixels, and what it is or why it is none.
+
+    What it looks like are the 64 bits of a perceptual hash, None where none was asked for.
+    """
 
     name: str
     target: int
@@ -26,6 +33,7 @@ class Seen:
     size: Optional[Tuple[int, int]] = None
     mode: str = ''
     extrema: Optional[Tuple[float, float]] = None
+    look: Optional[int] = None
     error: Optional[str] = None
 
 
@@ -33,18 +41,22 @@ def _digest(content: Any) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _inspect(seen: Seen, image: Image.Image) -> None:
+def _inspect(seen: Seen, image: Image.Image, perceptual: bool) -> None:
     image.load()
     seen.size, seen.mode = image.size, image.mode
     if image.mode == 'F' or image.mode.startswith('I'):  # whose range of values may be any
         seen.extrema = image.getextrema()
+    if perceptual:
+        import imagehash
+        seen.look = int(str(imagehash.phash(ImageDecoder(1)(image))), 16)
 
 
 class _Images(Dataset):
     """Every image of a set that can be indexed, as `Seen`."""
 
-    def __init__(self, data: ImageSet):
+    def __init__(self, data: ImageSet, perceptual: bool):
         self.data = data
+        self.perceptual = perceptual
         self.targets: Any = data.targets if data.targets is not None else getattr(data.dataset, 'targets', None)
 
     def __len__(self) -> int:
@@ -67,7 +79,7 @@ class _Images(Dataset):
         try:
             item, seen.target = self._open(index)
             if isinstance(item, Image.Image):
-                _inspect(seen, item)
+                _inspect(seen, item, self.perceptual)
                 seen.digest = _digest(repr((item.size, item.mode)).encode() + item.tobytes())
             else:
                 item.seek(0)
@@ -75,33 +87,34 @@ class _Images(Dataset):
                 item.close()
                 seen.digest = _digest(content)
                 with Image.open(io.BytesIO(content)) as image:
-                    _inspect(seen, image)
+                    _inspect(seen, image, self.perceptual)
         except Exception as error:  # a decoder may raise anything for a damaged file
             seen.error = one_line(error)
         return seen
 
 
-def _stream(data: ImageSet) -> Iterator[List[Seen]]:
+def _stream(data: ImageSet, perceptual: bool) -> Iterator[List[Seen]]:
     for index, (image, target) in enumerate(data.dataset):
         seen = Seen(str(index), int(target))
-        _inspect(seen, image)
+        _inspect(seen, image, perceptual)
         seen.digest = _digest(repr((image.size, image.mode)).encode() + image.tobytes())
         yield [seen]
 
 
-def survey(data: ImageSet, num_workers: int = 0) -> List[Seen]:
+def survey(data: ImageSet, num_workers: int = 0, perceptual: bool = False) -> List[Seen]:
     """Read every image of a set.
 
     Args:
         data: The set, without a transform.
         num_workers: Worker processes.
+        perceptual: Also hash what images look like, which needs the package imagehash.
 
     Returns:
         What each image is, in order.
     """
-    total, batches = None, _stream(data)
+    total, batches = None, _stream(data, perceptual)
     if not isinstance(data.dataset, IterableDataset):
-        images, total = _Images(data), len(data.dataset)
+        images, total = _Images(data, perceptual), len(data.dataset)
         batches = DataLoader(
             images, 64, num_workers=num_workers if total > 1000 else 0, collate_fn=list, generator=torch.Generator())
     found: List[Seen] = []
@@ -110,3 +123,31 @@ def survey(data: ImageSet, num_workers: int = 0) -> List[Seen]:
             found += batch
             progress.update(len(batch))
     return found
+
+
+def alike(looks: Sequence[int]) -> List[List[int]]:
+    """Groups of positions whose perceptual hashes differ in no more than `MAX_BITS` bits from another of the group."""
+    hashes, which = np.unique(np.array(looks, dtype=np.uint64), return_inverse=True)
+    leader = np.arange(len(hashes))
+
+    def find(i: int) -> int:
+        while leader[i] != i:
+            leader[i] = leader[leader[i]]
+            i = int(leader[i])
+        return i
+
+    # Of as many parts and one more, two such hashes have one in common.
+    width = 64 // (MAX_BITS + 1)
+    for part in range(MAX_BITS + 1):
+        keys = (hashes >> np.uint64(width * part)) & np.uint64(2 ** width - 1)
+        order = np.argsort(keys, kind='stable')
+        for rows in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+            for place, row in enumerate(rows[:-1]):
+                others = rows[place + 1:]
+                bits = np.unpackbits((hashes[others] ^ hashes[row])[:, None].view(np.uint8), axis=1)
+                for other in others[bits.sum(1) <= MAX_BITS]:
+                    leader[find(int(other))] = find(int(row))
+    groups: Dict[int, List[int]] = {}
+    for i, one in enumerate(which.tolist()):
+        groups.setdefault(find(one), []).append(i)
+    return [group for group in groups.values() if len(group) > 1]

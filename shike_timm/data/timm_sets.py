@@ -1,5 +1,7 @@
 """What `timm.data.create_dataset` reads by names with one of its prefixes; folders and archives apart."""
 import io
+import json
+import os
 import re
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -9,10 +11,19 @@ from PIL import Image
 from timm.data import IterableImageDataset
 
 from ..errors import InputError, one_line
-from .datasets import DataRequest, DatasetEntry, ImageSet, in_memory_set, map_labels, register_dataset, table_set
-from .files import Names
+from .datasets import (
+    DataRequest,
+    DatasetEntry,
+    ImageSet,
+    in_memory_set,
+    map_labels,
+    read_class_stats,
+    register_dataset,
+    table_set,
+)
+from .files import ArchiveFiles, Names, archive_members
 from .folders import EVAL_SPLITS
-from .images import ImageDecoder
+from .images import ImageDecoder, image_extensions
 
 PREFIXES = ('torch/', 'hfds/', 'hfids/', 'tfds/', 'wds/')
 STREAMS = PREFIXES[2:]
@@ -152,7 +163,59 @@ def _torch_set(request: DataRequest, split: str, train: bool) -> ImageSet:
         lambda names: _TorchFiles(dataset, np.array([int(name) for name in names]), names), order=order)
 
 
+def _shard_set(request: DataRequest, reader: Any) -> Optional[ImageSet]:
+    """The images of WebDataset shards that are all files here, which are read in any order; None for others."""
+    info = getattr(reader, 'split_info', None)
+    shards = [os.path.join(reader.root, name) for name in info.filenames] if info else []
+    if not shards or not all(shard.endswith('.tar') and os.path.isfile(shard) for shard in shards):
+        return None
+    kinds = set((request.input_key or '').split(';')) if request.input_key else {
+        extension[1:] for extension in image_extensions()}
+    names, labels, places = [], [], []
+    for number, shard in enumerate(shards):
+        samples: Dict[str, Dict[str, Tuple[int, int]]] = {}
+        for name, start, length in archive_members(shard):
+            folder, slash, file = name.rpartition('/')
+            stem, _, suffix = file.partition('.')
+            if length >= 0 and stem:
+                samples.setdefault(folder + slash + stem, {})[suffix.lower()] = start, length
+        with open(shard, 'rb') as file:
+            for key, parts in samples.items():
+                suffix = next((part for part in parts if part in kinds), None)
+                place = parts.get('json' if request.target_key else 'cls')
+                if suffix is None:
+                    continue
+                if place is None:
+                    raise InputError(
+                        f"'{key}' in '{shard}' has no label: expected a member '{key}.cls', or one of JSON whose field "
+                        '--target-key names.')
+                file.seek(place[0])
+                content = file.read(place[1]).decode()
+                labels.append(str(json.loads(content)[request.target_key] if request.target_key else content.strip()))
+                names.append(f'{key}.{suffix}')
+                places.append((number, *parts[suffix]))
+    if not names:
+        raise InputError(f"The shards '{shards[0]}', ... hold no images: name their extension with --input-key.")
+    order = None
+    if request.class_stats and not request.class_map:
+        order = read_class_stats(request.class_stats)[1]
+        number_of = {str(c): name for c, name in enumerate(order or ())}
+        labels = [number_of.get(label, label) for label in labels]
+    if len(set(names)) < len(names):
+        names = [f'{os.path.basename(shards[place[0]])}/{name}' for name, place in zip(names, places)]
+    place_of = dict(zip(names, places))
+    return table_set(
+        request, names, labels, [],
+        lambda names: ArchiveFiles(
+            reader.root, names, np.array([place_of[name] for name in names], dtype=np.int64).reshape(-1, 3), shards),
+        order=order)
+
+
 def _stream_set(request: DataRequest, split: str, train: bool) -> ImageSet:
+    if request.name.lower().startswith('wds/'):
+        data = _shard_set(request, _create(request, split, train=False).reader)  # which needs no number of images
+        if data is not None:
+            return data
     dataset = _create(request, split, train)
     if isinstance(dataset, IterableImageDataset):
         dataset.reader = _Decoded(dataset.reader, request.decoder())

@@ -1,18 +1,18 @@
 """What a run trains and is evaluated on, put together from the registry's data sets."""
-import json
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional
 
-from timm.loss import load_class_stats
-
-from ..errors import InputError, one_line
+from ..errors import InputError
 from .checks import without_unreadable
-from .datasets import DataRequest, DatasetEntry, ImageSet, find_dataset, match_classes
+from .datasets import DataRequest, DatasetEntry, ImageSet, find_dataset, match_classes, read_class_stats
 from .holdout import covers, hold_out_listed, hold_out_share, read_sides, write_sides
 from .table import ImageTable
 
 __all__ = ['TrainingData', 'create_eval_dataset', 'load_training_data']
+
+_logger = logging.getLogger(__name__)
 
 HOLDOUT = 0.2  # where nothing else is given to evaluate on
 CHECKED = 100_000  # images that are read before training unless that is asked for or not
@@ -64,17 +64,6 @@ class TrainingData:
         return line + (f" Left out: {'; '.join(notes)}." if notes else '')
 
 
-def _read_class_stats(path: str) -> Tuple[List[int], Optional[List[str]]]:
-    try:
-        loaded = load_class_stats(path)
-        assert loaded is not None  # it is for no path alone
-        with open(path) as file:
-            names = json.load(file).get('class_names')
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"class-stats '{path}' cannot be read: {one_line(error)}.") from error
-    return loaded[0].long().tolist(), names
-
-
 def _check_request(request: DataRequest, entry: DatasetEntry) -> None:
     what = request.name or request.root
     if request.val_per_class and not entry.has_imb_factor:
@@ -124,8 +113,12 @@ def load_training_data(name: str, root: Optional[str] = None, **options: Any) ->
     train, test = entry.load_train(request)
     stats, counts = request.class_stats, train.class_counts
     if stats:
-        counts, stats_names = _read_class_stats(stats)
+        counts, stats_names = read_class_stats(stats)
         train.class_names = train.class_names or stats_names
+        if train.class_counts and counts != train.class_counts:
+            _logger.warning(
+                f"class-stats '{stats}' counts {sum(counts)} images, but {what} has {sum(train.class_counts)}, or its "
+                'classes have other numbers: those of the file are taken.')
     if counts is None:
         raise InputError(
             f"dataset '{name}' does not list its labels, so its classes cannot be counted: use a folder of images, or "
@@ -199,7 +192,7 @@ def create_eval_dataset(
         raise InputError(
             f"'{name or root}' has no {split} split: name the one to evaluate on with --val-split or --val-list.")
     if data.class_names is None and request.class_stats:
-        data.class_names = _read_class_stats(request.class_stats)[1]
+        data.class_names = read_class_stats(request.class_stats)[1]
     if class_names:
         data = match_classes(data, class_names, _split_words(request))
     return _checked(data, request)

@@ -18,6 +18,9 @@ class Augmentation:
         hflip: Horizontal flip probability.
         vflip: Vertical flip probability.
         color_jitter: Strength of colour jitter, which a policy takes the place of.
+        color_jitter_prob: Probability of colour jitter, None for always.
+        grayscale_prob: Probability of an image without colours.
+        gaussian_blur_prob: Probability of blur.
         force_color_jitter: Jitter colours before a policy all the same.
         auto_augment: timm's policy string, or 'cifar10': torchvision's AutoAugment CIFAR-10 policy with fill 128.
         cutout: Side in pixels of a square to blacken; 0 for none.
@@ -34,6 +37,9 @@ class Augmentation:
     hflip: float = 0.5
     vflip: float = 0.
     color_jitter: float = 0.4
+    color_jitter_prob: Optional[float] = None
+    grayscale_prob: float = 0.
+    gaussian_blur_prob: float = 0.
     force_color_jitter: bool = False
     auto_augment: Optional[str] = None
     cutout: int = 0

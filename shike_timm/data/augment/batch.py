@@ -125,6 +125,9 @@ def batch_gap(augmentation: Augmentation, device: torch.device) -> Optional[str]
     lacks_float64 = device.type == 'mps'
     if augmentation.auto_augment and (augmentation.auto_augment != 'cifar10' or lacks_float64):
         return f'--aa {augmentation.auto_augment}'
+    for name in ('grayscale_prob', 'gaussian_blur_prob'):
+        if getattr(augmentation, name):
+            return f"--{name.replace('_', '-')} {getattr(augmentation, name):g}"
     if augmentation.color_jitter and (augmentation.force_color_jitter or not augmentation.auto_augment):
         return f'--color-jitter {augmentation.color_jitter:g}'
     return f'--reprob {augmentation.re_prob:g}' if augmentation.re_prob else None

@@ -61,6 +61,9 @@ def create_train_transform(
         hflip=augmentation.hflip,
         vflip=augmentation.vflip,
         color_jitter=augmentation.color_jitter,
+        color_jitter_prob=augmentation.color_jitter_prob,
+        grayscale_prob=augmentation.grayscale_prob,
+        gaussian_blur_prob=augmentation.gaussian_blur_prob,
         interpolation=augmentation.interpolation,
     )
     if augmentation.no_aug:
@@ -79,9 +82,11 @@ def create_train_transform(
         first[:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=[side // 8 for side in size[::-1]])]
     if cifar_policy:
         grey: Any = [128] * 3  # of Pillow images, which take no float
-        second[:] = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=grey)]
+        second[:1] = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=grey)]  # for colour jitter
     if augmentation.force_color_jitter and augmentation.auto_augment:
-        second.insert(0, transforms.ColorJitter(*[augmentation.color_jitter] * 3))  # brightness, contrast, saturation
+        jitter = transforms.ColorJitter(*[augmentation.color_jitter] * 3)  # brightness, contrast, saturation
+        probability = augmentation.color_jitter_prob
+        second.insert(0, jitter if probability is None else transforms.RandomApply([jitter], probability))
     if augmentation.cutout:
         last.append(Cutout(augmentation.cutout))
     return transforms.Compose(first + second + last)

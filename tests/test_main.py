@@ -1,0 +1,33 @@
+"""`python -m shike_timm SCRIPT.py` runs scripts of others with the models known, as timm's validate.py needs it."""
+import sys
+
+import pytest
+
+from shike_timm.__main__ import main
+
+SCRIPT = """
+import argparse
+import helper
+from timm.models import create_model, resolve_model_input_args
+
+parser = argparse.ArgumentParser()
+parser.add_argument('--model')
+parser.add_argument('--num-classes', type=int)
+if __name__ == '__main__':
+    args = parser.parse_args()
+    model = create_model(**resolve_model_input_args(args.model, vars(args), num_classes=args.num_classes))
+    print(type(model).__name__, model.num_classes, parser.prog, helper.WORD)
+"""
+
+
+def test_scripts_of_others(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'validate.py').write_text(SCRIPT)
+    (tmp_path / 'helper.py').write_text("WORD = 'beside'\n")
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    argv = ['__main__.py', str(tmp_path / 'validate.py'), '--model', 'resnet32_shike', '--num-classes', '7']
+    monkeypatch.setattr(sys, 'argv', argv)
+    main()
+    assert capsys.readouterr().out.split() == ['Shike', '7', 'validate.py', 'beside']
+    monkeypatch.setattr(sys, 'argv', ['__main__.py', 'nowhere.py'])
+    with pytest.raises(SystemExit, match="'nowhere.py' is no script"):
+        main()

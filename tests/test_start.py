@@ -1,0 +1,103 @@
+"""Training that begins with weights of a SHIKE model, and classifiers retrained for other classes."""
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from shike_timm.checkpoints import load_checkpoint, model_weights
+from shike_timm.commands.train import parse_train_args
+from shike_timm.errors import InputError
+from shike_timm.loading import Start, load_start, load_trained_model, start_from
+from shike_timm.runs import train
+
+SMALL = ['--model', 'resnet32_shike', '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs', '1', '--workers', '0']
+
+
+def test_every_source_of_weights(tiny_run, tmp_path):
+    one = tiny_run / 'stage_one' / 'last.pth.tar'
+    two = tiny_run / 'stage_two' / 'last.pth.tar'
+    expected = {path: model_weights(load_checkpoint(path), path) for path in (one, two)}
+    bare = tmp_path / 'bare.safetensors'
+    safetensors.torch.save_file(expected[one], bare)
+    for source in (one, bare, tiny_run, tiny_run / 'model' / 'model.safetensors', f'local-dir:{tiny_run}/model'):
+        start = load_start(parse_train_args(['--initial-checkpoint', str(source)]))
+        state = expected[one if source in (one, bare) else two]
+        assert all(torch.equal(start.weights[name], value) for name, value in state.items())
+        assert (start.class_names is None) == (source == bare)
+        if source != bare:
+            assert tuple(start.data_args['mean']) == (0.4914, 0.4822, 0.4465)
+    packaged = load_start(parse_train_args(['--model', 'resnet32_shike', '--pretrained']))
+    assert len(packaged.class_names) == 100 and packaged.data_args['input_size'] == [3, 32, 32]
+    sized = load_start(parse_train_args(['--initial-checkpoint', str(tiny_run), '--img-size', '16']))
+    assert not {'img_size', 'input_size'} & set(sized.data_args)
+    for argv, message in (
+            (['--initial-checkpoint', '/nowhere'], "initial-checkpoint '/nowhere' does not exist"),
+            (['--initial-checkpoint', str(bare), '--pretrained'], 'both bring weights'),
+            (['--pretrained', '--model', 'resnet50_shike'], 'No weights are published')):
+        with pytest.raises(InputError, match=message):
+            load_start(parse_train_args(argv))
+
+
+def test_classifiers_go_by_names(tiny_run, caplog):
+    model = load_trained_model(str(tiny_run)).model
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [str(digit) for digit in range(10)]
+    start_from(model, Start('x', weights, names), names[::-1])
+    assert torch.equal(model.classifier.weight, weights['classifier.weight'].flip(1)) and not caplog.text
+    fresh = model.classifier.weight.clone()
+    start_from(model, Start('x', weights, [*names[:9], 'nine']), names)
+    assert torch.equal(model.classifier.weight, fresh) and "'9' is a class of one alone" in caplog.text
+    weights['classifier.weight'] = torch.zeros(3, 7, 64)
+    start_from(model, Start('x', weights), names)
+    assert torch.equal(model.classifier.weight, fresh)
+    del weights['stem.0.weight']
+    with pytest.raises(InputError, match="'stem.0.weight' it holds nothing"):
+        start_from(model, Start('x', weights), names)
+
+
+def test_a_run_from_a_model_of_other_classes(tiny_run, image_folder, tmp_path, caplog, run_script):
+    options = [
+        *SMALL, '--data-dir', str(image_folder), '--batch-size', '8', '--lr', '0', '--device', 'cpu', '--output',
+        str(tmp_path), '--experiment', 'fine', '--initial-checkpoint', f'local-dir:{tiny_run}/model']
+    train(parse_train_args(options))
+    assert 'classifiers of' in caplog.text and 'are left out' in caplog.text
+    tuned = load_checkpoint(tmp_path / 'fine' / 'stage_one' / 'last.pth.tar')
+    source = load_checkpoint(tiny_run / 'stage_two' / 'last.pth.tar')['state_dict']
+    assert torch.equal(tuned['state_dict']['stem.0.weight'], source['stem.0.weight'])
+    assert tuned['state_dict']['classifier.weight'].shape[1] == 3
+    saved = yaml.safe_load((tmp_path / 'fine' / 'args.yaml').read_text())
+    assert saved['input_size'] == [3, 8, 8] and saved['initial_checkpoint'].startswith('local-dir:')
+    # The same command once more, with what the run found out by itself, and a longer schedule.
+    assert train(parse_train_args([*options, '--resume'])).keys() == {'stage_one', 'stage_two'}
+    status, _, error = run_script('train.py', '--resume', tmp_path / 'fine', '--epochs', '9')
+    assert status == 2 and f"--initial-checkpoint {tmp_path / 'fine'}" in error
+
+
+def test_classifiers_retrained_for_other_classes(tiny_run, image_folder, tmp_path, run_script):
+    argv = [
+        '--checkpoint', tiny_run, '--dataset', '', '--data-dir', image_folder, '--batch-size', '8', '--output',
+        tmp_path, '--crt-epochs', '1']
+    status, _, error = run_script('retrain_classifier.py', *argv)
+    assert status == 2 and "Class 'ant'" in error and '--num-classes 3' in error
+    status, _, error = run_script('retrain_classifier.py', *argv, '--num-classes', '3', '--experiment', 'other')
+    assert status == 0, error
+    model = load_trained_model(str(tmp_path / 'other'))
+    assert model.class_names == ['ant', 'bee', 'cat'] and model.class_counts == [24, 12, 6]
+    source = load_checkpoint(tiny_run / 'stage_one' / 'last.pth.tar')['state_dict']
+    assert torch.equal(model.model.stem[0].weight, source['stem.0.weight'])
+    status, _, error = run_script('retrain_classifier.py', '--checkpoint', tiny_run, '--num-classes', '10')
+    assert status == 2 and 'leave it out' in error
+
+
+def test_hparams_given_again_go_over_those_of_the_run(image_folder, tmp_path):
+    shutil.rmtree(image_folder / 'validation')
+    (tmp_path / 'mine.yaml').write_text(yaml.safe_dump(dict(batch_size=8, img_size=8, no_aug=True)))
+    options = [
+        *SMALL, '--hparams', str(tmp_path / 'mine.yaml'), '--data-dir', str(image_folder), '--output', str(tmp_path),
+        '--experiment', 'run', '--device', 'cpu']
+    metrics = train(parse_train_args(options))
+    args = parse_train_args([*options, '--resume', '--validation-batch-size', '3', '--workers', '0'])
+    assert args.holdout == 0.2 and args.batch_size == 8
+    assert train(args) == metrics

@@ -1,0 +1,189 @@
+"""Options that timm's train.py has: what each of them reaches."""
+import csv
+import io
+import json
+import tarfile
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from PIL import Image
+from torchvision import transforms
+
+from shike_timm import engine
+from shike_timm.build import create_schedule
+from shike_timm.checkpoints import load_checkpoint
+from shike_timm.commands.train import parse_train_args
+from shike_timm.data import Augmentation, load_training_data, set_mixup
+from shike_timm.data.augment.batch import batch_gap
+from shike_timm.data.augment.transforms import create_train_transform
+from shike_timm.losses import balanced_softmax, expert_cross_entropy, focal, logit_adjusted, representation_loss
+from shike_timm.methods import METHODS, get_method, plan_stages
+from shike_timm.metrics import METRICS
+from shike_timm.options import RUN
+from shike_timm.runs import Run, loop_config, prepare, train
+
+COUNTS = torch.tensor([9, 4, 2, 1])
+
+
+@pytest.fixture
+def run_of(image_folder):
+    """The parts of a run over a folder of images, nothing of which is trained."""
+
+    def make(*options):
+        args = parse_train_args([
+            '--model', 'resnet32_shike', '--data-dir', str(image_folder), '--batch-size', '8', '--img-size', '8',
+            '--workers', '0', '--device', 'cpu', *options])
+        return prepare(args, plan_stages(args))
+
+    return make
+
+
+def test_label_smoothing():
+    logits, target = torch.randn(6, 3, 4, dtype=torch.float64), torch.arange(6) % 4
+    smoothed = F.one_hot(target, 4) * 0.8 + 0.05
+    expected = F.cross_entropy(logits.flatten(0, 1), target.repeat_interleave(3), label_smoothing=0.2) * 3
+    assert torch.allclose(expert_cross_entropy(logits, target, 0.2), expected)
+    for loss in (partial(balanced_softmax, class_counts=COUNTS), partial(logit_adjusted, class_counts=COUNTS), focal):
+        assert torch.allclose(loss(logits, target, smoothing=0.2), loss(logits, smoothed))
+        assert torch.allclose(loss(logits, smoothed, smoothing=0.5), loss(logits, smoothed * 0.5 + 0.125))
+    plain, smooth = representation_loss(logits, target), representation_loss(logits, target, smoothing=0.2)
+    assert torch.allclose(smooth.ce, expected) and torch.equal(smooth.nt, plain.nt)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_label_smoothing_reaches_both_stages(method, run_of):
+    run = run_of('--method', method, '--smoothing', '0.2', '--crt-epochs', '1')
+    images, target = torch.randn(8, 3, 8, 8), torch.arange(8) % 3
+    if method == 'ldam_drw':
+        with pytest.raises(ValueError, match='--smoothing does not go with'):
+            get_method(method).make_task(run)
+        return
+    for stage in plan_stages(run.args):
+        task = stage.make_task(run).eval()
+        assert task.loss.keywords['smoothing'] == 0.2
+        assert task(images, target)['loss'] != partial(task.loss, smoothing=0.)(
+            task.get_eval_model().forward_experts(images), target)
+
+
+@pytest.mark.parametrize('policy', [None, 'cifar10', 'rand-m9'])
+def test_probabilities_of_colour_and_blur(policy):
+    options = dict(auto_augment=policy, force_color_jitter=True, color_jitter=0.9, hflip=0., train_crop_mode='pad')
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    grey = create_train_transform((3, 32, 32), Augmentation(grayscale_prob=1., **options))(image)
+    assert torch.equal(grey[0], grey[2])
+    parts = create_train_transform((3, 32, 32), Augmentation(color_jitter_prob=0.25, gaussian_blur_prob=0.5, **options))
+    applied = {
+        type(part.transforms[0]): part.p for part in parts.transforms if isinstance(part, transforms.RandomApply)}
+    assert applied == {transforms.ColorJitter: 0.25, transforms.GaussianBlur: 0.5}
+    assert not any(isinstance(part, transforms.ColorJitter) for part in parts.transforms)
+    for name in ('grayscale_prob', 'gaussian_blur_prob'):
+        gap = batch_gap(Augmentation(train_crop_mode='pad', color_jitter=0., **{name: 0.5}))
+        assert gap == f"--{name.replace('_', '-')} 0.5"
+
+
+def test_what_reaches_the_loader(run_of):
+    run = run_of('--reprob', '0.5', '--remode', 'rand', '--recount', '3', '--train-interpolation', 'bicubic')
+    erasing = run.train_loader.random_erasing
+    assert (erasing.probability, erasing.rand_color, erasing.per_pixel, erasing.max_count) == (0.5, True, False, 3)
+    assert 'bicubic' in repr(run.data.train.dataset.transform)
+    assert len(next(iter(run.test_loader))[1]) == 8  # -vb is the batch size by default
+    mixed = run_of(
+        '--mixup', '0.4', '--cutmix', '1', '--mixup-prob', '0.75', '--mixup-switch-prob', '0.25', '--alpha', '0')
+    collate = mixed.train_loader.loader.loader.collate_fn
+    assert (collate.mix_prob, collate.switch_prob, collate.mixup_alpha, collate.cutmix_alpha) == (0.75, 0.25, 0.4, 1.)
+
+
+def test_mixing_ends_in_workers_too(run_of):
+    run = run_of('--mixup', '8', '--alpha', '0', '--workers', '1', '--mixup-off-epoch', '3')
+    assert loop_config(run).mixup_off_epoch == 3
+    for enabled in (True, False, True):
+        set_mixup(run.train_loader, enabled)
+        peaks = torch.cat([target.amax(1) for _, target in run.train_loader])
+        assert bool((peaks == 1).all()) != enabled
+
+
+def test_when_mixing_ends(tmp_path, image_folder, monkeypatch):
+    told = []
+    monkeypatch.setattr('shike_timm.engine.set_mixup', lambda loader, enabled: told.append(enabled))
+    train(parse_train_args([
+        '--model', 'resnet32_shike', '--data-dir', str(image_folder), '--batch-size', '8', '--img-size', '8', '--mixup',
+        '0.4', '--alpha', '0', '--epochs', '2', '--warmup-epochs', '0', '--crt-epochs', '2', '--mixup-off-epoch', '3',
+        '--workers', '0', '--device', 'cpu', '--output', str(tmp_path)]))
+    assert told == [True, True, True, False]
+
+
+def test_what_reaches_the_loop_and_the_schedule():
+    args = parse_train_args([
+        '--dist-bn', 'broadcast', '--crt-warmup-epochs', '2', '--crt-warmup-lr', '0.03', '--crt-epochs', '5'])
+    assert loop_config(SimpleNamespace(args=args, autocast=None)).dist_bn == 'broadcast'
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    create_schedule(optimizer, args, plan_stages(args)[1]).step(0)
+    assert optimizer.param_groups[0]['lr'] == 0.03
+
+
+def test_lengths_of_streams(tmp_path):
+    pytest.importorskip('webdataset')
+    with tarfile.open(tmp_path / 'x-0.tar', 'w') as tar:
+        for i in range(8):
+            content = io.BytesIO()
+            Image.new('RGB', (4, 4), i).save(content, 'PNG')
+            for suffix, data in (('png', content.getvalue()), ('cls', b'%d' % (i % 2))):
+                member = tarfile.TarInfo(f'{i:04d}.{suffix}')
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    (tmp_path / 'stats.json').write_text(json.dumps(dict(pos_counts=[4, 4], num_samples=8)))
+    data = load_training_data(
+        'wds/x', '', train_split=f'pipe:cat {tmp_path}/x-0.tar', val_split=f'pipe:cat {tmp_path}/x-0.tar',
+        train_num_samples=8, val_num_samples=6, class_stats=str(tmp_path / 'stats.json'))
+    assert (len(data.train.dataset), len(data.test.dataset)) == (8, 6)
+
+
+def test_an_average_warms_up_and_both_weights_are_told(tmp_path, caplog):
+    def run(name, *options):
+        argv = [*TINY, '--output', str(tmp_path / name), '--model-ema', '--lr', '0.005', '--crt-epochs', '0', *options]
+        train(parse_train_args(argv))
+        return json.loads((tmp_path / name / 'run' / 'metrics.json').read_text())['stage_one']
+
+    caplog.set_level('INFO')
+    warm, cold = run('warm'), run('cold', '--no-model-ema-warmup')
+    assert warm['plain'] == cold['plain'] and set(warm) - set(warm['plain']) == {'plain', 'seconds'}
+    distances = [abs(one['loss'] - one['plain']['loss']) for one in (warm, cold)]
+    assert distances[0] < distances[1] and 'averaged weights of stage_one are kept' in caplog.text
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    assert next(option for option in RUN.options if option.name == 'eval_metric').choices == METRICS
+    train(parse_train_args(
+        [*TINY, '--output', str(tmp_path), '--eval-metric', 'loss', '--epochs', '4', '--crt-epochs', '0']))
+    with (tmp_path / 'run' / 'summary.csv').open() as file:
+        losses = [float(row['eval_loss']) for row in csv.DictReader(file)]
+    best = load_checkpoint(tmp_path / 'run' / 'stage_one' / 'model_best.pth.tar')
+    assert best['epoch'] == int(np.argmin(losses)) == best['saver']['best_epoch']
+
+
+def test_a_failing_evaluation_costs_no_epoch(tmp_path, tiny_run, monkeypatch):
+    evaluate, calls = Run.evaluate, []
+
+    def fail(self, model):
+        calls.append(None)
+        if len(calls) == 2:
+            raise OSError('out of space')
+        return evaluate(self, model)
+
+    monkeypatch.setattr(Run, 'evaluate', fail)
+    steps, step = [], engine.train_step
+    monkeypatch.setattr(engine, 'train_step', lambda *args: steps.append(None) or step(*args))
+    argv = [*TINY, '--output', str(tmp_path)]
+    with pytest.raises(OSError, match='out of space'):
+        train(parse_train_args(argv))
+    of_stage_one = len(steps)
+    metrics = train(parse_train_args([*argv, '--resume']))
+    assert len(steps) == 2 * of_stage_one  # stage two has as many, and both epochs of stage one were over
+    expected = json.loads((tiny_run / 'metrics.json').read_text())
+    for stage in expected:
+        assert {**metrics[stage], 'seconds': 0} == {**expected[stage], 'seconds': 0}
