@@ -70,7 +70,7 @@ def fused_sgd(*tensors, **options):
 def fake_cuda(monkeypatch):
     """As if there were a GPU, in the test."""
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: True)
     monkeypatch.setattr(runs, 'join_processes', lambda name: CUDA)
     monkeypatch.setattr(runs, 'tune_device', lambda device: None)
     monkeypatch.setattr(nn.Module, '_apply', apply)
@@ -85,8 +85,8 @@ def fake_cuda(monkeypatch):
 @pytest.mark.parametrize('options', [
     ['--amp', '--channels-last', '--model-ema', '--aa', 'cifar10', '--cutout', '2', '--clip-grad', '1'],
     ['--amp', '--amp-dtype', 'bfloat16', '--no-aug', '--vflip', '0.5'],
-    ['--opt', 'adamw', '--detach-teacher'],
-    ['--method', 'ldam_drw', '--crt-epochs', '1'],
+    pytest.param(['--opt', 'adamw', '--detach-teacher'], marks=pytest.mark.slow),
+    pytest.param(['--method', 'ldam_drw', '--crt-epochs', '1'], marks=pytest.mark.slow),
 ], ids=['float16', 'bfloat16', 'float32', 'margins'])
 def test_both_stages(tiny_run, fake_cuda, monkeypatch, options):
     args = parse_train_args([*TINY, '--device', 'cuda', *options])

@@ -241,7 +241,8 @@ def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch, run_script):
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     """SIGKILL at any moment of both stages, until the run is through; all in processes that are forked from here."""
-    options = ['--batch-size', '16', '--recovery-interval', '2', '--epochs', '12', '--aa', 'cifar10', '--drop', '0.1']
+    options = [
+        '--batch-size', '32', '--recovery-interval', '2', '--crt-epochs', '4', '--aa', 'cifar10', '--drop', '0.1']
     random = np.random.default_rng(0)
 
     def start(output, *more):
@@ -278,7 +279,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
         while num_steps(folders[1]) == before:
             assert os.waitpid(child, os.WNOHANG) == (0, 0)
             time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.2))
+        time.sleep(random.uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert os.waitpid(start(folders[1]), 0)[1] == 0

@@ -175,7 +175,7 @@ def _training(run: Run, name: str) -> _Contestant:
     args, stage = run.args, _stage(run.args)
     task = _create_task(run, stage)
     optimizer, step, costs = _training_step(run, task, chain.from_iterable(repeat(run.train_loader)))
-    result = dict(model=name, **costs)
+    result: Dict[str, Any] = dict(model=name, **costs)
     result['compiled'] = compile_task(task, args, stage if isinstance(run.model, Shike) else plan_stages(args)[0])
     # With data a round is an epoch, since many batches are augmented at once; noise is one batch.
     num_iter = args.num_bench_iter or (len(run.train_loader) if len(run.train_loader) > 1 else NUM_BENCH_ITER)
