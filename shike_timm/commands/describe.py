@@ -223,7 +223,8 @@ def _split_text(split: str, told: Dict[str, Any]) -> List[str]:
                  for side in ('width', 'height') for low, middle, high in [told[side]])
         lines.append(f"  {', '.join(sizes)}; {', '.join(f'{mode} {count}' for mode, count in told['modes'].items())}")
     if 'pixel_range' in told:
-        lines.append('  values of deep images: {:g} to {:g}'.format(*told['pixel_range']))
+        lines.append('  values of deep images: {0:g} to {1:g}, all of --pixel-range {0:g} {1:g}'.format(
+            *told['pixel_range']))
     lines += [f'  left out: {note}' for note in told.get('left_out', ())]
     faults = [f"{one['file']}: {one['error']}" for one in told['unreadable']]
     for title, items in (('unreadable', faults), ('without a label', told['images_without_label']),
