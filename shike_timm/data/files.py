@@ -81,14 +81,14 @@ class ArchiveFiles:
     def open(self, row: int) -> Image.Image:
         """The image of a row, not decoded yet."""
         archive, start, length = self.places[row].tolist()
-        with open(self.archives[archive], 'rb') as file:
+        with open(self.archives[int(archive)], 'rb') as file:
             file.seek(start)
             return Image.open(io.BytesIO(file.read(length)))
 
     def stamp(self, row: int) -> str:
         """What changes when the file of a row does."""
         archive, start, length = self.places[row].tolist()
-        return f'{self.names[row]}|{start}|{length}|{os.stat(self.archives[archive]).st_mtime_ns}'
+        return f'{self.names[row]}|{start}|{length}|{os.stat(self.archives[int(archive)]).st_mtime_ns}'
 
 
 def _members(tar: tarfile.TarFile, prefix: str = '', offset: int = 0) -> Iterator[Tuple[str, int, int]]:

@@ -171,7 +171,9 @@ def _shard_set(request: DataRequest, reader: Any) -> Optional[ImageSet]:
         return None
     kinds = set((request.input_key or '').split(';')) if request.input_key else {
         extension[1:] for extension in image_extensions()}
-    names, labels, places = [], [], []
+    names: List[str] = []
+    labels: List[str] = []
+    places: List[Tuple[int, int, int]] = []
     for number, shard in enumerate(shards):
         samples: Dict[str, Dict[str, Tuple[int, int]]] = {}
         for name, start, length in archive_members(shard):
