@@ -58,8 +58,10 @@ class StageSaver(CheckpointSaver):
             self.best_epoch, self.best_metric = epoch, value
         self.save_checkpoint(epoch)
         if best:
-            last, kept = (os.path.join(self.checkpoint_dir, name + self.extension) for name in ('last', 'model_best'))
-            self._duplicate(last, kept)
+            names = ('last', 'tmp', 'model_best')
+            last, temporary, kept = (os.path.join(self.checkpoint_dir, name + self.extension) for name in names)
+            shutil.copyfile(last, temporary)
+            self._replace(temporary, kept)
 
     def save_last(self, epoch: int, done: Optional[Dict[str, Any]] = None) -> None:
         """Save the state as `last` and as nothing else.
