@@ -1,5 +1,4 @@
 """Options that timm's train.py has: what each of them reaches."""
-import csv
 import io
 import json
 import tarfile
@@ -16,7 +15,7 @@ from torchvision import transforms
 
 from shike_timm import engine
 from shike_timm.build import create_schedule
-from shike_timm.checkpoints import load_checkpoint
+from shike_timm.checkpoints import StageSaver, load_checkpoint
 from shike_timm.commands.train import parse_train_args
 from shike_timm.data import Augmentation, load_training_data, set_mixup
 from shike_timm.data.augment.batch import batch_gap
@@ -158,12 +157,16 @@ def test_an_average_warms_up_and_both_weights_are_told(tmp_path, caplog):
 
 def test_the_best_checkpoint_is_kept(tmp_path):
     assert next(option for option in RUN.options if option.name == 'eval_metric').choices == METRICS
-    train(parse_train_args(
-        [*TINY, '--output', str(tmp_path), '--eval-metric', 'loss', '--epochs', '4', '--crt-epochs', '0']))
-    with (tmp_path / 'run' / 'summary.csv').open() as file:
-        losses = [float(row['eval_loss']) for row in csv.DictReader(file)]
-    best = load_checkpoint(tmp_path / 'run' / 'stage_one' / 'model_best.pth.tar')
-    assert best['epoch'] == int(np.argmin(losses)) == best['saver']['best_epoch']
+    model = torch.nn.Linear(1, 1)
+    saver = StageSaver(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.), decreasing=True)
+    for epoch, loss in enumerate((3., None, 1., 2.)):
+        torch.nn.init.constant_(model.weight, epoch)
+        saver.save_epoch(epoch, loss)
+    best, last = (load_checkpoint(tmp_path / f'{name}.pth.tar') for name in ('model_best', 'last'))
+    assert best['epoch'] == 2 == float(best['state_dict']['weight']) and last['epoch'] == 3
+    assert last['saver']['best_metric'] == 1. and not (tmp_path / 'tmp.pth.tar').exists()
+    args = parse_train_args(['--eval-metric', 'few'])
+    assert loop_config(SimpleNamespace(args=args, autocast=None)).eval_metric == 'few'
 
 
 def test_a_failing_evaluation_costs_no_epoch(tmp_path, tiny_run, monkeypatch):
