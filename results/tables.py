@@ -87,13 +87,13 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('SHIKE, 0.02', ['lite0_val_separable_02'], None),
         ('SHIKE with bottleneck aligners, 0.05', ['lite0_val_shike_05'], None),
     ]),
-    'finetune': ('On the test split:', [
+    'finetune': ('On the test split, and on a fifth of plankton held out:', [
         ('CIFAR-100-LT (100): one plain network', ['lite0_plain'], None),
-        ('three experts', ['lite0_three'], None),
-        ('SHIKE', ['lite0_shike'], None),
+        ('CIFAR-100-LT (100): three experts', ['lite0_three'], None),
+        ('CIFAR-100-LT (100): SHIKE', ['lite0_shike'], None),
         ('plankton: one plain network', ['plankton_plain'], None),
-        ('three experts', ['plankton_three'], None),
-        ('SHIKE', ['plankton_shike'], None),
+        ('plankton: three experts', ['plankton_three'], None),
+        ('plankton: SHIKE', ['plankton_shike'], None),
     ]),
     'backbone': ('EfficientNet-Lite0 as backbone, CIFAR-100-LT (100) at 64 px, 5 + 2 epochs:', [
         ('from ImageNet weights', ['lite0_pretrained'], None),
