@@ -179,6 +179,7 @@ def test_a_long_tailed_evaluation_set_is_told(image_folder, tmp_path, run_script
     assert status == 0 and 'itself long-tailed, with 1 to 4 images' in error
 
 
+@pytest.mark.slow
 def test_images_drawn_with_other_frequencies(real_cifar_root):
     """CIFAR-100 test images as frequent as in training, or the other way round: as is, and with that prior."""
     whole = create_eval_dataset('cifar100_lt', str(real_cifar_root))

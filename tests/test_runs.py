@@ -154,7 +154,9 @@ def test_resumed_run_equals_an_undisturbed_one(tiny_run, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize('options, dies_after', [
     (['--drop', '0.1', '--model-ema', '--model-ema-decay', '0.9'], 9),
-    (['--workers', '1', '--no-device-data', '--reprob', '0.3', '--aa', 'rand-m9-mstd0.5', '--crt-epochs', '0'], 9),
+    pytest.param(
+        ['--workers', '1', '--no-device-data', '--reprob', '0.3', '--aa', 'rand-m9-mstd0.5', '--crt-epochs', '0'], 9,
+        marks=pytest.mark.slow),
     pytest.param(['--mixup', '0.4', '--alpha', '0', '--grad-accum-steps', '2'], 19, marks=pytest.mark.slow),
 ], ids=['device', 'workers', 'accumulated'])
 def test_a_run_goes_on_from_the_middle_of_an_epoch(tmp_path, monkeypatch, caplog, options, dies_after):
@@ -340,7 +342,8 @@ def undisturbed(tmp_path_factory):
     return without_seconds(run(tmp_path_factory.mktemp('undisturbed'), *LONGER)[0])
 
 
-@pytest.mark.parametrize('signum, epoch', [(signal.SIGKILL, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize('signum, epoch', [
+    (signal.SIGKILL, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)])
 def test_signals_leave_a_run_that_resumes(tmp_path, undisturbed, signum, epoch):
     process = start(tmp_path, *LONGER)
     wait_for_epoch(process, epoch)
