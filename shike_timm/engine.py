@@ -283,10 +283,10 @@ def _train_one_epoch(
         stop: StopFlag,
         vote: Vote,
         progress: tqdm,
-) -> Tuple[Dict[str, Optional[float]], str]:
+) -> Tuple[Done, str]:
     """Train on what is left of an epoch, in parts that each seed themselves, so that what is between can be saved.
 
-    Gives the epoch's means and seconds, and what to tell of it.
+    Gives what is done then, and what to tell of it.
     """
     num_steps, status = len(loader), ''
     part = (config.recovery_interval or num_steps) * config.grad_accum_steps
@@ -298,9 +298,9 @@ def _train_one_epoch(
         averages = [eval_model(task, ema=True)] if task.has_ema() else []
         equal_statistics(eval_model(task), *averages, mode=config.dist_bn)
         _check_weights(task, stage, epoch)
-        on_primary(saver.save_last, epoch - 1, asdict(done))  # also before the evaluation, which may fail
-    means = {key: round(value / done.num_images, 6) for key, value in done.sums.items()}
-    return dict(means, seconds=round(done.seconds, 3)), status
+        if end < num_steps:
+            on_primary(saver.save_last, epoch - 1, asdict(done))
+    return done, status
 
 
 def eval_model(task: TrainingTask, ema: bool = False) -> torch.nn.Module:
@@ -392,20 +392,24 @@ def fit(
         if config.mixup_off_epoch:
             set_mixup(loader, stage.first_row + epoch < config.mixup_off_epoch)
         lr = max(group['lr'] for group in optimizer.param_groups)
-        means, status = _train_one_epoch(
+        done, status = _train_one_epoch(
             task, loader, optimizer, stage, config, epoch, done, saver, loss_scaler, stop, vote, progress)
-        done, metrics = Done(), None
+        means = {key: round(value / done.num_images, 6) for key, value in done.sums.items()}
+        trained = {key: means.get(key) for key in ('loss', 'seconds', *terms)}
+        trained['seconds'] = round(done.seconds, 3)
+        metrics = None
         if epoch == stage.epochs - 1 or (epoch + 1) % config.val_interval == 0:
+            on_primary(saver.save_last, epoch - 1, asdict(done))  # since the evaluation may fail
             metrics = _evaluate(task, evaluate)
             status += '  Eval: ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS)
         left = (time.perf_counter() - start) / (epoch + 1 - start_epoch) * (stage.epochs - epoch - 1)
         name = stage.name.replace('_', ' ')
         _logger.info(f'Train: {epoch} of {stage.epochs} in {name}, {timedelta(seconds=round(left))} left  {status}')
-        trained = {key: means.get(key) for key in ('loss', 'seconds', *terms)}
         evaluated = {key: metrics[key] if metrics else None for key in METRICS}
         on_primary(update_summary, stage.first_row + epoch, trained, evaluated, str(summary), lr)
         on_primary(track, summary)
         on_primary(saver.save_epoch, epoch, metrics[config.eval_metric] if metrics and config.eval_metric else None)
+        done = Done()
     if metrics is None:
         metrics = _evaluate(task, evaluate)
     return dict(metrics, seconds=round(_training_seconds(summary, stage.first_row), 1))

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.loss import load_class_stats
 
 import shike_timm
-from shike_timm.commands.describe import describe_data, parse_describe_args
+from shike_timm.commands.describe import _label_gaps, describe_data, parse_describe_args
 from shike_timm.data.datasets import ImageSet, in_memory_set
 from shike_timm.data.survey import alike, survey
 
@@ -141,3 +141,8 @@ def test_sets_of_other_kinds(tmp_path):
         seen = survey(data)
         assert [one.target for one in seen] == [1, 0, 1] and {one.mode for one in seen} == {'RGB'}
         assert seen[0].digest == seen[2].digest != seen[1].digest and seen[0].size == (4, 4)
+
+
+def test_numbers_that_are_no_numbering_have_no_gaps():
+    assert _label_gaps(['1', '2', '5']) == [3, 4]
+    assert _label_gaps(['20240101', '4006381333931']) == _label_gaps(['1', 'two']) == []

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException, is_fake, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -134,6 +134,10 @@ def test_evaluation(fake_cuda, monkeypatch):
 
 def test_what_is_refused(fake_cuda):
     images = torch.ones(2, device=CUDA)
-    for mistake in (images.cpu, partial(torch.add, images, torch.ones(2)), images.sum().item, images.tolist):
-        with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
+    for mistake, error, message in (
+            (images.cpu, AssertionError, 'waits for the device'),
+            (partial(torch.add, images, torch.ones(2)), RuntimeError, 'to be on the same device'),
+            (images.sum().item, DataDependentOutputException, 'local_scalar'),
+            (images.tolist, DataDependentOutputException, 'local_scalar')):
+        with pytest.raises(error, match=message):
             mistake()

@@ -498,6 +498,8 @@ def test_shards_that_are_files_are_as_good_as_a_folder(make, tmp_path, caplog):
     assert 'counts 6 images, but' in caplog.text
     with pytest.raises(InputError, match='hold no images'):
         load_training_data('wds/x', str(tmp_path), **shards, input_key='jpg')
+    with pytest.raises(InputError, match="part-0.tar' cannot be read: 'species'"):
+        load_training_data('wds/x', str(tmp_path), **shards, target_key='species')
 
 
 def test_torchvision_sets_of_one_channel(tmp_path):

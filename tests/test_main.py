@@ -2,8 +2,10 @@
 import sys
 
 import pytest
+import torch
 
 from shike_timm.__main__ import main
+from shike_timm.commands import describe
 
 SCRIPT = """
 import argparse
@@ -31,3 +33,12 @@ def test_scripts_of_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['__main__.py', 'nowhere.py'])
     with pytest.raises(SystemExit, match="'nowhere.py' is no script"):
         main()
+
+
+def test_memory_that_runs_out_is_one_sentence(tmp_path, run_script, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory.')
+
+    monkeypatch.setattr(describe, 'find_dataset', fail)
+    status, _, told = run_script('describe.py', '--data-dir', tmp_path)
+    assert status == 1 and told.count('\n') == 1 and '--grad-accum-steps' in told

@@ -125,9 +125,9 @@ def _by_place(groups: List[List[Found]]) -> Dict[str, List[List[Dict[str, str]]]
 
 
 def _label_gaps(names: Sequence[str]) -> List[int]:
-    """Numbers that are missing among class names that are all numbers."""
+    """Numbers that are missing among class names that are all numbers, and not such as dates or bar codes."""
     numbers = {int(name) for name in names if name.isdecimal()}
-    if len(numbers) < len(names) or not numbers:
+    if len(numbers) < len(names) or not numbers or max(numbers) - min(numbers) > 100 * len(numbers):
         return []
     return sorted(set(range(min(numbers), max(numbers))) - numbers)
 

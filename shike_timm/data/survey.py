@@ -127,16 +127,11 @@ def survey(data: ImageSet, num_workers: int = 0, perceptual: bool = False) -> Li
 
 def alike(looks: Sequence[int]) -> List[List[int]]:
     """Groups of positions whose perceptual hashes differ in no more than `MAX_BITS` bits from another of the group."""
+    from scipy.sparse import coo_array  # which imagehash needs itself
+    from scipy.sparse.csgraph import connected_components
     hashes, which = np.unique(np.array(looks, dtype=np.uint64), return_inverse=True)
-    leader = np.arange(len(hashes))
-
-    def find(i: int) -> int:
-        while leader[i] != i:
-            leader[i] = leader[leader[i]]
-            i = int(leader[i])
-        return i
-
-    # Of as many parts and one more, two such hashes have one in common.
+    pairs = [np.empty((2, 0), dtype=np.int64)]
+    # Cut into one part more than bits may differ, two such hashes have a part in common.
     width = 64 // (MAX_BITS + 1)
     for part in range(MAX_BITS + 1):
         keys = (hashes >> np.uint64(width * part)) & np.uint64(2 ** width - 1)
@@ -145,9 +140,12 @@ def alike(looks: Sequence[int]) -> List[List[int]]:
             for place, row in enumerate(rows[:-1]):
                 others = rows[place + 1:]
                 bits = np.unpackbits((hashes[others] ^ hashes[row])[:, None].view(np.uint8), axis=1)
-                for other in others[bits.sum(1) <= MAX_BITS]:
-                    leader[find(int(other))] = find(int(row))
+                near = others[bits.sum(1) <= MAX_BITS]
+                pairs.append(np.stack([near, np.full_like(near, row)]))
+    edges = np.concatenate(pairs, axis=1)
+    graph = coo_array((np.ones(edges.shape[1], dtype=bool), tuple(edges)), shape=(len(hashes), len(hashes)))
+    group_of = connected_components(graph, directed=False)[1]
     groups: Dict[int, List[int]] = {}
     for i, one in enumerate(which.tolist()):
-        groups.setdefault(find(one), []).append(i)
+        groups.setdefault(int(group_of[one]), []).append(i)
     return [group for group in groups.values() if len(group) > 1]

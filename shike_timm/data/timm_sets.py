@@ -192,8 +192,12 @@ def _shard_set(request: DataRequest, reader: Any) -> Optional[ImageSet]:
                         f"'{key}' in '{shard}' has no label: expected a member '{key}.cls', or one of JSON whose field "
                         '--target-key names.')
                 file.seek(place[0])
-                content = file.read(place[1]).decode()
-                labels.append(str(json.loads(content)[request.target_key] if request.target_key else content.strip()))
+                try:
+                    content = file.read(place[1]).decode()
+                    label = json.loads(content)[request.target_key] if request.target_key else content.strip()
+                except (ValueError, KeyError, TypeError) as error:
+                    raise InputError(f"The label of '{key}' in '{shard}' cannot be read: {one_line(error)}.") from error
+                labels.append(str(label))
                 names.append(f'{key}.{suffix}')
                 places.append((number, *parts[suffix]))
     if not names:
