@@ -130,6 +130,7 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
             in_chans=image_channels(args),
             backbone=args.backbone,
             num_experts=args.num_experts,
+            private_stages=args.private_stages,
             depths=args.depths,
             fusion=args.fusion if args.fusion is False else args.fusion_type,
             classifier=args.classifier,

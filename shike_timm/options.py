@@ -261,6 +261,9 @@ MODEL = Group(
     Option('freeze_trunk', bool, False, 'keep the shared stages as they are, BatchNorm in eval mode'),
     Option('num_classes', int, None, 'classes, those of the data by default', low=1, card='changed'),
     Option('num_experts', int, None, 'experts'),
+    Option(
+        'private_stages', int, None, 'how many of the last stages each expert has for itself, 1 by default', low=1,
+        card='changed'),
     Option('depths', int, None, 'shared stage each expert fuses, from 1 at the shallowest', nargs='+'),
     Option('fusion', bool, None, 'fuse shared features; off is a mixture of experts'),
     Option(

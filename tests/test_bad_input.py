@@ -42,6 +42,7 @@ def refused(run_script, tmp_path):
     ("'/nowhere'", ['--dataset', 'cifar100_lt', '--data-dir', '/nowhere']),
     ('--num-classes 7', ['--num-classes', '7']),
     ('got (1, 9, 1)', ['--depths', '1', '9', '1']),
+    ('private_stages of the CIFAR ResNet must be 1 or 2, got 3', ['--private-stages', '3']),
     ('class 7 with no training image', ['--imb-factor', '500']),
     ('--mixup 0.2', ['--mixup', '0.2']),
     ('--amp-dtype float16', ['--amp', '--amp-dtype', 'float16']),

@@ -53,7 +53,8 @@ def test_every_name_has_a_default_configuration():
     assert timm.list_models(module='registry', name_matches_cfg=True) == NAMES
 
 
-@pytest.mark.parametrize('name', TAGGED)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if 'resnet152' in name else name for name in TAGGED])
 def test_configuration_and_shapes(name):
     model = timm.create_model(name, device='meta').eval()
     cfg, state = model.default_cfg, model.state_dict()

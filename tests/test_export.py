@@ -156,6 +156,7 @@ def test_real_images_have_the_same_top_1(exported_to, model, cifar_root):
     assert clear.float().mean() > 0.99 and torch.equal(logits.argmax(1)[clear], expected.argmax(1)[clear])
 
 
+@pytest.mark.slow
 def test_other_backbones_export_to_onnx(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model('shike', backbone='resnet10t', num_classes=10)

@@ -84,7 +84,7 @@ def fake_cuda(monkeypatch):
 
 @pytest.mark.parametrize('options', [
     ['--amp', '--channels-last', '--model-ema', '--aa', 'cifar10', '--cutout', '2', '--clip-grad', '1'],
-    ['--amp', '--amp-dtype', 'bfloat16', '--no-aug', '--vflip', '0.5'],
+    pytest.param(['--amp', '--amp-dtype', 'bfloat16', '--no-aug', '--vflip', '0.5'], marks=pytest.mark.slow),
     pytest.param(['--opt', 'adamw', '--detach-teacher'], marks=pytest.mark.slow),
     pytest.param(['--method', 'ldam_drw', '--crt-epochs', '1'], marks=pytest.mark.slow),
 ], ids=['float16', 'bfloat16', 'float32', 'margins'])

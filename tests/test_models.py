@@ -68,10 +68,20 @@ def test_residual_fusion_starts_as_the_backbone(name):
         assert torch.allclose(expert(shared), own * (1 + aligned))
 
 
-def test_a_saved_model_keeps_its_fusion(tmp_path):
-    model = timm.create_model('resnet32_shike', num_classes=3, fusion='residual')
+def test_a_saved_model_keeps_its_fusion_and_stages(tmp_path):
+    model = timm.create_model('resnet32_shike', num_classes=3, fusion='residual', private_stages=2)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    assert timm.create_model(f'local-dir:{tmp_path}').experts[0].residual
+    loaded, images = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval(), torch.randn(2, 3, 32, 32)
+    assert loaded.experts[0].residual and len(loaded.stages) == 1
+    assert torch.equal(loaded(images), model.eval()(images))
+
+
+def test_two_stages_of_their_own_are_counted_by_hand():
+    """Stage two of the CIFAR ResNet has 88,768 parameters, which three experts have three times."""
+    one, two = (
+        sum(p.numel() for p in timm.create_model('resnet32_shike', private_stages=n, fusion=False).parameters())
+        for n in (1, 2))
+    assert two - one == 2 * 88_768
 
 
 @pytest.mark.parametrize('halvings, kinds', [
@@ -171,6 +181,8 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize('arguments, message', [
     (dict(num_experts=0), 'num_experts must be a whole number of at least 1, got 0'),
     (dict(num_experts=1.5), 'num_experts must be a whole number of at least 1, got 1.5'),
+    (dict(private_stages=3), 'private_stages of the CIFAR ResNet must be 1 or 2, got 3'),
+    (dict(backbone='resnet18', private_stages=4), "private_stages of 'resnet18' must be 1 to 3, got 4"),
     (dict(depths=(1, 3, 1)), r'between 1 and 2, .* got \(1, 3, 1\)'),
     (dict(depths=(0, 1, 1)), r'got \(0, 1, 1\)'),
     (dict(depths=(1, 2)), 'one shared stage for each of 3 experts'),
@@ -181,4 +193,4 @@ def test_dropout_acts_in_training_only():
 ])
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        timm.create_model('resnet32_shike', **arguments)
+        timm.create_model('shike' if 'backbone' in arguments else 'resnet32_shike', **arguments)

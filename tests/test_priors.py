@@ -135,7 +135,7 @@ def test_a_run_keeps_it(tiny_run):
         assert (saved.class_counts, saved.classifier_prior) == (model.class_counts, prior)
 
 
-@pytest.mark.parametrize('format', FILES)
+@pytest.mark.parametrize('format', ['onnx', pytest.param('torch-export', marks=pytest.mark.slow)])
 @torch.inference_mode()
 def test_an_exported_graph_holds_it(format, tmp_path, images):
     folder = export(parse_export_args([

@@ -225,6 +225,7 @@ def large_page(tmp_path_factory):
     return folder, time.process_time() - start
 
 
+@pytest.mark.slow
 def test_many_classes(large_page):
     folder, seconds = large_page
     assert seconds < 60 and (folder / 'report.html').stat().st_size < 10e6

@@ -342,8 +342,8 @@ def undisturbed(tmp_path_factory):
     return without_seconds(run(tmp_path_factory.mktemp('undisturbed'), *LONGER)[0])
 
 
-@pytest.mark.parametrize('signum, epoch', [
-    (signal.SIGKILL, 1), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('signum, epoch', [(signal.SIGKILL, 1), (signal.SIGINT, 0)])
 def test_signals_leave_a_run_that_resumes(tmp_path, undisturbed, signum, epoch):
     process = start(tmp_path, *LONGER)
     wait_for_epoch(process, epoch)

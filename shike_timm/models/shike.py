@@ -23,7 +23,7 @@ Prior = Union[None, str, Sequence[float]]  # frequencies of classes: 'uniform', 
 
 
 class Expert(nn.Module):
-    """The last stage, and the aligner that brings a shared stage's features to its shape (Eq. 3)."""
+    """The private stages, and the aligner that brings a shared stage's features to its shape (Eq. 3)."""
 
     def __init__(
             self,
@@ -74,7 +74,7 @@ def _plain(value: Any) -> Any:
 
 
 class Shike(nn.Module):
-    """SHIKE network: a trunk of shared stages and, per expert, the last stage, an aligner and a classifier.
+    """SHIKE network: a trunk of shared stages and, per expert, private stages, an aligner and a classifier.
 
     It also loads state dicts in the layout of the authors' code, wherever weights are loaded.
 
@@ -83,6 +83,7 @@ class Shike(nn.Module):
         num_classes: Classes; 0 leaves the classifiers out.
         in_chans: Channels of the input images.
         num_experts: Experts M.
+        private_stages: How many of the last stages each expert has for itself, 1 in the paper; the others are shared.
         depths: Shared stage that each expert fuses, counted from 1 at the shallowest. By default experts take
             stages 1, 2, ... in order and start over at the deepest.
         fusion: How experts fuse (DKF): 'product' of an expert's own and the aligned features (the paper's, Eq. 3), or
@@ -116,6 +117,7 @@ class Shike(nn.Module):
             num_classes: int = 1000,
             in_chans: int = 3,
             num_experts: int = 3,
+            private_stages: int = 1,
             depths: Optional[Sequence[int]] = None,
             fusion: Union[bool, str] = 'product',
             classifier: str = 'cosine',
@@ -143,10 +145,11 @@ class Shike(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got '{value}'.")
         dd = dict(device=device, dtype=dtype)
         shared = dict(in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride)
-        net = backbone(num_experts=num_experts, **shared, **dd)
+        net = backbone(num_experts=num_experts, private_stages=private_stages, **shared, **dd)
         self.depths = self._resolve_depths(depths, num_experts, len(net.stages))
         self.in_chans = in_chans
         self.num_experts = num_experts
+        self.private_stages = private_stages
         self.classifier_type = classifier
         self.cosine_scale = float(cosine_scale)
         self.authors_classifiers = authors_classifiers
@@ -227,7 +230,7 @@ class Shike(nn.Module):
 
     @torch.jit.ignore()
     def load_backbone(self, source: Source = True, cache_dir: Union[None, str, Path] = None) -> None:
-        """Load pretrained weights of the backbone, into the last stage of each expert the same.
+        """Load pretrained weights of the backbone, into the private stages of each expert the same.
 
         Aligners and classifiers stay as they are; the preprocessing is that of the weights from then on.
 
@@ -239,7 +242,8 @@ class Shike(nn.Module):
             ValueError: If there are no weights of the backbone, or the file is missing, damaged or of another network.
             RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
         """
-        *trunk, last = pretrained_parts(self.backbone_name, source, self.in_chans, cache_dir)
+        *trunk, last = pretrained_parts(
+            self.backbone_name, source, self.in_chans, cache_dir, self.private_stages)
         for own, loaded in [*zip([self.stem, *self.stages], trunk), *((expert.stage, last) for expert in self.experts)]:
             own.load_state_dict(loaded.state_dict())
         self.set_preprocessing(source)

@@ -1,4 +1,4 @@
-"""A backbone as SHIKE sees it: a stem, the shared stages, and last stages, one for every expert."""
+"""A backbone as SHIKE sees it: a stem, the shared stages, and for every expert the last stage or stages."""
 from dataclasses import dataclass
 from typing import Callable, Dict, List, Optional
 
@@ -14,7 +14,7 @@ class Backbone:
     Attributes:
         stem: Everything before the first shared stage.
         stages: The shared stages in order.
-        last_stages: The last stage, once per expert.
+        last_stages: What experts have for themselves: the last stage, or the last few as one, once per expert.
         feature_info: Channels `num_chs` and `reduction` (input resolution over the activation's) of the stem, if that
             is one of the network's feature levels, of each shared stage and of the last stage.
         first_conv: The convolutions that see the images.

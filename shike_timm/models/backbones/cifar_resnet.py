@@ -16,6 +16,7 @@ def cifar_resnet(
         in_chans: int = 3,
         drop_path_rate: Optional[float] = None,
         output_stride: int = 32,
+        private_stages: int = 1,
         **dd: Any,
 ) -> Backbone:
     """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem and three stages of n basic blocks with 16, 32 and 64 channels.
@@ -26,23 +27,28 @@ def cifar_resnet(
         in_chans: Channels of the input images.
         drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0. None is 0.
         output_stride: Only 32, which leaves the strides as they are.
+        private_stages: How many of the last stages each expert has for itself, 1 or 2.
         **dd: Device and data type of the parameters.
 
     Raises:
-        ValueError: If another output stride is asked for.
+        ValueError: If another output stride is asked for, or no stage would be shared.
     """
     if output_stride != 32:
         raise ValueError(f'output_stride of the CIFAR ResNet cannot be changed, got {output_stride}: leave it out.')
     channels = (16, 32, 64)
+    if not 1 <= private_stages < len(channels):
+        raise ValueError(f'private_stages of the CIFAR ResNet must be 1 or 2, got {private_stages}.')
     conv = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **dd)
     stages, _ = make_blocks(
         (BasicBlock,) * 3, channels, (blocks_per_stage,) * 3, inplanes=16, drop_path_rate=drop_path_rate or 0., **dd)
-    *shared, last = [stage for _, stage in stages]
+    num_shared = len(stages) - private_stages
+    last = nn.Sequential(*(block for _, stage in stages[num_shared:] for block in stage))
+    levels = [dict(num_chs=chs, reduction=red) for chs, red in zip((16, *channels), (1, 1, 2, 4))]
     return Backbone(
         stem=nn.Sequential(conv, nn.BatchNorm2d(16, **dd), nn.ReLU(inplace=True)),
-        stages=shared,
+        stages=[stage for _, stage in stages[:num_shared]],
         last_stages=[last] + [copy.deepcopy(last) for _ in range(num_experts - 1)],
-        feature_info=[dict(num_chs=chs, reduction=red) for chs, red in zip((16, *channels), (1, 1, 2, 4))],
+        feature_info=[*levels[:num_shared + 1], levels[-1]],
         first_conv=[conv],
         initialised=False,
     )

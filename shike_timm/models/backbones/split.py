@@ -1,4 +1,4 @@
-"""Where a network of timm is cut into stem, shared stages and last stage, by a look at how it runs."""
+"""Where a network of timm is cut into stem, shared and private stages, by a look at how it runs."""
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -91,8 +91,13 @@ def find_chain(net: Any, name: str, in_chans: int) -> List[str]:
     return list(outputs)
 
 
-def _find_parts(net: Any, name: str, in_chans: int) -> Tuple[List[List[str]], List[Dict[str, Any]]]:
-    """Names of the modules of stem, shared stages and last stage, and the feature levels that their ends are.
+def _find_parts(
+        net: Any,
+        name: str,
+        in_chans: int,
+        private_stages: int,
+) -> Tuple[List[List[str]], List[Dict[str, Any]]]:
+    """Names of the modules of stem, shared and private stages, and the feature levels that their ends are.
 
     The stem's end need not be one of the levels.
     """
@@ -102,6 +107,9 @@ def _find_parts(net: Any, name: str, in_chans: int) -> Tuple[List[List[str]], Li
     shared = [level for level in levels if level['reduction'] >= _MIN_REDUCTION]
     if not shared:
         raise _refusal(name, 'no stage comes before its last one')
+    if not 1 <= private_stages <= len(shared):
+        raise ValueError(f"private_stages of '{name}' must be 1 to {len(shared)}, got {private_stages}.")
+    shared = shared[:len(shared) + 1 - private_stages]
     ends = [chain.index(level['module']) + 1 for level in shared]
     # A network without a level of high resolution has its stem end where its first stage begins.
     start = chain.index(stem[0]['module']) + 1 if stem else ends[0] - 1
@@ -135,16 +143,18 @@ def timm_backbone(
         in_chans: int = 3,
         drop_path_rate: Optional[float] = None,
         output_stride: int = 32,
+        private_stages: int = 1,
         **dd: Any,
 ) -> Backbone:
-    """A convolutional network of timm, cut where its own feature information says that the last stage begins.
+    """A convolutional network of timm, cut where its own feature information says that the private stages begin.
 
     Args:
         name: Name of timm's model, tag included if need be.
-        num_experts: Last stages to make, each with initial values of its own.
+        num_experts: Private stages to make, each with initial values of its own.
         in_chans: Channels of the input images.
         drop_path_rate: Stochastic depth rate, for networks that have one; None leaves them theirs.
         output_stride: Input over output resolution, for networks that can be dilated.
+        private_stages: How many of the last stages each expert has for itself.
         **dd: Device and data type of the parameters.
 
     Raises:
@@ -161,7 +171,7 @@ def timm_backbone(
             raise
         kwargs.update(drop_path_rate=None)  # a network without stochastic depth has a rate of 0
         skeleton = _create_skeleton(name, **kwargs)
-    parts, levels = _find_parts(skeleton, name, in_chans)
+    parts, levels = _find_parts(skeleton, name, in_chans, private_stages)
     first_conv = skeleton.default_cfg['first_conv']
     if not first_conv:
         raise _refusal(name, 'timm does not say which convolution sees the images')
@@ -184,14 +194,16 @@ def pretrained_parts(
         source: Source,
         in_chans: int = 3,
         cache_dir: Union[None, str, Path] = None,
+        private_stages: int = 1,
 ) -> List[nn.Module]:
-    """The stem, shared stages and last stage of `timm_backbone` with pretrained weights, on the CPU.
+    """The stem, shared stages and, as one, private stages of `timm_backbone` with pretrained weights, on the CPU.
 
     Args:
         name: Name of timm's model, None for a network that timm does not have.
         source: The weights.
         in_chans: Channels of the input images, to which timm adapts the first convolution.
         cache_dir: Folder that downloaded weights are kept in.
+        private_stages: As for `timm_backbone`.
 
     Raises:
         ValueError: If timm does not have the network, or the file is missing, damaged or of another network.
@@ -200,5 +212,6 @@ def pretrained_parts(
     options = pretrained_options(name, source)
     net = timm.create_model(**options, num_classes=0, in_chans=in_chans, cache_dir=cache_dir)
     tagged_name: str = options['model_name']
-    parts, _ = _find_parts(_create_skeleton(tagged_name, num_classes=0, in_chans=in_chans), tagged_name, in_chans)
+    skeleton = _create_skeleton(tagged_name, num_classes=0, in_chans=in_chans)
+    parts, _ = _find_parts(skeleton, tagged_name, in_chans, private_stages)
     return _take_parts(net, parts)
