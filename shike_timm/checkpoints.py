@@ -187,7 +187,7 @@ def export_model(
         folder: Folder to write, replaced as a whole if it exists.
         data_config: Preprocessing, what `timm.data.resolve_data_config` gives.
         class_names: Names of the classes in label order, where they are known.
-        class_counts: Training images of each class, kept in the configuration for the shot divisions.
+        class_counts: Training images of each class, kept in the configuration.
         **known: What else of the data is kept in it, where it is anything.
     """
     folder = Path(folder)

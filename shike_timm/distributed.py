@@ -45,7 +45,7 @@ def join_processes(name: Optional[str]) -> torch.device:
     """
     if not is_distributed_env():
         return resolve_device(name)
-    kind = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu')).type
+    kind = (name or ('cuda' if torch.cuda.is_available() else 'cpu')).partition(':')[0]
     local_rank, number, count = world_info_from_env()
     if kind == 'cuda' and local_rank >= torch.cuda.device_count():
         raise InputError(

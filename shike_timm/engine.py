@@ -206,6 +206,8 @@ def _train_part(
     order_seed = int(torch.randint(2 ** 62, ()))
     if hasattr(loader.sampler, 'set_epoch'):  # which a stream's has not
         loader.sampler.set_epoch(order_seed, done.step, end)
+    else:
+        loader.dataset.set_epoch(stage.first_row + epoch)  # or each epoch would have the first one's order
     part = done.step * world_size() + rank()
     if part:
         seed_all(config.seed, stage.number, epoch, part)
@@ -223,7 +225,8 @@ def _train_part(
         signum = vote(stop.signum)
         if signum:
             raise Interrupted(signum)
-        update = (step + 1) % config.grad_accum_steps == 0
+        last = step == end - 1
+        update = last or (step + 1) % config.grad_accum_steps == 0  # a stream may end within an update
         num_updates = (epoch * num_steps + step + 1) // config.grad_accum_steps
         result = train_step(task, images, target, optimizer, config, loss_scaler, update, num_updates)
         finite = result['loss'].detach().isfinite()
@@ -238,7 +241,6 @@ def _train_part(
             if key != 'output':
                 sums[key] = sums.get(key, 0.) + torch.where(finite, value.detach() * batch_size, 0.)
 
-        last = step == end - 1
         if last or step % (config.log_interval or CHECK_INTERVAL) == 0:
             bad_step = int(over_processes(first_bad_step, dist.ReduceOp.MIN))
             if bad_step < num_steps:

@@ -15,7 +15,7 @@ from timm.models import get_arch_name, parse_model_name
 from timm.task import DistillationTeacher
 from torch import Tensor
 
-from .build import create_model
+from .build import create_model, resolve_data_config
 from .checkpoints import load_checkpoint, load_weights, model_weights
 from .data import TrainingData
 from .errors import InputError, one_line
@@ -130,14 +130,16 @@ def _load_checkpoint(path: str, authors_classifiers: str) -> TrainedModel:
     data_args = {option.name: getattr(saved, option.name) for option in PREPROCESSING.options}
     return TrainedModel(
         model, saved.class_counts, saved.class_names, getattr(saved, 'shot_counts', saved.class_counts),
-        str(Path(path).absolute().parents[1]), data_args)
+        str(Path(path).absolute().parent.parent), data_args)
 
 
 def with_data_args(args: argparse.Namespace, trained: TrainedModel) -> argparse.Namespace:
     """Arguments with the preprocessing that the model was trained with, where they do not say another."""
     args = copy.copy(args)
+    sizes = ('img_size', 'input_size')
+    sized = any(getattr(args, key) for key in sizes)
     for key, value in trained.data_args.items():
-        if getattr(args, key) is None:
+        if getattr(args, key) is None and not (sized and key in sizes):
             setattr(args, key, value)
     return args
 
@@ -251,15 +253,14 @@ def load_start(args: argparse.Namespace) -> Optional[Start]:
             f"--initial-checkpoint '{name}' does not exist: give a file, a run folder, local-dir:FOLDER or "
             'hf-hub:USER/NAME.')
     trained = load_trained_model(name, pretrained=True, authors_classifiers='classifiers')
-    config = trained.model.pretrained_cfg
-    data_args = {key: config.get(key) for key in ('mean', 'std', 'interpolation', 'crop_pct', 'input_size')}
-    data_args.update({key: value for key, value in trained.data_args.items() if value is not None})
-    sizes = ('img_size', 'input_size', 'in_chans')
-    if data_args.get('img_size') or any(getattr(args, key) for key in sizes):
-        data_args.pop('input_size')
-    if any(getattr(args, key) for key in sizes):
-        data_args.pop('img_size', None)
-    data_args = {key: list(value) if isinstance(value, tuple) else value for key, value in data_args.items()}
+    theirs = with_data_args(argparse.Namespace(**defaults([PREPROCESSING])), trained)
+    data_args = dict(vars(theirs), **resolve_data_config(theirs, trained.model), img_size=None, in_chans=None)
+    del data_args['crop_mode']  # which no option says
+    if args.img_size or args.input_size or args.in_chans:
+        data_args['input_size'] = None
+    data_args = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in data_args.items() if value is not None}
     return Start(name, trained.model.state_dict(), trained.class_names, data_args)
 
 

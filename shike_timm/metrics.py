@@ -49,7 +49,7 @@ class ExpertEvaluator(ClassificationEvaluator):
 
     Args:
         num_experts: Experts M.
-        class_counts: Training images of each class [C], which make the shot divisions.
+        class_counts: Images of each class [C] that make the shot divisions.
         device: Device of the logits.
         subsets: Choices of experts to judge as ensembles of their own.
         max_samples: Images to count at most, the rest being what a distributed sampler pads with.
@@ -181,7 +181,7 @@ def evaluate(
     Args:
         model: A model with `num_experts` and `forward_experts`.
         loader: Gives batches of images [B, in_chans, H, W] and class indices [B] on `device`.
-        class_counts: Training images of each class.
+        class_counts: Images of each class that make the shot divisions.
         device: Device of the model.
         subsets: Choices of experts to judge as ensembles of their own.
         flip: Average the logits with those of the mirrored images.

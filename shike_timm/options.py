@@ -122,16 +122,11 @@ class Option:
                 raise InputError(f'{self.flag} {item} is out of range: give less than {self.below:g}.')
 
 
-@dataclass(frozen=True)
 class Group:
     """Options that belong together, under a title."""
 
-    title: str
-    options: Tuple[Option, ...]
-
     def __init__(self, title: str, *options: Option):
-        object.__setattr__(self, 'title', title)
-        object.__setattr__(self, 'options', options)
+        self.title, self.options = title, options
 
 
 def _items(value: Any) -> Sequence[Any]:
@@ -310,7 +305,7 @@ OPTIMIZER = Group(
     Option('opt_betas', float, None, "the optimizer's betas", 'BETA', nargs='+', card='changed'),
     Option('opt_kwargs', dict, {}, 'further arguments of timm.optim.create_optimizer_v2'),
     Option('layer_decay', float, None, 'factor of the learning rate from layer to layer', 'D', low=0),
-    Option('clip_grad', float, None, 'clip gradients'),
+    Option('clip_grad', float, None, 'clip gradients', low=0),
     Option('clip_mode', str, 'norm', 'how to clip', choices=('norm', 'value', 'agc'), card='changed'),
 )
 
@@ -452,9 +447,10 @@ def _pair(text: str) -> Tuple[str, Any]:
     if not equals:
         raise argparse.ArgumentTypeError(f"'{text}' is not of the form KEY=VALUE")
     try:
-        return key, ast.literal_eval(value)
+        read = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+    return key, list(read) if isinstance(read, tuple) else read  # as YAML has it
 
 
 def _add(section: Any, option: Option) -> None:
@@ -584,7 +580,7 @@ def run_folder(args: argparse.Namespace) -> Optional[str]:
     if args.resume is None:
         return None
     if args.resume:
-        path = os.path.normpath(args.resume)
+        path = os.path.abspath(args.resume)
         # RUN, or RUN/stage_one/last.pth.tar
         return os.path.dirname(os.path.dirname(path)) if os.path.isfile(path) else path
     if not args.experiment:

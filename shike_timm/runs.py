@@ -20,6 +20,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import NativeScaler
 from torch import nn
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -107,6 +108,8 @@ def prepare(
     model = create_model(args, data.num_classes, fresh).to(device)
     if start is not None:
         start_from(model, start, data.class_names)
+    if args.recovery_interval and isinstance(data.train.dataset, IterableDataset):
+        raise InputError('--recovery-interval saves the middle of an epoch, where no stream can begin: leave it out.')
     if args.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):
         raise InputError('--batch-size 1 leaves BatchNorm nothing to average over: choose a larger one.')
     if args.sync_bn and world_size() > 1:
@@ -180,7 +183,7 @@ def loop_config(run: Run) -> LoopConfig:
         seed=args.seed,
         log_interval=args.log_interval,
         val_interval=args.val_interval,
-        clip_grad=args.clip_grad,
+        clip_grad=args.clip_grad or None,
         clip_mode=args.clip_mode,
         autocast=run.autocast,
         channels_last=args.channels_last,
@@ -277,6 +280,8 @@ def _run_stage(
         on_primary(saver.save_last, -1)
     else:
         saver.load_state_dict(checkpoint['saver'])
+        if getattr(checkpoint['args'], 'eval_metric', None) != args.eval_metric:
+            saver.best_metric = None  # which was another's
     metrics = fit(
         task,
         run.train_loader,
@@ -510,7 +515,7 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
     weights = model_weights(checkpoint, args.checkpoint)
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
     stage_one = Path(args.checkpoint)
-    run_of_it = stage_one if stage_one.is_dir() else stage_one.absolute().parents[1]
+    run_of_it = stage_one if stage_one.is_dir() else stage_one.absolute().parent.parent
     run = prepare(args, [stage], False, saved.get('class_names') if same else None, run_of_it if same else None)
     if same:
         load_weights(run.model, weights, args.checkpoint)

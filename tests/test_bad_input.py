@@ -44,6 +44,8 @@ def refused(run_script, tmp_path):
     ('got (1, 9, 1)', ['--depths', '1', '9', '1']),
     ('private_stages of the CIFAR ResNet must be 1 or 2, got 3', ['--private-stages', '3']),
     ('class 7 with no training image', ['--imb-factor', '500']),
+    ("'digits_lt' has images of 3 channels, not of 1", ['--in-chans', '1']),
+    ('--clip-grad -1.0 ', ['--clip-grad', '-1']),
     ('--mixup 0.2', ['--mixup', '0.2']),
     ('--amp-dtype float16', ['--amp', '--amp-dtype', 'float16']),
     ('--epocs', ['--epocs', '3']),

@@ -110,6 +110,9 @@ def test_one_split_and_sets_in_memory(image_folder, run_script):
     shutil.rmtree(image_folder / 'validation')
     told = describe_data(parse_describe_args(['--data-dir', str(image_folder), '--workers', '0']))
     assert told['evaluation'] is None and told['no_evaluation'] and told['train']['images'] == 42
+    told = describe_data(parse_describe_args(
+        ['--data-dir', str(image_folder), '--workers', '0', '--holdout', '0.5', '--class-depth', '1']))
+    assert told['train']['images'] + told['evaluation']['images'] == 42 and told['no_evaluation'] is None
     told = describe_data(parse_describe_args(['--dataset', 'digits_lt', '--imb-factor', '20', '--holdout', '0.1']))
     assert told['train']['modes'] == {'RGB': told['train']['images']} and told['train']['width'] == [8, 8, 8]
     assert told['evaluation']['classes'] == 10 and told['duplicates']['across_splits'] == []
@@ -135,9 +138,13 @@ def test_sets_of_other_kinds(tmp_path):
         rows, targets = [2, 1, 0], [1, 0, 1]
         files = SimpleNamespace(open=lambda row: Image.open(tmp_path / f'{row}.png'))
 
+    class Made(Table):  # as torchvision's
+        files = SimpleNamespace(open=lambda row: images[row])
+
     listed = list(zip(images, (1, 0, 1)))
     for data in (
-            ImageSet(listed), ImageSet(Stream()), in_memory_set(pixels, [1, 0, 1], 'ab'), ImageSet(Table('abc'))):
+            ImageSet(listed), ImageSet(Stream()), in_memory_set(pixels, [1, 0, 1], 'ab'), ImageSet(Table('abc')),
+            ImageSet(Made('abc'))):
         seen = survey(data)
         assert [one.target for one in seen] == [1, 0, 1] and {one.mode for one in seen} == {'RGB'}
         assert seen[0].digest == seen[2].digest != seen[1].digest and seen[0].size == (4, 4)

@@ -17,7 +17,7 @@ from shike_timm.commands.retrain_classifier import parse_retrain_args
 from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.methods import plan_stages
-from shike_timm.options import HPARAMS, TRAIN, card_options, check_values, complete, read_command_line
+from shike_timm.options import HPARAMS, TRAIN, card_options, changed_option, check_values, complete, read_command_line
 from shike_timm_cli import COMMANDS
 
 RECIPES = sorted((ROOT / 'hparams').rglob('*.yaml'))
@@ -105,6 +105,9 @@ def test_a_file_overrides_its_base(tmp_path):
     args = parse_train_args(['--hparams', write(tmp_path, 'base: sub/b.yaml\nbatch_size: 9'), '--seed', '3'])
     assert (args.epochs, args.lr, args.batch_size, args.seed) == (30, 0.2, 9, 3)
     assert args.opt_kwargs == {'nesterov': True}
+    read = parse_train_args(['--opt-kwargs', 'betas=(0.9, 0.95)', 'kind=plain']).opt_kwargs
+    assert read == dict(betas=[0.9, 0.95], kind='plain') and changed_option(
+        parse_train_args(['--opt-kwargs', 'betas=(0.9, 0.95)']), dict(opt_kwargs=dict(betas=[0.9, 0.95]))) is None
 
 
 @pytest.mark.parametrize('text, message', [

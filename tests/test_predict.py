@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import shike_timm
 from shike_timm.commands.export import export, parse_export_args
+from shike_timm.data.inputs import find_images
 
 BAD = {'empty.png': b'', 'page.jpg': b'<html></html>', 'cut.png': None}
 
@@ -68,6 +70,24 @@ def test_rows_say_what_the_model_says(folder, model):
             assert told['index'] == top.indices.tolist()
             assert told['prob'] == pytest.approx(top.values.tolist(), abs=1e-4)
             assert told['label'] == [model.pretrained_cfg['label_names'][c] for c in told['index']]
+
+
+def test_a_checkpoint_is_what_predicts_beside_an_export(tiny_run, folder, run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'model.onnx').write_bytes(b'')
+    path = tiny_run / 'stage_two' / 'last.pth.tar'
+    command = ['predict.py', '--checkpoint', path, '--workers', '0', '--device', 'cpu']
+    status, out, error = run_script(*command, good(folder)[0])
+    assert status == 0 and out.count('\n') == 2, error
+    status, _, error = run_script(*command, '--model', 'model.onnx', good(folder)[0])
+    assert status == 2 and "--checkpoint cannot be had with 'model.onnx'" in error
+
+
+def test_a_folder_that_is_linked_into_itself_is_read_once(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'images')
+    before = find_images([str(tmp_path / 'images')])
+    (tmp_path / 'images' / 'latest').symlink_to('.')
+    assert find_images([str(tmp_path / 'images')]) == before
 
 
 def test_every_way_to_name_files_and_both_formats(folder, model, run_script, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import TINY
 from scipy import stats
 
 import shike_timm
@@ -128,6 +129,18 @@ def test_a_run_is_reported_with_its_first_stage(tiny_run, tmp_path, run_script):
     assert 'run, stage one' in text and '2 seeds of one recipe: run, other' in text
     metrics = json.loads((tiny_run / 'metrics.json').read_text())['stage_two']
     assert f"<b>{metrics['top1']:.2f}</b>" in text and f"{metrics['few']:.2f} ± 0.00" in text
+
+
+def test_a_run_is_judged_on_the_images_that_it_set_aside(tmp_path, run_script):
+    command = [*TINY, '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs', '0', '--val-per-class', '20']
+    assert run_script('train.py', *command, '--output', tmp_path)[0] == 0
+    status, _, err = run_script(
+        'shike_timm_cli.py', 'report', tmp_path / 'run', '--output', tmp_path / 'report', '--workers', '0', '--device',
+        'cpu')
+    assert status == 0, err
+    top1 = json.loads((tmp_path / 'run' / 'metrics.json').read_text())['stage_one']['top1']
+    text, _ = read_page(tmp_path / 'report')
+    assert f'<b>{top1:.2f}</b>' in text and '200 test images' in text
 
 
 def test_intervals_are_those_of_scipy(judged):

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, TINY
 from timm.utils import NativeScaler
 
-from shike_timm import engine
+from shike_timm import engine, runs
 from shike_timm.checkpoints import load_checkpoint
 from shike_timm.commands.retrain_classifier import parse_retrain_args
 from shike_timm.commands.train import parse_train_args
@@ -317,6 +317,33 @@ def test_resume_alone_uses_the_experiment(tiny_run, tmp_path):
     # Nothing saved yet: the run starts from its first epoch.
     run(tmp_path, '--resume')
     assert without_seconds(tmp_path / 'run') == without_seconds(tiny_run)
+
+
+def test_a_run_resumes_from_within_its_folder(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / 'run')
+    monkeypatch.chdir(tmp_path / 'run')
+    for given in ('.', 'stage_two/last.pth.tar'):
+        train(parse_train_args(['--resume', given]))
+        assert without_seconds(tmp_path / 'run') == without_seconds(tiny_run)
+
+
+def test_another_metric_begins_anew_with_its_best(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / 'run')
+    last, best = tmp_path / 'run' / 'stage_two' / 'last.pth.tar', []
+    checkpoint = torch.load(last, weights_only=False)
+    checkpoint['saver'].update(best_metric=60., best_epoch=0)
+    checkpoint['args'].eval_metric = 'top1'
+    torch.save(checkpoint, last)
+
+    def fit(task, loader, optimizer, scheduler, saver, *args):
+        best.append(saver.best_metric)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, 'fit', fit)
+    for metric in ('top1', 'few'):
+        with pytest.raises(KeyboardInterrupt):
+            train(parse_train_args(['--resume', str(tmp_path / 'run'), '--eval-metric', metric]))
+    assert best == [60., None]
 
 
 def start(tmp_path, *extra):

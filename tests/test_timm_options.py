@@ -118,8 +118,10 @@ def test_when_mixing_ends(tmp_path, image_folder, monkeypatch):
 
 def test_what_reaches_the_loop_and_the_schedule():
     args = parse_train_args([
-        '--dist-bn', 'broadcast', '--crt-warmup-epochs', '2', '--crt-warmup-lr', '0.03', '--crt-epochs', '5'])
-    assert loop_config(SimpleNamespace(args=args, autocast=None)).dist_bn == 'broadcast'
+        '--dist-bn', 'broadcast', '--crt-warmup-epochs', '2', '--crt-warmup-lr', '0.03', '--crt-epochs', '5',
+        '--clip-grad', '0'])
+    config = loop_config(SimpleNamespace(args=args, autocast=None))
+    assert config.dist_bn == 'broadcast' and config.clip_grad is None
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     create_schedule(optimizer, args, plan_stages(args)[1]).step(0)
     assert optimizer.param_groups[0]['lr'] == 0.03

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from collections import Counter, defaultdict
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -13,17 +14,19 @@ import numpy as np
 from ..checkpoints import check_results_file, write_text
 from ..data import find_dataset
 from ..data.datasets import DataRequest, ImageSet
+from ..data.holdout import hold_out_share
 from ..data.survey import Seen, alike, survey
 from ..errors import InputError
 from ..metrics import shot_divisions
-from ..options import DATA, HPARAMS, SHOT_DIVISIONS, TRAINING_DATA, Group, Option, complete, read_command_line
+from ..options import DATA, HPARAMS, SHOT_DIVISIONS, TRAINING_DATA, Group, Option, parse_args
 from .cli import run_script
 
 __all__ = ['OPTIONS', 'describe', 'describe_data', 'main', 'parse_describe_args']
 
 MAX_LISTED = 10  # lines of a kind in the text; the JSON has all
 
-_ASKED = {field.name for field in fields(DataRequest)} - {'name', 'root', 'class_names', 'class_stats', 'batch_size'}
+_ASKED = {field.name for field in fields(DataRequest)} - {
+    'name', 'root', 'class_names', 'class_stats', 'batch_size', 'check_images'}
 
 OPTIONS = (
     Group('Data to describe', *(
@@ -51,13 +54,15 @@ def _load(args: argparse.Namespace) -> Tuple[ImageSet, Optional[ImageSet], Optio
     request = DataRequest(args.dataset, args.data_dir, download=args.dataset_download, **asked)
     entry = find_dataset(args.dataset)
     train, test = entry.load_train(request)
-    if test is not None or getattr(train, 'is_whole', False):
+    if args.holdout and test is None:
+        return (*hold_out_share(train, args.holdout, args.dataset or args.data_dir), None)
+    if test is not None or train.is_whole:
         return train, test, None if test is not None else 'the data set has one split'
     try:
         test = entry.load_eval(request)
     except InputError as error:
         return train, None, str(error)
-    if test is None or getattr(test, 'is_training', False):
+    if test is None or test.is_training:
         return train, None, 'the data set has one split'
     return train, test, None
 
@@ -88,7 +93,7 @@ def _describe_split(data: ImageSet, seen: List[Seen]) -> Dict[str, Any]:
     extrema = [one.extrema for one in readable if one.extrema]
     if extrema:
         told['pixel_range'] = [min(low for low, _ in extrema), max(high for _, high in extrema)]
-    if getattr(data, 'notes', None):
+    if data.notes:
         told['left_out'] = list(data.notes)
     return told
 
@@ -268,14 +273,8 @@ def describe(args: argparse.Namespace) -> None:
     print(json.dumps(told, indent=2) if args.json else _text(told))
 
 
-def parse_describe_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of describe.py.
-
-    Raises:
-        InputError: If an argument or a line of the hparams file is wrong.
-    """
-    return complete(OPTIONS, read_command_line(
-        'Tell what a data set holds: classes, counts, sizes, duplicates, unreadable files.', OPTIONS, argv))
+parse_describe_args = partial(
+    parse_args, 'Tell what a data set holds: classes, counts, sizes, duplicates, unreadable files.', OPTIONS)
 
 
 def main() -> int:

@@ -235,7 +235,9 @@ def export(args: argparse.Namespace) -> Path:
     model = trained.model
     if args.model and is_registered(args.model) and not args.pretrained:
         _logger.warning(f"'{args.model}' without --pretrained is exported with random weights.")
-    data_args = dict(trained.data_args, **({'img_size': args.img_size} if args.img_size else {}))
+    data_args = trained.data_args
+    if args.img_size:
+        data_args = dict(data_args, img_size=args.img_size, input_size=None)
     try:
         data_config = resolve_input_data_config(model, args=data_args)
     except ValueError as error:

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -21,7 +22,7 @@ from ..data.inputs import create_file_loader, find_images
 from ..devices import resolve_device, tune_device
 from ..errors import InputError, one_line
 from ..loading import load_trained_model, set_target_prior, with_data_args
-from ..options import DEVICE, HPARAMS, PREPROCESSING, TRAINED_MODEL, Group, Option, complete, read_command_line
+from ..options import DEVICE, HPARAMS, PREPROCESSING, TRAINED_MODEL, Group, Option, parse_args
 from .cli import run_script
 from .export import FILES, load_exported
 
@@ -76,12 +77,12 @@ class _Predictor:
 
 def _onnx_file(args: argparse.Namespace) -> Optional[Path]:
     """The exported ONNX file that --model names, itself or by its folder."""
-    path = Path(args.model or '')
-    return next((file for file in (path, path / FILES['onnx']) if file.suffix == '.onnx' and file.is_file()), None)
+    files = (Path(args.model), Path(args.model, FILES['onnx'])) if args.model else ()
+    return next((file for file in files if file.suffix == '.onnx' and file.is_file()), None)
 
 
 def _load_onnx(args: argparse.Namespace, path: Path) -> _Predictor:
-    for name in ('experts', 'target_prior', 'img_size'):
+    for name in ('checkpoint', 'experts', 'target_prior', 'img_size'):
         if getattr(args, name) is not None:
             flag = name.replace('_', '-')
             raise InputError(f"--{flag} cannot be had with '{path}', whose graph is fixed: give it to export.py.")
@@ -249,13 +250,7 @@ def predict(args: argparse.Namespace) -> None:
     _logger.info(f'{num_files} files, {rate:.1f} a second; {num_errors} could not be predicted.')
 
 
-def parse_predict_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of predict.py.
-
-    Raises:
-        InputError: If an argument or a line of the hparams file is wrong.
-    """
-    return complete(OPTIONS, read_command_line('Predict the classes of image files.', OPTIONS, argv))
+parse_predict_args = partial(parse_args, 'Predict the classes of image files.', OPTIONS)
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..build import load_eval_data, resolve_data_config
+from ..build import load_data, load_eval_data, resolve_data_config
 from ..checkpoints import load_checkpoint
 from ..data import ImageSet, create_eval_loader
 from ..data.table import ImageTable
@@ -22,7 +22,7 @@ from ..measure import count_flops
 from ..methods import STAGES
 from ..metrics import MOST_EXPERTS, all_subsets, evaluate, shot_numbers
 from ..models import Shike
-from ..options import DEVICE, TRAIN, Group, Option, complete, defaults, read_command_line
+from ..options import DEVICE, TRAIN, Group, Option, defaults, parse_args
 from ..report.logits import SavedLogits, load_logits
 from .cli import run_script
 
@@ -70,14 +70,14 @@ def check_report(folder: str, cam: Optional[Sequence[str]] = None) -> None:
         raise InputError(f"'{folder}', where the report is to go, is a file: give the name of a folder.")
 
 
-def _images(data: ImageSet) -> Tuple[List[str], Optional[Callable[[int], Image.Image]]]:
+def _images(data: ImageSet, number: int) -> Tuple[List[str], Optional[Callable[[int], Image.Image]]]:
     """Paths, or else indices, of the images that could be read, in order, and what opens one of them."""
     table, images = data.dataset, data.images
     if isinstance(table, ImageTable):
         read = (~table.unreadable).nonzero()[:, 0].tolist()
         root = os.path.abspath(table.files.root)
         return [os.path.join(root, table.filename(i)) for i in read], lambda i: table.read(read[i])
-    paths = [str(i) for i in range(len(data.dataset))]
+    paths = [str(i) for i in range(number)]  # a stream need not be as long as it says
     return paths, None if images is None else lambda i: Image.fromarray(images[i])
 
 
@@ -99,7 +99,7 @@ def collect(
     """
     logits, targets = (torch.cat(one).numpy() for one in zip(*kept))
     names = trained.class_names or data.class_names or [str(c) for c in range(logits.shape[2])]
-    paths, open_image = _images(data)
+    paths, open_image = _images(data, len(targets))
     return SavedLogits(
         logits, targets, paths, names, np.array(trained.class_counts), shots, open_image=open_image, **fields)
 
@@ -136,6 +136,8 @@ def _evaluate_run(
         assert trained.class_counts is not None  # which checkpoints of runs have
         run_args = argparse.Namespace(**{**defaults(TRAIN), **vars(load_checkpoint(path)['args'])})
         run_args.data_dir = args.data_dir or run_args.data_dir
+        if data is None and (run_args.holdout or run_args.val_per_class):  # or else the test split would be looked at
+            data = load_data(run_args, trained.class_names, trained.run_folder).test
         data = data or load_eval_data(run_args, trained.class_names, trained.model.in_chans, trained.run_folder)
         data_config = resolve_data_config(run_args, trained.model)
         trained.model.to(device)
@@ -181,14 +183,8 @@ def make_report(args: argparse.Namespace) -> Path:
     return page
 
 
-def parse_report_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Arguments of `shike report`.
-
-    Raises:
-        InputError: If an argument is wrong.
-    """
-    return complete(OPTIONS, read_command_line(
-        'Draw a report of a run, or of saved logits, and compare several.', OPTIONS, argv))
+parse_report_args = partial(
+    parse_args, 'Draw a report of a run, or of saved logits, and compare several.', OPTIONS)
 
 
 def main() -> int:

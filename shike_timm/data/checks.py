@@ -45,7 +45,7 @@ class _Reader(Dataset):
                     deep = float(low), float(high), float(HIGHEST.get(image.mode, 65535))
                 self.table.decoder(image)
         except Exception as error:  # a decoder may raise anything for a damaged file
-            return index, one_line(error) or type(error).__name__, None
+            return index, one_line(error), None
         return index, '', deep
 
 
@@ -85,7 +85,7 @@ def _stamps(table: ImageTable) -> List[str]:
 
 
 def check_images(table: ImageTable, num_workers: int = 0) -> Dict[int, str]:
-    """Read all images, except those known from before by path, size and time.
+    """Read all images, except those that were read before, by path, size and time.
 
     Args:
         table: The images.
@@ -97,8 +97,8 @@ def check_images(table: ImageTable, num_workers: int = 0) -> Dict[int, str]:
     stamps = _stamps(table)
     path = _memory(table)
     known = _recall(path)
-    faults = {i: known[stamp] for i, stamp in enumerate(stamps) if known.get(stamp)}
-    unknown = [i for i, stamp in enumerate(stamps) if stamp not in known]
+    faults: Dict[int, str] = {}
+    unknown = [i for i, stamp in enumerate(stamps) if known.get(stamp) != '']  # a fault may have been the disk's
     if not unknown:
         return faults
     loader = DataLoader(

@@ -202,12 +202,12 @@ def map_labels(path: str, labels: Sequence[str]) -> Tuple[List[str], List[Option
         names: List[str] = []
         for name, index in sorted(index_of.items(), key=lambda item: item[1]):
             if index == len(names):
-                names.append(str(name))
+                names.append(unicodedata.normalize('NFC', str(name)))
             elif index != len(names) - 1:
                 raise ValueError(f"class '{name}' has index {index}, expected {len(names)}; are there repetitions?")
     except Exception as error:  # timm asserts, and the pickle may be anything
         raise InputError(f"class-map '{path}' cannot be read: {one_line(error)}.") from error
-    index_of = {str(name): index for name, index in index_of.items()}
+    index_of = {unicodedata.normalize('NFC', str(name)): index for name, index in index_of.items()}
     index_of.update({str(c): c for c in range(len(names)) if str(c) not in index_of})  # labels that are numbers
     return names, [index_of.get(label) for label in labels]
 

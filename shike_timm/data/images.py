@@ -46,7 +46,7 @@ class ImageDecoder:
     def __call__(self, image: Image.Image) -> Image.Image:
         """The image, decoded; whatever Pillow raises for a damaged one comes through."""
         if self.exif:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would not know its format
         if self.is_deep(image):
             image = self._scaled(image)
         if image.mode in ('P', 'RGBa', 'La'):  # whose transparency Pillow warns of, or has multiplied in

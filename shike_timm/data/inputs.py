@@ -2,6 +2,7 @@
 import glob
 import os
 import sys
+from collections import Counter
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -12,17 +13,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import InputError, one_line
+from .folders import list_folder
 from .images import MODES, ImageDecoder, image_extensions
 
 __all__ = ['create_file_loader', 'find_images']
 
 def _walk(folder: str) -> Iterator[str]:
     """Images below a folder, in the order of their names; hidden names are passed over."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith('.') and name != '__MACOSX')
+    for place, files in sorted(list_folder(folder, Counter()).items()):
         for name in sorted(files):
-            if not name.startswith('.') and os.path.splitext(name)[1].lower() in image_extensions():
-                yield os.path.join(place, name)
+            if os.path.splitext(name)[1].lower() in image_extensions():
+                yield os.path.join(folder, place, name)
 
 
 def _named(name: str) -> List[str]:

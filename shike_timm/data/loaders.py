@@ -1,4 +1,5 @@
 """Loaders over image sets: timm's, or from the device's memory."""
+from functools import partial
 from typing import Any, Callable, Dict, Optional, Union
 
 import timm.data
@@ -121,8 +122,8 @@ def create_train_loader(
 
     Small data sets that are in memory lie on the device as one tensor and are augmented there; others go through
     timm's prefetching loader, whose workers stay. Either way an epoch's images depend on nothing but the seed that
-    `loader.sampler.set_epoch` is given, or that torch's generator gives at its start, and are the same from any step
-    on.
+    `loader.sampler.set_epoch` is given, or that torch's generator gives at its start, and the step that it begins at:
+    from a later one on the same images come, but from the device with another augmentation.
 
     Args:
         data: Training set.
@@ -202,6 +203,6 @@ def create_eval_loader(
     stream = isinstance(data.dataset, IterableDataset)
     share = range(0) if stream else range(rank(), len(data.dataset), world_size())
     is_table = isinstance(data.dataset, ImageTable)
-    collate = readable_collate(data_config['input_size'][0]) if is_table else fast_collate
+    collate = partial(readable_collate, data_config['input_size'][0]) if is_table else fast_collate
     return _create_worker_loader(
         data, data_config, batch_size, device, num_workers, transform, share, collate)

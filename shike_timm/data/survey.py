@@ -44,7 +44,7 @@ def _digest(content: Any) -> bytes:
 def _inspect(seen: Seen, image: Image.Image, perceptual: bool) -> None:
     image.load()
     seen.size, seen.mode = image.size, image.mode
-    if image.mode == 'F' or image.mode.startswith('I'):  # whose range of values may be any
+    if ImageDecoder.is_deep(image):  # whose range of values may be any
         seen.extrema = image.getextrema()
     if perceptual:
         import imagehash
@@ -65,12 +65,11 @@ class _Images(Dataset):
     def _open(self, index: int) -> Tuple[Any, int]:
         """The file of an image, or the image where there is no file, and its label."""
         dataset = self.data.dataset
-        if hasattr(dataset, 'files'):  # files that may be opened one at a time
-            return dataset.files.open(int(dataset.rows[index])).fp, int(self.targets[index])
-        source = dataset.reader if hasattr(dataset, 'reader') else dataset
-        item, target = source[index][:2]
-        convert = getattr(dataset, 'target_transform', None) if source is not dataset else None
-        return item, convert(target) if convert else -1 if target is None else int(target)
+        if hasattr(dataset, 'files'):  # files that may be opened one at a time, or torchvision's images
+            image = dataset.files.open(int(dataset.rows[index]))
+            return getattr(image, 'fp', None) or image, int(self.targets[index])
+        item, target = dataset[index]
+        return item, int(target)
 
     def __getitem__(self, index: int) -> Seen:
         dataset = self.data.dataset

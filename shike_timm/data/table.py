@@ -1,6 +1,5 @@
 """Data sets of images that can be told apart by name, whatever they are kept in."""
 import logging
-from functools import partial
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -107,16 +106,12 @@ class ImageTable(Dataset):
                 'that the disk is there, and begin anew with --check-images')
 
 
-def _collate(channels: int, batch: List[Optional[Tuple[Any, int]]]) -> Tuple[torch.Tensor, torch.Tensor]:
+def readable_collate(channels: int, batch: List[Optional[Tuple[Any, int]]]) -> Tuple[torch.Tensor, torch.Tensor]:
+    """timm's collation of what could be read; batches may be smaller, or empty, for what could not."""
     readable = [item for item in batch if item is not None]
     if readable:
         return fast_collate(readable)
     return torch.zeros(0, channels, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
-
-
-def readable_collate(channels: int) -> Callable:
-    """timm's collation of what could be read; batches may be smaller, or empty, for what could not."""
-    return partial(_collate, channels)
 
 
 class CheckedLoader:

@@ -94,8 +94,8 @@ class _TorchFiles:
 
 
 def _create(request: DataRequest, split: str, train: bool) -> Any:
-    name, root = request.name, request.root
-    prefix = name.partition('/')[0].lower()
+    name, prefix = request.name, request.name.partition('/')[0].lower()
+    root = request.root or ('' if prefix == 'wds' else request.root)  # shards may be named by whole addresses
     if prefix == 'torch' and not root:
         raise InputError(f"No folder of data was named for dataset '{name}': give it as --data-dir.")
     options: Dict[str, Any] = {}
@@ -132,7 +132,9 @@ def _hub_set(request: DataRequest, split: str, train: bool) -> ImageSet:
         if key not in columns:
             raise InputError(f"'{request.name}' has no column '{key}' among {', '.join(columns)}: name it as {option}.")
     labels, order = _labels(request, dataset)
-    paths = reader.dataset.data[reader.image_key].combine_chunks().field('path').to_pylist()
+    # Chunk by chunk: all of them as one would read every image, and 2 GiB of bytes are more than Arrow joins.
+    chunks = reader.dataset.data[reader.image_key].chunks
+    paths = [path for chunk in chunks for path in chunk.field('path').to_pylist()]
     names = [f'{path}' if path else f'{i}' for i, path in enumerate(paths)]
     if len(set(names)) < len(names):
         names = [f'{i}/{name}' for i, name in enumerate(names)]

@@ -85,6 +85,10 @@ def _check_request(request: DataRequest, entry: DatasetEntry) -> None:
 
 
 def _checked(data: ImageSet, request: DataRequest) -> ImageSet:
+    if data.images is not None and data.images.shape[-1] != request.in_chans:
+        raise InputError(
+            f"'{request.name}' has images of {data.images.shape[-1]} channels, not of {request.in_chans}: leave "
+            '--in-chans out.')
     wanted = request.check_images
     if isinstance(data.dataset, ImageTable) and (len(data.dataset) <= CHECKED if wanted is None else wanted):
         return without_unreadable(data, request.workers)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..checkpoints import write_text
 from ..metrics import METRICS, SHOTS
+from ..options import card_options
 from ..version import __version__
 from .data import Judged, paired_test, same_images, tail_confusions, wilson
 from .figures import FIGURES, compare_models, draw, save, shorten
@@ -23,8 +24,6 @@ __all__ = ['class_table', 'seed_groups', 'write_report']
 
 THUMBNAIL, MAP = 56, 224  # pixels at most
 SHARES = ('top1', 'balanced', *SHOTS)
-# What one recipe's seeds may differ in.
-NOT_OF_THE_RECIPE = {'seed', 'experiment', 'output', 'data_dir', 'device', 'workers', 'class_counts', 'class_names'}
 
 
 def _rounded(values: np.ndarray) -> List[Optional[float]]:
@@ -83,8 +82,7 @@ def seed_groups(models: Sequence[Judged]) -> List[Tuple[List[Judged], Dict[str, 
         path = one.saved.run and one.saved.run / 'args.yaml'
         if path and path.exists():
             values = yaml.safe_load(path.read_text(encoding='utf-8'))
-            recipe = {key: value for key, value in values.items() if key not in NOT_OF_THE_RECIPE}
-            groups.setdefault(yaml.safe_dump(recipe), []).append(one)
+            groups.setdefault(yaml.safe_dump(dict(card_options(values), seed=None)), []).append(one)
     return [
         (group, {
             key: (statistics.mean(values), statistics.stdev(values)) for key in METRICS
