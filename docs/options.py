@@ -26,10 +26,10 @@ def _value(option: Option) -> str:
 
 def _row(option: Option, training: bool) -> str:
     name = option.placeholder if option.positional else ' '.join(f'`{flag}`' for flag in (*option.flags, option.flag))
-    cells = [name, _value(option), option.shown_default, option.help.replace('|', '\\|').replace('*', '\\*')]
+    cells = [name, _value(option), option.shown_default, option.help.replace('*', '\\*')]
     if training:
         cells += ['yes' if option.may_change else '', '' if option.card == 'never' else option.card]
-    return '| ' + ' | '.join(cells) + ' |'
+    return '| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |'
 
 
 def page() -> str:
@@ -44,7 +44,8 @@ def page() -> str:
     lines = [
         '# Options', '',
         'Made by `python docs/options.py` from the declarations. In hparams files and in Python a name has underscores '
-        'and no `--`. What is on or off has a flag with `--no-` as well.', '',
+        'and no `--`. What is on or off has a flag with `--no-` as well, and is off unless the text says otherwise. On '
+        'the card of a published model an option stands always, where it was changed, or (blank) never.', '',
         '| command | what it does | options |', '|---|---|---|', *commands,
     ]
     for group in groups:

@@ -13,13 +13,16 @@ def shike(backbone: str, pretrained_backbone: Union[None, Source] = None, **kwar
 
     Args:
         backbone: Name of timm's network, such as 'regnety_016'.
-        pretrained_backbone: Weights of it to start from, as `Shike.load_backbone` takes them; None for none.
+        pretrained_backbone: Weights of it to start from, as `Shike.load_backbone` takes them; None for none. With them
+            `fusion` is 'residual' by default.
         **kwargs: Arguments of `timm.create_model` and of `shike_timm.models.Shike`.
 
     Raises:
         ValueError: If the network cannot be split, or there are no such weights; the message says why.
         RuntimeError: If timm knows no such tag, or a weight has another shape.
     """
+    if pretrained_backbone:
+        kwargs.setdefault('fusion', 'residual')
     model = cast(models.Shike, timm.create_model('shike', backbone=backbone, **kwargs))
     if pretrained_backbone:
         model.load_backbone(pretrained_backbone, kwargs.get('cache_dir'))

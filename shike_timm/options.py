@@ -255,18 +255,22 @@ MODEL = Group(
     Option('pretrained', bool, False, "start from the model's published weights, likewise"),
     Option('freeze_trunk', bool, False, 'keep the shared stages as they are, BatchNorm in eval mode'),
     Option('num_classes', int, None, 'classes, those of the data by default', low=1, card='changed'),
-    Option('num_experts', int, None, 'experts'),
+    Option('num_experts', int, None, 'experts, 3 by default'),
     Option(
         'private_stages', int, None, 'how many of the last stages each expert has for itself, 1 by default', low=1,
         card='changed'),
-    Option('depths', int, None, 'shared stage each expert fuses, from 1 at the shallowest', nargs='+'),
-    Option('fusion', bool, None, 'fuse shared features; off is a mixture of experts'),
+    Option(
+        'depths', int, None, 'shared stage each expert fuses, from 1 at the shallowest; by default 1, 2, ... and again '
+        'from 1', nargs='+'),
+    Option('fusion', bool, None, 'fuse shared features, on by default; off is a mixture of experts'),
     Option(
         'fusion_type', str, None,
         'product (the paper), or residual, which starts as the backbone and is the default with --pretrained-backbone',
         choices=['product', 'residual']),
-    Option('classifier', str, None, 'kind of classifier', choices=('cosine', 'linear')),
-    Option('aligner', str, None, 'kind of aligner', choices=('conv', 'bottleneck', 'separable')),
+    Option('classifier', str, None, 'kind of classifier, cosine by default', choices=('cosine', 'linear')),
+    Option(
+        'aligner', str, None, 'kind of aligner, by default conv for resnet32_shike and bottleneck for the others',
+        choices=('conv', 'bottleneck', 'separable')),
     Option('drop', float, None, 'dropout rate', 'RATE', low=0, below=1),
     Option('drop_path', float, None, 'stochastic depth rate', 'RATE', low=0, below=1),
     Option('grad_checkpointing', bool, False, 'recompute activations to save memory', card='changed'),
@@ -278,8 +282,8 @@ METHOD = Group(
         'method', str, 'shike', 'what stage one trains with; an unknown name lists all', card='changed'),
     Option('tau', float, 1., 'strength of logit_adjusted', 'T', card='changed'),
     Option('focal_gamma', float, 2., 'exponent of focal', 'G', low=0, card='changed'),
-    Option('alpha', float, 0.1, 'weight of dynamic knowledge transfer'),
-    Option('beta', float, 0.01, 'weight of mutual distillation'),
+    Option('alpha', float, 0.1, 'weight of dynamic knowledge transfer, a loss per image that sums over classes'),
+    Option('beta', float, 0.01, 'weight of mutual distillation, likewise'),
     Option('smoothing', float, 0., 'label smoothing', 'S', low=0, below=1, card='changed'),
     Option(
         'trunk_grad', str, 'sum', 'gradient of the shared stages: the sum of what experts send, or their mean',

@@ -255,7 +255,9 @@ def _run_stage(
     images = args.batch_size * world_size() * args.grad_accum_steps
     _logger.info(f'An update of {stage.name} takes {images} images; the learning rate rises to {stage.lr:g}.')
     if world_size() > 1:
-        task.prepare_distributed(device_ids=None if run.device.type == 'cpu' else [run.device])
+        devices = None if run.device.type == 'cpu' else [run.device]
+        # Statistics of BatchNorm come together after the epoch, by --dist-bn, and no step need wait for them.
+        task.prepare_distributed(device_ids=devices, broadcast_buffers=False)
 
     model.set_training_prior(run.data.class_counts, stage.prior)
     on_primary(partial((folder / stage.name).mkdir, exist_ok=True))

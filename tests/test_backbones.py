@@ -202,6 +202,7 @@ def test_a_file_starts_trunk_and_every_expert(name, given, request):
         assert len(ours) == len(taps) == 5 and all(torch.equal(a, b) for a, b in zip(ours[:-1], taps[:-1]))
         whole = plain.forward_features(images)
         assert all(torch.equal(expert.stage(ours[-2]), whole) for expert in model.experts)
+    assert all(expert.residual for expert in model.experts)
     first, second = (expert.aligner[0].weight for expert in list(model.experts)[:2])
     assert not torch.equal(first, second)
     copies = [next(expert.stage.parameters()) for expert in model.experts]
