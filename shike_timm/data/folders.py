@@ -139,7 +139,7 @@ class _Tree:
 
     def __init__(self, request: DataRequest):
         if not request.root:
-            raise InputError("No folder of data was named for dataset '': give it as --data-dir.")
+            raise InputError("No folder of data was named: give it as --data-dir, or a data set as --dataset.")
         self.request, self.root = request, request.root
         if not os.path.exists(self.root):
             raise InputError(

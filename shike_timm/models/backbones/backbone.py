@@ -1,6 +1,6 @@
 """A backbone as SHIKE sees it: a stem, the shared stages, and for every expert the last stage or stages."""
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Sequence
 
 from torch import nn
 
@@ -24,7 +24,7 @@ class Backbone:
 
     stem: nn.Module
     stages: List[nn.Module]
-    last_stages: List[nn.Module]
+    last_stages: Sequence[nn.Module]
     feature_info: List[Dict[str, int]]
     first_conv: List[nn.Module]
     initialised: bool
