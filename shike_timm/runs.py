@@ -1,8 +1,8 @@
+"""Whole runs: what their stages share, the stages in order, the folder they leave."""
 import argparse
 import copy
 import json
 import logging
-import os
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, cast
 
 import torch
 import yaml
@@ -35,23 +35,23 @@ from .build import (
     resolve_autocast,
     resolve_data_config,
 )
-from .checkpoints import StageSaver, export_model, load_checkpoint, load_weights, model_weights, write_text
+from .checkpoints import StageSaver, export_model, load_weights, model_weights, write_text
 from .data import Augmentation, TrainingData, create_eval_loader, create_train_loader
 from .devices import tune_device
 from .distributed import join_processes, local_primary_first, on_primary, rank, world_size
 from .engine import Done, Interrupted, LoopConfig, StopFlag, eval_model, fit, seed_all, stop_signals
-from .errors import DamagedError, InputError, one_line
+from .errors import InputError, one_line
 from .loading import Start, load_start, load_teacher, start_from
-from .methods import STAGES, Stage, plan_stages
+from .methods import Stage, plan_stages
 from .metrics import balanced_over, evaluate, format_table
 from .models import Shike
-from .options import changed_option, run_folder
+from .options import run_folder
+from .resuming import load_newest, saved_args, warn_of_changes
 from .tasks import ExpertTask
 from .trackers import check_trackers, tracking
 
 __all__ = [
-    'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'load_stage_one', 'loop_config', 'prepare', 'retrain',
-    'saved_args', 'train',
+    'Run', 'compile_task', 'create_loss_scaler', 'create_task', 'loop_config', 'prepare', 'retrain', 'train',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -363,69 +363,6 @@ def _run_stages(
     return metrics
 
 
-def _resume_points(args: argparse.Namespace) -> List[Tuple[int, Path]]:
-    """Stages and their checkpoints to go on from, the newest first; none where nothing was saved yet."""
-    folder = Path(run_folder(args) or '')
-    points = []
-    for stage, name in reversed(list(enumerate(STAGES, 1))):
-        saved = sorted(
-            (folder / name).glob('checkpoint-*.pth.tar'), key=lambda path: -int(path.name.split('-')[1].split('.')[0]))
-        points += [(stage, path) for path in (folder / name / 'last.pth.tar', *saved) if path.exists()]
-    if args.resume and os.path.isfile(args.resume):
-        path = Path(args.resume)
-        if path.parent.name not in STAGES:
-            raise InputError(f"checkpoint '{path}' is not in the {' or '.join(STAGES)} of a run: give the run folder.")
-        stage = STAGES.index(path.parent.name) + 1
-        if any(number > stage for number, _ in points):
-            raise InputError(f"'{path}' is of stage one, but stage two has begun: resume the run folder '{folder}'.")
-        return [(stage, path)]
-    if args.resume and not points and not (folder / 'args.yaml').exists():
-        raise InputError(f"'{args.resume}' holds no run to resume: give the folder of a run or a checkpoint in it.")
-    return points
-
-
-def _load_newest(args: argparse.Namespace) -> Tuple[int, Optional[Path], Optional[Dict[str, Any]]]:
-    """Stage, path and content of the newest checkpoint that is whole; 1 and None where nothing was saved yet."""
-    points = _resume_points(args)
-    for stage, path in points:
-        try:
-            return stage, path, _load_to_resume(path, args)
-        except DamagedError as error:
-            if path == points[-1][1]:
-                raise
-            _logger.warning(f'{error} The one before is used.')
-    return 1, None, None
-
-
-def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
-    checkpoint = load_checkpoint(path)
-    wanted = {'state_dict', 'optimizer', 'epoch', 'saver'}
-    if not wanted <= set(checkpoint) or not isinstance(checkpoint.get('args'), argparse.Namespace):
-        raise InputError(f"checkpoint '{path}' holds no state to resume from: use one that train.py wrote.")
-    before = vars(checkpoint['args'])
-    option = changed_option(args, before)
-    if option is not None:
-        another = f', or begin another run from its weights with --initial-checkpoint {run_folder(args)}'
-        raise InputError(
-            f"{option.flag} {getattr(args, option.name)} differs from the resumed run's "
-            f"{before.get(option.name, option.default)}: leave it out{another if option.name == 'epochs' else ''}.")
-    if before.get('world_size', 1) != world_size():
-        raise InputError(
-            f"'{path}' is of a run of {before.get('world_size', 1)} processes, and these are {world_size()}: start as "
-            'many, so that batches stay what they were.')
-    return checkpoint
-
-
-def _tell_of_changes(data: TrainingData, before: Optional[Sequence[int]]) -> None:
-    """Warn where classes have other numbers of training images than when the run began."""
-    changed = [c for c, pair in enumerate(zip(before or (), data.class_counts)) if pair[0] != pair[1]]
-    if before and changed:
-        c = changed[0]
-        _logger.warning(
-            f'{len(changed)} classes have other numbers of training images than when the run began, the first is '
-            f"'{data.class_names[c]}' with {data.class_counts[c]} after {before[c]}.")
-
-
 def train(args: argparse.Namespace) -> Dict[str, Any]:
     """Run stage one and, unless `crt_epochs` is 0, stage two.
 
@@ -449,7 +386,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     if resumed:
         folder = Path(run_folder(args) or '')
         args.output, args.experiment = str(folder.parent), folder.name
-        number, path, checkpoint = _load_newest(args)
+        number, path, checkpoint = load_newest(args)
         if number > len(stages):
             raise InputError(f"Stage two of '{folder}' has begun, which --crt-epochs 0 leaves out: drop it.")
         stages = stages[number - 1:]
@@ -464,23 +401,8 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     run = prepare(args, stages, checkpoint is None, saved.get('class_names'), folder, start)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path or '')
-        _tell_of_changes(run.data, saved.get('class_counts'))
+        warn_of_changes(run.data, saved.get('class_counts'))
     return _run_stages(run, stages, resumed, checkpoint)
-
-
-def load_stage_one(path: str) -> Dict[str, Any]:
-    """The checkpoint of stage one that a path names: the last one of a run folder, or the file itself.
-
-    Raises:
-        InputError: If it cannot be read.
-    """
-    return load_checkpoint(Path(path, STAGES[0], 'last.pth.tar') if os.path.isdir(path) else path)
-
-
-def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments that a checkpoint was trained with; empty if it has none."""
-    saved = checkpoint.get('args')
-    return vars(saved) if isinstance(saved, argparse.Namespace) else {}
 
 
 def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, Any]:

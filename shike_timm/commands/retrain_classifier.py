@@ -3,7 +3,8 @@ import argparse
 from typing import Any, Dict, Optional, Sequence, Tuple
 
 from ..options import TRAINING, Group, Option, check_values, complete, defaults, read_command_line
-from ..runs import load_stage_one, retrain, saved_args
+from ..resuming import load_stage_one, saved_args
+from ..runs import retrain
 from .cli import run_script
 
 __all__ = ['OPTIONS', 'main', 'parse_retrain_args']
