@@ -345,7 +345,7 @@ def _run_stages(
             _logger.error(f'The last checkpoint is kept; go on with train.py --resume {folder}')
             if stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(stop.signum) from error  # a loader whose workers got the signal too
-            if 'DataLoader worker' in str(error):
+            if 'DataLoader worker' in str(error) or isinstance(error, ConnectionError):  # of the pipe from it
                 raise OSError(
                     f'A process that loads images is gone, perhaps for want of memory ({one_line(error)}): go on with '
                     'fewer --workers.') from error
