@@ -239,6 +239,13 @@ def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch, run_script):
     assert status == 1 and error.count('A process that loads images is gone') == 1 and 'Traceback' not in error
     assert 'The last checkpoint is kept' in error
 
+    def breaks(*args):  # as the pipe from a worker does where that is gone before it is asked for
+        raise ConnectionResetError(104, 'Connection reset by peer')
+
+    monkeypatch.setattr(engine, 'train_step', breaks)
+    status, _, error = run_script('train.py', *TINY, '--output', tmp_path / 'other')
+    assert status == 1 and 'A process that loads images is gone' in error
+
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
