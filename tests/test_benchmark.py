@@ -171,6 +171,7 @@ def test_compiling_needs_a_compiler(run_script, monkeypatch, tmp_path):
     assert status == 2 and 'no-such-compiler' in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_classes_are_those_of_the_data_and_stage_one_is_compiled():
     report = benchmark(parse_benchmark_args([
         *QUICK, '--hparams', str(ROOT / 'hparams' / 'quickstart.yaml'), '--compare', 'resnet18', '--bench', 'train',

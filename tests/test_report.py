@@ -228,19 +228,19 @@ def test_hostile_names_are_text(tmp_path):
     assert '<script' not in drawn and '\x1b' not in drawn
 
 
-@pytest.fixture(scope='module')
-def large_page(tmp_path_factory):
-    """The folder of a report on as many classes as iNaturalist 2018 has, and the processor's seconds that it took."""
-    counts = np.geomspace(1000, 2, 8142).astype(int)
-    saved = make_logits(counts, 8142, 2, HOSTILE + [f'class {c}' for c in range(8142 - len(HOSTILE))])
+@pytest.fixture(scope='module', params=[500, pytest.param(8142, marks=pytest.mark.slow)])
+def large_page(request, tmp_path_factory):
+    """A report on many classes, also as many as iNaturalist 2018 has: its folder, their counts, and CPU seconds."""
+    counts = np.geomspace(1000, 2, request.param).astype(int)
+    saved = make_logits(
+        counts, len(counts), 2, HOSTILE + [f'class {c}' for c in range(len(counts) - len(HOSTILE))])
     folder, start = tmp_path_factory.mktemp('large'), time.process_time()
     page.write_report(folder, [data.judge(saved)])
-    return folder, time.process_time() - start
+    return folder, counts, time.process_time() - start
 
 
-@pytest.mark.slow
 def test_many_classes(large_page):
-    folder, seconds = large_page
+    folder, _, seconds = large_page
     assert seconds < 60 and (folder / 'report.html').stat().st_size < 10e6
 
 
@@ -367,7 +367,7 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shuti
 def test_the_page_in_a_browser(large_page):
     """Offline from disk: no error on the console, no hostile name runs, the table sorts, filters and downloads."""
     playwright = pytest.importorskip('playwright.sync_api')
-    folder, names, counts = large_page[0], HOSTILE, np.geomspace(1000, 2, 8142).astype(int)
+    (folder, counts, _), names = large_page, HOSTILE
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
         tab = browser.new_context(offline=True, accept_downloads=True).new_page()
@@ -388,7 +388,7 @@ def test_the_page_in_a_browser(large_page):
                 return performance.now() - start;
             });
         }''')
-        assert min(took) < 1000  # of a machine that also does other things
+        assert min(took) < 3000  # 0.2 to 0.6 s of a machine that does nothing else
         shown = tab.locator('#classes tbody tr:first-child td')
         assert shown.nth(2).text_content() == '2' and shown.nth(1).text_content() == 'few'
         tab.fill('#search', 'OCTOPUS')
@@ -396,7 +396,7 @@ def test_the_page_in_a_browser(large_page):
         tab.fill('#search', '')
         tab.select_option('#shot', 'many')
         many = int((counts > 100).sum())
-        assert tab.locator('#shown').text_content().startswith(f'{many} of 8142 classes')
+        assert tab.locator('#shown').text_content().startswith(f'{many} of {len(counts)} classes')
         with tab.expect_download() as download:
             tab.click('#download')
         with open(download.value.path(), newline='', encoding='utf-8') as file:
