@@ -39,11 +39,12 @@ def finish(process, status=0):
 def seen(request, tmp_path_factory):
     """What one, two and three processes saw, by their number, each with the same 48 images an update."""
     folder, counts = tmp_path_factory.mktemp('seen'), request.param
+    epochs = len(counts) - 1  # of 8 steps each, in which every BatchNorm waits for all processes
     processes = [
         torchrun(
             n, ROOT / 'tests' / 'distributed_worker.py', folder / f'{n}.json', *TINY, '--output', folder,
-            '--experiment', n, '--batch-size', 48 // n, '--no-aug', '--warmup-epochs', 0, '--lr', 0.0003,
-            '--crt-lr', 0.005,
+            '--experiment', n, '--batch-size', 48 // n, '--no-aug', '--warmup-epochs', 0, '--epochs', epochs,
+            '--crt-epochs', epochs, '--lr', 0.0003, '--crt-lr', 0.005,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for n in counts
     ]
@@ -52,10 +53,10 @@ def seen(request, tmp_path_factory):
     return {n: json.loads((folder / f'{n}.json').read_text()) for n in counts}
 
 
-@pytest.mark.slow
 def test_processes_train_as_one(seen):
     one, *others = seen.values()
-    assert len(one['losses']) == 32 and one['losses'][15] < 0.75 * one['losses'][0]
+    assert len(one['losses']) == 16 * len(others)
+    assert len(others) < 2 or one['losses'][15] < 0.75 * one['losses'][0]
     for other in others:
         assert other['losses'] == pytest.approx(one['losses'], rel=1e-5)
         for stage, metrics in one['metrics'].items():
