@@ -388,7 +388,7 @@ def test_the_page_in_a_browser(large_page):
                 return performance.now() - start;
             });
         }''')
-        assert min(took) < 3000  # 0.2 to 0.6 s of a machine that does nothing else
+        assert min(took) < 1000  # of a machine that also does other things
         shown = tab.locator('#classes tbody tr:first-child td')
         assert shown.nth(2).text_content() == '2' and shown.nth(1).text_content() == 'few'
         tab.fill('#search', 'OCTOPUS')

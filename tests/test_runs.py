@@ -339,7 +339,7 @@ def test_a_run_resumes_from_within_its_folder(tiny_run, tmp_path, monkeypatch):
 def test_another_metric_begins_anew_with_its_best(tiny_run, tmp_path, monkeypatch):
     shutil.copytree(tiny_run, tmp_path / 'run')
     last, best = tmp_path / 'run' / 'stage_two' / 'last.pth.tar', []
-    checkpoint = torch.load(last, weights_only=False)
+    checkpoint = load_checkpoint(last)
     checkpoint['saver'].update(best_metric=60., best_epoch=0)
     checkpoint['args'].eval_metric = 'top1'
     torch.save(checkpoint, last)

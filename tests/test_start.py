@@ -1,5 +1,7 @@
 """Training that begins with weights of a SHIKE model, and classifiers retrained for other classes."""
 import shutil
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -9,7 +11,7 @@ import yaml
 from shike_timm.checkpoints import load_checkpoint, model_weights
 from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
-from shike_timm.loading import Start, load_start, load_trained_model, start_from
+from shike_timm.loading import Start, load_start, load_trained_model, start_from, with_data_args
 from shike_timm.runs import train
 
 SMALL = ['--model', 'resnet32_shike', '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs', '1', '--workers', '0']
@@ -101,3 +103,11 @@ def test_hparams_given_again_go_over_those_of_the_run(image_folder, tmp_path):
     args = parse_train_args([*options, '--resume', '--validation-batch-size', '3', '--workers', '0'])
     assert args.holdout == 0.2 and args.batch_size == 8
     assert train(args) == metrics
+
+
+def test_a_size_that_is_given_takes_the_place_of_either_of_training():
+    trained = SimpleNamespace(data_args=dict(img_size=None, input_size=[3, 16, 12], mean=[0.5]))
+    given = Namespace(img_size=8, input_size=None, mean=None)
+    assert vars(with_data_args(given, trained)) == dict(img_size=8, input_size=None, mean=[0.5])
+    given.img_size = None
+    assert with_data_args(given, trained).input_size == [3, 16, 12]

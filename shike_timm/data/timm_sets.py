@@ -95,7 +95,7 @@ class _TorchFiles:
 
 def _create(request: DataRequest, split: str, train: bool) -> Any:
     name, prefix = request.name, request.name.partition('/')[0].lower()
-    root = request.root or ('' if prefix == 'wds' else request.root)  # shards may be named by whole addresses
+    root = '' if prefix == 'wds' and not request.root else request.root  # shards may be named by whole addresses
     if prefix == 'torch' and not root:
         raise InputError(f"No folder of data was named for dataset '{name}': give it as --data-dir.")
     options: Dict[str, Any] = {}

@@ -135,9 +135,10 @@ class Shike(nn.Module):
             dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        if not isinstance(num_experts, Integral) or num_experts < 1:
-            raise ValueError(f'num_experts must be a whole number of at least 1, got {num_experts}.')
-        num_experts = int(num_experts)
+        for name, value in dict(num_experts=num_experts, private_stages=private_stages).items():
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f'{name} must be a whole number of at least 1, got {value}.')
+        num_experts, private_stages = int(num_experts), int(private_stages)
         fusion = 'product' if fusion is True else fusion or 'none'
         given = dict(fusion=fusion, classifier=classifier, aligner=aligner, authors_classifiers=authors_classifiers)
         for (name, value), known in zip(given.items(), (FUSIONS, CLASSIFIERS, ALIGNERS, CLASSIFIER_SETS)):

@@ -107,7 +107,7 @@ def _find_parts(
     shared = [level for level in levels if level['reduction'] >= _MIN_REDUCTION]
     if not shared:
         raise _refusal(name, 'no stage comes before its last one')
-    if not 1 <= private_stages <= len(shared):
+    if private_stages > len(shared):
         raise ValueError(f"private_stages of '{name}' must be 1 to {len(shared)}, got {private_stages}.")
     shared = shared[:len(shared) + 1 - private_stages]
     ends = [chain.index(level['module']) + 1 for level in shared]
