@@ -134,6 +134,7 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
             depths=args.depths,
             fusion=args.fusion if args.fusion is False else args.fusion_type,
             classifier=args.classifier,
+            cosine_scale=args.cosine_scale,
             aligner=args.aligner,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,

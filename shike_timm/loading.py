@@ -124,6 +124,8 @@ def _load_checkpoint(path: str, authors_classifiers: str) -> TrainedModel:
         raise InputError(f"checkpoint '{path}' does not say what model it is of: use one of train.py.")
     # What an older version did not know of has its default.
     saved = argparse.Namespace(**{**defaults(TRAIN), **vars(saved)})
+    if saved.classifier != 'linear':
+        saved.cosine_scale = getattr(saved, 'classifier_scale', None)  # of the stage that it was saved in
     model = create_model(saved, len(saved.class_counts))
     load_weights(model, weights, path)
     model.set_training_prior(saved.class_counts, getattr(saved, 'classifier_prior', None))

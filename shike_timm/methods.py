@@ -171,6 +171,9 @@ def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stag
         crt_epochs = RETRAINING_EPOCHS if retraining else method.crt_epochs
     if retraining and not crt_epochs:
         raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1, or leave it out.')
+    if crt_epochs and args.crt_cosine_scale is not None and args.classifier == 'linear':
+        raise InputError(
+            f'--crt-cosine-scale {args.crt_cosine_scale:g} does not go with --classifier linear: drop one of them.')
     first = Stage(
         STAGES[0],
         1,
@@ -188,7 +191,8 @@ def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stag
         2,
         crt_epochs,
         _peak_lr(args, 'crt_'),
-        lambda run: ClassifierRetrainingTask(run.model, run.data.class_counts, run.device, run.args.smoothing),
+        lambda run: ClassifierRetrainingTask(
+            run.model, run.data.class_counts, run.device, run.args.smoothing, run.args.crt_cosine_scale),
         args.crt_warmup_epochs,
         args.crt_warmup_lr,
         first_row=args.epochs,

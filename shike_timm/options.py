@@ -269,6 +269,9 @@ MODEL = Group(
         choices=['product', 'residual']),
     Option('classifier', str, None, 'kind of classifier, cosine by default', choices=('cosine', 'linear')),
     Option(
+        'cosine_scale', float, None, 'what cosines are multiplied with to be logits, 30 by default', 'S', low=0.01,
+        card='changed'),
+    Option(
         'aligner', str, None, 'kind of aligner, by default conv for resnet32_shike and bottleneck for the others',
         choices=('conv', 'bottleneck', 'separable')),
     Option('drop', float, None, 'dropout rate', 'RATE', low=0, below=1),
@@ -334,6 +337,9 @@ SCHEDULE = Group(
     Option('crt_lr_base', float, None, 'as --lr-base, for stage two', 'LR', low=0),
     Option('crt_warmup_epochs', int, 0, 'linear warm-up of stage two', low=0),
     Option('crt_warmup_lr', float, 1e-5, 'as --warmup-lr, for stage two', 'LR', low=0),
+    Option(
+        'crt_cosine_scale', float, None, 'what cosines of the retrained classifiers are multiplied with to be logits, '
+        "the model's by default", 'S', low=0.01, card='changed'),
 )
 
 AUGMENTATION = Group(

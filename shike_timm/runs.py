@@ -272,6 +272,7 @@ def _run_stage(
             class_names=run.data.class_names,
             shot_counts=run.data.shot_counts,
             classifier_prior=stage.prior,
+            classifier_scale=model.cosine_scale,
         ),
         amp_scaler=loss_scaler,
         task=task,

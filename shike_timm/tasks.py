@@ -190,6 +190,7 @@ class ClassifierRetrainingTask(ExpertTask):
         class_counts: Training images of each class [C], all positive.
         device: Device for the task.
         smoothing: Label smoothing.
+        cosine_scale: As in `Shike.reset_classifier`.
     """
 
     def __init__(
@@ -198,8 +199,9 @@ class ClassifierRetrainingTask(ExpertTask):
             class_counts: Sequence[int],
             device: Optional[torch.device] = None,
             smoothing: float = 0.,
+            cosine_scale: Optional[float] = None,
     ):
         model.requires_grad_(False)
-        model.reset_classifier(model.num_classes)
+        model.reset_classifier(model.num_classes, cosine_scale=cosine_scale)
         loss = partial(balanced_softmax, class_counts=torch.tensor(class_counts, device=device), smoothing=smoothing)
         super().__init__(model, loss, freeze_features=True, device=device)

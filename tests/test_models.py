@@ -128,6 +128,8 @@ def test_cosine_classifier():
 def test_a_saved_model_keeps_its_cosine_scale(tmp_path, change):
     model = timm.create_model('resnet32_shike', num_classes=5, cosine_scale=20).eval()
     assert model.classifier.scale == 20
+    model.reset_classifier(5, cosine_scale=16)
+    assert model.classifier.scale == 16
     change(model)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
@@ -188,6 +190,8 @@ def test_dropout_acts_in_training_only():
     (dict(depths=(0, 1, 1)), r'got \(0, 1, 1\)'),
     (dict(depths=(1, 2)), 'one shared stage for each of 3 experts'),
     (dict(classifier='tree'), "cosine, linear, got 'tree'"),
+    (dict(cosine_scale=0), 'cosine_scale must be above 0 .* got 0 with cosine'),
+    (dict(cosine_scale=20, classifier='linear'), 'got 20 with linear'),
     (dict(aligner='none'), "conv, bottleneck, separable, got 'none'"),
     (dict(global_pool='catavgmax'), "got 'catavgmax'"),
     (dict(global_pool=''), "global_pool ''.*num_classes=0"),

@@ -23,6 +23,7 @@ from shike_timm.checkpoints import load_checkpoint
 from shike_timm.commands.retrain_classifier import parse_retrain_args
 from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
+from shike_timm.loading import load_trained_model
 from shike_timm.methods import RETRAINING_EPOCHS, plan_stages
 from shike_timm.metrics import METRICS
 from shike_timm.runs import retrain, train
@@ -78,15 +79,20 @@ def test_stage_two_changes_classifiers_and_statistics_only(tiny_run):
     assert all(name == 'classifier.weight' or 'running_' in name or 'num_batches' in name for name in changed)
 
 
-def test_eval_reprints_the_metrics_of_another_layout(tmp_path, run_script):
+def test_eval_reprints_the_metrics_of_another_layout_and_of_other_scales(tmp_path, run_script):
     folder, _ = run(
-        tmp_path, '--channels-last', '--amp', '--amp-dtype', 'bfloat16', '--no-fusion', '--num-experts', '2')
-    status, _, _ = run_script(
-        'eval.py', '--model', f'local-dir:{folder}/model', '--dataset', 'digits_lt', '--workers', '0',
-        '--device', 'cpu', '--results-file', tmp_path / 'results.json')
-    assert status == 0
-    results = json.loads((tmp_path / 'results.json').read_text())
-    assert without_seconds(folder)['stage_two'].items() <= results.items()
+        tmp_path, '--channels-last', '--amp', '--amp-dtype', 'bfloat16', '--no-fusion', '--num-experts', '2',
+        '--cosine-scale', '16', '--crt-cosine-scale', '20')
+    for source, stage, scale in (
+            (f'local-dir:{folder}/model', 'stage_two', 20), (folder / 'stage_two' / 'last.pth.tar', 'stage_two', 20),
+            (folder / 'stage_one' / 'last.pth.tar', 'stage_one', 16)):
+        status, _, _ = run_script(
+            'eval.py', '--model', source, '--dataset', 'digits_lt', '--workers', '0', '--device', 'cpu',
+            '--results-file', tmp_path / 'results.json')
+        assert status == 0
+        results = json.loads((tmp_path / 'results.json').read_text())
+        assert without_seconds(folder)[stage].items() <= results.items()
+        assert load_trained_model(str(source), pretrained=True).model.classifier.scale == scale
 
 
 @pytest.mark.parametrize('options', [('--device', 'nonsense'), ('--resume', 'nowhere')])

@@ -96,7 +96,7 @@ class Shike(nn.Module):
         drop_rate: Dropout on the pooled features.
         drop_path_rate: Stochastic depth in the backbone, where it has one; None leaves the backbone its own rate.
         output_stride: 8 or 16 to dilate the backbone, where it can be.
-        cosine_scale: What cosines are multiplied with to be logits, for the cosine classifier.
+        cosine_scale: What cosines are multiplied with to be logits, 30 where None; for the cosine classifier alone.
         authors_classifiers: Which classifiers to take from a checkpoint in the authors' layout, which holds two sets:
             'rt_classifiers', the retrained ones, or 'classifiers', those of stage one.
         class_counts: As for `set_training_prior`; left out where they are not of as many classes.
@@ -126,7 +126,7 @@ class Shike(nn.Module):
             drop_rate: float = 0.,
             drop_path_rate: Optional[float] = None,
             output_stride: int = 32,
-            cosine_scale: float = COSINE_SCALE,
+            cosine_scale: Optional[float] = None,
             authors_classifiers: str = 'rt_classifiers',
             class_counts: Optional[Sequence[int]] = None,
             classifier_prior: Optional[str] = None,
@@ -152,7 +152,7 @@ class Shike(nn.Module):
         self.num_experts = num_experts
         self.private_stages = private_stages
         self.classifier_type = classifier
-        self.cosine_scale = float(cosine_scale)
+        self.cosine_scale = COSINE_SCALE
         self.authors_classifiers = authors_classifiers
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
@@ -189,7 +189,7 @@ class Shike(nn.Module):
         # Where timm looks for the convolutions to adapt to other image channels.
         self._traits = dict(first_conv=tuple(first_conv) if len(first_conv) > 1 else first_conv[0])
         self.register_buffer('prior_offset', None, persistent=False)
-        self.reset_classifier(num_classes, global_pool)
+        self.reset_classifier(num_classes, global_pool, cosine_scale)
         if class_counts is None or len(class_counts) == self.num_classes:
             self.set_training_prior(class_counts, classifier_prior)
             self.set_target_prior(target_prior)
@@ -278,21 +278,34 @@ class Shike(nn.Module):
         return self.classifier
 
     @torch.jit.ignore()
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(
+            self,
+            num_classes: int,
+            global_pool: Optional[str] = None,
+            cosine_scale: Optional[float] = None,
+    ) -> None:
         """Give every expert a new classifier with fresh initial values, which knows of no prior.
 
         Args:
             num_classes: Classes; 0 leaves the classifiers out.
             global_pool: Pooling type; where None the present one is kept, or 'avg' if classifiers come back to
                 unpooled features.
+            cosine_scale: What their cosines are multiplied with to be logits; where None it stays as it is.
 
         Raises:
-            ValueError: If there is no such pooling, or '' is to go with classifiers.
+            ValueError: If there is no such pooling, or '' is to go with classifiers; if the scale is not above 0, or
+                classifiers are linear and have none.
         """
         if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 0:
             raise ValueError(f'num_classes must be a whole number of at least 0, got {num_classes!r}.')
         if global_pool is None and num_classes and not self.global_pool.pool_type:
             global_pool = 'avg'
+        if cosine_scale is not None:
+            if self.classifier_type != 'cosine' or not cosine_scale > 0:
+                raise ValueError(
+                    'cosine_scale must be above 0 and goes with cosine classifiers, '
+                    f'got {cosine_scale} with {self.classifier_type} ones.')
+            self.cosine_scale = float(cosine_scale)
         if global_pool is not None:
             if global_pool not in ('', 'avg', 'max', 'avgmax'):
                 raise ValueError(f"global_pool must be 'avg', 'max', 'avgmax' or '', got '{global_pool}'.")
