@@ -106,14 +106,21 @@ def read_log(path: Path, args: argparse.Namespace) -> str:
 
 
 def run(name: str, options: str, args: argparse.Namespace) -> int:
-    """Run or resume train.py with its output in NAME.log, unless it is finished, and give its exit status."""
+    """Run or resume a script with its output in NAME.log, unless it is finished, and give its exit status.
+
+    The script is retrain_classifier.py where the options name a checkpoint, whose runs train.py resumes, or train.py.
+    """
     folder = Path(args.output, name)
     if is_finished(folder):
         return 0
-    command = [sys.executable, 'train.py', *shlex.split(options), '--output', args.output, '--experiment', name]
+    begun = (folder / 'args.yaml').exists()
+    given = [*shlex.split(options), *args.options]
+    script = 'retrain_classifier.py' if '--checkpoint' in given else 'train.py'
+    if begun:
+        given = ['--resume'] if script == 'retrain_classifier.py' else [*given, '--resume']
+        script = 'train.py'
+    command = [sys.executable, script, *given, '--output', args.output, '--experiment', name]
     command += ['--data-dir', args.data_dir] if args.data_dir else []
-    command += ['--resume'] if (folder / 'args.yaml').exists() else []
-    command += args.options
     folder.parent.mkdir(parents=True, exist_ok=True)
     note_start(folder, args.commit or commit())
     with folder.with_suffix('.log').open('a') as file:

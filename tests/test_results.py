@@ -15,12 +15,14 @@ from conftest import ROOT
 from PIL import Image
 
 from shike_timm.checkpoints import export_model
+from shike_timm.commands import retrain_classifier
 from shike_timm.commands.train import parse_train_args
 from shike_timm.data import load_training_data
 from shike_timm.errors import InputError
 from shike_timm.loading import load_teacher
 from shike_timm.models import Shike
 from shike_timm.models.registry import WEIGHTS
+from shike_timm.options import read_command_line
 
 RESULTS = ROOT / 'results'
 # The package's weights by tag, and the run each is from.
@@ -87,9 +89,30 @@ def test_a_run_is_recorded_with_its_log(tmp_path, tiny_run, script, monkeypatch,
     assert "'other'" in capsys.readouterr().err
 
 
-def test_runs_are_options_of_train_py():
-    for options in yaml.safe_load((RESULTS / 'runs.yaml').read_text()).values():
-        parse_train_args(options.replace('hparams/', f'{ROOT}/hparams/').split())
+def test_a_retraining_of_another_run_is_resumed_by_train_py(tmp_path, tiny_run, script, monkeypatch):
+    run = script('run')
+    monkeypatch.setattr(run, 'RESULTS', tmp_path / 'results')
+    (tmp_path / 'runs.yaml').write_text('again: --checkpoint RUN --crt-cosine-scale 20\n')
+    for name in ('train', 'retrain_classifier'):
+        (tmp_path / f'{name}.py').write_text(TRAIN.format(tiny_run=str(tiny_run)))
+    output, commands = tmp_path / 'out', []
+    for _ in range(2):
+        run.main(['again', '--output', str(output), '--results', str(tmp_path), '--commit', 'abc'])
+        commands = [line for line in (output / 'again.log').read_text().splitlines() if line.startswith('$ ')]
+        (output / 'again' / 'metrics.json').write_text('{}')
+    assert 'retrain_classifier.py --checkpoint RUN --crt-cosine-scale 20' in commands[0]
+    assert 'train.py --resume --output' in commands[1] and 'RUN' not in commands[1]
+
+
+def test_runs_are_options_of_the_scripts():
+    runs = yaml.safe_load((RESULTS / 'runs.yaml').read_text())
+    for options in runs.values():
+        argv = options.replace('hparams/', f'{ROOT}/hparams/').split()
+        if '--checkpoint' not in argv:
+            parse_train_args(argv)
+            continue
+        given = read_command_line('', retrain_classifier.OPTIONS, argv)
+        assert given['checkpoint'].removeprefix('output/results/').split('/')[0] in runs
 
 
 def test_every_table_is_in_a_document_and_every_row_a_run(script):
