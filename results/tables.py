@@ -55,6 +55,20 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('residual, sum', ['val_residual'], None),
         ('residual, mean', ['val_residual_mean'], None),
     ]),
+    'distillation': ('By the weights of L_nt and L_mu, on 50 training images a class set aside, 20 + 5 epochs:', [
+        (f'alpha {alpha}, beta {beta}', [f'val_alpha_{alpha}_beta_{beta}'], None)
+        for alpha in ('0', '0.1', '1') for beta in ('0', '0.01', '0.1', '0.6')
+    ]),
+    'scale': ('The scale of the cosines in stage two, on 50 training images a class set aside:', [
+        ('residual, sum: 30', ['val_residual'], None),
+        ('residual, sum: 20', ['val_residual_scale'], None),
+        ('residual, mean: 30', ['val_residual_mean'], None),
+        ('residual, mean: 20', ['val_residual_mean_scale'], None),
+        ('EfficientNet-Lite0, one plain network, 10 + 3: 30', ['lite0_val_plain_02_long'], None),
+        ('EfficientNet-Lite0, one plain network, 10 + 3: 20', ['lite0_val_plain_02_long_scale'], None),
+        ('EfficientNet-Lite0, SHIKE, 10 + 3: 30', ['lite0_val_shike_05_long'], None),
+        ('EfficientNet-Lite0, SHIKE, 10 + 3: 20', ['lite0_val_shike_05_long_scale'], None),
+    ]),
     'methods_short': ('Methods on one network with a cosine classifier, CIFAR-100-LT (100), 40 epochs:', [
         ('`ce`', ['ce_short'], None),
         ('`focal`', ['focal_short'], None),
