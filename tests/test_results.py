@@ -95,11 +95,11 @@ def test_a_retraining_of_another_run_is_resumed_by_train_py(tmp_path, tiny_run, 
     (tmp_path / 'runs.yaml').write_text('again: --checkpoint RUN --crt-cosine-scale 20\n')
     for name in ('train', 'retrain_classifier'):
         (tmp_path / f'{name}.py').write_text(TRAIN.format(tiny_run=str(tiny_run)))
-    output, commands = tmp_path / 'out', []
+    output = tmp_path / 'out'
     for _ in range(2):
         run.main(['again', '--output', str(output), '--results', str(tmp_path), '--commit', 'abc'])
-        commands = [line for line in (output / 'again.log').read_text().splitlines() if line.startswith('$ ')]
-        (output / 'again' / 'metrics.json').write_text('{}')
+        (output / 'again' / 'metrics.json').write_text('{}')  # not finished
+    commands = [line for line in (output / 'again.log').read_text().splitlines() if line.startswith('$ ')]
     assert 'retrain_classifier.py --checkpoint RUN --crt-cosine-scale 20' in commands[0]
     assert 'train.py --resume --output' in commands[1] and 'RUN' not in commands[1]
 
