@@ -41,7 +41,7 @@ def commit() -> str:
 
 def note_start(folder: Path, revision: str) -> Dict[str, Any]:
     """What a run was started with, kept beside its folder: the device, and the commits of its start and resumptions."""
-    path = folder.with_suffix('.json')
+    path = Path(f'{folder}.json')
     started = json.loads(path.read_text()) if path.exists() else dict(device=device_name(), commits=[])
     if revision not in started['commits']:
         started['commits'].append(revision)
@@ -123,7 +123,7 @@ def run(name: str, options: str, args: argparse.Namespace) -> int:
     command += ['--data-dir', args.data_dir] if args.data_dir else []
     folder.parent.mkdir(parents=True, exist_ok=True)
     note_start(folder, args.commit or commit())
-    with folder.with_suffix('.log').open('a') as file:
+    with open(f'{folder}.log', 'a') as file:
         print('$', shlex.join(command), file=file, flush=True)
         status = subprocess.run(command, cwd=RESULTS.parent, stdout=file, stderr=subprocess.STDOUT).returncode
     return status or (0 if is_finished(folder) else 1)
@@ -157,9 +157,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 continue
             folder = Path(args.output, name)
             options = shlex.join([*shlex.split(runs[name]), *args.options])
-            started = json.loads(folder.with_suffix('.json').read_text())
+            started = json.loads(Path(f'{folder}.json').read_text())
             row = to_row(name, options, folder, started)
-            record(row, read_log(folder.with_suffix('.log'), args), args.results)
+            record(row, read_log(Path(f'{folder}.log'), args), args.results)
             print(f"{name}: top-1 {row['stage_one_top1']} -> {row['top1']}, {row['minutes']} minutes", flush=True)
     return 1 if failed else 0
 

@@ -58,7 +58,7 @@ def test_a_run_is_recorded_with_its_log(tmp_path, tiny_run, script, monkeypatch,
     monkeypatch.setattr(run, 'RESULTS', tmp_path / 'clone' / 'results')
     (tmp_path / 'clone').mkdir()
     (tmp_path / 'clone' / 'train.py').write_text(TRAIN.format(tiny_run=str(tiny_run)))
-    (tmp_path / 'runs.yaml').write_text('tiny: --epochs 2\nbroken: --broken\n')
+    (tmp_path / 'runs.yaml').write_text('lr_0.1: --epochs 2\nlr_0.2: --broken\n')
 
     def recorded(commit, *names):
         places = ['--output', str(output), '--results', str(tmp_path)]
@@ -67,21 +67,21 @@ def test_a_run_is_recorded_with_its_log(tmp_path, tiny_run, script, monkeypatch,
             row, = csv.DictReader(file)
         return status, row, gzip.decompress((tmp_path / row['log']).read_bytes()).decode()
 
-    status, row, log = recorded('abc', 'tiny', 'broken')
-    assert status == 1 and 'broken: failed with status 2' in capsys.readouterr().err
+    status, row, log = recorded('abc', 'lr_0.1', 'lr_0.2')
+    assert status == 1 and 'lr_0.2: failed with status 2' in capsys.readouterr().err
     metrics = json.loads((tiny_run / 'metrics.json').read_text())
     one, two = metrics['stage_one'], metrics['stage_two']
-    assert (row['name'], row['seed'], row['commit']) == ('tiny', '42', 'abc')
+    assert (row['name'], row['seed'], row['commit']) == ('lr_0.1', '42', 'abc')
     assert row['options'] == '--epochs 2 --lr 0.1'
     assert float(row['top1']) == two['top1'] and float(row['stage_one_few']) == one['few']
     assert [float(value) for value in row['experts'].split(' / ')] == [e['top1'] for e in two['experts']]
     first, *rest = log.splitlines()
-    assert first.startswith('$ ') and '--lr 0.1' in first and rest == ['training into OUTPUT/tiny']
+    assert first.startswith('$ ') and '--lr 0.1' in first and rest == ['training into OUTPUT/lr_0.1']
     assert str(tmp_path) not in log
 
-    assert recorded('def', 'tiny') == (0, row, log)  # a finished run stays what it was
-    (output / 'tiny' / 'metrics.json').write_text(json.dumps(dict(stage_one=one)))
-    status, resumed, log = recorded('def', 'tiny')
+    assert recorded('def', 'lr_0.1') == (0, row, log)  # a finished run stays what it was
+    (output / 'lr_0.1' / 'metrics.json').write_text(json.dumps(dict(stage_one=one)))
+    status, resumed, log = recorded('def', 'lr_0.1')
     assert status == 0 and resumed == dict(row, commit='abc, def')
     assert log.count('$ ') == 2 and '--resume' in log
     with pytest.raises(SystemExit):
