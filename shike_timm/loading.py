@@ -221,12 +221,14 @@ class Start:
         weights: State dict of a SHIKE model.
         class_names: Its classes in label order, None where that is not known.
         data_args: Preprocessing options that they expect.
+        cosine_scale: Scale of its classifiers' cosines, None where there is none or it is not known.
     """
 
     name: str
     weights: Dict[str, Tensor]
     class_names: Optional[List[str]] = None
     data_args: Dict[str, Any] = field(default_factory=dict)
+    cosine_scale: Optional[float] = None
 
 
 def load_start(args: argparse.Namespace) -> Optional[Start]:
@@ -263,7 +265,7 @@ def load_start(args: argparse.Namespace) -> Optional[Start]:
     data_args = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in data_args.items() if value is not None}
-    return Start(name, trained.model.state_dict(), trained.class_names, data_args)
+    return Start(name, trained.model.state_dict(), trained.class_names, data_args, trained.model.cosine_scale)
 
 
 def start_from(model: Shike, start: Start, class_names: Sequence[str]) -> None:
@@ -281,7 +283,8 @@ def start_from(model: Shike, start: Start, class_names: Sequence[str]) -> None:
     head = {key: value for key, value in own.items() if key.startswith('classifier.')}
     loaded = [key for key in weights if key.startswith('classifier.')]
     differ = sorted(set(names or class_names) ^ set(class_names))
-    if differ or any(key not in weights or weights[key].shape != value.shape for key, value in head.items()):
+    kept = not differ and all(key in weights and weights[key].shape == value.shape for key, value in head.items())
+    if not kept:
         why = f"'{differ[0]}' is a class of one alone" if differ else 'they have another shape'
         _logger.warning(f"The classifiers of '{start.name}' are left out, since {why}: training begins with new ones.")
         weights = {key: value for key, value in weights.items() if key not in loaded}
@@ -290,6 +293,10 @@ def start_from(model: Shike, start: Start, class_names: Sequence[str]) -> None:
         places = [names.index(name) for name in class_names]
         weights.update({key: weights[key][:, places] for key in loaded})
     load_weights(model, weights, start.name)
+    if kept and start.cosine_scale and start.cosine_scale != model.cosine_scale:
+        _logger.warning(
+            f"The classifiers of '{start.name}' were trained at a cosine scale of {start.cosine_scale:g} and go on at "
+            f'{model.cosine_scale:g}: give --cosine-scale {start.cosine_scale:g} to keep theirs.')
 
 
 def load_teacher(

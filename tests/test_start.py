@@ -32,6 +32,7 @@ def test_every_source_of_weights(tiny_run, tmp_path):
             assert tuple(start.data_args['mean']) == (0.4914, 0.4822, 0.4465)
     packaged = load_start(parse_train_args(['--model', 'resnet32_shike', '--pretrained']))
     assert len(packaged.class_names) == 100 and packaged.data_args['input_size'] == [3, 32, 32]
+    assert packaged.cosine_scale == 30
     sized = load_start(parse_train_args(['--initial-checkpoint', str(tiny_run), '--img-size', '16']))
     assert not {'img_size', 'input_size'} & set(sized.data_args)
     for argv, message in (
@@ -48,6 +49,8 @@ def test_classifiers_go_by_names(tiny_run, caplog):
     names = [str(digit) for digit in range(10)]
     start_from(model, Start('x', weights, names), names[::-1])
     assert torch.equal(model.classifier.weight, weights['classifier.weight'].flip(1)) and not caplog.text
+    start_from(model, Start('x', weights, names, cosine_scale=20.), names)
+    assert 'a cosine scale of 20 and go on at 30: give --cosine-scale 20' in caplog.text
     fresh = model.classifier.weight.clone()
     start_from(model, Start('x', weights, [*names[:9], 'nine']), names)
     assert torch.equal(model.classifier.weight, fresh) and "'9' is a class of one alone" in caplog.text
