@@ -57,9 +57,13 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
     ]),
     'beyond': ("Beyond the paper's recipe, on the test split, 180 + 20 epochs:", [
         ("the paper's", ['if100_seed0'], '56.34'),
+        ('classifiers at a scale of 20', ['if100_scale_seed0'], None),
         ('taught by its network', ['if100_distilled_seed0'], None),
+        ('taught, classifiers at a scale of 20', ['if100_distilled_scale_seed0'], None),
         ('taught, residual fusion', ['if100_residual_distilled_seed0'], None),
         ('taught, residual fusion, classifiers at a scale of 20', ['if100_residual_distilled_scale_seed0'], None),
+        ('imbalance 50', ['if50_seed0'], '59.80'),
+        ('imbalance 50, classifiers at a scale of 20', ['if50_scale_seed0'], None),
     ]),
     'distillation': ('By the weights of L_nt and L_mu, on 50 training images a class set aside, 20 + 5 epochs:', [
         (f'alpha {alpha}, beta {beta}', [f'val_alpha_{alpha}_beta_{beta}'], None)

@@ -220,14 +220,14 @@ class Start:
         name: Where they come from.
         weights: State dict of a SHIKE model.
         class_names: Its classes in label order, None where that is not known.
-        data_args: Preprocessing options that they expect.
-        cosine_scale: Scale of its classifiers' cosines, None where there is none or it is not known.
+        args: Options that they expect, of preprocessing and the kind of fusion.
+        cosine_scale: Scale of its classifiers' cosines, None where it is not known.
     """
 
     name: str
     weights: Dict[str, Tensor]
     class_names: Optional[List[str]] = None
-    data_args: Dict[str, Any] = field(default_factory=dict)
+    args: Dict[str, Any] = field(default_factory=dict)
     cosine_scale: Optional[float] = None
 
 
@@ -258,14 +258,16 @@ def load_start(args: argparse.Namespace) -> Optional[Start]:
             'hf-hub:USER/NAME.')
     trained = load_trained_model(name, pretrained=True, authors_classifiers='classifiers')
     theirs = with_data_args(argparse.Namespace(**defaults([PREPROCESSING])), trained)
-    data_args = dict(vars(theirs), **resolve_data_config(theirs, trained.model), img_size=None, in_chans=None)
-    del data_args['crop_mode']  # which no option says
+    expected = dict(vars(theirs), **resolve_data_config(theirs, trained.model), img_size=None, in_chans=None)
+    del expected['crop_mode']  # which no option says
     if args.img_size or args.input_size or args.in_chans:
-        data_args['input_size'] = None
-    data_args = {
+        expected['input_size'] = None
+    if trained.model.fusion != 'none':
+        expected['fusion_type'] = trained.model.fusion  # which the weights do not show
+    expected = {
         key: list(value) if isinstance(value, tuple) else value
-        for key, value in data_args.items() if value is not None}
-    return Start(name, trained.model.state_dict(), trained.class_names, data_args, trained.model.cosine_scale)
+        for key, value in expected.items() if value is not None}
+    return Start(name, trained.model.state_dict(), trained.class_names, expected, trained.model.cosine_scale)
 
 
 def start_from(model: Shike, start: Start, class_names: Sequence[str]) -> None:

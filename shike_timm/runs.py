@@ -398,7 +398,7 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     saved = saved_args(checkpoint or {})
     start = load_start(args) if checkpoint is None else None
     if start is not None:
-        vars(args).update({key: value for key, value in start.data_args.items() if getattr(args, key) is None})
+        vars(args).update({key: value for key, value in start.args.items() if getattr(args, key) is None})
     run = prepare(args, stages, checkpoint is None, saved.get('class_names'), folder, start)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path or '')

@@ -1,4 +1,5 @@
 """Training that begins with weights of a SHIKE model, and classifiers retrained for other classes."""
+import json
 import shutil
 from argparse import Namespace
 from types import SimpleNamespace
@@ -29,12 +30,12 @@ def test_every_source_of_weights(tiny_run, tmp_path):
         assert all(torch.equal(start.weights[name], value) for name, value in state.items())
         assert (start.class_names is None) == (source == bare)
         if source != bare:
-            assert tuple(start.data_args['mean']) == (0.4914, 0.4822, 0.4465)
+            assert tuple(start.args['mean']) == (0.4914, 0.4822, 0.4465)
     packaged = load_start(parse_train_args(['--model', 'resnet32_shike', '--pretrained']))
-    assert len(packaged.class_names) == 100 and packaged.data_args['input_size'] == [3, 32, 32]
+    assert len(packaged.class_names) == 100 and packaged.args['input_size'] == [3, 32, 32]
     assert packaged.cosine_scale == 30
     sized = load_start(parse_train_args(['--initial-checkpoint', str(tiny_run), '--img-size', '16']))
-    assert not {'img_size', 'input_size'} & set(sized.data_args)
+    assert not {'img_size', 'input_size'} & set(sized.args)
     for argv, message in (
             (['--initial-checkpoint', '/nowhere'], "initial-checkpoint '/nowhere' does not exist"),
             (['--initial-checkpoint', str(bare), '--pretrained'], 'both bring weights'),
@@ -63,9 +64,13 @@ def test_classifiers_go_by_names(tiny_run, caplog):
 
 
 def test_a_run_from_a_model_of_other_classes(tiny_run, image_folder, tmp_path, caplog, run_script):
+    shutil.copytree(tiny_run / 'model', tmp_path / 'residual')
+    config = json.loads((tmp_path / 'residual' / 'config.json').read_text())
+    config.setdefault('model_args', {})['fusion'] = 'residual'
+    (tmp_path / 'residual' / 'config.json').write_text(json.dumps(config))
     options = [
         *SMALL, '--data-dir', str(image_folder), '--batch-size', '8', '--lr', '0', '--device', 'cpu', '--output',
-        str(tmp_path), '--experiment', 'fine', '--initial-checkpoint', f'local-dir:{tiny_run}/model']
+        str(tmp_path), '--experiment', 'fine', '--initial-checkpoint', f'local-dir:{tmp_path}/residual']
     train(parse_train_args(options))
     assert 'classifiers of' in caplog.text and 'are left out' in caplog.text
     tuned = load_checkpoint(tmp_path / 'fine' / 'stage_one' / 'last.pth.tar')
@@ -73,6 +78,7 @@ def test_a_run_from_a_model_of_other_classes(tiny_run, image_folder, tmp_path, c
     assert torch.equal(tuned['state_dict']['stem.0.weight'], source['stem.0.weight'])
     assert tuned['state_dict']['classifier.weight'].shape[1] == 3
     saved = yaml.safe_load((tmp_path / 'fine' / 'args.yaml').read_text())
+    assert saved['fusion_type'] == 'residual'  # as the model has it, though the option was not given
     assert saved['input_size'] == [3, 8, 8] and saved['initial_checkpoint'].startswith('local-dir:')
     # The same command once more, with what the run found out by itself, and a longer schedule.
     assert train(parse_train_args([*options, '--resume'])).keys() == {'stage_one', 'stage_two'}

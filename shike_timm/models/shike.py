@@ -151,6 +151,7 @@ class Shike(nn.Module):
         self.in_chans = in_chans
         self.num_experts = num_experts
         self.private_stages = private_stages
+        self.fusion = fusion
         self.classifier_type = classifier
         self.cosine_scale = COSINE_SCALE
         self.authors_classifiers = authors_classifiers
