@@ -175,7 +175,7 @@ def create_optimizer(args: argparse.Namespace, lr: float, model: nn.Module) -> t
         model: Model whose parameters, but for the frozen ones, it updates.
 
     Raises:
-        InputError: If the optimizer is unknown or takes no such option.
+        InputError: If the optimizer is unknown, takes no such option, or needs second derivatives.
     """
     options: Dict[str, Any] = dict(optimizer_kwargs(args), lr=lr)
     if _takes_fused(args):
@@ -185,6 +185,8 @@ def create_optimizer(args: argparse.Namespace, lr: float, model: nn.Module) -> t
         optimizer = create_optimizer_v2(model, **{**options, **args.opt_kwargs})
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise InputError(f"optimizer '{args.opt}' cannot be made: {error}") from error
+    if getattr(optimizer, 'is_second_order', False):
+        raise InputError(f"optimizer '{args.opt}' needs second derivatives, which are not taken here: choose another.")
     if isinstance(optimizer, torch.optim.SGD) and 'fused' in options:
         # Fused SGD leaves its first momentum unset where loss scaling skips the first step.
         for group in optimizer.param_groups:

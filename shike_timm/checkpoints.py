@@ -53,15 +53,11 @@ class StageSaver(CheckpointSaver):
 
     def save_epoch(self, epoch: int, value: Optional[float] = None) -> None:
         """Save a whole epoch, as `model_best` too where its value of the metric is the best so far."""
-        best = value is not None and (self.best_metric is None or self.cmp(value, self.best_metric))
-        if best:
+        if value is not None and (self.best_metric is None or self.cmp(value, self.best_metric)):
             self.best_epoch, self.best_metric = epoch, value
+            # Before `last`, which knows of it: an end in between is made good when the epoch is done again.
+            self._save_as('model_best', epoch)
         self.save_checkpoint(epoch)
-        if best:
-            names = ('last', 'tmp', 'model_best')
-            last, temporary, kept = (os.path.join(self.checkpoint_dir, name + self.extension) for name in names)
-            shutil.copyfile(last, temporary)
-            self._replace(temporary, kept)
 
     def save_last(self, epoch: int, done: Optional[Dict[str, Any]] = None) -> None:
         """Save the state as `last` and as nothing else.
@@ -70,11 +66,14 @@ class StageSaver(CheckpointSaver):
             epoch: The last whole epoch; -1 before the first, so that there is always something to resume from.
             done: What is over of the next epoch.
         """
-        temporary, last = (os.path.join(self.checkpoint_dir, name + self.extension) for name in ('tmp', 'last'))
         self.done = done or {}
-        self._save(temporary, epoch)
+        self._save_as('last', epoch)
         self.done = {}
-        self._replace(temporary, last)
+
+    def _save_as(self, name: str, epoch: int) -> None:
+        temporary, kept = (os.path.join(self.checkpoint_dir, f'{one}{self.extension}') for one in ('tmp', name))
+        self._save(temporary, epoch)
+        self._replace(temporary, kept)
 
 
 def check_results_file(path: Optional[str], option: str = 'results-file') -> None:

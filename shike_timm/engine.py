@@ -20,7 +20,7 @@ from timm.utils.summary import trim_summary
 from tqdm import tqdm
 
 from .checkpoints import StageSaver
-from .data import set_mixup
+from .data import set_mixup, set_stream_epoch
 from .distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
 from .methods import Stage
 from .metrics import METRICS
@@ -207,7 +207,7 @@ def _train_part(
     if hasattr(loader.sampler, 'set_epoch'):  # which a stream's has not
         loader.sampler.set_epoch(order_seed, done.step, end)
     else:
-        loader.dataset.set_epoch(stage.first_row + epoch)  # or each epoch would have the first one's order
+        set_stream_epoch(loader, stage.first_row + epoch, order_seed)
     part = done.step * world_size() + rank()
     if part:
         seed_all(config.seed, stage.number, epoch, part)
@@ -396,6 +396,8 @@ def fit(
         lr = max(group['lr'] for group in optimizer.param_groups)
         done, status = _train_one_epoch(
             task, loader, optimizer, stage, config, epoch, done, saver, loss_scaler, stop, vote, progress)
+        if hasattr(optimizer, 'sync_lookahead'):
+            optimizer.sync_lookahead()
         means = {key: round(value / done.num_images, 6) for key, value in done.sums.items()}
         trained = {key: means.get(key) for key in ('loss', 'seconds', *terms)}
         trained['seconds'] = round(done.seconds, 3)

@@ -264,6 +264,10 @@ def load_start(args: argparse.Namespace) -> Optional[Start]:
         expected['input_size'] = None
     if trained.model.fusion != 'none':
         expected['fusion_type'] = trained.model.fusion  # which the weights do not show
+        if args.fusion_type not in (None, trained.model.fusion):
+            raise InputError(
+                f"--fusion-type {args.fusion_type} differs from that of '{name}', {trained.model.fusion}: leave it "
+                'out.')
     expected = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in expected.items() if value is not None}

@@ -152,7 +152,7 @@ def _peak_lr(args: argparse.Namespace, prefix: str = '') -> float:
     if base is None:
         return getattr(args, f'{prefix}lr')
     ratio = args.batch_size * world_size() * args.grad_accum_steps / args.lr_base_size
-    return base * (ratio ** 0.5 if 'ada' in args.opt or 'lamb' in args.opt else ratio)
+    return base * (ratio ** 0.5 if any(name in args.opt.lower() for name in ('ada', 'lamb')) else ratio)
 
 
 def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stage]:

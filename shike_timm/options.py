@@ -155,8 +155,8 @@ DATA = Group(
         'or none for a folder or archive of images and for lists'),
     Option('val_split', str, 'validation', 'split to evaluate on; the default stands for val and test too'),
     Option(
-        'val_list', str, None, 'list of the images to evaluate on, with paths below --data-dir: lines of a path and a label, '
-        ".csv or .tsv with a header, or COCO's .json", 'FILE', card='changed'),
+        'val_list', str, None, 'list of the images to evaluate on, with paths below --data-dir: lines of a path and a '
+        "label, .csv or .tsv with a header, or COCO's .json", 'FILE', card='changed'),
     Option(
         'input_key', str, None, "column of the images in tables, and in timm's data sets; path, image, filename, "
         'file_name or file by default', 'COLUMN', card='changed'),

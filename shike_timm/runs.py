@@ -43,7 +43,7 @@ from .engine import Done, Interrupted, LoopConfig, StopFlag, eval_model, fit, se
 from .errors import InputError, one_line
 from .loading import Start, load_start, load_teacher, start_from
 from .methods import Stage, plan_stages
-from .metrics import balanced_over, evaluate, format_table
+from .metrics import SHOTS, balanced_over, evaluate, format_table, shot_divisions
 from .models import Shike
 from .options import run_folder
 from .resuming import load_newest, saved_args, warn_of_changes
@@ -76,6 +76,18 @@ class Run:
         return evaluate(model, self.test_loader, self.data.shot_counts, self.device, shots=shots)
 
 
+def _check_eval_metric(args: argparse.Namespace, data: TrainingData) -> None:
+    if args.eval_metric not in SHOTS:
+        return
+    classes = shot_divisions(data.shot_counts, args.many_shot, args.few_shot)[args.eval_metric]
+    if data.test.class_counts:
+        classes = classes & (torch.tensor(data.test.class_counts) > 0)
+    if not classes.any():
+        raise InputError(
+            f"--eval-metric {args.eval_metric} is of no class of the data that has images to evaluate on: choose "
+            'another.')
+
+
 def prepare(
         args: argparse.Namespace,
         stages: Sequence[Stage],
@@ -104,6 +116,7 @@ def prepare(
     with local_primary_first():
         data = load_data(args, class_names, run_folder)
     args.holdout = data.holdout
+    _check_eval_metric(args, data)
     seed_all(args.seed, 1, -1)
     model = create_model(args, data.num_classes, fresh).to(device)
     if start is not None:
@@ -437,6 +450,9 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
             raise InputError(
                 f"--{held_out} would evaluate on images that stage one was trained on, since its "
                 f"--{key.replace('_', '-')} was {saved.get(key)}, not {getattr(args, key)}: leave it out.")
+    fusion, before = (one or 'product' for one in (args.fusion_type, saved.get('fusion_type')))
+    if args.fusion is not False and fusion != before:
+        raise InputError(f"--fusion-type {fusion} differs from stage one's, {before}: leave it out.")
     weights = model_weights(checkpoint, args.checkpoint)
     args.experiment = args.experiment or _default_experiment(args) + '-crt'
     stage_one = Path(args.checkpoint)

@@ -44,7 +44,7 @@ def _start_wandb(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Ca
 
 def _start_trackio(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
     import trackio  # pyright: ignore[reportMissingImports]  # as above
-    resume = 'allow' if args.resume is not None else 'never'
+    resume = 'never' if getattr(args, 'resume', None) is None else 'allow'  # retrain_classifier.py has no such option
     trackio.init(project=args.trackio_project, name=args.experiment, config=vars(args), resume=resume)
     stack.callback(trackio.finish)
     return lambda values: trackio.log(values, step=int(values['epoch']))

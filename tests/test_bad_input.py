@@ -117,6 +117,12 @@ def test_checkpoints(refused, tmp_path, tiny_run):
     refused(
         "'experts.0.aligner.0.weight'", 'retrain_classifier.py', '--checkpoint', good, '--no-fusion',
         '--output', tmp_path / 'out')
+    refused(
+        "residual differs from stage one's, product", 'retrain_classifier.py', '--checkpoint', good, '--fusion-type',
+        'residual', '--output', tmp_path / 'out')
+    refused(
+        'is of no class of the data', 'retrain_classifier.py', '--checkpoint', good, '--eval-metric', 'few',
+        '--few-shot', '1', '--output', tmp_path / 'out')
 
 
 @pytest.mark.parametrize('options', [['--holdout', '0.1'], ['--holdout', '0.1', '--imb-factor', '10']])

@@ -19,9 +19,10 @@ from shike_timm.data import (
     create_eval_loader,
     create_train_loader,
     load_training_data,
+    set_stream_epoch,
 )
 from shike_timm.data.augment.transforms import Cutout, create_train_transform
-from shike_timm.data.datasets import DATASETS, DatasetEntry, in_memory_set, register_dataset
+from shike_timm.data.datasets import DATASETS, DatasetEntry, ImageSet, in_memory_set, register_dataset
 from shike_timm.data.long_tail import long_tailed_counts, long_tailed_indices
 from shike_timm.errors import InputError
 from shike_timm.metrics import shot_divisions
@@ -182,6 +183,28 @@ class Stream:
 
     def __len__(self):
         return 20
+
+
+class Noise(Stream):
+    """Images that a worker draws as it augments: by its own random numbers."""
+
+    def __iter__(self):
+        yield from ((Image.fromarray(torch.randint(256, (8, 8, 3), dtype=torch.uint8).numpy()), 0) for _ in range(20))
+
+
+def test_workers_of_a_stream_draw_from_its_seed():
+    def epoch(loader, seed):
+        set_stream_epoch(loader, 1, seed)
+        return next(iter(loader))[0]
+
+    def make():
+        config = resolve_data_config({'input_size': (3, 8, 8)})
+        data = ImageSet(IterableImageDataset(None, reader=Noise()))
+        return create_train_loader(data, config, 8, CPU, Augmentation(no_aug=True), 1)
+
+    one = make()
+    first, second = epoch(one, 5), epoch(one, 6)
+    assert not torch.equal(first, second) and torch.equal(epoch(make(), 6), second)  # as a run that is resumed has it
 
 
 def test_counts_come_from_a_file_where_labels_are_not_listed(image_folder, tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ def test_learning_rate_follows_the_images_of_an_update(monkeypatch):
     for n, expected in ((1, [0.05, 0.025]), (4, [0.2, 0.1])):
         monkeypatch.setattr('shike_timm.methods.world_size', lambda n=n: n)
         assert [stage.lr for stage in plan_stages(parse_train_args(argv))] == pytest.approx(expected)
-    adam = plan_stages(parse_train_args([*argv, '--opt', 'adamw', '--lr-base-size', '64']))
+    adam = plan_stages(parse_train_args([*argv, '--opt', 'AdamW', '--lr-base-size', '64']))
     assert [stage.lr for stage in adam] == pytest.approx([0.4, 0.2])
 
 

@@ -12,6 +12,7 @@ from shike_timm.build import create_optimizer
 from shike_timm.commands.train import parse_train_args
 from shike_timm.devices import keep_freed_memory
 from shike_timm.engine import LoopConfig, train_step
+from shike_timm.errors import InputError
 from shike_timm.losses import balanced_softmax, representation_loss
 from shike_timm.models.backbones import cifar_resnet
 from shike_timm.models.shike import Shike
@@ -103,6 +104,11 @@ def test_a_first_step_that_loss_scaling_skips_leaves_no_trace():
 def test_other_optimizers_can_be_made(opt):
     model = small_model()
     train_step(RepresentationTask(model), *batch(), optimizer_of(model, '--opt', opt), LoopConfig())
+
+
+def test_an_optimizer_that_needs_second_derivatives_is_refused():
+    with pytest.raises(InputError, match="'adahessian' needs second derivatives"):
+        optimizer_of(small_model(), '--opt', 'adahessian')
 
 
 def test_stage_two_keeps_nothing_of_the_trunk_for_backward():

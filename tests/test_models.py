@@ -58,9 +58,9 @@ def test_residual_fusion_starts_as_the_backbone(name):
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(images), plain(images))
     model(images).sum().backward()
-    norm = [module for module in model.experts[0].aligner if isinstance(module, nn.BatchNorm2d)][-1]
-    assert norm.weight.grad.abs().max() > 0
-    nn.init.ones_(norm.weight)
+    norms = [[part for part in expert.aligner if isinstance(part, nn.BatchNorm2d)][-1] for expert in model.experts]
+    assert all(norm.weight.grad.abs().max() > 0 for norm in norms)
+    nn.init.ones_(norms[0].weight)
     with torch.inference_mode():
         shared = model._forward_trunk(images)
         expert = model.experts[0]
@@ -135,6 +135,8 @@ def test_a_saved_model_keeps_its_cosine_scale(tmp_path, change):
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
     assert loaded.classifier.scale == model.classifier.scale and torch.equal(loaded(images), model(images))
+    model = timm.create_model('resnet32_shike', num_classes=0, cosine_scale=20)
+    assert model._model_args['cosine_scale'] == 20  # without classifiers too, for those to come
 
 
 def test_numpy_integers(tmp_path):

@@ -39,6 +39,7 @@ def test_every_source_of_weights(tiny_run, tmp_path):
     for argv, message in (
             (['--initial-checkpoint', '/nowhere'], "initial-checkpoint '/nowhere' does not exist"),
             (['--initial-checkpoint', str(bare), '--pretrained'], 'both bring weights'),
+            (['--initial-checkpoint', str(tiny_run), '--fusion-type', 'residual'], 'residual differs from that of'),
             (['--pretrained', '--model', 'resnet50_shike'], 'No weights are published')):
         with pytest.raises(InputError, match=message):
             load_start(parse_train_args(argv))

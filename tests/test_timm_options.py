@@ -167,6 +167,15 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     best, last = (load_checkpoint(tmp_path / f'{name}.pth.tar') for name in ('model_best', 'last'))
     assert best['epoch'] == 2 == float(best['state_dict']['weight']) and last['epoch'] == 3
     assert last['saver']['best_metric'] == 1. and not (tmp_path / 'tmp.pth.tar').exists()
+
+    def fail(*_):
+        raise OSError
+
+    saver.save_checkpoint = fail
+    with pytest.raises(OSError):
+        saver.save_epoch(4, 0.5)
+    best, last = (load_checkpoint(tmp_path / f'{name}.pth.tar') for name in ('model_best', 'last'))
+    assert best['epoch'] == 4 and last['saver']['best_metric'] == 1.  # the last is not ahead of the best
     args = parse_train_args(['--eval-metric', 'few'])
     assert loop_config(SimpleNamespace(args=args, autocast=None)).eval_metric == 'few'
 

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import TINY
 
+from shike_timm.commands.retrain_classifier import parse_retrain_args
 from shike_timm.commands.train import parse_train_args
 from shike_timm.runs import train
+from shike_timm.trackers import tracking
 
 
 def read_rows(run):
@@ -54,6 +56,14 @@ def test_trackers_get_what_the_summary_holds(tmp_path, monkeypatch, caplog):
     lines = [record.getMessage() for record in caplog.records if record.name == 'shike_timm.engine']
     assert len(lines) == 4  # one an epoch
     assert lines[0].startswith('Train: 0 of 2 in stage one, 0:0') and 'Eval' not in lines[0] and 'top1: ' in lines[1]
+
+
+def test_a_retraining_is_tracked(tiny_run, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, 'trackio', stub(calls, []))
+    args, _ = parse_retrain_args(['--checkpoint', str(tiny_run), '--log-trackio'])
+    with tracking(args, tmp_path):
+        assert calls[0]['resume'] == 'never'
 
 
 @pytest.mark.parametrize('flag, module', [

@@ -17,7 +17,7 @@ from .in_memory import DeviceLoader, device_data_gap
 from .sharding import EpochSampler, SeededDataset
 from .table import CheckedLoader, ImageTable, readable_collate
 
-__all__ = ['create_eval_loader', 'create_train_loader', 'set_mixup']
+__all__ = ['create_eval_loader', 'create_train_loader', 'set_mixup', 'set_stream_epoch']
 
 
 class _Mixup(timm.data.FastCollateMixup):
@@ -39,6 +39,12 @@ class _Mixup(timm.data.FastCollateMixup):
 def set_mixup(loader: Any, enabled: bool) -> None:
     """Switch the mixing of images on or off, in a loader that `create_train_loader` made with `mixup`."""
     (loader.loader if isinstance(loader, CheckedLoader) else loader).mixup_enabled = enabled
+
+
+def set_stream_epoch(loader: Any, epoch: int, seed: int) -> None:
+    """Say which epoch of a stream comes and what workers draw from, in a loader that `create_train_loader` made."""
+    loader.dataset.set_epoch(epoch)  # or each epoch would have the first one's order
+    loader.loader.generator.manual_seed(seed)
 
 
 def _create_device_loader(
@@ -80,7 +86,8 @@ def _create_worker_loader(
     """timm's prefetching loader over what a sampler gives, in training with seeds; over a stream as it comes."""
     dataset, is_training = data.dataset, isinstance(sampler, EpochSampler)
     dataset.transform = transform
-    if isinstance(dataset, IterableDataset):
+    is_stream = isinstance(dataset, IterableDataset)
+    if is_stream:
         dataset.set_loader_cfg(num_workers=num_workers)
         sampler = None
     elif is_training:
@@ -93,7 +100,7 @@ def _create_worker_loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=device.type == 'cuda',
-        persistent_workers=num_workers > 0,
+        persistent_workers=num_workers > 0 and not is_stream,  # whose images draw from the past of their worker
         generator=torch.Generator(),  # else workers that start, but not those that stay, draw from torch's own
     )
     loader = PrefetchLoader(
@@ -122,8 +129,8 @@ def create_train_loader(
 
     Small data sets that are in memory lie on the device as one tensor and are augmented there; others go through
     timm's prefetching loader, whose workers stay. Either way an epoch's images depend on nothing but the seed that
-    `loader.sampler.set_epoch` is given, or that torch's generator gives at its start, and the step that it begins at:
-    from a later one on the same images come, but from the device with another augmentation.
+    `loader.sampler.set_epoch` is given, or `set_stream_epoch`, or that torch's generator gives at its start, and the
+    step that it begins at: from a later one on the same images come, but from the device with another augmentation.
 
     Args:
         data: Training set.

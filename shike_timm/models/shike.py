@@ -173,6 +173,8 @@ class Shike(nn.Module):
                 shallow = levels[self.num_stem_levels + depth - 1]
                 num_halvings = round(math.log2(last['reduction'] / shallow['reduction']))
                 align = ALIGNERS[aligner](shallow['num_chs'], last['num_chs'], num_halvings, **dd)
+                if fusion == 'residual' and isinstance(align[-1], nn.ReLU):
+                    del align[-1]  # which at zero, where residual fusion starts, lets no gradient through
                 aligners.append(align)
                 if net.initialised:
                     _init_convolutions(align)
@@ -399,7 +401,7 @@ class Shike(nn.Module):
         made_with = {name: _plain(value) for name, value in self.__dict__.get('_made_with', {}).items()}
         now: Dict[str, Any] = dict(
             class_counts=self.class_counts, classifier_prior=self.classifier_prior, target_prior=self.target_prior)
-        scale = getattr(self.classifier, 'scale', COSINE_SCALE)
+        scale = getattr(self.classifier, 'scale', self.cosine_scale)
         if scale != COSINE_SCALE or 'cosine_scale' in made_with:
             now['cosine_scale'] = scale
         for name in now:
