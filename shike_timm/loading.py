@@ -163,7 +163,10 @@ def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:
     try:
         if prior not in ('uniform', 'train'):
             values = json.loads(Path(prior).read_text(encoding='utf-8'))
-            values = values.get('pos_counts', values) if isinstance(values, dict) else values
+            if isinstance(values, dict) and 'pos_counts' in values:
+                names, values = values.get('class_names'), values['pos_counts']
+                if names and trained.class_names:
+                    values = dict(zip(names, values))
             if isinstance(values, dict):
                 if not trained.class_names:
                     raise ValueError('it names classes, but the model does not')

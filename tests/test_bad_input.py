@@ -9,6 +9,7 @@ import torch
 from conftest import TINY
 
 from shike_timm.checkpoints import export_model, load_checkpoint, model_weights
+from shike_timm.commands import cli
 from shike_timm.errors import one_line
 
 
@@ -76,7 +77,7 @@ def test_hparams_files(refused, tmp_path):
 
 
 def test_data_folders(refused, tmp_path, image_folder):
-    data = ['--dataset', '', '--data-dir', image_folder, '--output', tmp_path / 'out']
+    data = ['--dataset', '', '--imb-factor', '100', '--data-dir', image_folder, '--output', tmp_path / 'out']
     (image_folder / 'train' / 'cat').rename(image_folder / 'train' / 'dog')
     refused("Class 'cat'", 'train.py', *TINY, *data)
     (tmp_path / 'empty').mkdir()
@@ -247,3 +248,10 @@ def test_resuming_with_other_options(refused, tmp_path, tiny_run):
     (tmp_path / 'weights.pth.tar').rename(tmp_path / 'stage_one' / 'last.pth.tar')
     refused('no state to resume from', 'train.py', *TINY, '--resume', tmp_path)
     refused('--crt-epochs 0', 'retrain_classifier.py', '--checkpoint', tiny_run, '--crt-epochs', '0')
+
+
+def test_a_killed_worker_of_any_command_is_one_sentence(capsys):
+    def main():
+        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')
+
+    assert cli.run_script(main) == 1 and 'A process that loads images is gone' in capsys.readouterr().err

@@ -185,6 +185,18 @@ class Stream:
         return 20
 
 
+def test_what_a_library_raises_is_one_sentence(monkeypatch):
+    class Broken(Exception):
+        pass
+
+    def broken(name, **kwargs):
+        raise Broken('the shards have other columns')
+
+    monkeypatch.setattr(timm.data, 'create_dataset', broken)
+    with pytest.raises(InputError, match="The train split of 'hfds/x' cannot be read: the shards have other columns"):
+        load_training_data('hfds/x')
+
+
 class Noise(Stream):
     """Images that a worker draws as it augments: by its own random numbers."""
 

@@ -59,6 +59,9 @@ def test_every_defect_is_named(defects, tmp_path, run_script):
     assert evaluation['modes'] == {'RGB': 13, 'L': 1} and evaluation['width'] == [10, 10, 50]
     counts, number = load_class_stats(str(tmp_path / 'stats.json'))
     assert counts.tolist()[:3] == [25, 14, 7] and number == 46
+    again = ['describe.py', '--data-dir', defects, '--workers', '0', '--class-stats', tmp_path / 'stats.json']
+    status, _, error = run_script(*again)
+    assert status == 2 and "stats.json' exists" in error and load_class_stats(str(tmp_path / 'stats.json'))[1] == 46
     status, text, error = run_script('describe.py', '--data-dir', defects, '--workers', '0')
     assert status == 0 and all(word in text for word in (
         'training: 46 images of 3 classes', 'bee/page.jpg: cannot identify', 'eel',

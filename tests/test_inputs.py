@@ -250,6 +250,12 @@ def test_lists(make, tmp_path):
     data = load(root, train_list=str(train), val_list=str(test))
     assert data.class_names == ['3', '10'] and data.class_counts == [2, 1]
     assert [target for _, target in data.test.dataset] == [1] and '1 repeated entries' in data.describe()
+    (tmp_path / 'spelled.txt').write_text(f'./a/0.png a\n{root}/a//1.png a\na/1.png a\n')
+    with pytest.raises(InputError, match='single class'):
+        load(root, val_list=str(tmp_path / 'spelled.txt'))
+    make({'b': 2})
+    rest = load(root, val_list=str(tmp_path / 'spelled.txt'))
+    assert rest.class_counts == [4, 2] and rest.test.class_counts == [2, 0]  # none of them is trained on
     test.write_text('a/0.png 10\n')
     with pytest.raises(InputError, match='share images'):
         load(root, train_list=str(train), val_list=str(test))
@@ -258,6 +264,12 @@ def test_lists(make, tmp_path):
         load(root, train_list=str(train), val_list=str(test))
     with pytest.raises(InputError, match='contradict'):
         load(root, train_list=str(train), val_list=str(test), holdout=0.1)
+    with pytest.raises(InputError, match='class-depth 2 is for folders'):
+        load(root, train_list=str(train), class_depth=2)
+    with pytest.raises(InputError, match='imb-factor 50.0 is for the .*_lt data sets'):
+        load(root, imb_factor=50.)
+    with pytest.raises(InputError, match="group-key 'a' is not for 'digits_lt'"):
+        load_training_data('digits_lt', group_key='a')
     with pytest.raises(InputError, match="dataset 'digits_lt' is none"):
         load_training_data('digits_lt', train_list=str(train))
 
@@ -274,6 +286,10 @@ def test_a_class_map_names_and_orders(make, tmp_path):
     make({'näher': 4})
     (tmp_path / 'map.txt').write_text(unicodedata.normalize('NFD', 'cat\nnäher\n'), encoding='utf-8')
     assert load(root, class_map=str(tmp_path / 'map.txt')).class_counts == [4 - 1, 4 - 1]
+    (tmp_path / 'numbers.txt').write_text('3\n1\n')
+    numbered = load(make({'0': 4, '1': 4, '3': 4}), class_map=str(tmp_path / 'numbers.txt'))
+    assert numbered.class_counts == [4 - 1, 4 - 1] and {
+        numbered.train.dataset.filename(i)[0] for i in range(6)} == {'1', '3'}  # and no 0 as the first class
     (tmp_path / 'map.txt').write_text('cat\nant\ncat\n')
     with pytest.raises(InputError, match='repetitions'):
         load(root, class_map=str(tmp_path / 'map.txt'))
@@ -603,7 +619,7 @@ def test_names_decide_wherever_labels_meet_weights(run_script, coloured, tmp_pat
     assert metrics(run / 'metrics.json')['stage_two']['top1'] is not None
 
 
-def test_a_run_keeps_the_lists_of_both_sides(run_script, coloured, tmp_path):
+def test_a_run_keeps_the_lists_of_both_sides(run_script, coloured, tmp_path, caplog):
     out = tmp_path / 'out'
     status, _, error = run_script('train.py', *RUN, '--data-dir', coloured, '--output', out)
     assert status == 0 and '12 images, 0.2 of each class' in error, error
@@ -624,6 +640,11 @@ def test_a_run_keeps_the_lists_of_both_sides(run_script, coloured, tmp_path):
     status, _, error = run_script(
         'retrain_classifier.py', '--checkpoint', run, '--data-dir', moved, '--output', tmp_path / 'again')
     assert status == 0, error
+    shutil.copytree(moved, tmp_path / 'parent' / 'photos')
+    shutil.rmtree(tmp_path / 'parent' / 'photos' / '1')
+    options = dict(class_names=[str(c) for c in range(1, 13)], sides=str(run))
+    assert len(create_eval_dataset('', str(tmp_path / 'parent'), **options).dataset) == 38
+    assert f"22 images of '{tmp_path / 'parent'}' have the folder and the name" in caplog.text
     again = next((tmp_path / 'again').iterdir())
     assert {row['path'] for row in csv.DictReader((again / 'validation.csv').open())} == held
 

@@ -90,13 +90,22 @@ def test_a_folder_that_is_linked_into_itself_is_read_once(folder, tmp_path):
     assert find_images([str(tmp_path / 'images')]) == before
 
 
+def piped(monkeypatch, lines):
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(lines), encoding='utf-8'))
+
+
+def test_names_on_standard_input_are_of_any_encoding(monkeypatch):
+    piped(monkeypatch, b'caf\xe9.png\r\n')
+    assert [os.fsencode(path) for path in find_images(['-'])] == [b'caf\xe9.png']
+
+
 def test_every_way_to_name_files_and_both_formats(folder, model, run_script, tmp_path, monkeypatch):
     command = ['predict.py', '--model', 'resnet32_shike', '--workers', '0', '--device', 'cpu', '--topk', '2']
     status, table, error = run_script(*command, folder)
     assert status == 0 and '3 could not be predicted' in error
     rows = list(csv.DictReader(io.StringIO(table)))
     assert list(rows[0]) == ['filename', 'label_0', 'label_1', 'prob_0', 'prob_1', 'error'] and len(rows) == 8
-    monkeypatch.setattr('sys.stdin', io.StringIO(f'{folder}/part 0\n\n{folder}/part 1/*.png\n'))
+    piped(monkeypatch, f'{folder}/part 0\n\n{folder}/part 1/*.png\n'.encode())
     assert run_script(*command, '-')[1] == run_script(*command, *sorted(folder.glob('*/[!.]*.*')))[1] == table
     assert run_script(*command, f'{folder}/**/*.[pj][np]g')[1] == table
     status, out, error = run_script(

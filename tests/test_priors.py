@@ -153,12 +153,13 @@ def test_files(tmp_path, tiny_run, run_script):
     tables = {}
     by_name = {str(digit): 10 - digit for digit in reversed(range(10))}
     written = dict(
-        list=list(range(10, 0, -1)), stats=dict(pos_counts=list(range(10, 0, -1)), num_samples=55), names=by_name)
+        list=list(range(10, 0, -1)), stats=dict(pos_counts=list(range(10, 0, -1)), num_samples=55), names=by_name,
+        ordered=dict(pos_counts=list(range(1, 11)), class_names=[str(c) for c in reversed(range(10))]))
     for name, content in written.items():
         (tmp_path / name).write_text(json.dumps(content))
         status, tables[name], error = run_script(*command, '--target-prior', tmp_path / name)
         assert status == 0, error
-    assert tables['list'] == tables['stats'] == tables['names'] != run_script(*command)[1]
+    assert tables['list'] == tables['stats'] == tables['names'] == tables['ordered'] != run_script(*command)[1]
     for content, message in (
             ('{', 'cannot be used: Expecting'), ('[1, 2]', '2 values'), ('{"x": 3}', "the file has no class '0'"),
             (json.dumps(dict(by_name, x=3)), "the model has no class 'x'"), ('3', 'not iterable')):
@@ -172,7 +173,9 @@ def test_files(tmp_path, tiny_run, run_script):
 def test_a_long_tailed_evaluation_set_is_told(image_folder, tmp_path, run_script):
     for number in range(1, 4):
         (image_folder / 'validation' / 'cat' / f'{number}.png').unlink()
-    argv = ['--dataset', '', '--data-dir', image_folder, '--num-classes', '3', '--crt-epochs', '0', '--batch-size', '8']
+    argv = [
+        '--dataset', '', '--imb-factor', '100', '--data-dir', image_folder, '--num-classes', '3', '--crt-epochs', '0',
+        '--batch-size', '8']
     assert run_script('train.py', *TINY, '--output', tmp_path, *argv, '--epochs', '2')[0] == 0
     evaluation = ['eval.py', '--model', f'local-dir:{tmp_path}/run/model', '--data-dir', image_folder, '--workers', '0']
     status, out, error = run_script(*evaluation, '--img-size', '8', '--device', 'cpu')

@@ -43,6 +43,13 @@ def run_script(main: Callable[[], Any]) -> int:
             f'{name}: error: The memory of the device is too small: choose a smaller --batch-size, in training with as '
             'many --grad-accum-steps more, --amp or --grad-checkpointing.', file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        print(
+            f'{name}: error: A process that loads images is gone, perhaps for want of memory: choose fewer --workers.',
+            file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except Interrupted as stop:

@@ -16,6 +16,7 @@ from ..data import find_dataset
 from ..data.datasets import DataRequest, ImageSet
 from ..data.holdout import hold_out_share
 from ..data.survey import Seen, alike, survey
+from ..data.training import check_request
 from ..errors import InputError
 from ..metrics import shot_divisions
 from ..options import DATA, HPARAMS, SHOT_DIVISIONS, TRAINING_DATA, Group, Option, parse_args
@@ -53,6 +54,7 @@ def _load(args: argparse.Namespace) -> Tuple[ImageSet, Optional[ImageSet], Optio
     asked = {name: value for name, value in vars(args).items() if name in _ASKED}
     request = DataRequest(args.dataset, args.data_dir, download=args.dataset_download, **asked)
     entry = find_dataset(args.dataset)
+    check_request(request, entry)
     train, test = entry.load_train(request)
     if args.holdout and test is None:
         return (*hold_out_share(train, args.holdout, args.dataset or args.data_dir), None)
@@ -178,6 +180,8 @@ def describe_data(args: argparse.Namespace) -> Dict[str, Any]:
         InputError: If there is no such data, or the file of class counts cannot be written.
     """
     check_results_file(args.class_stats)
+    if args.class_stats and Path(args.class_stats).exists():
+        raise InputError(f"--class-stats '{args.class_stats}' exists: choose another file, or remove it.")
     perceptual = _is_perceptual(args.perceptual)
     train, test, reason = _load(args)
     sets = {'train': (train, survey(train, args.workers, perceptual))}

@@ -24,10 +24,12 @@ def parse_retrain_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.N
     """
     given = read_command_line('Retrain the classifiers of a stage-one checkpoint: stage two alone.', OPTIONS, argv)
     checkpoint = load_stage_one(given['checkpoint'])
-    own = set(defaults(TRAINING)) - {'output', 'experiment', 'hparams', 'device'}
+    before, own = saved_args(checkpoint), set(defaults(TRAINING)) - {'output', 'experiment', 'hparams', 'device'}
     if 'num_classes' in given:  # of other data, which stage one's split says nothing of
         own -= {'num_classes', 'holdout', 'val_per_class', 'class_map', 'class_depth', 'train_list', 'val_list'}
-    saved = {key: value for key, value in saved_args(checkpoint).items() if key in own}
+    if 'dataset' in given and given['dataset'] != before.get('dataset'):
+        own -= {'imb_factor', 'imb_type', 'imb_seed'}
+    saved = {key: value for key, value in before.items() if key in own}
     if saved.get('crt_epochs') == 0:
         del saved['crt_epochs']  # the run had no stage two, which is what is asked for now
     saved = check_values(TRAINING, saved, f"checkpoint '{given['checkpoint']}'")

@@ -208,7 +208,8 @@ def map_labels(path: str, labels: Sequence[str]) -> Tuple[List[str], List[Option
     except Exception as error:  # timm asserts, and the pickle may be anything
         raise InputError(f"class-map '{path}' cannot be read: {one_line(error)}.") from error
     index_of = {unicodedata.normalize('NFC', str(name)): index for name, index in index_of.items()}
-    index_of.update({str(c): c for c in range(len(names)) if str(c) not in index_of})  # labels that are numbers
+    if not set(labels) & set(index_of):  # labels that are numbers, which names may be too
+        index_of = {str(c): c for c in range(len(names))}
     return names, [index_of.get(label) for label in labels]
 
 

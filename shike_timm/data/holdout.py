@@ -11,7 +11,7 @@ from .datasets import ImageSet
 from .files import name_hashes
 from .table import ImageTable
 
-__all__ = ['covers', 'hold_out_listed', 'hold_out_share', 'read_sides', 'write_sides']
+__all__ = ['count_alike', 'covers', 'hold_out_listed', 'hold_out_share', 'read_sides', 'write_sides']
 
 SIDES = ('train.csv', 'validation.csv')  # the columns are those that --train-list and --val-list read
 
@@ -133,6 +133,17 @@ def covers(data: ImageSet, sides: Sequence[Dict[str, str]]) -> bool:
     names = {data.dataset.filename(i) for i in range(len(data.dataset))}
     found = sum(name in names for side in sides for name in side)
     return found >= 0.9 * sum(map(len, sides))
+
+
+def count_alike(data: ImageSet, side: Dict[str, str]) -> int:
+    """How many images of a set have the folder and the name of one of a list."""
+    def ending(path: str) -> str:
+        return '/'.join(path.split('/')[-2:])
+
+    if not isinstance(data.dataset, ImageTable):
+        return 0
+    endings = {ending(path) for path in side}
+    return sum(ending(data.dataset.filename(i)) in endings for i in range(len(data.dataset)))
 
 
 def hold_out_listed(data: ImageSet, sides: Sequence[Dict[str, str]], folder: str) -> Tuple[ImageSet, ImageSet]:

@@ -52,7 +52,8 @@ def find_images(names: Iterable[str]) -> List[str]:
     """
     paths: List[str] = []
     for name in names:
-        lines = (line.rstrip('\r\n') for line in sys.stdin) if name == '-' else [name]
+        # Names are bytes to the system, and need not be of the terminal's encoding.
+        lines = (os.fsdecode(line).rstrip('\r\n') for line in sys.stdin.buffer) if name == '-' else [name]
         paths += [path for line in lines if line for path in _named(line)]
     if not paths:
         raise InputError('There are no images to predict: name files, folders or patterns.')

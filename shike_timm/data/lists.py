@@ -152,6 +152,12 @@ def _once(listed: ImageList, path: str, notes: List[str]) -> ImageList:
     return ImageList(list(label_of), list(label_of.values()), [*groups.values()] or None, listed.order)
 
 
+def _one_spelling(names: Sequence[str], root: str) -> List[str]:
+    """Paths without detours, from the folder of the data on where they lead into it."""
+    inside = os.path.join(os.path.abspath(root), '')
+    return [name.removeprefix(inside) for name in map(os.path.normpath, names)]
+
+
 def load_list(request: DataRequest, path: str, spellings: Sequence[Tuple[str, str]] = ()) -> ImageSet:
     """The images that a list file names, below the folder or in the archive of the data.
 
@@ -165,8 +171,10 @@ def load_list(request: DataRequest, path: str, spellings: Sequence[Tuple[str, st
         InputError: If it cannot be read, or its first images are not there.
     """
     notes: List[str] = []
-    listed = _once(read_list(path, request), path, notes)
     root = request.root or '.'
+    listed = read_list(path, request)
+    listed.names = _one_spelling(listed.names, root)
+    listed = _once(listed, path, notes)
     if not os.path.exists(root):
         raise InputError(f"data-dir '{root}' does not exist: give the folder that the paths of '{path}' begin in.")
     names = listed.names

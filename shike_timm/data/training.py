@@ -7,10 +7,10 @@ from typing import Any, List, Optional
 from ..errors import InputError
 from .checks import without_unreadable
 from .datasets import DataRequest, DatasetEntry, ImageSet, find_dataset, match_classes, read_class_stats
-from .holdout import covers, hold_out_listed, hold_out_share, read_sides, write_sides
+from .holdout import count_alike, covers, hold_out_listed, hold_out_share, read_sides, write_sides
 from .table import ImageTable
 
-__all__ = ['TrainingData', 'create_eval_dataset', 'load_training_data']
+__all__ = ['TrainingData', 'check_request', 'create_eval_dataset', 'load_training_data']
 
 _logger = logging.getLogger(__name__)
 
@@ -64,8 +64,23 @@ class TrainingData:
         return line + (f" Left out: {'; '.join(notes)}." if notes else '')
 
 
-def _check_request(request: DataRequest, entry: DatasetEntry) -> None:
+def check_request(request: DataRequest, entry: DatasetEntry) -> None:
+    """Check that a training set can do what is asked of it.
+
+    Raises:
+        InputError: If it cannot, or options contradict each other.
+    """
     what = request.name or request.root
+    for name in () if entry.has_imb_factor else ('imb_factor', 'imb_type', 'imb_seed'):
+        value = getattr(request, name)
+        if value != getattr(DataRequest, name):
+            raise InputError(
+                f"{name.replace('_', '-')} {value} is for the *_lt data sets, which alone are cut to it, not '{what}': "
+                'drop it.')
+    if request.class_depth and request.train_list:
+        raise InputError(
+            f"class-depth {request.class_depth} is for folders, and the list '{request.train_list}' says the classes: "
+            'drop one of them.')
     if request.val_per_class and not entry.has_imb_factor:
         raise InputError(
             f"val-per-class {request.val_per_class} needs one of the *_lt data sets, not '{what}': drop it.")
@@ -89,6 +104,10 @@ def _checked(data: ImageSet, request: DataRequest) -> ImageSet:
         raise InputError(
             f"'{request.name}' has images of {data.images.shape[-1]} channels, not of {request.in_chans}: leave "
             '--in-chans out.')
+    for name in ('class_map', 'class_depth', 'group_key'):
+        value = getattr(request, name)
+        if data.images is not None and value is not None:
+            raise InputError(f"{name.replace('_', '-')} '{value}' is not for '{request.name}', read as it is: drop it.")
     wanted = request.check_images
     if isinstance(data.dataset, ImageTable) and (len(data.dataset) <= CHECKED if wanted is None else wanted):
         return without_unreadable(data, request.workers)
@@ -112,7 +131,7 @@ def load_training_data(name: str, root: Optional[str] = None, **options: Any) ->
             contradict each other.
     """
     entry, request = find_dataset(name), DataRequest(name, root, **options)
-    _check_request(request, entry)
+    check_request(request, entry)
     what = f"'{name or root}'"
     train, test = entry.load_train(request)
     stats, counts = request.class_stats, train.class_counts
@@ -187,11 +206,21 @@ def create_eval_dataset(
         InputError: If data is missing or damaged, or a class is not among the model's.
     """
     request = DataRequest(name, root, val_split=split, download=download, class_names=class_names, **options)
-    data = find_dataset(name).load_eval(request)
-    sides = read_sides(request.sides)
-    if sides and request.sides and data is not None and data.is_whole and covers(data, sides):
-        _, data = hold_out_listed(data, sides, request.sides)
-        data.is_training = False
+    entry, sides = find_dataset(name), read_sides(request.sides)
+    data = entry.load_eval(request)
+    if data is None and sides:
+        data, _ = entry.load_train(request)
+        data.is_whole = data.is_training = True
+    if sides and request.sides and data is not None and data.is_whole:
+        seen = count_alike(data, sides[0])
+        if covers(data, sides):
+            _, data = hold_out_listed(data, sides, request.sides)
+            data.is_training = False
+        elif seen:
+            _logger.warning(
+                f"{seen} images of '{name or root}' have the folder and the name of one that '{request.sides}' was "
+                'trained on: unless they are others, its figures are too good; give --data-dir as in training, where '
+                'those held out are known.')
     if data is None or data.is_training:
         raise InputError(
             f"'{name or root}' has no {split} split: name the one to evaluate on with --val-split or --val-list.")
