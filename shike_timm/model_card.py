@@ -20,6 +20,10 @@ METRIC_NAMES = {
     'medium': 'Medium-shot accuracy',
     'few': 'Few-shot accuracy',
 }
+PATHS = {  # options that are files or folders, or can be
+    'class_map', 'initial_checkpoint', 'kd_model_name', 'pretrained_backbone', 'train_list', 'train_split', 'val_list',
+    'val_split',
+}
 STAGE_NAMES = {'stage_one': 'one', 'stage_two': 'two'}
 
 CITATION = """@inproceedings{jin2023shike,
@@ -89,6 +93,16 @@ def _data_section(config: Dict[str, Any], args: Dict[str, Any]) -> str:
     return '## Training data\n\n' + _table(['', ''], rows)
 
 
+def _without_folder(name: str) -> str:
+    """The last part of a path, whose folder is the trainer's own, with RUN/ after local-dir; names on the Hub whole."""
+    source, _, path = name.partition(':')
+    if source.lower() in ('hf-hub', 'hf_hub'):
+        return name
+    is_model = source.lower() == 'local-dir'
+    parts = [part for part in re.split(r'[/\\]', path if is_model else name) if part]
+    return f'local-dir:{"/".join(parts[-2:])}' if is_model else ''.join(parts[-1:])
+
+
 def _recipe_section(metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
     if not args:
         return ''
@@ -102,11 +116,8 @@ def _recipe_section(metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
     if not args.get('kd_model_name'):
         unused |= {option.name for option in TEACHER.options}
     recipe = {key: value for key, value in card_options(args).items() if key not in unused}
-    for key in {'pretrained_backbone', 'train_split', 'val_split'} & set(recipe):
-        recipe[key] = re.split(r'[/\\]', recipe[key])[-1]  # of a file, whose folder is the trainer's own
-    if recipe.get('kd_model_name', '').startswith('local-dir:'):
-        folders = [part for part in re.split(r'[/\\]', recipe['kd_model_name'][len('local-dir:'):]) if part]
-        recipe['kd_model_name'] = 'local-dir:' + '/'.join(folders[-2:])  # RUN/model
+    for key in PATHS & set(recipe):
+        recipe[key] = _without_folder(recipe[key])
     taught = ', `kd_model_name` is the teacher' if 'kd_model_name' in recipe else ''
     return (
         "## Recipe\n\nOptions of shike-timm's `train.py`; names with `crt_` are of stage two, `alpha` and `beta` weigh "
@@ -114,7 +125,7 @@ def _recipe_section(metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
     )
 
 
-def _results_section(metrics: Dict[str, Any]) -> str:
+def _results_section(metrics: Dict[str, Any], num_classes: int) -> str:
     title = '## Results\n\n'
     if not metrics:
         return title + 'No metrics are at hand for this model: evaluate it before use.'
@@ -125,9 +136,12 @@ def _results_section(metrics: Dict[str, Any]) -> str:
         for name, output in outputs.items():
             cells = ['-' if output.get(key) is None else f'{output[key]:.2f}' for key in keys]
             rows.append([STAGE_NAMES.get(stage, stage), name, *cells])
+    seen = list(metrics.values())[-1].get('balanced_classes', num_classes)
+    over = 'all' if seen == num_classes else f'{seen} of {num_classes}'
+    unseen = '' if seen == num_classes else '; the other classes have no images there'
     return title + (
-        'Percent on the evaluation split, after the last epoch of each stage; balanced averages over all classes, '
-        'many, medium and few over those of that division.\n\n'
+        f'Percent on the evaluation split, after the last epoch of each stage; balanced averages over {over} classes, '
+        f'many, medium and few over those of that division{unseen}.\n\n'
         + _table(['stage', 'output', 'top-1', 'top-5', 'balanced', 'many', 'medium', 'few'], rows)
     )
 
@@ -226,7 +240,7 @@ def model_card(
         f'{model.num_experts} experts on a shared trunk, {num_parameters:,} parameters. Its output is the average of '
         'the experts.',
         _data_section(config, args),
-        _results_section(metrics),
+        _results_section(metrics, config['num_classes']),
         CLASSES_SECTION.strip() if with_report else '',
         _usage_section(load_as or f'hf-hub:{repo_id}', bool(config.get('label_names'))),
         _recipe_section(metrics, args),

@@ -75,7 +75,8 @@ def test_card_says_what_the_files_say(tiny_run):
     config, metrics, args = read_files(tiny_run)
     metrics['stage_two'].update(top1=12.34, few=None)
     args.update(data_dir='/home/me/data', seed=1234, pretrained_backbone='/home/me/weights.pth')
-    args.update(kd_model_name='local-dir:/home/me/RUN/model/')
+    args.update(kd_model_name='local-dir:/home/me/RUN/model/', initial_checkpoint='/home/me/RUN/stage_one/last.pth.tar')
+    args.update(train_list='/home/me/train.csv', val_list='/home/me/val.csv', class_map=r'C:\home\me\classes.txt')
     text = str(tiny_card(tiny_run, metrics, args))
     data = ModelCard(text).data
     told = data.to_dict()
@@ -97,8 +98,30 @@ def test_card_says_what_the_files_say(tiny_run):
 
     told = yaml.safe_load(block(text, 'yaml'))
     assert told.pop('pretrained_backbone') == 'weights.pth' and told.pop('kd_model_name') == 'local-dir:RUN/model'
+    lists = [told.pop(key) for key in ('initial_checkpoint', 'train_list', 'val_list', 'class_map')]
+    assert lists == ['last.pth.tar', 'train.csv', 'val.csv', 'classes.txt']
     assert told['seed'] == 1234 and all(args[key] == value for key, value in told.items())
-    assert '/home/me' not in text and str(tiny_run.parent) not in text
+    assert not re.search(r'home.me', text) and str(tiny_run.parent) not in text
+    assert 'balanced averages over all classes, many' in text
+
+
+@pytest.mark.parametrize('given, told', [
+    ('output/train/mine/', 'mine'),
+    (r'local-dir:C:\Users\me\RUN\model', 'local-dir:RUN/model'),
+    ('hf-hub:me/net@v1', 'hf-hub:me/net@v1'),
+    ('resnet32_shike.cifar100_lt_if100', 'resnet32_shike.cifar100_lt_if100'),
+])
+def test_what_training_started_from_is_told_without_its_folder(tiny_run, given, told):
+    _, metrics, args = read_files(tiny_run)
+    recipe = yaml.safe_load(block(str(tiny_card(tiny_run, metrics, dict(args, initial_checkpoint=given))), 'yaml'))
+    assert recipe['initial_checkpoint'] == told
+
+
+def test_card_says_over_how_many_classes_it_averages(tiny_run):
+    _, metrics, args = read_files(tiny_run)
+    metrics['stage_two']['balanced_classes'] = 8
+    text = str(tiny_card(tiny_run, metrics, args))
+    assert 'over 8 of 10 classes, many' in text and 'the other classes have no images there.' in text
 
 
 @pytest.mark.parametrize('options', [

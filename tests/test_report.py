@@ -126,9 +126,37 @@ def test_a_run_is_reported_with_its_first_stage(tiny_run, tmp_path, run_script):
         '--device', 'cpu')
     assert status == 0, err
     text, _ = read_page(tmp_path / 'report')
-    assert 'run, stage one' in text and '2 seeds of one recipe: run, other' in text
+    assert 'run, stage one' in text and 'run</td>' in text and 'other</td>' in text
+    assert 'of one recipe' not in text  # a copy is no second seed
     metrics = json.loads((tiny_run / 'metrics.json').read_text())['stage_two']
-    assert f"<b>{metrics['top1']:.2f}</b>" in text and f"{metrics['few']:.2f} ± 0.00" in text
+    assert f"<b>{metrics['top1']:.2f}</b>" in text and f"{metrics['few']:.2f}<br>" in text
+
+
+def make_run(folder, seed, num_images=600, lr=0.1):
+    """A judged model of a run of a seed, its logits made by another."""
+    folder.mkdir()
+    (folder / 'args.yaml').write_text(f'seed: {seed}\nlr: {lr}\nexperiment: {folder.name}\n')
+    made_by = sum(map(ord, folder.name))
+    return data.judge(make_logits(COUNTS, num_images, seed=made_by, name=folder.name, run=folder))
+
+
+def test_seeds_of_one_recipe(tmp_path, monkeypatch):
+    """Mean and deviation are of runs that differ in their seed and were judged on the same images."""
+    monkeypatch.setattr(page, 'FIGURES', {})  # which take seconds
+    runs = [make_run(tmp_path / f'run{seed}', seed) for seed in range(3)]
+    ((group, values),) = page.seed_groups([*runs, make_run(tmp_path / 'faster', 3, lr=0.2)])
+    assert group == runs and set(values) == set(METRICS)
+    few = [run.metrics['few'] for run in runs]
+    assert len(set(few)) == 3 and values['few'] == pytest.approx((np.mean(few), np.std(few, ddof=1)))
+    page.write_report(tmp_path / 'report', runs)
+    text, _ = read_page(tmp_path / 'report')
+    mean, deviation = values['few']
+    assert '3 seeds of one recipe: run0, run1, run2' in text and f'{mean:.2f} ± {deviation:.2f}' in text
+
+    assert not page.seed_groups([*runs, make_run(tmp_path / 'again', 2)])
+    assert not page.seed_groups([*runs, make_run(tmp_path / 'elsewhere', 3, num_images=500)])
+    flipped = data.judge(make_logits(COUNTS, seed=9, name='flipped', run=runs[0].saved.run))
+    assert not page.seed_groups([runs[0], flipped]) and not page.seed_groups(runs[:1])
 
 
 def test_a_run_is_judged_on_the_images_that_it_set_aside(tmp_path, run_script):
@@ -161,8 +189,46 @@ def test_intervals_are_those_of_scipy(judged):
     assert tests['few'].difference == pytest.approx(other.metrics['few'] - judged.metrics['few'], abs=0.011)
     assert sum(tests['top1'].classes) == 10 and tests['top1'].classes[0] == sum(
         np.greater(other.right_by_class[:, 0], judged.right_by_class[:, 0]))
+    assert all(
+        interval[0] <= judged.metrics[name] <= interval[1] for name, interval in judged.intervals.items())
     only = [int((a.right[:, 0] & ~b.right[:, 0]).sum()) for a, b in ((other, judged), (judged, other))]
     assert tests['top1'].p_value == stats.binomtest(only[0], sum(only)).pvalue
+
+
+def intervals_of(right, total, *sizes):
+    """Intervals of right answers of classes, the first `sizes[0]` of them of many images, and so on."""
+    shots = np.repeat(np.arange(3), sizes)
+    return data.mean_intervals(
+        np.stack([right, total - right], axis=1), (1, 0), {shot: shots == k for k, shot in enumerate(SHOTS)})
+
+
+def test_intervals_of_classes_of_one_image():
+    """They are those of as many images of one class, and neither end without the estimate."""
+    one, right = np.ones(40, dtype=int), np.arange(40) % 2
+    intervals = intervals_of(right, one, 0, 0, 40)
+    expected = 100 * stats.beta(20.5, 20.5).ppf([0.025, 0.975])
+    assert intervals['few'] == pytest.approx(expected, abs=0.5) and intervals['many'] is None
+    assert intervals['few'] == intervals['balanced'] == intervals['top1']
+    low, high = intervals_of(one, one, 0, 0, 40)['few']
+    assert low == pytest.approx(100 * stats.beta(40.5, 0.5).ppf(0.025), abs=0.5) and high == pytest.approx(100)
+    low, high = intervals_of(0 * one, one, 20, 0, 20)['balanced']
+    assert low == 0 and 5 < high < 15
+    never = np.stack([0 * one, 0 * one, one], axis=1)  # two models that are always right together
+    low, high = data.mean_intervals(never, (1, -1, 0), {'few': one > 0})['few']
+    assert -9 < low < -3 and 3 < high < 9
+
+
+@pytest.mark.parametrize('num_classes, num_images, shares', [(40, 1, (0.5, 0.5)), (100, 100, (0, 1))])
+def test_intervals_cover_what_is_true(num_classes, num_images, shares):
+    """Of 200 draws of the test images of classes, half of them of few training images, about 95 % cover the truth."""
+    rng, covered = np.random.default_rng(0), []
+    sizes, total = (num_classes // 2, 0, num_classes // 2), np.full(num_classes, num_images)
+    for _ in range(200):
+        truth = rng.uniform(*shares, num_classes)
+        intervals = intervals_of(rng.binomial(total, truth), total, *sizes)
+        means = dict(balanced=truth.mean(), few=truth[num_classes // 2:].mean())
+        covered.append([intervals[name][0] <= 100 * mean <= intervals[name][1] for name, mean in means.items()])
+    assert np.all((np.mean(covered, axis=0) > 0.9) & (np.mean(covered, axis=0) < 0.985)), np.mean(covered, axis=0)
 
 
 def test_numbers_counted_by_hand():

@@ -3,7 +3,7 @@ import csv
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ from ..metrics import MOST_EXPERTS, NUM_BINS, SHOTS, ExpertEvaluator, all_subset
 from .logits import SavedLogits
 
 __all__ = [
-    'Confusion', 'Judged', 'PairedTest', 'best_expert_shares', 'bootstrap', 'bootstrap_difference', 'judge',
-    'paired_test', 'read_curves', 'same_images', 'tail_confusions', 'trend', 'wilson',
+    'Confusion', 'Judged', 'PairedTest', 'best_expert_shares', 'judge', 'mean_intervals', 'paired_test', 'read_curves',
+    'same_images', 'tail_confusions', 'trend', 'wilson',
 ]
 
 _TAILS = 2.5, 97.5  # percent, of a 95 % interval
 _Z = 1.959963984540054  # the normal quantile of the latter
+_DRAWS = 10_000  # of a posterior
 _CHUNK = 2 ** 26  # logits at a time
 _TILTS = np.linspace(0, 1, 6)  # exponents of the training prior
 
@@ -95,14 +96,10 @@ class Judged:
         return {shot: (self.saved.shots == number) & (self.total > 0) for number, shot in enumerate(SHOTS)}
 
     @cached_property
-    def groups(self) -> Dict[str, np.ndarray]:
-        """Masks [C] of what accuracy is averaged over: all classes, and those of each shot division."""
-        return {'balanced': self.total > 0, **self.shots}
-
-    @cached_property
     def intervals(self) -> Dict[str, Optional[Tuple[float, float]]]:
-        """Bootstrap 95 % intervals in percent of top-1 and the averages over `groups`, of the ensemble."""
-        return bootstrap(self.right_by_class[:, 0], self.total, self.groups)
+        """95 % intervals in percent of the ensemble's accuracies, as `mean_intervals` names them."""
+        right = self.right_by_class[:, 0]
+        return mean_intervals(np.stack([right, self.total - right], axis=1), (1, 0), self.shots)
 
     @cached_property
     def most_confused(self) -> List[Optional[Tuple[int, int]]]:
@@ -171,38 +168,67 @@ def judge(saved: SavedLogits) -> Judged:
         (100 * subset_right / len(saved.targets)).tolist(), tilted / np.maximum(total, 1))
 
 
-def bootstrap(
-        right: np.ndarray,
-        total: np.ndarray,
-        groups: Dict[str, np.ndarray],
-        num_draws: int = 2000,
+def mean_intervals(
+        outcomes: np.ndarray,
+        values: Sequence[float],
+        shots: Dict[str, np.ndarray],
 ) -> Dict[str, Optional[Tuple[float, float]]]:
-    """Percentile bootstrap 95 % intervals of accuracies, in percent, the images of each class resampled.
+    """95 % intervals, in percent, of mean values: what other test images of the same classes may give.
 
-    To resample the n images of a class, k of them right, is to draw their number from the binomial of n and k / n.
+    The mean of the n images of a class has an n-th of the variance of one image. Shares of outcomes in the place of
+    their probabilities make that too small by (n - 1) / n, nothing at all for n = 1, and what is missing is taken from
+    the shot division: the class gets (v + V / n) / n, with v its own variance and V that of the whole division, which
+    is right where the classes of a division are alike and too wide where they are not. Summed over a division that is
+    the variance V / m of m images drawn from the division at large. Of their means Jeffreys' posterior is drawn, a
+    beta distribution for two outcomes and a Dirichlet one for more; draws of the divisions add up to those of all.
 
     Args:
-        right: Right answers of each class [C].
-        total: Test images of each class [C].
-        groups: Masks [C] of the classes to average over, by name.
-        num_draws: Resamplings.
+        outcomes: Images of each class and outcome [C, K].
+        values: Value of each outcome [K].
+        shots: Masks [C] of the shot divisions, of classes with images.
 
     Returns:
-        Intervals of `top1`, the share of images, and of each group, None for a group without test images.
+        Intervals of `top1`, the mean over images, `balanced`, that over classes, and of each division that over its
+        classes, None for one without classes. All contain the mean itself.
     """
-    share = right / np.maximum(total, 1)
-    drawn = np.random.default_rng(0).binomial(total, share, size=(num_draws, len(total)))
-    return _percentiles(drawn, total, groups)
-
-
-def _percentiles(drawn: np.ndarray, total: np.ndarray, groups: Dict[str, np.ndarray]) -> Dict[str, Any]:
-    shares = drawn / np.maximum(total, 1)
-    values = {'top1': drawn.sum(1) / max(total.sum(), 1)}
-    values.update((name, shares[:, mask].mean(1) if mask.any() else None) for name, mask in groups.items())
+    total = outcomes.sum(1)
+    weights = {'top1': total, 'balanced': total > 0, **shots}
     return {
-        name: None if value is None else tuple((100 * np.percentile(value, _TAILS)).tolist())
-        for name, value in values.items()
+        name: _mean_interval(outcomes, np.asarray(values), weight / weight.sum(), shots) if weight.any() else None
+        for name, weight in weights.items()
     }
+
+
+def _mean_interval(
+        outcomes: np.ndarray,
+        values: np.ndarray,
+        weight: np.ndarray,
+        shots: Dict[str, np.ndarray],
+) -> Tuple[float, float]:
+    rng = np.random.default_rng(0)
+    drawn = sum(
+        weight[mask].sum() * _draw_means(outcomes[mask], values, weight[mask] / weight[mask].sum(), rng)
+        for mask in shots.values() if weight[mask].any())
+    mean = weight @ (outcomes @ values / np.maximum(outcomes.sum(1), 1))
+    low, high = np.percentile(drawn, _TAILS)
+    return 100 * float(min(low, mean)), 100 * float(max(high, mean))
+
+
+def _draw_means(outcomes: np.ndarray, values: np.ndarray, weight: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draws of the mean value of the classes of a division, all with images, by their weights [C]."""
+
+    def variance(shares: np.ndarray) -> np.ndarray:
+        return shares @ values ** 2 - (shares @ values) ** 2
+
+    total = outcomes.sum(1)
+    shares = outcomes / total[:, None]
+    whole = weight @ shares
+    if outcomes.any(0).sum() > 1:
+        ratio = variance(shares) / variance(whole)
+    else:
+        ratio = 1 - 1 / total  # without variance, what it would be on average if the classes are alike
+    size = 1 / np.sum(weight ** 2 / total * (ratio + 1 / total))
+    return rng.dirichlet(size * whole + 0.5, _DRAWS) @ values
 
 
 def same_images(a: SavedLogits, b: SavedLogits) -> bool:
@@ -215,7 +241,7 @@ class PairedTest(NamedTuple):
 
     Attributes:
         difference: Accuracy of the second model less that of the first, in percent.
-        interval: Its bootstrap 95 % interval, images resampled in pairs.
+        interval: Its 95 % interval, by `mean_intervals` of what is gained and lost.
         p_value: Of McNemar's exact test on the images that just one model has right.
         classes: Classes where the second model is better, as good and worse.
     """
@@ -226,29 +252,6 @@ class PairedTest(NamedTuple):
     classes: Tuple[int, int, int]
 
 
-def bootstrap_difference(
-        gained: np.ndarray,
-        lost: np.ndarray,
-        total: np.ndarray,
-        groups: Dict[str, np.ndarray],
-        num_draws: int = 2000,
-) -> Dict[str, Optional[Tuple[float, float]]]:
-    """Intervals as those of `bootstrap` for the difference of two models on the same images.
-
-    Args:
-        gained: Images of each class [C] that only the second model has right.
-        lost: Images of each class [C] that only the first has right.
-        total: Test images of each class [C].
-        groups: Masks [C] of the classes to average over, by name.
-        num_draws: Resamplings.
-    """
-    size = np.maximum(total, 1)
-    shares = np.stack([gained / size, lost / size, 1 - (gained + lost) / size], axis=1).clip(0)
-    rng = np.random.default_rng(0)
-    drawn = np.stack([rng.multinomial(total, shares) for _ in range(num_draws)])
-    return _percentiles(drawn[..., 0] - drawn[..., 1], total, groups)
-
-
 def paired_test(first: Judged, second: Judged) -> Dict[str, Optional[PairedTest]]:
     """Compare two models that saw the same images, on all of them, `top1`, and on each shot division."""
     from scipy.stats import binomtest
@@ -256,7 +259,8 @@ def paired_test(first: Judged, second: Judged) -> Dict[str, Optional[PairedTest]
     one, two = first.right[:, 0], second.right[:, 0]
     gained, lost = (
         np.bincount(targets[only], minlength=num_classes) for only in (two & ~one, one & ~two))
-    intervals = bootstrap_difference(gained, lost, first.total, first.shots)
+    intervals = mean_intervals(
+        np.stack([gained, lost, first.total - gained - lost], axis=1), (1, -1, 0), first.shots)
     difference = gained - lost
     results: Dict[str, Optional[PairedTest]] = {}
     for name, mask in {'top1': first.total > 0, **first.shots}.items():

@@ -173,7 +173,7 @@ def hardest_negatives(judged: Judged, other: Optional[Judged]) -> Figure:
 
 
 def _shot_bars(axes: Any, models: Sequence[Tuple[str, Judged]]) -> None:
-    """Accuracy by shot with bootstrap intervals, a bar for each model."""
+    """Accuracy by shot with 95 % intervals, a bar for each model."""
     names = {'balanced': 'all', **{shot: shot for shot in SHOTS if any(one.shots[shot].any() for _, one in models)}}
     width = 0.8 / len(models)
     for k, (label, one) in enumerate(models):
@@ -191,7 +191,7 @@ def _shot_bars(axes: Any, models: Sequence[Tuple[str, Judged]]) -> None:
 
 
 def compare_models(models: Sequence[Judged]) -> Figure:
-    """Accuracy of several models overall and by shot, with bootstrap intervals."""
+    """Accuracy of several models overall and by shot, with 95 % intervals."""
     figure, axes = _figure(3 + 0.15 * len(models))
     _shot_bars(axes, [(shorten(one.saved.name, 48), one) for one in models])
     return figure
@@ -340,8 +340,8 @@ FIGURES = {
         'Of each test image the largest probability of a class that it is not: less to the right is better.'),
     'stages_and_experts': Drawing(
         stages_and_experts, 'Stages, experts and cost',
-        'Above the accuracy by shot with bootstrap 95 % intervals; below each choice of experts, of '
-        'which the best of a size has its numbers.'),
+        'Above the accuracy by shot with 95 % intervals; below each choice of experts, of which the best of a size has '
+        'its numbers.'),
     'reliability': Drawing(
         reliability, 'Whether its probabilities can be trusted',
         'Below the dotted line the model is surer than it is right. The last curve tells the accuracy when the least '

@@ -75,19 +75,32 @@ def _confusion_rows(judged: Judged) -> List[Dict[str, Any]]:
     return rows
 
 
+def _are_seeds(group: Dict[str, List[Any]]) -> bool:
+    first, *others = [one.saved for one in group['models']]
+    return len(set(group['seeds'])) == len(group['seeds']) > 1 and all(
+        same_images(first, one) and np.array_equal(first.class_counts, one.class_counts) for one in others)
+
+
 def seed_groups(models: Sequence[Judged]) -> List[Tuple[List[Judged], Dict[str, Tuple[float, float]]]]:
-    """Runs that differ in their seed alone, with mean and standard deviation of each metric."""
-    groups: Dict[str, List[Judged]] = {}
+    """Runs that differ in their seed alone, with mean and standard deviation of each metric.
+
+    A recipe is left out where two of its models have the same seed, such as one run's logits saved twice, or where
+    they did not see the same test images.
+    """
+    groups: Dict[str, Dict[str, List[Any]]] = {}
     for one in models:
         path = one.saved.run and one.saved.run / 'args.yaml'
         if path and path.exists():
             values = yaml.safe_load(path.read_text(encoding='utf-8'))
-            groups.setdefault(yaml.safe_dump(dict(card_options(values), seed=None)), []).append(one)
+            recipe = yaml.safe_dump(dict(card_options(values), seed=None))
+            group = groups.setdefault(recipe, dict(models=[], seeds=[]))
+            group['models'].append(one)
+            group['seeds'].append(values.get('seed'))
     return [
-        (group, {
+        (group['models'], {
             key: (statistics.mean(values), statistics.stdev(values)) for key in METRICS
-            if None not in (values := [one.metrics[key] for one in group])})
-        for group in groups.values() if len(group) > 1
+            if None not in (values := [one.metrics[key] for one in group['models']])})
+        for group in groups.values() if _are_seeds(group)
     ]
 
 
