@@ -43,6 +43,11 @@ def run_script(main: Callable[[], Any]) -> int:
             f'{name}: error: The memory of the device is too small: choose a smaller --batch-size, in training with as '
             'many --grad-accum-steps more, --amp or --grad-checkpointing.', file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
+    except Interrupted as stop:
+        print(f'{name}: stopped by signal {stop.signum}', file=sys.stderr)
+        return 128 + stop.signum
     except RuntimeError as error:
         if 'DataLoader worker' not in str(error):
             raise
@@ -50,11 +55,6 @@ def run_script(main: Callable[[], Any]) -> int:
             f'{name}: error: A process that loads images is gone, perhaps for want of memory: choose fewer --workers.',
             file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    except Interrupted as stop:
-        print(f'{name}: stopped by signal {stop.signum}', file=sys.stderr)
-        return 128 + stop.signum
     except OSError as error:
         print(f'{name}: error: {error}', file=sys.stderr)
         return 1
