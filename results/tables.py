@@ -57,7 +57,7 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
     ]),
     'beyond': ("Beyond the paper's recipe, on the test split, 180 + 20 epochs:", [
         ("the paper's", ['if100_seed0'], '56.34'),
-        ('classifiers at a scale of 20', ['if100_scale_seed0'], None),
+        ("the paper's, classifiers at a scale of 20", ['if100_scale_seed0'], None),
         ('taught by its network', ['if100_distilled_seed0'], None),
         ('taught, classifiers at a scale of 20', ['if100_distilled_scale_seed0'], None),
         ('taught, residual fusion', ['if100_residual_distilled_seed0'], None),

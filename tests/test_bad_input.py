@@ -9,7 +9,6 @@ import torch
 from conftest import TINY
 
 from shike_timm.checkpoints import export_model, load_checkpoint, model_weights
-from shike_timm.commands import cli
 from shike_timm.errors import one_line
 
 
@@ -39,7 +38,7 @@ def refused(run_script, tmp_path):
 @pytest.mark.parametrize('value, argv', [
     ("model 'resnet32_shyke'", ['--model', 'resnet32_shyke']),
     ("model 'resnet50'", ['--model', 'resnet50']),
-    ("data-dir '/nowhere'", ['--dataset', '', '--data-dir', '/nowhere']),
+    ("data-dir '/nowhere'", ['--dataset', '', '--imb-factor', '100', '--data-dir', '/nowhere']),
     ("'/nowhere'", ['--dataset', 'cifar100_lt', '--data-dir', '/nowhere']),
     ('--num-classes 7', ['--num-classes', '7']),
     ('got (1, 9, 1)', ['--depths', '1', '9', '1']),
@@ -250,8 +249,10 @@ def test_resuming_with_other_options(refused, tmp_path, tiny_run):
     refused('--crt-epochs 0', 'retrain_classifier.py', '--checkpoint', tiny_run, '--crt-epochs', '0')
 
 
-def test_a_killed_worker_of_any_command_is_one_sentence(capsys):
-    def main():
+def test_a_killed_worker_of_any_command_is_one_sentence(monkeypatch, run_script):
+    def killed(args):
         raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')
 
-    assert cli.run_script(main) == 1 and 'A process that loads images is gone' in capsys.readouterr().err
+    monkeypatch.setattr('shike_timm.commands.describe.describe_data', killed)
+    status, _, error = run_script('describe.py', '--data-dir', 'x')
+    assert status == 1 and 'A process that loads images is gone' in error and len(error.splitlines()) == 1

@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
+from timm.optim import Lookahead
 
 from shike_timm.build import create_optimizer
 from shike_timm.commands.train import parse_train_args
@@ -16,6 +17,7 @@ from shike_timm.errors import InputError
 from shike_timm.losses import balanced_softmax, representation_loss
 from shike_timm.models.backbones import cifar_resnet
 from shike_timm.models.shike import Shike
+from shike_timm.runs import train
 from shike_timm.tasks import ClassifierRetrainingTask, RepresentationTask
 
 CLASSES = 20
@@ -104,6 +106,13 @@ def test_a_first_step_that_loss_scaling_skips_leaves_no_trace():
 def test_other_optimizers_can_be_made(opt):
     model = small_model()
     train_step(RepresentationTask(model), *batch(), optimizer_of(model, '--opt', opt), LoopConfig())
+
+
+def test_lookahead_is_brought_together_after_each_epoch(tmp_path, monkeypatch):
+    synced, sync = [], Lookahead.sync_lookahead
+    monkeypatch.setattr(Lookahead, 'sync_lookahead', lambda self: synced.append(sync(self)))
+    train(parse_train_args([*TINY, '--opt', 'lookahead_momentum', '--crt-epochs', '0', '--output', str(tmp_path)]))
+    assert len(synced) == 2
 
 
 def test_an_optimizer_that_needs_second_derivatives_is_refused():

@@ -447,6 +447,12 @@ def test_hugging_face_data_sets(make, tmp_path, monkeypatch):
         data = load_hub('train', target_key=key)
         assert data.class_names == order and by_class(data.test) == by_class(plain.test)
         assert by_class(data.train) == by_class(plain.train)
+    data = load_hub('train', target_key='text', holdout=0.2)
+    data.write_sides(tmp_path)  # a run's lists are kept to where there is one split alone
+    held = create_eval_dataset(
+        f'hfds/{tmp_path / "train"}', str(tmp_path / 'cache'), input_key='photo', target_key='text',
+        class_names=data.class_names, sides=str(tmp_path))
+    assert names_of(held) == names_of(data.test)
     assert load_hub('test', target_key='text').test.class_counts == [0, 0, 4]  # which has a split to evaluate on
     grouped = load_hub('train', target_key='text', group_key='burst', holdout=0.3)
     assert not {name.split('/')[-1] for name in names_of(grouped.train)} & {

@@ -212,13 +212,12 @@ def create_eval_dataset(
         data, _ = entry.load_train(request)
         data.is_whole = data.is_training = True
     if sides and request.sides and data is not None and data.is_whole:
-        seen = count_alike(data, sides[0])
         if covers(data, sides):
             _, data = hold_out_listed(data, sides, request.sides)
             data.is_training = False
-        elif seen:
+        elif alike := count_alike(data, sides[0]):
             _logger.warning(
-                f"{seen} images of '{name or root}' have the folder and the name of one that '{request.sides}' was "
+                f"{alike} images of '{name or root}' have the folder and the name of one that '{request.sides}' was "
                 'trained on: unless they are others, its figures are too good; give --data-dir as in training, where '
                 'those held out are known.')
     if data is None or data.is_training:
