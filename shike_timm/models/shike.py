@@ -14,12 +14,11 @@ from .aligners import ALIGNERS
 from .authors import CLASSIFIER_SETS, is_authors_layout, translate_authors_weights
 from .backbones import BackboneFn, Source, preprocessing, pretrained_parts
 from .classifiers import CLASSIFIERS, COSINE_SCALE
+from .priors import Prior, check_frequencies, prior_offset
 
 __all__ = ['Shike']
 
 FUSIONS = ('product', 'residual', 'none')
-
-Prior = Union[None, str, Sequence[float]]  # frequencies of classes: 'uniform', 'train', or numbers
 
 
 class Expert(nn.Module):
@@ -56,14 +55,6 @@ def _init_convolutions(module: nn.Module) -> None:
         elif isinstance(layer, nn.BatchNorm2d):
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
-
-
-def _check_prior(values: Sequence[float], num_classes: int, what: str) -> None:
-    if len(values) != num_classes:
-        raise ValueError(f'{what} has {len(values)} values, but the model {num_classes} classes.')
-    wrong = [value for value in values if not 0 < value < math.inf]
-    if wrong:
-        raise ValueError(f'{what} holds {wrong[0]:g}, expected positive numbers: give a rare class a small one.')
 
 
 def _plain(value: Any) -> Any:
@@ -346,7 +337,7 @@ class Shike(nn.Module):
         """
         if class_counts is not None:
             class_counts = [int(count) for count in class_counts]
-            _check_prior(class_counts, self.num_classes, 'class_counts')
+            check_frequencies(class_counts, self.num_classes, 'class_counts')
         if classifier_prior not in (None, 'uniform', 'train'):
             raise ValueError(f"classifier_prior must be 'uniform', 'train' or None, got {classifier_prior!r}.")
         self.set_target_prior(None)
@@ -367,33 +358,13 @@ class Shike(nn.Module):
             ValueError: If a prior that this needs is not known, or there are not as many numbers as classes or one is
                 not positive.
         """
-        if isinstance(prior, str) and prior not in ('uniform', 'train'):
-            raise ValueError(f"The target prior must be 'uniform', 'train' or numbers, got '{prior}'.")
-        if prior is not None and self.classifier_prior is None:
-            raise ValueError(
-                'The model does not say which prior its classifiers answer for, so that none can be put in place of '
-                "it: after balanced softmax model.set_training_prior(class_counts, 'uniform') tells it, after plain "
-                "cross-entropy 'train'.")
-        offset = None
         if prior is not None and not isinstance(prior, str):
             prior = [float(value) for value in prior]
-            _check_prior(prior, self.num_classes, 'The target prior')
-        if prior is not None and prior != self.classifier_prior:
+        offset = prior_offset(prior, self.classifier_prior, self.class_counts, self.num_classes)
+        if offset is not None:
             parameter = next(self.parameters())
-            offset = self._log_prior(prior) - self._log_prior(self.classifier_prior)
             offset = offset.to(parameter.device, parameter.dtype)
         self.target_prior, self.prior_offset = prior, offset
-
-    def _log_prior(self, prior: Prior) -> Tensor:
-        """Logarithms of a prior [num_classes], in float64; zeros, which softmax takes for the same, if uniform."""
-        if prior == 'uniform':
-            return torch.zeros(self.num_classes, dtype=torch.float64)
-        if prior == 'train' and self.class_counts is None:
-            raise ValueError(
-                'The model does not know its training images of each class, which make the training prior: tell it '
-                'with model.set_training_prior(class_counts, classifier_prior).')
-        values = torch.tensor(self.class_counts if prior == 'train' else prior, dtype=torch.float64)
-        return (values / values.sum()).log()
 
     @property
     def _model_args(self) -> Dict[str, Any]:
