@@ -84,6 +84,23 @@ def image_folder(tmp_path):
     return tmp_path / 'data'
 
 
+@pytest.fixture
+def make(tmp_path):
+    """Write images of different colours, `{'cat': 3, 'dog/left': 2}` by folder or single paths; gives their root."""
+    root, rng = tmp_path / 'root', np.random.default_rng(0)
+
+    def write(*paths):
+        for path in paths:
+            if isinstance(path, dict):
+                write(*(f'{folder}/{i}.png' for folder, count in path.items() for i in range(count)))
+                continue
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(root / path)
+        return root
+
+    return write
+
+
 class Repeated:
     """Pickles as an array that repeats `images` over and over: a file of full size that is small and quick to make."""
 

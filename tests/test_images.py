@@ -1,0 +1,74 @@
+"""Files of images: depth, colour, orientation, and what is broken."""
+import io
+
+import numpy as np
+import pytest
+import torch
+from image_data import CPU, load, loader_config
+from PIL import Image
+
+from shike_timm.data import Augmentation, create_eval_loader, create_train_loader
+from shike_timm.data.images import ImageDecoder
+
+
+@pytest.mark.parametrize('values, kind, options, expected', [
+    ([0, 256, 65535], np.uint16, {}, [0, 1, 255]),
+    ([0, 2 ** 30, 2 ** 31 - 1], np.int32, {}, [0, 128, 255]),
+    ([0, 0.5, 1], np.float32, {}, [0, 128, 255]),
+    ([100, 2148, 9999], np.uint16, dict(pixel_range=(100, 4196)), [0, 128, 255]),
+    ([0, 7, 255], np.uint8, dict(pixel_range=(100, 4196)), [0, 7, 255]),
+])
+def test_deep_images_are_scaled_alike(values, kind, options, expected):
+    file = io.BytesIO()
+    Image.fromarray(np.array([values], dtype=kind)).save(file, 'tiff')
+    for channels in (1, 3):
+        image = np.asarray(ImageDecoder(channels, **options)(Image.open(file)))
+        assert image.reshape(3, -1)[:, 0].tolist() == expected and image.shape == (1, 3, 3)[:3 if channels == 3 else 2]
+
+
+@pytest.mark.parametrize('mode, colour, kind', [
+    ('CMYK', (0, 255, 255, 0), 'jpeg'), ('P', None, 'png'), ('RGBA', (255, 0, 0, 128), 'png'),
+])
+def test_modes_become_three_right_channels(mode, colour, kind):
+    file = io.BytesIO()
+    image = Image.new('RGB', (8, 8), (255, 0, 0)).convert('P') if mode == 'P' else Image.new(mode, (8, 8), colour)
+    image.save(file, kind)
+    assert np.abs(np.asarray(ImageDecoder()(Image.open(file)))[4, 4] - np.array([255, 0, 0])).max() <= 2
+    for mode in ('L', '1', 'LA'):
+        assert np.asarray(ImageDecoder()(Image.new(mode, (2, 2), 1 if mode == '1' else 0))).shape == (2, 2, 3)
+
+
+def test_exif_on_demand():
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new('RGB', (4, 2)).save(file, 'jpeg', exif=exif)
+    assert ImageDecoder()(Image.open(file)).size == (4, 2) and ImageDecoder(exif=True)(Image.open(file)).size == (2, 4)
+    deep = io.BytesIO(b'P5 2 1 65535\n' + np.array([0, 65535], dtype='>u2').tobytes())
+    assert ImageDecoder(exif=True)(Image.open(deep)).getextrema() == ((0, 255),) * 3
+
+
+def test_a_range_that_is_hardly_used_is_named(make, caplog):
+    root = make({'ant': 2, 'bee': 2})
+    Image.fromarray(np.array([[5, 4000]], dtype=np.uint16)).save(root / 'ant' / 'deep.png')
+    load(root)
+    assert '--pixel-range 5 4000' in caplog.text
+
+
+def test_images_that_break_later(make, caplog):
+    root = make({'train/ant': 120, 'train/bee': 120, 'val/ant': 130, 'val/bee': 130})
+    data = load(root)
+    for path in ('train/ant/7.png', 'val/bee/1.png'):
+        (root / path).write_bytes(b'')
+    loader = create_eval_loader(data.test, loader_config(), 64, CPU, 0)
+    targets = torch.cat([target for _, target in loader])
+    assert torch.bincount(targets).tolist() == [130, 129] and caplog.text.count('is skipped') == 1
+    loader = create_train_loader(data.train, loader_config(), 240, CPU, Augmentation(), 2)
+    assert torch.bincount(next(iter(loader))[1]).tolist() == [120, 120]  # another ant in its place
+    assert data.train.dataset.unreadable.sum() == 1
+    for i in range(20, 23):
+        (root / f'train/ant/{i}.png').write_bytes(b'')
+    with pytest.raises(OSError, match='of 240 images cannot be read any more'):
+        list(loader)
+    one = list(create_eval_loader(data.test, loader_config(), 1, CPU, 0))
+    assert sum(len(target) for _, target in one) == 259
