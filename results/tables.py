@@ -64,6 +64,8 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('taught, residual fusion, classifiers at a scale of 20', ['if100_residual_distilled_scale_seed0'], None),
         ('imbalance 50', ['if50_seed0'], '59.80'),
         ('imbalance 50, classifiers at a scale of 20', ['if50_scale_seed0'], None),
+        ('imbalance 50, taught by its network', ['if50_distilled_seed0'], None),
+        ('imbalance 50, taught, classifiers at a scale of 20', ['if50_distilled_scale_seed0'], None),
     ]),
     'distillation': ('By the weights of L_nt and L_mu, on 50 training images a class set aside, 20 + 5 epochs:', [
         (f'alpha {alpha}, beta {beta}', [f'val_alpha_{alpha}_beta_{beta}'], None)

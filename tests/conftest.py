@@ -85,7 +85,7 @@ def image_folder(tmp_path):
 
 
 @pytest.fixture
-def make(tmp_path):
+def make_images(tmp_path):
     """Write images of different colours, `{'cat': 3, 'dog/left': 2}` by folder or single paths; gives their root."""
     root, rng = tmp_path / 'root', np.random.default_rng(0)
 

@@ -14,15 +14,15 @@ from shike_timm.data.files import Names
 from shike_timm.errors import InputError
 
 
-def test_a_folder_without_a_split_is_parted_by_names(make):
-    root = make({'ant': 10, 'bee': 5, 'cat': 2, 'dog': 1})
+def test_a_folder_without_a_split_is_parted_by_names(make_images):
+    root = make_images({'ant': 10, 'bee': 5, 'cat': 2, 'dog': 1})
     data = load(root)
     assert data.class_counts == [8, 4, 1, 1] and data.test.class_counts == [2, 1, 1, 0]
     assert data.shot_counts == [10, 5, 2, 1] and data.holdout == 0.2
     assert any("'dog'" in note or 'dog' in note for note in data.test.notes)
     assert not set(names_of(data.train)) & set(names_of(data.test))
-    make({'eel': 7})
-    make('bee/new.png')
+    make_images({'eel': 7})
+    make_images('bee/new.png')
     after = load(root)
     held, now = set(names_of(data.test)), set(names_of(after.test))
     assert {name for name in now if name[:3] in ('ant', 'cat')} == {name for name in held if name[:3] in ('ant', 'cat')}
@@ -30,18 +30,18 @@ def test_a_folder_without_a_split_is_parted_by_names(make):
 
 
 @pytest.mark.parametrize('folders', [('train', 'val'), ('train', 'test'), ('training', 'valid')])
-def test_names_of_splits(make, folders):
+def test_names_of_splits(make_images, folders):
     train, test = folders
-    data = load(make({f'{train}/ant': 3, f'{train}/bee': 2, f'{test}/bee': 2}, f'{test}/loose.png'))
+    data = load(make_images({f'{train}/ant': 3, f'{train}/bee': 2, f'{test}/bee': 2}, f'{test}/loose.png'))
     assert data.class_counts == [3, 2] and labels_of(data.test) == {f'{test}/bee/{i}.png': 'bee' for i in range(2)}
     assert test in data.describe()
 
 
-def test_what_only_looks_like_a_split(make):
-    vehicles = load(make({'train': 4, 'car': 4}))  # train is a class
+def test_what_only_looks_like_a_split(make_images):
+    vehicles = load(make_images({'train': 4, 'car': 4}))  # train is a class
     assert vehicles.class_names == ['car', 'train']
-    shutil.rmtree(make())
-    root = make({'train/ant': 4, 'train/bee': 4, 'test': 3})
+    shutil.rmtree(make_images())
+    root = make_images({'train/ant': 4, 'train/bee': 4, 'test': 3})
     unlabelled = load(root)
     assert unlabelled.test.class_counts == [1, 1]
     (root / 'train').rename(root / 'val')
@@ -60,15 +60,15 @@ def test_what_only_looks_like_a_split(make):
      ['apple/healthy', 'corn/healthy', 'corn/rust']),
     (['wolf/a/1', 'wolf/b/2', 'bear/a/3'], dict(class_depth=1), ['wolf', 'wolf', 'bear']),
 ])
-def test_what_a_label_is(make, folders, options, expected):
-    root = make(*(f'train/{path}{twin}.png' for path in folders for twin in 'xy'))
+def test_what_a_label_is(make_images, folders, options, expected):
+    root = make_images(*(f'train/{path}{twin}.png' for path in folders for twin in 'xy'))
     data = load(root, **options)
     labels = {**labels_of(data.train), **labels_of(data.test)}
     assert [labels[f'train/{path}x.png'] for path in folders] == expected
 
 
-def test_two_readings_are_refused_and_a_model_decides(make):
-    root = make({'wolf/site1': 2, 'wolf/site2': 2, 'bear/site1': 2})
+def test_two_readings_are_refused_and_a_model_decides(make_images):
+    root = make_images({'wolf/site1': 2, 'wolf/site2': 2, 'bear/site1': 2})
     with pytest.raises(InputError, match="may be of class '.*', one of 2, .* one of 3: .*depth 1 or .*depth 2"):
         load(root)
     one = create_eval_dataset('', str(root), class_names=['wolf', 'bear'])
@@ -77,9 +77,9 @@ def test_two_readings_are_refused_and_a_model_decides(make):
     assert Counter(two.dataset.targets.tolist()) == {0: 2, 1: 2, 2: 2}
 
 
-def test_defects_are_named_once(make, caplog):
+def test_defects_are_named_once(make_images, caplog):
     hidden = {'.ipynb_checkpoints': 2, '__MACOSX/ant': 2, 'ant/.thumbs': 1}
-    root = make({'ant': 5, 'bee': 5, **hidden}, 'loose.png', 'ant/._0.png')
+    root = make_images({'ant': 5, 'bee': 5, **hidden}, 'loose.png', 'ant/._0.png')
     for path in ('ant/Thumbs.db', 'ant/.DS_Store', 'ant/notes.txt', 'bee/clip.mp4', 'readme.md'):
         (root / path).write_text('x')
     (root / 'dog').mkdir()
@@ -105,21 +105,21 @@ def test_order_of_names_is_that_of_timm_and_total():
     assert sorted(reversed(names), key=natural_order) == sorted(names, key=natural_order)
 
 
-def test_classes_with_odd_names(make, tmp_path):
+def test_classes_with_odd_names(make_images, tmp_path):
     names = [*map(str, range(1, 13)), 'a, b', 'it\'s "it"', 'naïve', 'nai\u0308f']
-    data = load(make({f'train/{name}': 2 for name in names}))
+    data = load(make_images({f'train/{name}': 2 for name in names}))
     assert data.class_names[:12] == [str(i) for i in range(1, 13)] and 'naïf' in data.class_names
     data.write_sides(tmp_path)
     with (tmp_path / 'validation.csv').open(newline='') as file:
         assert {row['label'] for row in csv.DictReader(file)} == set(data.class_names)
-    again = load(make(), val_list=str(tmp_path / 'validation.csv'))
+    again = load(make_images(), val_list=str(tmp_path / 'validation.csv'))
     assert names_of(again.train) == names_of(data.train) and names_of(again.test) == names_of(data.test)
     assert again.class_names == data.class_names
 
 
-def test_groups_stay_together(make, tmp_path):
+def test_groups_stay_together(make_images, tmp_path):
     paths = [f'{kind}/p{patient}_{i}.png' for kind in ('ill', 'well') for patient in range(10) for i in range(3)]
-    root = make(*paths)
+    root = make_images(*paths)
     for options in (dict(group_key=r'p(\d+)_'), dict(group_key=r'p\d+')):
         data = load(root, holdout=0.3, **options)
         patients = [{name.split('/')[1].split('_')[0] for name in names_of(part)} for part in (data.train, data.test)]
@@ -135,8 +135,8 @@ def test_groups_stay_together(make, tmp_path):
         load(root, group_key='(')
 
 
-def test_checked_images_are_remembered(make, monkeypatch):
-    root = make({'ant': 3, 'bee': 3})
+def test_checked_images_are_remembered(make_images, monkeypatch):
+    root = make_images({'ant': 3, 'bee': 3})
     (root / 'ant' / 'bad.png').write_bytes(b'nothing')
     opened = []
     plain = Image.open
@@ -152,14 +152,14 @@ def test_checked_images_are_remembered(make, monkeypatch):
         load(root)
 
 
-def test_small_sets(make):
+def test_small_sets(make_images):
     with pytest.raises(InputError, match="single class, 'ant'"):
-        load(make({'ant': 4}))
-    make({'bee': 1})
-    data = load(make(), holdout=0.5)
+        load(make_images({'ant': 4}))
+    make_images({'bee': 1})
+    data = load(make_images(), holdout=0.5)
     assert data.class_counts == [2, 1] and data.test.class_counts == [2, 0]
     with pytest.raises(InputError, match='each class has a single image'):
-        load(make({'x/ant': 1, 'x/bee': 1}) / 'x')
+        load(make_images({'x/ant': 1, 'x/bee': 1}) / 'x')
 
 
 def test_names_are_bytes():

@@ -48,15 +48,15 @@ def test_exif_on_demand():
     assert ImageDecoder(exif=True)(Image.open(deep)).getextrema() == ((0, 255),) * 3
 
 
-def test_a_range_that_is_hardly_used_is_named(make, caplog):
-    root = make({'ant': 2, 'bee': 2})
+def test_a_range_that_is_hardly_used_is_named(make_images, caplog):
+    root = make_images({'ant': 2, 'bee': 2})
     Image.fromarray(np.array([[5, 4000]], dtype=np.uint16)).save(root / 'ant' / 'deep.png')
     load(root)
     assert '--pixel-range 5 4000' in caplog.text
 
 
-def test_images_that_break_later(make, caplog):
-    root = make({'train/ant': 120, 'train/bee': 120, 'val/ant': 130, 'val/bee': 130})
+def test_images_that_break_later(make_images, caplog):
+    root = make_images({'train/ant': 120, 'train/bee': 120, 'val/ant': 130, 'val/bee': 130})
     data = load(root)
     for path in ('train/ant/7.png', 'val/bee/1.png'):
         (root / path).write_bytes(b'')

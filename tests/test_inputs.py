@@ -139,8 +139,8 @@ def test_one_channel_two_classes_and_a_class_of_one(run_script, tmp_path):
     assert status == 0, error
 
 
-def test_a_teacher_of_another_order_is_heard_right(make, tmp_path):
-    data = load(make({'ant': 5, 'bee': 5, 'cat': 5}))
+def test_a_teacher_of_another_order_is_heard_right(make_images, tmp_path):
+    data = load(make_images({'ant': 5, 'bee': 5, 'cat': 5}))
     model = timm.create_model('resnet32_shike', num_classes=3)
     for i, order in enumerate((['ant', 'bee', 'cat'], ['cat', 'ant', 'bee'])):
         config = timm.data.resolve_model_data_config(model)

@@ -13,8 +13,8 @@ from shike_timm.data import create_eval_dataset, load_training_data
 from shike_timm.errors import InputError
 
 
-def test_sources_agree(make, tmp_path):
-    root = make({'wolf': 9, 'bear': 5, 'fox': 3})
+def test_sources_agree(make_images, tmp_path):
+    root = make_images({'wolf': 9, 'bear': 5, 'fox': 3})
     plain = load(root)
     names = sorted(names_of(plain.train) + names_of(plain.test))
     with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
@@ -67,14 +67,14 @@ def test_sources_agree(make, tmp_path):
     ('l.txt', 'elsewhere/0.png ant\n', 'elsewhere/0.png. does not exist'),
     ('l.txt', 'ant/0.png ant\nant/1.png ant\n', "single class, 'ant'"),
 ])
-def test_bad_lists(make, tmp_path, name, text, message):
+def test_bad_lists(make_images, tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
-        load(make({'ant': 2, 'bee': 2}), train_list=str(tmp_path / name))
+        load(make_images({'ant': 2, 'bee': 2}), train_list=str(tmp_path / name))
 
 
-def test_lists(make, tmp_path):
-    root = make({'a': 6})
+def test_lists(make_images, tmp_path):
+    root = make_images({'a': 6})
     train, test = tmp_path / 'train.txt', tmp_path / 'val.txt'
     train.write_text('a/0.png 3\r\na/1.png 10\na/2.png 3\na/2.png 3\n\n', newline='')
     test.write_text('a/3.png 10\n')
@@ -84,7 +84,7 @@ def test_lists(make, tmp_path):
     (tmp_path / 'spelled.txt').write_text(f'./a/0.png a\n{root}/a//1.png a\na/1.png a\n')
     with pytest.raises(InputError, match='single class'):
         load(root, val_list=str(tmp_path / 'spelled.txt'))
-    make({'b': 2})
+    make_images({'b': 2})
     rest = load(root, val_list=str(tmp_path / 'spelled.txt'))
     assert rest.class_counts == [4, 2] and rest.test.class_counts == [2, 0]  # none of them is trained on
     test.write_text('a/0.png 10\n')
@@ -105,8 +105,8 @@ def test_lists(make, tmp_path):
         load_training_data('digits_lt', train_list=str(train))
 
 
-def test_a_class_map_names_and_orders(make, tmp_path):
-    root = make({'ant': 4, 'bee': 4, 'cat': 4})
+def test_a_class_map_names_and_orders(make_images, tmp_path):
+    root = make_images({'ant': 4, 'bee': 4, 'cat': 4})
     (tmp_path / 'map.txt').write_text('cat\nant\n')
     data = load(root, class_map=str(tmp_path / 'map.txt'))
     assert data.class_names == ['cat', 'ant'] and '4 images of 1 classes' in data.describe()
@@ -114,11 +114,11 @@ def test_a_class_map_names_and_orders(make, tmp_path):
         ''.join(f'{kind}/{i}.png {label}\n' for label, kind in enumerate(('cat', 'ant')) for i in range(4)))
     listed = load(root, class_map=str(tmp_path / 'map.txt'), train_list=str(tmp_path / 'list.txt'))
     assert labels_of(listed.train) == labels_of(data.train)
-    make({'näher': 4})
+    make_images({'näher': 4})
     (tmp_path / 'map.txt').write_text(unicodedata.normalize('NFD', 'cat\nnäher\n'), encoding='utf-8')
     assert load(root, class_map=str(tmp_path / 'map.txt')).class_counts == [4 - 1, 4 - 1]
     (tmp_path / 'numbers.txt').write_text('3\n1\n')
-    numbered = load(make({'0': 4, '1': 4, '3': 4}), class_map=str(tmp_path / 'numbers.txt'))
+    numbered = load(make_images({'0': 4, '1': 4, '3': 4}), class_map=str(tmp_path / 'numbers.txt'))
     assert numbered.class_counts == [4 - 1, 4 - 1] and {
         numbered.train.dataset.filename(i)[0] for i in range(6)} == {'1', '3'}  # and no 0 as the first class
     (tmp_path / 'map.txt').write_text('cat\nant\ncat\n')
@@ -126,33 +126,33 @@ def test_a_class_map_names_and_orders(make, tmp_path):
         load(root, class_map=str(tmp_path / 'map.txt'))
 
 
-def test_the_list_of_a_run_is_kept_to(make, tmp_path):
-    root = make({'ant': 10, 'bee': 10})
+def test_the_list_of_a_run_is_kept_to(make_images, tmp_path):
+    root = make_images({'ant': 10, 'bee': 10})
     data = load(root)
     data.write_sides(tmp_path)
     held = names_of(data.test)
-    make(*(f'ant/new{i}.png' for i in range(5)))
+    make_images(*(f'ant/new{i}.png' for i in range(5)))
     again = load(root, sides=str(tmp_path))
     assert names_of(again.test) == held and names_of(again.train) == names_of(data.train)
     assert '5 images that the run does not list' in again.describe()
     alone = create_eval_dataset('', str(root), class_names=data.class_names, sides=str(tmp_path))
     assert names_of(alone) == held
-    other = make().parent / 'other'
+    other = make_images().parent / 'other'
     shutil.copytree(root / 'bee', other / 'bee')
     assert len(create_eval_dataset('', str(other), class_names=data.class_names, sides=str(tmp_path)).dataset) == 10
 
 
-def test_a_species_folder_less_its_validation_list(make, tmp_path):
-    root = make({'all/Aves/3': 3, 'all/Aves/12': 3, 'all/Fungi/4': 3})
+def test_a_species_folder_less_its_validation_list(make_images, tmp_path):
+    root = make_images({'all/Aves/3': 3, 'all/Aves/12': 3, 'all/Fungi/4': 3})
     (tmp_path / 'val.txt').write_text('all/Aves/12/0.png 12\nall/Fungi/4/2.png 4\n')
     data = load(root, val_list=str(tmp_path / 'val.txt'), class_depth=2)
     assert data.class_names == ['3', '4', '12'] and data.class_counts == [3, 2, 2]
     assert data.test.dataset.targets.tolist() == [1, 2]
 
 
-def test_an_image_of_two_categories_is_refused(make, tmp_path):
+def test_an_image_of_two_categories_is_refused(make_images, tmp_path):
     (tmp_path / 'coco.json').write_text(json.dumps(dict(
         images=[dict(id=1, file_name='ant/0.png')], categories=[dict(id=i, name=str(i)) for i in range(2)],
         annotations=[dict(image_id=1, category_id=i) for i in range(2)])))
     with pytest.raises(InputError, match="Image 1 of .* annotated as '0' and as '1'"):
-        load(make({'ant': 1}), train_list=str(tmp_path / 'coco.json'))
+        load(make_images({'ant': 1}), train_list=str(tmp_path / 'coco.json'))

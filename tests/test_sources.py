@@ -16,13 +16,13 @@ def by_class(data):
     return sorted((data.class_names[target], image.tobytes()) for image, target in data.dataset)
 
 
-def test_hugging_face_data_sets(make, tmp_path, monkeypatch):
+def test_hugging_face_data_sets(make_images, tmp_path, monkeypatch):
     pytest.importorskip('datasets')
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    root = make({'wolf': 9, 'bear': 5, 'fox': 3})
+    root = make_images({'wolf': 9, 'bear': 5, 'fox': 3})
     plain = load(root)
     paths = sorted(root.glob('*/*.png'), reverse=True)
     images = pa.array(
@@ -62,9 +62,9 @@ def test_hugging_face_data_sets(make, tmp_path, monkeypatch):
         load_hub('train')
 
 
-def test_web_data_sets(make, tmp_path, run_script, monkeypatch):
+def test_web_data_sets(make_images, tmp_path, run_script, monkeypatch):
     pytest.importorskip('webdataset')
-    root = make({'wolf': 9, 'bear': 5, 'fox': 3})
+    root = make_images({'wolf': 9, 'bear': 5, 'fox': 3})
     names = ['wolf', 'fox', 'bear']
     for split in ('train', 'val'):
         with tarfile.open(tmp_path / f'{split}-0.tar', 'w') as tar:
@@ -105,9 +105,9 @@ def test_web_data_sets(make, tmp_path, run_script, monkeypatch):
         load_training_data('wds/x', train_num_samples=17, holdout=0.1, class_stats=str(stats), **stream('val-0.tar|17'))
 
 
-def test_shards_that_are_files_are_as_good_as_a_folder(make, tmp_path, caplog):
+def test_shards_that_are_files_are_as_good_as_a_folder(make_images, tmp_path, caplog):
     pytest.importorskip('webdataset')
-    root = make({'wolf': 9, 'bear': 5, 'fox': 3})
+    root = make_images({'wolf': 9, 'bear': 5, 'fox': 3})
     plain = load(root)
     names = plain.class_names
     for shard in range(2):

@@ -25,7 +25,7 @@ def prior_offset(
         class_counts: Optional[Sequence[int]],
         num_classes: int,
 ) -> Optional[Tensor]:
-    """What logits of one prior are to be added for another: the logarithm of this, less that of the one before.
+    """What to add to logits of one prior so that they answer for another: its logarithm, less that of the one before.
 
     Args:
         prior: What they are to answer for, as for `Shike.set_target_prior`.
@@ -37,7 +37,7 @@ def prior_offset(
         Offsets [num_classes] in float64, or None where the logits stay as they are.
 
     Raises:
-        ValueError: If a prior that this needs is not known, or `prior` is none.
+        ValueError: If a prior that this needs is not known, or `prior` is not as described there.
     """
     if prior is None:
         return None
