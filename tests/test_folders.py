@@ -67,6 +67,17 @@ def test_what_a_label_is(make_images, folders, options, expected):
     assert [labels[f'train/{path}x.png'] for path in folders] == expected
 
 
+def test_a_split_with_fewer_classes_has_the_names_of_training(make_images):
+    root = make_images({'train/a/red': 2, 'train/b/red': 2, 'train/b/blue': 2, 'val/a/red': 1, 'val/b/blue': 1})
+    data = load(root, class_depth=2)
+    assert data.class_names == ['a/red', 'b/blue', 'b/red'] and data.test.class_counts == [1, 1, 0]
+
+
+def test_a_split_that_alone_is_there(make_images):
+    root = make_images({'train2017/ant': 5, 'train2017/bee': 5})
+    assert load(root, train_split='train2017').class_counts == [4, 4]
+
+
 def test_two_readings_are_refused_and_a_model_decides(make_images):
     root = make_images({'wolf/site1': 2, 'wolf/site2': 2, 'bear/site1': 2})
     with pytest.raises(InputError, match="may be of class '.*', one of 2, .* one of 3: .*depth 1 or .*depth 2"):

@@ -101,8 +101,17 @@ def test_lists(make_images, tmp_path):
         load(root, imb_factor=50.)
     with pytest.raises(InputError, match="group-key 'a' is not for 'digits_lt'"):
         load_training_data('digits_lt', group_key='a')
-    with pytest.raises(InputError, match="dataset 'digits_lt' is none"):
-        load_training_data('digits_lt', train_list=str(train))
+    for ask in (load_training_data, create_eval_dataset):
+        with pytest.raises(InputError, match="dataset 'digits_lt' is none"):
+            ask('digits_lt', val_list=str(train))
+    with pytest.raises(InputError, match="val-split 'other' is not for 'digits_lt', whose splits are fixed"):
+        load_training_data('digits_lt', val_split='other')
+    with pytest.raises(InputError, match="exif 'True' is not for 'digits_lt'"):
+        load_training_data('digits_lt', exif=True)
+    with pytest.raises(InputError, match="target-key 'kind' is for lists"):
+        load(root, target_key='kind')
+    with pytest.raises(InputError, match='train-num-samples 5 is for streams'):
+        load(root, train_num_samples=5)
 
 
 def test_a_class_map_names_and_orders(make_images, tmp_path):
@@ -140,6 +149,39 @@ def test_the_list_of_a_run_is_kept_to(make_images, tmp_path):
     other = make_images().parent / 'other'
     shutil.copytree(root / 'bee', other / 'bee')
     assert len(create_eval_dataset('', str(other), class_names=data.class_names, sides=str(tmp_path)).dataset) == 10
+
+
+def test_a_run_of_lists_is_not_evaluated_on_what_it_was_trained_on(make_images, tmp_path, caplog):
+    root = make_images({'ant': 6, 'bee': 6})
+    (tmp_path / 'val.csv').write_text('path,label\nant/0.png,ant\nbee/1.png,bee\n')
+    data = load(root, val_list=str(tmp_path / 'val.csv'))
+    data.write_sides(tmp_path)
+    alone = create_eval_dataset('', str(root), class_names=data.class_names, sides=str(tmp_path))
+    assert labels_of(alone) == {'ant/0.png': 'ant', 'bee/1.png': 'bee'}
+    (tmp_path / 'other.txt').write_text('bee/2.png bee\nbee/1.png bee\n')
+    create_eval_dataset(
+        '', str(root), val_list=str(tmp_path / 'other.txt'), class_names=data.class_names, sides=str(tmp_path))
+    assert '1 images of' in caplog.text and 'was trained on' in caplog.text
+
+
+def test_labels_of_a_run_are_not_taken_from_folders(make_images, tmp_path):
+    root = make_images({'ant': 4, 'bee': 4})
+    names = [f'{kind}/{i}.png' for kind in ('ant', 'bee') for i in range(4)]
+    corrected = {name: ('bee', 'ant')[i % 2] for i, name in enumerate(names)}
+    (tmp_path / 'all.txt').write_text(''.join(f'{name} {label}\n' for name, label in corrected.items()))
+    data = load(root, train_list=str(tmp_path / 'all.txt'), holdout=0.5)
+    data.write_sides(tmp_path)
+    options = dict(class_names=data.class_names, sides=str(tmp_path))
+    with pytest.raises(InputError, match='is of class .* here and of .* --val-list .*validation.csv'):
+        create_eval_dataset('', str(root), **options)
+    listed = create_eval_dataset('', str(root), val_list=str(tmp_path / 'validation.csv'), **options)
+    assert labels_of(listed) == labels_of(data.test)
+
+
+def test_groups_on_both_sides_are_told(make_images, caplog):
+    root = make_images('train/ant/a1.png', 'train/ant/b1.png', 'train/bee/c1.png', 'val/ant/a2.png', 'val/bee/d2.png')
+    load(root, group_key='([a-z])[0-9]')
+    assert "1 groups of --group-key '([a-z])[0-9]' are in training and in evaluation" in caplog.text
 
 
 def test_a_species_folder_less_its_validation_list(make_images, tmp_path):

@@ -6,9 +6,12 @@ import tarfile
 import numpy as np
 import pytest
 import timm
-from image_data import CPU, RUN, load, loader_config, names_of
+import torch
+from image_data import CPU, RUN, labels_of, load, loader_config, names_of
+from torchvision.datasets import QMNIST, ImageNet, INaturalist
 
-from shike_timm.data import Augmentation, create_eval_dataset, create_train_loader, load_training_data
+from shike_timm.data import Augmentation, DataRequest, create_eval_dataset, create_train_loader, load_training_data
+from shike_timm.data.datasets import find_dataset
 from shike_timm.errors import InputError
 
 
@@ -157,3 +160,20 @@ def test_torchvision_sets_of_one_channel(tmp_path):
     assert load_training_data('torch/mnist', str(tmp_path), holdout=0.25).test.class_counts == [1] * 10
     images, _ = next(iter(create_train_loader(data.train, loader_config(), 8, CPU, Augmentation(), 0)))
     assert images.shape == (8, 3, 8, 8)
+
+
+@pytest.mark.parametrize('kind, of_kind, expected', [
+    (INaturalist, dict(index=[(1, 'a.jpg'), (0, 'b.jpg'), (1, 'c.jpg')], all_categories=['ant', 'bee']),
+     ['bee', 'ant', 'bee']),
+    (ImageNet, dict(targets=[2, 0, 1], classes=[('crane',), ('maillot',), ('crane',)], wnids=['n02', 'n03', 'n01']),
+     ['n01', 'n02', 'n03']),
+    (ImageNet, dict(targets=[1, 0, 1], classes=[('tench', 'Tinca tinca'), ('goldfish',)], wnids=['n1', 'n2']),
+     ['goldfish', 'tench', 'goldfish']),
+    (QMNIST, dict(targets=torch.tensor([[5, 0, 9], [3, 1, 9], [5, 2, 9]])), ['5 - five', '3 - three', '5 - five']),
+])
+def test_labels_of_other_torchvision_sets(kind, of_kind, expected, monkeypatch):
+    dataset = object.__new__(kind)
+    vars(dataset).update(of_kind)
+    monkeypatch.setattr('timm.data.create_dataset', lambda *args, **options: dataset)
+    data = find_dataset('torch/x').load_eval(DataRequest('torch/x', '.'))
+    assert labels_of(data) == {f'{i:08d}': label for i, label in enumerate(expected)}

@@ -56,7 +56,7 @@ def _memory(table: ImageTable) -> Path:
     return Path(cache, 'shike_timm', f'images-{key.hexdigest()}.json')
 
 
-def _recall(path: Path) -> Dict[str, str]:
+def _recall(path: Path) -> Dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -98,31 +98,29 @@ def check_images(table: ImageTable, num_workers: int = 0) -> Dict[int, str]:
     path = _memory(table)
     known = _recall(path)
     faults: Dict[int, str] = {}
-    unknown = [i for i, stamp in enumerate(stamps) if known.get(stamp) != '']  # a fault may have been the disk's
-    if not unknown:
-        return faults
+    # What was read is known by '' or the extrema of a deep image; a fault may have been the disk's.
+    unknown = [i for i, stamp in enumerate(stamps) if known.get(stamp) != '' and not isinstance(known.get(stamp), list)]
     loader = DataLoader(
         _Reader(table, unknown), batch_size=32, num_workers=min(num_workers, -(-len(unknown) // 1000)),
         collate_fn=list, generator=torch.Generator())
-    ranges = []
     with tqdm(
-            total=len(unknown), desc='checking images', leave=False, disable=not sys.stderr.isatty(),
+            total=len(unknown), desc='checking images', leave=False, disable=not unknown or not sys.stderr.isatty(),
             dynamic_ncols=True) as progress:
         for batch in loader:
             for index, fault, deep in batch:
                 if fault:
                     faults[index] = fault
-                if deep:
-                    ranges.append(deep)
-                known[stamps[index]] = fault
+                known[stamps[index]] = fault or list(deep or ()) or ''
             progress.update(len(batch))
+    deep = [known[stamp] for stamp in stamps if isinstance(known[stamp], list)]
     known.pop('', None)
-    _remember(path, known)
-    if ranges and table.decoder.pixel_range is None:
-        low, high, highest = (pick(values) for pick, values in zip((min, max, max), zip(*ranges)))
+    if unknown:
+        _remember(path, known)
+    if deep and table.decoder.pixel_range is None:
+        low, high, highest = (pick(values) for pick, values in zip((min, max, max), zip(*deep)))
         if high > highest or high <= highest / 8:
             _logger.warning(
-                f'{len(ranges)} images of more than 8 bits have values of {low:g} to {high:g} in a range of 0 to '
+                f'{len(deep)} images of more than 8 bits have values of {low:g} to {high:g} in a range of 0 to '
                 f'{highest:g}: scale them with --pixel-range {low:g} {high:g}.')
     return faults
 

@@ -75,15 +75,15 @@ def _find_split(listed: Listed, names: Sequence[str]) -> Optional[str]:
     return next((name for name in names if any(path.startswith(f'{name}/') for path in listed)), None)
 
 
-def _unwrap(listed: Listed) -> str:
-    """The folder in which there is more than one folder, below the root."""
+def _unwrap(listed: Listed, splits: Sequence[str]) -> str:
+    """The folder in which there is a split of these names or more than one folder, below the root."""
     prefix = ''
     while True:
         tops = {path.split('/')[0] for path in listed if path}
         only = tops.pop() if len(tops) == 1 else None
         if only is None or listed.get('') or not any(path.startswith(f'{only}/') for path in listed):
             return prefix
-        if _find_split(listed, (*TRAIN_SPLITS, *EVAL_SPLITS)):
+        if _find_split(listed, splits):
             return prefix
         listed, prefix = _below(listed, only), f'{prefix}{only}/'
 
@@ -108,7 +108,8 @@ def _classes(folders: Sequence[str], depth: Optional[int], root: str, known: Opt
 
     deepest = max(folder.count('/') + 1 for folder in folders)
     if depth is not None:
-        return _named(cut(depth))
+        # Of names that several folders have the whole path is taken, which a split with fewer of them must follow.
+        return cut(depth) if known and set(cut(depth).values()) <= set(known) else _named(cut(depth))
     first, whole = cut(1), cut(deepest)
     if known:  # the classes of a model decide
         for reading in (first, whole, _named(whole), *(_named(cut(level)) for level in range(2, deepest))):
@@ -151,7 +152,7 @@ class _Tree:
         else:
             self.members = archive_members(self.root)
             listed = _list_archive(self.members, self.hidden)
-        self.prefix = _unwrap(listed)
+        self.prefix = _unwrap(listed, (request.train_split, request.val_split, *TRAIN_SPLITS, *EVAL_SPLITS))
         self.listed = _below(listed, self.prefix[:-1]) if self.prefix else listed
 
     def split(self, wanted: str, usual: Sequence[str]) -> Optional[str]:
@@ -187,7 +188,9 @@ class _Tree:
         full = [folder for folder, images in folders.items() if images]
         if not full:
             where = f'the {split} split' if split else 'its classes'
-            raise InputError(f"data-dir '{self.root}' holds no images for {where}: add some, a folder per class.")
+            raise InputError(
+                f"data-dir '{self.root}' holds no images for {where}: add some, a folder per class, or list them with "
+                '--train-list and --val-list.')
         tops = {folder.split('/')[0] for folder in folders}
         empty = sorted(tops - {folder.split('/')[0] for folder in full})
         classes = _classes(full, self.request.class_depth, os.path.join(self.root, self.prefix + split), known)

@@ -11,7 +11,7 @@ from .datasets import ImageSet
 from .files import name_hashes
 from .table import ImageTable
 
-__all__ = ['count_alike', 'covers', 'hold_out_listed', 'hold_out_share', 'read_sides', 'write_sides']
+__all__ = ['check_labels', 'count_alike', 'covers', 'hold_out_listed', 'hold_out_share', 'read_sides', 'write_sides']
 
 SIDES = ('train.csv', 'validation.csv')  # the columns are those that --train-list and --val-list read
 
@@ -135,10 +135,31 @@ def covers(data: ImageSet, sides: Sequence[Dict[str, str]]) -> bool:
     return found >= 0.9 * sum(map(len, sides))
 
 
-def count_alike(data: ImageSet, side: Dict[str, str]) -> int:
-    """How many images of a set have the folder and the name of one of a list."""
+def check_labels(data: ImageSet, side: Dict[str, str], folder: str) -> None:
+    """Check that images have the labels that a run has listed them with.
+
+    Args:
+        data: Images of the list.
+        side: The list of those it was evaluated on.
+        folder: Run folder, for the message.
+
+    Raises:
+        InputError: If one has another.
+    """
+    assert data.class_names is not None  # as of every table
+    path = Path(folder, SIDES[1])
+    for i, target in enumerate(data.dataset.targets):
+        name, label = data.dataset.filename(i), data.class_names[target]
+        if label != side[name]:
+            raise InputError(
+                f"'{name}' is of class '{label}' here and of '{side[name]}' in '{path}': give the options of training, "
+                f'or --val-list {path}.')
+
+
+def count_alike(data: ImageSet, side: Dict[str, str], moved: bool) -> int:
+    """How many images of a set have the path of one of a list, or where they may be moved, its folder and name."""
     def ending(path: str) -> str:
-        return '/'.join(path.split('/')[-2:])
+        return '/'.join(path.split('/')[-2:]) if moved else path
 
     if not isinstance(data.dataset, ImageTable):
         return 0

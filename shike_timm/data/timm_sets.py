@@ -9,6 +9,7 @@ import numpy as np
 import timm.data
 from PIL import Image
 from timm.data import IterableImageDataset
+from torchvision.datasets import QMNIST
 
 from ..errors import InputError, one_line
 from .datasets import (
@@ -153,12 +154,18 @@ def _torch_set(request: DataRequest, split: str, train: bool) -> ImageSet:
         return in_memory_set(dataset.data, dataset.targets, dataset.classes)
     targets = getattr(dataset, 'targets', None)
     if targets is None:
-        targets = [item[1] for item in getattr(dataset, 'samples', None) or getattr(dataset, 'index', ())]
+        samples = getattr(dataset, 'samples', None)
+        targets = [target for _, target in samples] if samples else [
+            target for target, _ in getattr(dataset, 'index', ())]  # of iNaturalist
     classes = getattr(dataset, 'classes', None) or getattr(dataset, 'all_categories', None)
     targets = np.asarray(targets)
+    if isinstance(dataset, QMNIST):
+        targets = targets[:, 0]  # the others are of the scan
     if not len(targets) or targets.ndim > 1 or targets.min() < 0:
         raise InputError(f"The {split} split of '{request.name}' has images without a label.")
     order = [str(name if isinstance(name, str) else name[0]) for name in classes] if classes else None
+    if order and len(set(order)) < len(order):  # ImageNet has two cranes
+        order = getattr(dataset, 'wnids', None)
     labels = [order[target] if order else str(target) for target in targets]
     return table_set(
         request, [f'{i:08d}' for i in range(len(labels))], labels, [],

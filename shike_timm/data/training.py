@@ -4,11 +4,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, List, Optional
 
+import numpy as np
+
 from ..errors import InputError
 from .checks import without_unreadable
 from .datasets import DataRequest, DatasetEntry, ImageSet, find_dataset, match_classes, read_class_stats
-from .holdout import count_alike, covers, hold_out_listed, hold_out_share, read_sides, write_sides
+from .holdout import (
+    check_labels,
+    count_alike,
+    covers,
+    hold_out_listed,
+    hold_out_share,
+    read_sides,
+    write_sides,
+)
 from .table import ImageTable
+from .timm_sets import STREAMS
 
 __all__ = ['TrainingData', 'check_request', 'create_eval_dataset', 'load_training_data']
 
@@ -16,6 +27,8 @@ _logger = logging.getLogger(__name__)
 
 HOLDOUT = 0.2  # where nothing else is given to evaluate on
 CHECKED = 100_000  # images that are read before training unless that is asked for or not
+_UNUSED_IN_MEMORY = (
+    'class_map', 'class_depth', 'group_key', 'input_key', 'target_key', 'exif', 'pixel_range')
 
 
 @dataclass
@@ -29,6 +42,7 @@ class TrainingData:
         class_names: Names of the classes in label order.
         shot_counts: Images of each class that make it one of many, medium or few: with those that are held out.
         holdout: Share of each class that is held out.
+        is_parted: Whether names alone tell both sides apart, which are held out or listed.
     """
 
     train: ImageSet
@@ -37,6 +51,7 @@ class TrainingData:
     class_names: List[str]
     shot_counts: List[int] = field(default_factory=list)
     holdout: float = 0.
+    is_parted: bool = False
 
     def __post_init__(self) -> None:
         self.shot_counts = self.shot_counts or self.class_counts
@@ -47,7 +62,7 @@ class TrainingData:
 
     def write_sides(self, folder: Path) -> None:
         """Write lists of both sides into a run folder, where a table was parted by its names and there are none yet."""
-        if self.holdout and isinstance(self.train.dataset, ImageTable) and read_sides(str(folder)) is None:
+        if self.is_parted and isinstance(self.train.dataset, ImageTable) and read_sides(str(folder)) is None:
             write_sides(folder, self.train, self.test)
 
     def describe(self) -> str:
@@ -97,6 +112,19 @@ def check_request(request: DataRequest, entry: DatasetEntry) -> None:
         raise InputError(
             f"List '{request.train_list or request.val_list}' is of images in a folder, and dataset '{what}' is none: "
             'drop one of them.')
+    for name in ('train_split', 'val_split') if entry.eval_split else ():
+        value = getattr(request, name)
+        if value not in (getattr(DataRequest, name), entry.eval_split):
+            raise InputError(
+                f"{name.replace('_', '-')} '{value}' is not for '{what}', whose splits are fixed: drop it.")
+    for name in ('input_key', 'target_key') if not (request.name or request.train_list or request.val_list) else ():
+        value = getattr(request, name)
+        if value is not None:
+            raise InputError(f"{name.replace('_', '-')} '{value}' is for lists, and '{what}' is a folder: drop it.")
+    for name in ('train_num_samples', 'val_num_samples') if not request.name.lower().startswith(STREAMS) else ():
+        value = getattr(request, name)
+        if value is not None:
+            raise InputError(f"{name.replace('_', '-')} {value} is for streams, and '{what}' is none: drop it.")
 
 
 def _checked(data: ImageSet, request: DataRequest) -> ImageSet:
@@ -104,14 +132,19 @@ def _checked(data: ImageSet, request: DataRequest) -> ImageSet:
         raise InputError(
             f"'{request.name}' has images of {data.images.shape[-1]} channels, not of {request.in_chans}: leave "
             '--in-chans out.')
-    for name in ('class_map', 'class_depth', 'group_key'):
+    for name in _UNUSED_IN_MEMORY if data.images is not None else ():
         value = getattr(request, name)
-        if data.images is not None and value is not None:
+        if value not in (None, False):
             raise InputError(f"{name.replace('_', '-')} '{value}' is not for '{request.name}', read as it is: drop it.")
     wanted = request.check_images
     if isinstance(data.dataset, ImageTable) and (len(data.dataset) <= CHECKED if wanted is None else wanted):
         return without_unreadable(data, request.workers)
     return data
+
+
+def _count_shared_groups(train: ImageSet, test: ImageSet) -> int:
+    one, other = (getattr(data.dataset, 'groups', None) for data in (train, test))
+    return 0 if one is None or other is None else int(np.isin(np.unique(one), other).sum())
 
 
 def _split_words(request: DataRequest) -> str:
@@ -170,6 +203,10 @@ def load_training_data(name: str, root: Optional[str] = None, **options: Any) ->
             test.class_names = test.class_names or train.class_names
     if test is not None:
         test = _checked(match_classes(test, names, _split_words(request)), request)
+        if shared := _count_shared_groups(train, test):
+            _logger.warning(
+                f"{shared} groups of --group-key '{request.group_key}' are in training and in evaluation: figures are "
+                'too good, and shike describe names them.')
         if holdout:
             assert test.class_counts is not None  # as of all that is held out
             shot_counts = [kept + held for kept, held in zip(counts, test.class_counts)]
@@ -180,7 +217,8 @@ def load_training_data(name: str, root: Optional[str] = None, **options: Any) ->
         else:
             train, test = hold_out_share(train, holdout, name or str(root))
         counts = train.class_counts or counts
-    return TrainingData(train, test, counts, names, shot_counts, holdout)
+    return TrainingData(
+        train, test, counts, names, shot_counts, holdout, bool(holdout or request.train_list or request.val_list))
 
 
 def create_eval_dataset(
@@ -207,19 +245,21 @@ def create_eval_dataset(
     """
     request = DataRequest(name, root, val_split=split, download=download, class_names=class_names, **options)
     entry, sides = find_dataset(name), read_sides(request.sides)
+    check_request(request, entry)
     data = entry.load_eval(request)
     if data is None and sides:
         data, _ = entry.load_train(request)
         data.is_whole = data.is_training = True
-    if sides and request.sides and data is not None and data.is_whole:
-        if covers(data, sides):
+    if sides and request.sides and data is not None:
+        if data.is_whole and covers(data, sides):
             _, data = hold_out_listed(data, sides, request.sides)
+            check_labels(data, sides[1], request.sides)
             data.is_training = False
-        elif alike := count_alike(data, sides[0]):
+        elif alike := count_alike(data, sides[0], data.is_whole):
             _logger.warning(
-                f"{alike} images of '{name or root}' have the folder and the name of one that '{request.sides}' was "
-                'trained on: unless they are others, its figures are too good; give --data-dir as in training, where '
-                'those held out are known.')
+                f"{alike} images of '{name or root}' have the {'folder and the name' if data.is_whole else 'path'} of "
+                f"one that '{request.sides}' was trained on: unless they are others, its figures are too good; give "
+                '--data-dir as in training, where those held out are known.')
     if data is None or data.is_training:
         raise InputError(
             f"'{name or root}' has no {split} split: name the one to evaluate on with --val-split or --val-list.")
