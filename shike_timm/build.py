@@ -33,6 +33,8 @@ def resolve_autocast(args: argparse.Namespace, device: torch.device) -> Optional
         InputError: If float16 is asked for where its loss scaling is not supported.
     """
     if not args.amp:
+        if args.amp_dtype:
+            _logger.warning(f'--amp-dtype {args.amp_dtype} does nothing without --amp: float32 is used.')
         return None
     name = args.amp_dtype or ('float16' if device.type == 'cuda' else 'bfloat16')
     if name == 'bfloat16' and not computes_bfloat16(device):

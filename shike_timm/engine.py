@@ -3,6 +3,7 @@ import csv
 import logging
 import math
 import signal
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Set, Tuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.optim.lookahead import Lookahead
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import NativeScaler, dispatch_clip_grad, random_seed, update_summary
@@ -59,7 +61,8 @@ class StopFlag:
 def stop_signals() -> Iterator[StopFlag]:
     """Turn SIGINT and SIGTERM into a flag that the loop reads between steps; a second signal acts at once.
 
-    Of several processes each may get a signal twice, as one of them and through torchrun: theirs is just the flag.
+    Of several processes each may get a signal twice, as one of them and through torchrun: theirs is just the flag. Only
+    the main thread can take signals: in another one the flag stays down.
     """
     flag = StopFlag()
     previous = {}
@@ -73,7 +76,8 @@ def stop_signals() -> Iterator[StopFlag]:
         if world_size() == 1:
             restore()
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    main = threading.current_thread() is threading.main_thread()
+    for signum in (signal.SIGINT, signal.SIGTERM) if main else ():
         previous[signum] = signal.signal(signum, handle)
     try:
         yield flag
@@ -185,6 +189,15 @@ def train_step(
         optimizer.zero_grad()
         task.update_ema(num_updates)
     return result
+
+
+def _bring_together(optimizer: Lookahead) -> None:
+    """Take the slow weights of Lookahead for the fast ones, as it does every few updates."""
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            parameter.grad = torch.zeros_like(parameter)  # timm leaves out those without
+    optimizer.sync_lookahead()
+    optimizer.zero_grad()
 
 
 def _train_part(
@@ -396,8 +409,8 @@ def fit(
         lr = max(group['lr'] for group in optimizer.param_groups)
         done, status = _train_one_epoch(
             task, loader, optimizer, stage, config, epoch, done, saver, loss_scaler, stop, vote, progress)
-        if hasattr(optimizer, 'sync_lookahead'):
-            optimizer.sync_lookahead()
+        if isinstance(optimizer, Lookahead):
+            _bring_together(optimizer)
         means = {key: round(value / done.num_images, 6) for key, value in done.sums.items()}
         trained = {key: means.get(key) for key in ('loss', 'seconds', *terms)}
         trained['seconds'] = round(done.seconds, 3)

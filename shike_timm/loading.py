@@ -329,7 +329,10 @@ def load_teacher(
             what is held out.
     """
     try:
-        teacher = DistillationTeacher(name, device=device)
+        teacher = DistillationTeacher(name, in_chans=input_size[0], device=device)
+        if input_size[0] == 1:  # of a teacher for colours
+            teacher.mean_kd, teacher.std_kd = (
+                value.mean(1, keepdim=True) for value in (teacher.mean_kd, teacher.std_kd))
         with torch.no_grad():
             num_classes = teacher(torch.zeros(1, *input_size, device=device)).shape[-1]
         cfg = getattr(teacher.model, 'pretrained_cfg', {})

@@ -120,10 +120,11 @@ class ExpertEvaluator(ClassificationEvaluator):
             Of the ensemble the mean cross-entropy `loss`, the share of images right, `top1` and `top5`, the accuracy
             averaged over the classes with test images, `balanced`, of which there are `balanced_classes`, and over
             those of each shot division, None for a division without test images, and the expected calibration error
-            `ece` (15 bins, Guo et al., ICML 2017); all but the loss are in percent, to two decimals. The same under
-            `experts` of each expert and, if there are subsets, under `subsets` of each, with its `experts`. Under
-            `per_class` are lists over the classes: their test images, `total`, the ensemble's accuracy, `top1`, None
-            without test images, and under `experts` that of each.
+            `ece` (15 bins, Guo et al., ICML 2017, and one of confidences of 1, as torchmetrics has it); all but the
+            loss are in percent, to two decimals. The same under `experts` of each expert and, if there are subsets,
+            under `subsets` of each, with its `experts`. Under `per_class` are lists over the classes: their test
+            images, `total`, the ensemble's accuracy, `top1`, None without test images, and under `experts` that of
+            each.
 
         Raises:
             InputError: If a logit was not a number.

@@ -17,6 +17,11 @@ __all__ = [
 _KINDS = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', dict: 'names with values'}
 
 
+def _plain(value: Any) -> Any:
+    """A value as a file has it, which knows no tuples."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 @dataclass(frozen=True)
 class Option:
     """One option.
@@ -89,7 +94,7 @@ class Option:
         if self.kind in (bool, dict):
             if not isinstance(value, self.kind):
                 raise InputError(f'{where} is {value!r}, expected {_KINDS[self.kind]}.')
-            return value
+            return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
         if self.nargs is None:
             return self._check_item(value, where)
         if not isinstance(value, (list, tuple)) or not value or self.nargs not in ('+', len(value)):
@@ -276,7 +281,8 @@ MODEL = Group(
         choices=('conv', 'bottleneck', 'separable')),
     Option('drop', float, None, 'dropout rate', 'RATE', low=0, below=1),
     Option('drop_path', float, None, 'stochastic depth rate', 'RATE', low=0, below=1),
-    Option('grad_checkpointing', bool, False, 'recompute activations to save memory', card='changed'),
+    Option('grad_checkpointing', bool, False, 'recompute activations to save memory; BatchNorm sees each batch twice',
+        card='changed'),
 )
 
 METHOD = Group(
@@ -287,7 +293,7 @@ METHOD = Group(
     Option('focal_gamma', float, 2., 'exponent of focal', 'G', low=0, card='changed'),
     Option('alpha', float, 0.1, 'weight of dynamic knowledge transfer, a loss per image that sums over classes'),
     Option('beta', float, 0.01, 'weight of mutual distillation, likewise'),
-    Option('smoothing', float, 0., 'label smoothing', 'S', low=0, below=1, card='changed'),
+    Option('smoothing', float, 0., 'label smoothing, in stage two too', 'S', low=0, below=1, card='changed'),
     Option(
         'trunk_grad', str, 'sum', 'gradient of the shared stages: the sum of what experts send, or their mean',
         choices=['sum', 'mean'], card='changed'),
@@ -322,8 +328,8 @@ SCHEDULE = Group(
     Option('epochs', int, 180, 'epochs of stage one, warm-up included', low=1),
     Option('lr', float, 0.1, 'peak learning rate of stage one', 'LR', low=0),
     Option(
-        'lr_base', float, None, 'in place of --lr: that of --lr-base-size images an update, from which it follows in '
-        'proportion, or to their root for Adam and the like', 'LR', low=0),
+        'lr_base', float, None, 'in place of --lr, where that is not given later: that of --lr-base-size images an '
+        'update, from which it follows in proportion, or to their root for Adam and the like', 'LR', low=0),
     Option('lr_base_size', int, 256, 'images an update that --lr-base is meant for', low=1, card='changed'),
     Option('warmup_epochs', int, 5, 'linear warm-up of stage one', low=0),
     Option('warmup_lr', float, 1e-5, 'learning rate at the start', 'LR', low=0),
@@ -363,8 +369,8 @@ AUGMENTATION = Group(
     Option('reprob', float, 0., 'random erasing probability', 'P'),
     Option('remode', str, 'pixel', 'random erasing fill', choices=('const', 'rand', 'pixel'), card='changed'),
     Option('recount', int, 1, 'random erasing regions', card='changed'),
-    Option('mixup', float, 0., 'Mixup alpha; needs --alpha 0', 'A'),
-    Option('cutmix', float, 0., 'CutMix alpha; needs --alpha 0', 'A'),
+    Option('mixup', float, 0., 'Mixup alpha; with --method shike needs --alpha 0, not with ldam_drw', 'A'),
+    Option('cutmix', float, 0., 'CutMix alpha, likewise', 'A'),
     Option('mixup_prob', float, 1., 'probability of Mixup or CutMix', 'P', card='changed'),
     Option('mixup_switch_prob', float, 0.5, 'probability of CutMix where both are on', 'P', card='changed'),
     Option(
@@ -457,10 +463,9 @@ def _pair(text: str) -> Tuple[str, Any]:
     if not equals:
         raise argparse.ArgumentTypeError(f"'{text}' is not of the form KEY=VALUE")
     try:
-        read = ast.literal_eval(value)
+        return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
-    return key, list(read) if isinstance(read, tuple) else read  # as YAML has it
 
 
 def _add(section: Any, option: Option) -> None:
@@ -527,6 +532,14 @@ def defaults(groups: Sequence[Group]) -> Dict[str, Any]:
     return {name: copy.copy(option.default) for name, option in _by_name(groups).items()}
 
 
+def _lay_over(args: argparse.Namespace, values: Dict[str, Any]) -> None:
+    """Values over those before them; a learning rate alone also takes the place of an earlier `lr_base`."""
+    for name in ('lr', 'crt_lr'):
+        if name in values:
+            values = {f'{name}_base': None, **values}
+    vars(args).update(values)
+
+
 def complete(
         groups: Sequence[Group],
         given: Dict[str, Any],
@@ -546,8 +559,8 @@ def complete(
     in_files = [group for group in groups if group is not HPARAMS]
     hparams = given.get('hparams')
     for path, values in read_hparams(hparams).items() if hparams else ():
-        vars(args).update(check_values(in_files, values, f"hparams file '{path}'"))
-    vars(args).update(given)
+        _lay_over(args, check_values(in_files, values, f"hparams file '{path}'"))
+    _lay_over(args, given)
     for name, option in _by_name(groups).items():
         option.check_range(getattr(args, name))
     return args

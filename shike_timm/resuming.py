@@ -54,7 +54,12 @@ def _resume_points(args: argparse.Namespace) -> List[Tuple[int, Path]]:
 
 
 def load_newest(args: argparse.Namespace) -> Tuple[int, Optional[Path], Optional[Dict[str, Any]]]:
-    """Stage, path and content of the newest checkpoint that is whole; 1 and None where nothing was saved yet."""
+    """Stage, path and content of the newest checkpoint that is whole; 1 and None where nothing was saved yet.
+
+    Raises:
+        InputError: If there is no run, none of its checkpoints is whole or may go on as asked, or it is a retraining
+            that has saved nothing.
+    """
     points = _resume_points(args)
     for stage, path in points:
         try:
@@ -63,6 +68,9 @@ def load_newest(args: argparse.Namespace) -> Tuple[int, Optional[Path], Optional
             if path == points[-1][1]:
                 raise
             _logger.warning(f'{error} The one before is used.')
+    folder = Path(run_folder(args) or '')
+    if (folder / STAGES[1]).exists():
+        raise InputError(f"'{folder}' is of a retraining that has saved nothing yet: remove it and retrain again.")
     return 1, None, None
 
 

@@ -214,9 +214,9 @@ def _check_run_folder(folder: Path, resumed: bool) -> None:
             f"output folder '{folder}' already holds a run: add --resume to go on, or choose another --experiment.")
 
 
-def _create_run_folder(folder: Path, args: argparse.Namespace) -> None:
+def _create_run_folder(folder: Path, args: argparse.Namespace, stage: Stage) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / stage.name).mkdir(parents=True, exist_ok=True)  # which tells a retraining from a run of its start
         values = {key: value for key, value in vars(args).items() if key not in ('hparams', 'resume', 'checkpoint')}
         write_text(folder / 'args.yaml', yaml.safe_dump(values))
     except OSError as error:
@@ -346,7 +346,7 @@ def _run_stages(
     metrics = json.loads(path.read_text()) if path.exists() else {}
     num_steps = sum(stage.epochs for stage in stages) * len(run.train_loader)
     with stop_signals() as stop, tracking(run.args, folder) as track, _progress_bar(num_steps) as progress:
-        on_primary(_create_run_folder, folder, run.args)
+        on_primary(_create_run_folder, folder, run.args, stages[0])
         _logger.info(run.data.describe())
         on_primary(run.data.write_sides, folder)
         try:
@@ -356,7 +356,8 @@ def _run_stages(
                 parts = checkpoint = None
                 on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
         except (RuntimeError, OSError) as error:
-            _logger.error(f'The last checkpoint is kept; go on with train.py --resume {folder}')
+            if any(folder.glob('*/last.pth.tar')):
+                _logger.error(f'The last checkpoint is kept; go on with train.py --resume {folder}')
             if stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(stop.signum) from error  # a loader whose workers got the signal too
             if 'DataLoader worker' in str(error) or isinstance(error, ConnectionError):  # of the pipe from it

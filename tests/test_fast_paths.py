@@ -109,10 +109,20 @@ def test_other_optimizers_can_be_made(opt):
 
 
 def test_lookahead_is_brought_together_after_each_epoch(tmp_path, monkeypatch):
-    synced, sync = [], Lookahead.sync_lookahead
-    monkeypatch.setattr(Lookahead, 'sync_lookahead', lambda self: synced.append(sync(self)))
-    train(parse_train_args([*TINY, '--opt', 'lookahead_momentum', '--crt-epochs', '0', '--output', str(tmp_path)]))
-    assert len(synced) == 2
+    together, moved, sync = [], [], Lookahead.sync_lookahead
+
+    def check(self):
+        before = [parameter.detach().clone() for group in self.param_groups for parameter in group['params']]
+        sync(self)
+        after = [(parameter, self._base_optimizer.state[parameter]['lookahead_slow_buff'])
+                 for group in self.param_groups for parameter in group['params']]
+        together.append(all(torch.equal(parameter, slow) for parameter, slow in after))
+        moved.append(any(not torch.equal(parameter, old) for (parameter, _), old in zip(after, before)))
+
+    monkeypatch.setattr(Lookahead, 'sync_lookahead', check)
+    train(parse_train_args([
+        *TINY, '--opt', 'lookahead_momentum', '--batch-size', '80', '--crt-epochs', '0', '--output', str(tmp_path)]))
+    assert together == [True, True] and moved[1]
 
 
 def test_an_optimizer_that_needs_second_derivatives_is_refused():

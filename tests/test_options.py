@@ -98,6 +98,19 @@ def test_precedence(tmp_path):
     assert args.weight_decay == 5e-4
 
 
+def test_a_learning_rate_replaces_an_earlier_base_rate(tmp_path):
+    def rates(*argv):
+        return [stage.lr for stage in plan_stages(parse_train_args(argv))]
+
+    recipe = write(tmp_path, 'lr_base: 0.2\nlr: 5\ncrt_lr_base: 0.4\nbatch_size: 128\n')
+    assert rates('--hparams', recipe) == [0.1, 0.2]  # a run's own arguments have both
+    assert rates('--hparams', recipe, '--lr', '0.3') == [0.3, 0.2]
+    assert rates('--hparams', recipe, '--lr', '0.3', '--crt-lr', '0.7') == [0.3, 0.7]
+    assert rates('--hparams', recipe, '--lr-base', '0.3') == [0.15, 0.2]
+    (tmp_path / 'own.yaml').write_text('base: hparams.yaml\nlr: 0.6\n')
+    assert rates('--hparams', str(tmp_path / 'own.yaml')) == [0.6, 0.2]
+
+
 def test_a_file_overrides_its_base(tmp_path):
     (tmp_path / 'a.yaml').write_text('epochs: 30\nlr: 0.3\nopt_kwargs: {nesterov: true}\n')
     (tmp_path / 'sub').mkdir()
@@ -106,8 +119,9 @@ def test_a_file_overrides_its_base(tmp_path):
     assert (args.epochs, args.lr, args.batch_size, args.seed) == (30, 0.2, 9, 3)
     assert args.opt_kwargs == {'nesterov': True}
     read = parse_train_args(['--opt-kwargs', 'betas=(0.9, 0.95)', 'kind=plain']).opt_kwargs
-    assert read == dict(betas=[0.9, 0.95], kind='plain') and changed_option(
-        parse_train_args(['--opt-kwargs', 'betas=(0.9, 0.95)']), dict(opt_kwargs=dict(betas=[0.9, 0.95]))) is None
+    assert read == dict(betas=[0.9, 0.95], kind='plain')
+    own = complete(TRAIN, check_values(TRAIN, dict(opt_kwargs=dict(betas=(0.9, 0.95))), ''))
+    assert changed_option(own, dict(opt_kwargs=dict(betas=[0.9, 0.95]))) is None
 
 
 @pytest.mark.parametrize('text, message', [

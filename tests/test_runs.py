@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -469,6 +470,26 @@ def test_stage_one_alone_and_its_retraining(tmp_path):
         assert plan_stages(args, retraining=True)[-1].epochs == epochs
     with pytest.raises(InputError, match='--crt-epochs 0 leaves nothing to do'):
         retrain(*parse_retrain_args(['--checkpoint', str(folder), '--crt-epochs', '0']))
+
+
+def test_a_retraining_that_saved_nothing_is_not_resumed_as_a_run(tmp_path, tiny_run, monkeypatch, caplog):
+    def fail(self, epoch, *done):
+        raise OSError('no space left')
+
+    monkeypatch.setattr(engine.StageSaver, 'save_last', fail)
+    options = ['--checkpoint', str(tiny_run), '--output', str(tmp_path), '--experiment', 'two']
+    with pytest.raises(OSError, match='no space left'):
+        retrain(*parse_retrain_args(options))
+    monkeypatch.undo()
+    assert 'The last checkpoint is kept' not in caplog.text
+    with pytest.raises(InputError, match='is of a retraining that has saved nothing yet: remove it'):
+        train(parse_train_args(['--resume', str(tmp_path / 'two')]))
+
+
+def test_a_run_in_a_thread_takes_no_signals(tmp_path, tiny_run):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run, tmp_path, '--crt-epochs', '0').result()
+    assert without_seconds(tmp_path / 'run')['stage_one'] == without_seconds(tiny_run)['stage_one']
 
 
 @pytest.mark.parametrize('options', [
