@@ -18,7 +18,7 @@ OPTIONS = [
     '--model', 'resnet32_shike', '--dataset', 'digits_lt', '--imb-factor', '1', '--img-size', '32', '--workers', '0',
     '--train-crop-mode', 'pad', '--color-jitter', '0', '--epochs', str(EPOCHS), '--warmup-epochs', '0', '--crt-epochs',
     '0', '--val-interval', str(EPOCHS), '--lr', '0.01', '--device', 'cpu', '--experiment', 'run']
-NUM_IMAGES = 1280  # ten batches of 128
+NUM_IMAGES = 1152  # nine batches of 128
 
 
 def rate(num_processes: int) -> float:

@@ -6,6 +6,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .data import find_dataset
+from .data.images import MODES
 from .metrics import METRICS, shot_divisions
 from .models import Shike
 from .options import TEACHER, card_options
@@ -103,6 +104,13 @@ def _without_folder(name: str) -> str:
     return f'local-dir:{"/".join(parts[-2:])}' if is_model else ''.join(parts[-1:])
 
 
+def _without_dataset_folder(name: str) -> str:
+    """The name of a data set, of one that is a folder of files, `hfds//home/me/photos`, with its last part alone."""
+    prefix, _, rest = name.partition('/')
+    is_path = re.match(r'[/.~]|[A-Za-z]:', rest) or len(re.findall(r'[/\\]', rest)) > 1  # the Hub has USER/NAME
+    return f'{prefix}/{_without_folder(rest)}' if is_path else name
+
+
 def _recipe_section(metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
     if not args:
         return ''
@@ -156,7 +164,7 @@ CLASSES_SECTION = """## Every class
 """
 
 
-def _usage_section(load_as: str, has_labels: bool) -> str:
+def _usage_section(load_as: str, mode: str, has_labels: bool) -> str:
     label = "\nlabel = model.pretrained_cfg['label_names'][int(logits.argmax())]" if has_labels else ''
     return f"""## Use
 
@@ -169,7 +177,7 @@ from PIL import Image
 model = timm.create_model('{load_as}', pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
-images = transform(Image.open('image.png').convert('RGB'))[None]
+images = transform(Image.open('image.png').convert('{mode}'))[None]
 with torch.inference_mode():
     logits = model(images)                   # [1, num_classes], averaged over experts
     experts = model.forward_experts(images)  # [1, num_experts, num_classes]{label}
@@ -222,7 +230,9 @@ def model_card(
     Returns:
         The card, with the last stage's metrics of the ensemble as model-index.
     """
-    metrics, args = metrics or {}, args or {}
+    metrics, args = metrics or {}, dict(args or {})
+    if args.get('dataset'):
+        args['dataset'] = _without_dataset_folder(args['dataset'])
     name = repo_id.split('/')[-1]
     data = ModelCardData(
         model_name=name if metrics else None,
@@ -242,7 +252,7 @@ def model_card(
         _data_section(config, args),
         _results_section(metrics, config['num_classes']),
         CLASSES_SECTION.strip() if with_report else '',
-        _usage_section(load_as or f'hf-hub:{repo_id}', bool(config.get('label_names'))),
+        _usage_section(load_as or f'hf-hub:{repo_id}', MODES[model.in_chans], bool(config.get('label_names'))),
         _recipe_section(metrics, args),
         _limits_section(config, metrics, args),
         f'## Citation\n\n```bibtex\n{CITATION}\n```',

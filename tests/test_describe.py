@@ -119,6 +119,8 @@ def test_one_split_and_sets_in_memory(image_folder, run_script):
     told = describe_data(parse_describe_args(['--dataset', 'digits_lt', '--imb-factor', '20', '--holdout', '0.1']))
     assert told['train']['modes'] == {'RGB': told['train']['images']} and told['train']['width'] == [8, 8, 8]
     assert told['evaluation']['classes'] == 10 and told['duplicates']['across_splits'] == []
+    whole = describe_data(parse_describe_args(['--dataset', 'digits_lt', '--imb-factor', '20']))
+    assert told['shots'] == whole['shots']
     status, out, error = run_script('describe.py', '--data-dir', '/nowhere')
     assert status == 2 and not out and "data-dir '/nowhere' does not exist" in error
     for path in ('/nowhere/stats.json', image_folder):

@@ -13,6 +13,7 @@ import shike_timm  # noqa: F401
 from shike_timm.commands import eval as validation
 from shike_timm.measure import inference_costs
 from shike_timm.metrics import METRICS
+from shike_timm.report.logits import load_logits
 
 
 @pytest.fixture
@@ -110,6 +111,15 @@ def test_flips_cost_twice_as_much(monkeypatch):
     subsets = [dict(experts=[0]), dict(experts=[0, 1])]
     validation._add_costs(subsets, timm.create_model('resnet32_shike'), torch.zeros(1, 3, 32, 32), flip=True)
     assert [(one['gmacs'], one['images_per_second']) for one in subsets] == [(6., 4.)] * 2
+
+
+def test_flips_cost_twice_as_much_in_a_report(tiny_run, run_script, tmp_path):
+    gmacs = []
+    for options in ([], ['--flip']):
+        path = tmp_path / f'{len(options)}.npz'
+        evaluate(run_script, tiny_run, tmp_path / 'results.json', '--save-logits', str(path), *options)
+        gmacs.append([one['gmacs'] for one in load_logits(str(path)).costs])
+    assert gmacs[1] == [2 * one for one in gmacs[0]]
 
 
 @pytest.mark.parametrize('options, message', [

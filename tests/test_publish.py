@@ -102,6 +102,9 @@ def test_card_says_what_the_files_say(tiny_run):
     assert lists == ['last.pth.tar', 'train.csv', 'val.csv', 'classes.txt']
     assert told['seed'] == 1234 and all(args[key] == value for key, value in told.items())
     assert not re.search(r'home.me', text) and str(tiny_run.parent) not in text
+    for dataset, shown in (('hfds//home/me/photos/', 'hfds/photos'), ('hfds/me/photos', 'hfds/me/photos')):
+        text = str(tiny_card(tiny_run, metrics, dict(args, dataset=dataset)))
+        assert f"\ndataset: {shown}\n" in text and '/home/' not in text
     assert 'balanced averages over all classes, many' in text
 
 
@@ -146,6 +149,8 @@ def test_the_code_on_the_card_runs(tiny_run, tmp_path, monkeypatch):
     exec(block(str(tiny_card(tiny_run)), 'python').replace(f'hf-hub:{NAME}', f'local-dir:{tiny_run}/model'), names)
     assert names['logits'].shape == (1, 10) and names['experts'].shape == (1, 3, 10)
     assert names['label'] in [str(digit) for digit in range(10)]
+    grey = timm.create_model('resnet32_shike', in_chans=1)
+    assert ".convert('L')" in str(model_card(NAME, grey, read_files(tiny_run)[0]))
 
 
 def test_cards_of_other_runs(tiny_run):

@@ -189,7 +189,9 @@ def describe_data(args: argparse.Namespace) -> Dict[str, Any]:
         sets['evaluation'] = (test, survey(test, args.workers, perceptual))
     told: Dict[str, Any] = {split: _describe_split(*one) for split, one in sets.items()}
     counts = {split: {name for name, count in told[split]['class_counts'].items() if count} for split in sets}
-    training = [count for count in told['train']['class_counts'].values() if count]
+    training = [  # with what is held out, as a training run tells its shots
+        count + (told['evaluation']['class_counts'].get(name, 0) if args.holdout else 0)
+        for name, count in told['train']['class_counts'].items() if count]
     shots = {
         shot: dict(classes=int(mask.sum()), images=sum(count for count, inside in zip(training, mask) if inside))
         for shot, mask in shot_divisions(training, args.many_shot, args.few_shot).items()

@@ -107,9 +107,9 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         args.model, args.checkpoint, True, args.experts, args.authors_classifiers)  # as timm's validate.py
     args = with_data_args(args, trained)
     model, counts, names = trained.model, trained.class_counts, trained.class_names
-    shot_counts = trained.shot_counts
+    shot_counts, origin = trained.shot_counts, 'the model'
     if counts is None:
-        data = load_data(args)
+        data, origin = load_data(args), 'this data'
         dataset, counts, names, shot_counts = data.test, data.class_counts, data.class_names, data.shot_counts
     else:
         dataset = load_eval_data(args, names, model.in_chans, trained.run_folder)
@@ -131,7 +131,9 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
     shots = dict(many_shot=args.many_shot, few_shot=args.few_shot)
     left_out = f" Left out: {'; '.join(dataset.notes)}." if dataset.notes else ''
     source = dataset.source or 'a split of its own'
-    _logger.info(f'Evaluation: {len(dataset.dataset)} images, {source}.{left_out}')
+    _logger.info(
+        f'Evaluation: {len(dataset.dataset)} images, {source}.{left_out} Many, medium and few are told by the '
+        f'{max(shot_counts)} to {min(shot_counts)} training images a class of {origin}.')
     kept = [] if args.save_logits or args.report else None
     metrics = evaluate(
         model, loader, shot_counts, device, subsets, args.flip, per_class=True, shots=shots, kept=kept)
@@ -156,7 +158,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         trained.class_counts, trained.class_names = counts, names
         run = Path(trained.run_folder) if trained.run_folder else None
         run = run if run and (run / 'summary.csv').exists() else None  # a model folder may lie anywhere
-        costs = metrics.get('subsets') or count_costs(model, next(iter(loader))[0][:1])
+        costs = metrics.get('subsets') or count_costs(model, next(iter(loader))[0][:1], 2 if args.flip else 1)
         saved = collect(
             trained, dataset, kept, shot_numbers(shot_counts, **shots), costs=costs, run=run,
             name=run.name if run else _name(args))

@@ -105,13 +105,19 @@ def collect(
 
 
 @torch.inference_mode()
-def count_costs(model: Shike, image: Tensor) -> List[Dict[str, Any]]:
-    """GMACs of every choice of up to four experts on an image [1, in_chans, H, W], as `--expert-subsets` tells them."""
+def count_costs(model: Shike, image: Tensor, passes: int = 1) -> List[Dict[str, Any]]:
+    """GMACs of every choice of up to four experts on an image [1, in_chans, H, W], as `--expert-subsets` tells them.
+
+    Args:
+        model: The model.
+        image: The image.
+        passes: How often the model sees each image, 2 with `--flip`.
+    """
     costs = []
     for subset in all_subsets(model.num_experts) if model.num_experts <= MOST_EXPERTS else ():
         reduced = copy.deepcopy(model).eval()
         reduced.set_experts(subset)
-        costs.append(dict(experts=list(subset), gmacs=count_flops(partial(reduced, image)) / 2e9))
+        costs.append(dict(experts=list(subset), gmacs=passes * count_flops(partial(reduced, image)) / 2e9))
     return costs
 
 
