@@ -42,6 +42,7 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('CIFAR-100-LT (100), 180 + 20 epochs', ['if100_seed0', 'if100_seed1', 'if100_seed2'], '56.3'),
         ('the same, taught by that network', ['if100_distilled_seed0'], None),
         ('CIFAR-100-LT (50), 180 + 20 epochs', ['if50_seed0'], '59.8'),
+        ('the same, taught by that network', ['if50_distilled_seed0'], None),
         ('CIFAR-10-LT (100), 180 + 20 epochs', ['cifar10_if100_seed0'], None),
         ('CIFAR-100-LT (100), 40 + 10 epochs', ['short_seed0', 'short_seed1', 'short_seed2'], None),
         ('digits (60), `quickstart.yaml`', ['quickstart_seed0', 'quickstart_seed1', 'quickstart_seed2'], None),
