@@ -156,7 +156,8 @@ def test_a_teacher_of_another_order_is_heard_right(make_images, tmp_path):
 def test_a_teacher_of_grey_images(make_images, tmp_path, channels, mean):
     data = load(make_images({'ant': 5, 'bee': 5}))
     model = timm.create_model('resnet32_shike', num_classes=2, in_chans=channels).eval()
-    config = dict(timm.data.resolve_model_data_config(model), mean=mean, std=mean)
+    size = (channels, 32, 32)
+    config = dict(timm.data.resolve_data_config(dict(input_size=size), model=model), mean=mean, std=mean)
     export_model(model, tmp_path / 'grey', config, data.class_names)
     teacher = load_teacher(f'local-dir:{tmp_path}/grey', data, (1, 32, 32), CPU)
     assert teacher.mean_kd.shape == (1, 1, 1, 1) and teacher.std_kd.item() == pytest.approx(0.25)
