@@ -281,7 +281,8 @@ MODEL = Group(
         choices=('conv', 'bottleneck', 'separable')),
     Option('drop', float, None, 'dropout rate', 'RATE', low=0, below=1),
     Option('drop_path', float, None, 'stochastic depth rate', 'RATE', low=0, below=1),
-    Option('grad_checkpointing', bool, False, 'recompute activations to save memory; BatchNorm sees each batch twice',
+    Option(
+        'grad_checkpointing', bool, False, 'recompute activations to save memory; BatchNorm sees each batch twice',
         card='changed'),
 )
 

@@ -87,6 +87,8 @@ def test_eval_tells_accuracy_against_cost(tmp_path, run_script, tiny_run, monkey
         validation, 'inference_costs', partial(inference_costs, num_rounds=1, seconds_per_turn=0.01))
     status, out, err, metrics = evaluate(run_script, tiny_run, tmp_path / 'results.json', '--expert-subsets')
     assert status == 0, err
+    counts = metrics['per_class']['class_counts']
+    assert f'told by the {max(counts)} to {min(counts)} training images a class of the model' in err
     subsets = {tuple(one['experts']): one for one in metrics['subsets']}
     assert list(subsets) == [s for size in (1, 2, 3) for s in itertools.combinations(range(3), size)]
     shares = METRICS[1:]

@@ -104,9 +104,11 @@ def test_lists(make_images, tmp_path):
     for ask in (load_training_data, create_eval_dataset):
         with pytest.raises(InputError, match="dataset 'digits_lt' is none"):
             ask('digits_lt', val_list=str(train))
+    with pytest.raises(InputError, match='imb-seed 0 is for the .*_lt data sets'):
+        load(root, imb_seed=0)
     with pytest.raises(InputError, match="val-split 'other' is not for 'digits_lt', whose splits are fixed"):
         load_training_data('digits_lt', val_split='other')
-    with pytest.raises(InputError, match="exif 'True' is not for 'digits_lt'"):
+    with pytest.raises(InputError, match="exif True is not for 'digits_lt'"):
         load_training_data('digits_lt', exif=True)
     with pytest.raises(InputError, match="target-key 'kind' is for lists"):
         load(root, target_key='kind')

@@ -323,9 +323,11 @@ def test_every_package_is_in_the_wheel():
     assert set(declared) == found | {'shike_timm.hparams'}
 
 
-def test_autocast_defaults():
+def test_autocast_defaults(caplog):
     cpu, cuda = torch.device('cpu'), torch.device('cuda')
-    assert resolve_autocast(parse_train_args([]), cpu) is None
+    assert resolve_autocast(parse_train_args([]), cpu) is None and not caplog.text
+    assert resolve_autocast(parse_train_args(['--amp-dtype', 'bfloat16']), cpu) is None
+    assert '--amp-dtype bfloat16 does nothing without --amp' in caplog.text
     assert resolve_autocast(parse_train_args(['--amp']), cuda) == torch.float16
     assert resolve_autocast(parse_train_args(['--amp', '--amp-dtype', 'bfloat16']), cuda) == torch.bfloat16
     with pytest.raises(InputError, match='--amp-dtype float16 needs loss scaling'):

@@ -144,7 +144,7 @@ def test_shards_that_are_files_are_as_good_as_a_folder(make_images, tmp_path, ca
         load_training_data('wds/x', str(tmp_path), **shards, target_key='species')
 
 
-def test_torchvision_sets_of_one_channel(tmp_path):
+def test_torchvision_sets_of_one_channel(tmp_path, caplog):
     folder = tmp_path / 'MNIST' / 'raw'
     folder.mkdir(parents=True)
     for split, count in (('train', 40), ('t10k', 20)):
@@ -160,6 +160,9 @@ def test_torchvision_sets_of_one_channel(tmp_path):
     assert load_training_data('torch/mnist', str(tmp_path), holdout=0.25).test.class_counts == [1] * 10
     images, _ = next(iter(create_train_loader(data.train, loader_config(), 8, CPU, Augmentation(), 0)))
     assert images.shape == (8, 3, 8, 8)
+    load_training_data('torch/mnist', str(tmp_path), holdout=0.25).write_sides(tmp_path)
+    create_eval_dataset('torch/mnist', str(tmp_path), sides=str(tmp_path))
+    assert 'was trained on' not in caplog.text  # where both splits number their images
 
 
 @pytest.mark.parametrize('kind, of_kind, expected', [

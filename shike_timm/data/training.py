@@ -2,7 +2,7 @@
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Sequence
 
 import numpy as np
 
@@ -79,6 +79,13 @@ class TrainingData:
         return line + (f" Left out: {'; '.join(notes)}." if notes else '')
 
 
+def _refuse(request: DataRequest, names: Sequence[str], why: str) -> None:
+    for name in names:
+        value = getattr(request, name)
+        if value is not False and value != getattr(DataRequest, name):
+            raise InputError(f"{name.replace('_', '-')} {value!r} is {why}: drop it.")
+
+
 def check_request(request: DataRequest, entry: DatasetEntry) -> None:
     """Check that a training set can do what is asked of it.
 
@@ -86,12 +93,15 @@ def check_request(request: DataRequest, entry: DatasetEntry) -> None:
         InputError: If it cannot, or options contradict each other.
     """
     what = request.name or request.root
-    for name in () if entry.has_imb_factor else ('imb_factor', 'imb_type', 'imb_seed'):
-        value = getattr(request, name)
-        if value != getattr(DataRequest, name):
-            raise InputError(
-                f"{name.replace('_', '-')} {value} is for the *_lt data sets, which alone are cut to it, not '{what}': "
-                'drop it.')
+    if not entry.has_imb_factor:
+        _refuse(request, ('imb_factor', 'imb_type', 'imb_seed'), f"for the *_lt data sets, and '{what}' is none")
+    if entry.eval_split:
+        splits = ('train_split', 'val_split') if request.val_split != entry.eval_split else ('train_split',)
+        _refuse(request, splits, f"not for '{what}', whose splits are fixed")
+    if not (request.name or request.train_list or request.val_list):
+        _refuse(request, ('input_key', 'target_key'), f"for lists, and '{what}' is a folder")
+    if not request.name.lower().startswith(STREAMS):
+        _refuse(request, ('train_num_samples', 'val_num_samples'), f"for streams, and '{what}' is none")
     if request.class_depth and request.train_list:
         raise InputError(
             f"class-depth {request.class_depth} is for folders, and the list '{request.train_list}' says the classes: "
@@ -112,19 +122,6 @@ def check_request(request: DataRequest, entry: DatasetEntry) -> None:
         raise InputError(
             f"List '{request.train_list or request.val_list}' is of images in a folder, and dataset '{what}' is none: "
             'drop one of them.')
-    for name in ('train_split', 'val_split') if entry.eval_split else ():
-        value = getattr(request, name)
-        if value not in (getattr(DataRequest, name), entry.eval_split):
-            raise InputError(
-                f"{name.replace('_', '-')} '{value}' is not for '{what}', whose splits are fixed: drop it.")
-    for name in ('input_key', 'target_key') if not (request.name or request.train_list or request.val_list) else ():
-        value = getattr(request, name)
-        if value is not None:
-            raise InputError(f"{name.replace('_', '-')} '{value}' is for lists, and '{what}' is a folder: drop it.")
-    for name in ('train_num_samples', 'val_num_samples') if not request.name.lower().startswith(STREAMS) else ():
-        value = getattr(request, name)
-        if value is not None:
-            raise InputError(f"{name.replace('_', '-')} {value} is for streams, and '{what}' is none: drop it.")
 
 
 def _checked(data: ImageSet, request: DataRequest) -> ImageSet:
@@ -132,10 +129,8 @@ def _checked(data: ImageSet, request: DataRequest) -> ImageSet:
         raise InputError(
             f"'{request.name}' has images of {data.images.shape[-1]} channels, not of {request.in_chans}: leave "
             '--in-chans out.')
-    for name in _UNUSED_IN_MEMORY if data.images is not None else ():
-        value = getattr(request, name)
-        if value not in (None, False):
-            raise InputError(f"{name.replace('_', '-')} '{value}' is not for '{request.name}', read as it is: drop it.")
+    if data.images is not None:
+        _refuse(request, _UNUSED_IN_MEMORY, f"not for '{request.name}', read as it is")
     wanted = request.check_images
     if isinstance(data.dataset, ImageTable) and (len(data.dataset) <= CHECKED if wanted is None else wanted):
         return without_unreadable(data, request.workers)
@@ -255,7 +250,8 @@ def create_eval_dataset(
             _, data = hold_out_listed(data, sides, request.sides)
             check_labels(data, sides[1], request.sides)
             data.is_training = False
-        elif alike := count_alike(data, sides[0], data.is_whole):
+        elif (data.is_whole or request.val_list or not name) and (  # other sets may number each split's images alike
+                alike := count_alike(data, sides[0], data.is_whole)):
             _logger.warning(
                 f"{alike} images of '{name or root}' have the {'folder and the name' if data.is_whole else 'path'} of "
                 f"one that '{request.sides}' was trained on: unless they are others, its figures are too good; give "
