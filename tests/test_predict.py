@@ -136,8 +136,13 @@ def test_every_kind_of_model(tiny_run, image_folder, tmp_path):
         assert [row['label'][0] for row in rows] == [row['label'][0] for row in told[0]] and len(rows) == 42
         assert [row['prob'][0] for row in rows] == pytest.approx([row['prob'][0] for row in told[0]], abs=1e-3)
         assert len(rows[0]['prob']) == 10 and sum(rows[0]['prob']) == pytest.approx(1)
-    plain = list(shike_timm.predict(images, model=str(tiny_run), workers=0, device='cpu'))
-    assert [row['prob'][0] for row in plain] != pytest.approx([row['prob'][0] for row in told[0]], abs=1e-2)
+    plain, adjusted = (
+        next(iter(shike_timm.predict(images, **source, workers=0, device='cpu', topk=0, output_type='logit')))
+        for source in (dict(model=str(tiny_run)), sources[-1]))
+    plain, adjusted = (
+        torch.tensor([logit for _, logit in sorted(zip(row['label'], row['logit']))]) for row in (plain, adjusted))
+    counts = torch.tensor(json.loads((tiny_run / 'model' / 'config.json').read_text())['class_counts'])
+    torch.testing.assert_close(adjusted - plain, (counts / counts.sum()).log(), atol=2e-2, rtol=0)
     for wrong, message in ((dict(experts=[0]), '--experts'), (dict(target_prior='train'), '--target-prior'),
                            (dict(per_expert=True), '--per-expert'), (dict(device='cuda'), '--device cuda')):
         with pytest.raises(ValueError, match=f'{message} cannot be had with'):
