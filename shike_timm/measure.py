@@ -12,7 +12,7 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 __all__ = [
     'PARTS', 'count_flops', 'inference_costs', 'measure_ceilings', 'on_paper', 'peak_memory', 'rates_by_turns',
@@ -112,9 +112,22 @@ def inference_costs(
     }
 
 
+def _conv_backward(
+        grad_out_shape: List[int],
+        x_shape: List[int],
+        w_shape: List[int],
+        *args: Any,
+        **kwargs: Any,
+) -> int:
+    """Each gradient takes what the forward took; torch's own count of the weight's is not divided by the groups."""
+    transposed, output_mask = args[4], args[7]
+    return sum(output_mask[:2]) * conv_flop_count(x_shape, w_shape, grad_out_shape, transposed)
+
+
 def count_flops(step: Callable[[], Any]) -> int:
     """Floating-point operations of the convolutions and matrix products of a step, two for each multiply-add."""
-    with FlopCounterMode(display=False) as counter:
+    formulas = {torch.ops.aten.convolution_backward: _conv_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         step()
     return counter.get_total_flops()
 

@@ -7,6 +7,7 @@ import timm
 import torch
 import torch._inductor.config
 from conftest import ROOT
+from torch import nn
 
 from shike_timm.build import resolve_autocast
 from shike_timm.commands.benchmark import (
@@ -17,7 +18,7 @@ from shike_timm.commands.benchmark import (
     parse_benchmark_args,
 )
 from shike_timm.engine import LoopConfig, train_step
-from shike_timm.measure import measure_ceilings, peak_memory, time_parts
+from shike_timm.measure import count_flops, measure_ceilings, peak_memory, time_parts
 from shike_timm.tasks import RepresentationTask
 
 QUICK = ['--device', 'cpu', '--num-warm-iter', '1', '--num-bench-iter', '1', '--num-rounds', '3', '--batch-size', '4']
@@ -61,6 +62,17 @@ def test_counted_work_is_known(report):
     # A step is a forward and twice as much backward, the gradient of the images apart.
     assert 2.9 < train['gflops'] / inference['gflops'] <= 3
     assert 2.5 < plain_train['gflops'] / plain['gflops'] <= 3
+
+
+@pytest.mark.parametrize('kind', [nn.Conv2d, nn.ConvTranspose2d])
+def test_grouped_convolutions_count_as_what_they_do(kind):
+    """16 channels in 4 groups, 3x3 on 8x8: 4 inputs an output; backwards twice that, once where an input has no use."""
+    forward = 2 * 2 * 16 * 4 * 9 * 64
+    convolution = kind(16, 16, 3, padding=1, groups=4)
+    images = torch.randn(2, 16, 8, 8)
+    assert count_flops(lambda: convolution(images).sum().backward()) == 2 * forward
+    images.requires_grad_()
+    assert count_flops(lambda: convolution(images).sum().backward()) == 3 * forward
 
 
 def test_memory_of_a_step_that_is_not_run(report):
