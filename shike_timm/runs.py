@@ -216,9 +216,10 @@ def _check_run_folder(folder: Path, resumed: bool) -> None:
 
 def _create_run_folder(folder: Path, args: argparse.Namespace, stage: Stage) -> None:
     try:
-        (folder / stage.name).mkdir(parents=True, exist_ok=True)  # which tells a retraining from a run of its start
+        folder.mkdir(parents=True, exist_ok=True)
         values = {key: value for key, value in vars(args).items() if key not in ('hparams', 'resume', 'checkpoint')}
         write_text(folder / 'args.yaml', yaml.safe_dump(values))
+        (folder / stage.name).mkdir(exist_ok=True)  # which tells a retraining from a run of its start
     except OSError as error:
         raise InputError(
             f"output folder '{folder}' cannot be written ({error.strerror}): choose another --output.") from error

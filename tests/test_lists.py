@@ -108,8 +108,8 @@ def test_lists(make_images, tmp_path):
         load(root, imb_seed=0)
     with pytest.raises(InputError, match="val-split 'other' is not for 'digits_lt', whose splits are fixed"):
         load_training_data('digits_lt', val_split='other')
-    with pytest.raises(InputError, match="exif True is not for 'digits_lt'"):
-        load_training_data('digits_lt', exif=True)
+    # What a model carries to other data is no fault, nor is a split by the name it has.
+    assert load_training_data('digits_lt', exif=True, val_split='test').class_counts
     with pytest.raises(InputError, match="target-key 'kind' is for lists"):
         load(root, target_key='kind')
     with pytest.raises(InputError, match='train-num-samples 5 is for streams'):
@@ -154,16 +154,24 @@ def test_the_list_of_a_run_is_kept_to(make_images, tmp_path):
 
 
 def test_a_run_of_lists_is_not_evaluated_on_what_it_was_trained_on(make_images, tmp_path, caplog):
-    root = make_images({'ant': 6, 'bee': 6})
+    root = make_images({'ant': 12, 'bee': 12})
     (tmp_path / 'val.csv').write_text('path,label\nant/0.png,ant\nbee/1.png,bee\n')
     data = load(root, val_list=str(tmp_path / 'val.csv'))
     data.write_sides(tmp_path)
     alone = create_eval_dataset('', str(root), class_names=data.class_names, sides=str(tmp_path))
     assert labels_of(alone) == {'ant/0.png': 'ant', 'bee/1.png': 'bee'}
     (tmp_path / 'other.txt').write_text('bee/2.png bee\nbee/1.png bee\n')
-    create_eval_dataset(
-        '', str(root), val_list=str(tmp_path / 'other.txt'), class_names=data.class_names, sides=str(tmp_path))
-    assert '1 images of' in caplog.text and 'was trained on' in caplog.text
+    options = dict(class_names=data.class_names, sides=str(tmp_path))
+    for ask in (load_training_data, create_eval_dataset):
+        caplog.clear()
+        ask('', str(root), val_list=str(tmp_path / 'val.csv'), **options)
+        assert not caplog.text
+        ask('', str(root), val_list=str(tmp_path / 'other.txt'), **options)
+        assert '1 images of' in caplog.text and 'was trained on' in caplog.text
+    for name in labels_of(alone):
+        (root / name).unlink()
+    with pytest.raises(InputError, match='None of the images .* validation.csv is in the data'):
+        create_eval_dataset('', str(root), **options)
 
 
 def test_labels_of_a_run_are_not_taken_from_folders(make_images, tmp_path):

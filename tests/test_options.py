@@ -13,6 +13,7 @@ from conftest import ROOT, read_yaml
 
 import shike_timm
 from shike_timm.build import create_model, create_optimizer, create_schedule, mixup_options, resolve_autocast
+from shike_timm.checkpoints import load_checkpoint
 from shike_timm.commands.retrain_classifier import parse_retrain_args
 from shike_timm.commands.train import parse_train_args
 from shike_timm.errors import InputError
@@ -344,6 +345,15 @@ def test_mixup_needs_soft_targets():
         mixup_options(args, 10, plan_stages(args))
     with pytest.raises(InputError, match='--batch-size 3 is odd'):
         mixup_options(parse_train_args(['--mixup', '0.2', '--alpha', '0', '--batch-size', '3']), 10, [])
+
+
+def test_retraining_on_other_data_takes_no_option_of_the_data_before(tmp_path, tiny_run):
+    checkpoint = load_checkpoint(tiny_run / 'stage_one' / 'last.pth.tar')
+    vars(checkpoint['args']).update(dataset='', target_key='species', val_split='other', crt_lr=0.3)
+    torch.save(checkpoint, tmp_path / 'last.pth.tar')
+    args, _ = parse_retrain_args(
+        ['--checkpoint', str(tmp_path / 'last.pth.tar'), '--num-classes', '9', '--dataset', 'digits_lt'])
+    assert (args.target_key, args.val_split, args.crt_lr) == (None, 'validation', 0.3)
 
 
 def test_retraining_takes_the_arguments_of_the_checkpoint(tmp_path, tiny_run):

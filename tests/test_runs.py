@@ -486,6 +486,17 @@ def test_a_retraining_that_saved_nothing_is_not_resumed_as_a_run(tmp_path, tiny_
         train(parse_train_args(['--resume', str(tmp_path / 'two')]))
 
 
+def test_a_folder_whose_arguments_could_not_be_written_is_begun_again(tmp_path, tiny_run, monkeypatch):
+    def fail(path, text):
+        raise OSError(28, 'no space left')
+
+    monkeypatch.setattr(runs, 'write_text', fail)
+    options = ['--checkpoint', str(tiny_run), '--output', str(tmp_path), '--experiment', 'two']
+    with pytest.raises(InputError, match='no space left'):
+        retrain(*parse_retrain_args(options))
+    assert not list((tmp_path / 'two').iterdir())
+
+
 def test_a_run_in_a_thread_takes_no_signals(tmp_path, tiny_run):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(run, tmp_path, '--crt-epochs', '0').result()

@@ -5,6 +5,7 @@ import json
 from collections import Counter, defaultdict
 from dataclasses import fields
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from statistics import median
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -189,12 +190,13 @@ def describe_data(args: argparse.Namespace) -> Dict[str, Any]:
         sets['evaluation'] = (test, survey(test, args.workers, perceptual))
     told: Dict[str, Any] = {split: _describe_split(*one) for split, one in sets.items()}
     counts = {split: {name for name, count in told[split]['class_counts'].items() if count} for split in sets}
-    training = [  # with what is held out, as a training run tells its shots
+    trained = {name: count for name, count in told['train']['class_counts'].items() if count}
+    whole = [  # with what is held out, as a training run tells its shots
         count + (told['evaluation']['class_counts'].get(name, 0) if args.holdout else 0)
-        for name, count in told['train']['class_counts'].items() if count]
+        for name, count in trained.items()]
     shots = {
-        shot: dict(classes=int(mask.sum()), images=sum(count for count, inside in zip(training, mask) if inside))
-        for shot, mask in shot_divisions(training, args.many_shot, args.few_shot).items()
+        shot: dict(classes=int(mask.sum()), images=sum(compress(trained.values(), mask)))
+        for shot, mask in shot_divisions(whole, args.many_shot, args.few_shot).items()
     }
     found = [
         (split, names[one.target] if 0 <= one.target < len(names) else str(one.target), one)

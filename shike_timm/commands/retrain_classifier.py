@@ -26,9 +26,11 @@ def parse_retrain_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.N
     checkpoint = load_stage_one(given['checkpoint'])
     before, own = saved_args(checkpoint), set(defaults(TRAINING)) - {'output', 'experiment', 'hparams', 'device'}
     if 'num_classes' in given:  # of other data, which stage one's split says nothing of
-        own -= {'num_classes', 'holdout', 'val_per_class', 'class_map', 'class_depth', 'train_list', 'val_list'}
+        own -= {
+            'num_classes', 'holdout', 'val_per_class', 'class_map', 'class_depth', 'class_stats', 'train_list',
+            'val_list', 'input_key', 'target_key', 'group_key', 'train_num_samples', 'val_num_samples'}
     if 'dataset' in given and given['dataset'] != before.get('dataset'):
-        own -= {'imb_factor', 'imb_type', 'imb_seed'}
+        own -= {'imb_factor', 'imb_type', 'imb_seed', 'train_split', 'val_split'}
     saved = {key: value for key, value in before.items() if key in own}
     if saved.get('crt_epochs') == 0:
         del saved['crt_epochs']  # the run had no stage two, which is what is asked for now

@@ -106,14 +106,17 @@ def _classes(folders: Sequence[str], depth: Optional[int], root: str, known: Opt
     def cut(depth: int) -> Dict[str, str]:
         return {folder: '/'.join(folder.split('/')[:depth]) for folder in folders}
 
+    def is_known(reading: Dict[str, str]) -> bool:
+        return {unicodedata.normalize('NFC', name) for name in reading.values()} <= set(known or ())
+
     deepest = max(folder.count('/') + 1 for folder in folders)
     if depth is not None:
         # Of names that several folders have the whole path is taken, which a split with fewer of them must follow.
-        return cut(depth) if known and set(cut(depth).values()) <= set(known) else _named(cut(depth))
+        return cut(depth) if is_known(cut(depth)) else _named(cut(depth))
     first, whole = cut(1), cut(deepest)
     if known:  # the classes of a model decide
         for reading in (first, whole, _named(whole), *(_named(cut(level)) for level in range(2, deepest))):
-            if set(reading.values()) <= set(known):
+            if is_known(reading):
                 return reading
     tops = set(first.values())
     if len(tops) == len(folders) or any(top in first for top in tops if any(

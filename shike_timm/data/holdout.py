@@ -182,8 +182,8 @@ def hold_out_listed(data: ImageSet, sides: Sequence[Dict[str, str]], folder: str
     parts = [np.flatnonzero([name in side for name in names]) for side in sides]
     if not all(map(len, parts)):
         raise InputError(
-            f"None of the images that '{folder}' lists in {SIDES[not len(parts[1])]} is in the data: give its own "
-            'data as --data-dir.')
+            f"None of the images that '{folder}' lists in {SIDES[not len(parts[1])]} is in the data: give "
+            '--data-dir and --val-list as in training.')
     train, test = (data.take(part) for part in parts)
     new, lost = len(names) - sum(map(len, parts)), sum(map(len, sides)) - sum(map(len, parts))
     test.notes += [f'{count} {what}' for count, what in (

@@ -2,7 +2,7 @@
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from ..errors import InputError
 from .checks import without_unreadable
 from .datasets import DataRequest, DatasetEntry, ImageSet, find_dataset, match_classes, read_class_stats
 from .holdout import (
+    SIDES,
     check_labels,
     count_alike,
     covers,
@@ -27,8 +28,7 @@ _logger = logging.getLogger(__name__)
 
 HOLDOUT = 0.2  # where nothing else is given to evaluate on
 CHECKED = 100_000  # images that are read before training unless that is asked for or not
-_UNUSED_IN_MEMORY = (
-    'class_map', 'class_depth', 'group_key', 'input_key', 'target_key', 'exif', 'pixel_range')
+_UNUSED_IN_MEMORY = ('class_map', 'class_depth', 'group_key', 'input_key', 'target_key')
 
 
 @dataclass
@@ -82,7 +82,7 @@ class TrainingData:
 def _refuse(request: DataRequest, names: Sequence[str], why: str) -> None:
     for name in names:
         value = getattr(request, name)
-        if value is not False and value != getattr(DataRequest, name):
+        if value != getattr(DataRequest, name):
             raise InputError(f"{name.replace('_', '-')} {value!r} is {why}: drop it.")
 
 
@@ -142,6 +142,16 @@ def _count_shared_groups(train: ImageSet, test: ImageSet) -> int:
     return 0 if one is None or other is None else int(np.isin(np.unique(one), other).sum())
 
 
+def _warn_of_trained(data: ImageSet, trained: Dict[str, str], request: DataRequest) -> None:
+    """Tell of images that the list of a run's training side seems to have; they may lie elsewhere by now."""
+    if alike := count_alike(data, trained, data.is_whole):
+        _logger.warning(
+            f"{alike} images of '{request.name or request.root}' have the "
+            f"{'folder and the name' if data.is_whole else 'path'} of one that '{request.sides}' was trained on: "
+            f"unless they are others, its figures are too good; '{Path(request.sides or '', SIDES[1])}' lists those "
+            'held out.')
+
+
 def _split_words(request: DataRequest) -> str:
     return f"the {request.val_split} split of '{request.name or request.root}'"
 
@@ -196,8 +206,11 @@ def load_training_data(name: str, root: Optional[str] = None, **options: Any) ->
         test = entry.load_eval(replace(request, class_names=train.class_names))
         if test is not None and stats:
             test.class_names = test.class_names or train.class_names
+    sides = read_sides(request.sides)
     if test is not None:
         test = _checked(match_classes(test, names, _split_words(request)), request)
+        if sides and request.val_list:
+            _warn_of_trained(test, sides[0], request)
         if shared := _count_shared_groups(train, test):
             _logger.warning(
                 f"{shared} groups of --group-key '{request.group_key}' are in training and in evaluation: figures are "
@@ -206,7 +219,7 @@ def load_training_data(name: str, root: Optional[str] = None, **options: Any) ->
             assert test.class_counts is not None  # as of all that is held out
             shot_counts = [kept + held for kept, held in zip(counts, test.class_counts)]
     else:
-        holdout, sides = holdout or HOLDOUT, read_sides(request.sides)
+        holdout = holdout or HOLDOUT
         if sides and request.sides:
             train, test = hold_out_listed(train, sides, request.sides)
         else:
@@ -250,12 +263,8 @@ def create_eval_dataset(
             _, data = hold_out_listed(data, sides, request.sides)
             check_labels(data, sides[1], request.sides)
             data.is_training = False
-        elif (data.is_whole or request.val_list or not name) and (  # other sets may number each split's images alike
-                alike := count_alike(data, sides[0], data.is_whole)):
-            _logger.warning(
-                f"{alike} images of '{name or root}' have the {'folder and the name' if data.is_whole else 'path'} of "
-                f"one that '{request.sides}' was trained on: unless they are others, its figures are too good; give "
-                '--data-dir as in training, where those held out are known.')
+        elif data.is_whole or request.val_list or not name:  # other sets may number each split's images alike
+            _warn_of_trained(data, sides[0], request)
     if data is None or data.is_training:
         raise InputError(
             f"'{name or root}' has no {split} split: name the one to evaluate on with --val-split or --val-list.")
