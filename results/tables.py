@@ -51,10 +51,11 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         *ABLATION,
         ('all of SHIKE', ['if100_seed0'], '56.34'),
     ]),
-    'fusion': ('Fusion and the gradient of the trunk, on 50 training images a class set aside, 180 + 20 epochs:', [
+    'fusion': ('Fusion, trunk gradient and weight decay, on 50 training images a class set aside, 180 + 20 epochs:', [
         ('product, sum', ['val_product'], None),
         ('residual, sum', ['val_residual'], None),
         ('residual, mean', ['val_residual_mean'], None),
+        ('product, sum, weight decay of 1e-3', ['val_decay_1e-3'], None),
     ]),
     'beyond': ("Beyond the paper's recipe, on the test split, 180 + 20 epochs:", [
         ("the paper's", ['if100_seed0'], '56.34'),
