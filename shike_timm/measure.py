@@ -116,11 +116,17 @@ def _conv_backward(
         grad_out_shape: List[int],
         x_shape: List[int],
         w_shape: List[int],
-        *args: Any,
-        **kwargs: Any,
+        _bias: Any,
+        _stride: Any,
+        _padding: Any,
+        _dilation: Any,
+        transposed: bool,
+        _output_padding: Any,
+        _groups: Any,
+        output_mask: List[bool],
+        **_: Any,
 ) -> int:
     """Each gradient takes what the forward took; torch's own count of the weight's is not divided by the groups."""
-    transposed, output_mask = args[4], args[7]
     return sum(output_mask[:2]) * conv_flop_count(x_shape, w_shape, grad_out_shape, transposed)
 
 

@@ -142,7 +142,7 @@ def test_every_kind_of_model(tiny_run, image_folder, tmp_path):
     plain, adjusted = (
         torch.tensor([logit for _, logit in sorted(zip(row['label'], row['logit']))]) for row in (plain, adjusted))
     counts = torch.tensor(json.loads((tiny_run / 'model' / 'config.json').read_text())['class_counts'])
-    torch.testing.assert_close(adjusted - plain, (counts / counts.sum()).log(), atol=2e-2, rtol=0)
+    torch.testing.assert_close(adjusted - plain, (counts / counts.sum()).log(), atol=1e-4, rtol=0)
     for wrong, message in ((dict(experts=[0]), '--experts'), (dict(target_prior='train'), '--target-prior'),
                            (dict(per_expert=True), '--per-expert'), (dict(device='cuda'), '--device cuda')):
         with pytest.raises(ValueError, match=f'{message} cannot be had with'):

@@ -189,13 +189,12 @@ def describe_data(args: argparse.Namespace) -> Dict[str, Any]:
     if test is not None:
         sets['evaluation'] = (test, survey(test, args.workers, perceptual))
     told: Dict[str, Any] = {split: _describe_split(*one) for split, one in sets.items()}
-    counts = {split: {name for name, count in told[split]['class_counts'].items() if count} for split in sets}
-    trained = {name: count for name, count in told['train']['class_counts'].items() if count}
+    counts = {split: {name: count for name, count in told[split]['class_counts'].items() if count} for split in sets}
     whole = [  # with what is held out, as a training run tells its shots
         count + (told['evaluation']['class_counts'].get(name, 0) if args.holdout else 0)
-        for name, count in trained.items()]
+        for name, count in counts['train'].items()]
     shots = {
-        shot: dict(classes=int(mask.sum()), images=sum(compress(trained.values(), mask)))
+        shot: dict(classes=int(mask.sum()), images=sum(compress(counts['train'].values(), mask)))
         for shot, mask in shot_divisions(whole, args.many_shot, args.few_shot).items()
     }
     found = [
@@ -214,8 +213,8 @@ def describe_data(args: argparse.Namespace) -> Dict[str, Any]:
         similar=_by_place(_similar(found)) if perceptual else None,
         label_gaps=_label_gaps(sorted(counts['train'])),
         group_leaks=_group_leaks(sets),
-        only_in_train=sorted(counts['train'] - counts['evaluation']) if test is not None else [],
-        only_in_evaluation=sorted(counts['evaluation'] - counts['train']) if test is not None else [],
+        only_in_train=sorted(counts['train'].keys() - counts['evaluation']) if test is not None else [],
+        only_in_evaluation=sorted(counts['evaluation'].keys() - counts['train']) if test is not None else [],
     )
 
 
