@@ -2,7 +2,7 @@
 """Measure throughput, time per part, memory and FLOP/s of SHIKE models beside plain timm models."""
 import sys
 
-from shike_timm.commands.benchmark import main
+from shike_timm.cli.benchmark import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -2,7 +2,7 @@
 """Export a model to ONNX, TorchScript or torch.export."""
 import sys
 
-from shike_timm.commands.export import main
+from shike_timm.cli.export import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -2,7 +2,7 @@
 """Predict the classes of image files."""
 import sys
 
-from shike_timm.commands.predict import main
+from shike_timm.cli.predict import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -2,7 +2,7 @@
 """Publish a trained model to the Hugging Face Hub."""
 import sys
 
-from shike_timm.commands.publish import main
+from shike_timm.cli.publish import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -31,7 +31,7 @@ def main() -> int:
         print(f"shike: error: '{name}' is not a command, expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     sys.argv[:2] = [f'shike {name}']  # what --help and messages call it
-    return importlib.import_module(f"shike_timm.commands.{name.replace('-', '_')}").main()
+    return importlib.import_module(f"shike_timm.cli.{name.replace('-', '_')}").main()
 
 
 if __name__ == '__main__':

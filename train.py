@@ -2,7 +2,7 @@
 """Train a model: stage one, then classifier retraining."""
 import sys
 
-from shike_timm.commands.train import main
+from shike_timm.cli.train import main
 
 if __name__ == '__main__':
     sys.exit(main())

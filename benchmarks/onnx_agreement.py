@@ -9,7 +9,7 @@ import torch
 from torchvision.datasets import CIFAR100
 
 import shike_timm  # noqa: F401
-from shike_timm.commands.export import FILES, load_exported, save_exported
+from shike_timm.publishing.export import FILES, load_exported, save_exported
 
 
 def main():

@@ -2,9 +2,9 @@
 """Write options.md from the declarations of the options."""
 import importlib
 from pathlib import Path
-from typing import List
+from typing import Any, Dict, List, Type
 
-from shike_timm.options import Group, Option
+from shike_timm.options import Option, groups, title
 from shike_timm_cli import COMMANDS
 
 PAGE = Path(__file__).with_suffix('.md')
@@ -32,15 +32,22 @@ def _row(option: Option, training: bool) -> str:
     return '| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |'
 
 
+def _config(command: str) -> Type[Any]:
+    """The configuration of a command, which its module names after itself."""
+    module = importlib.import_module(f"shike_timm.cli.{command.replace('-', '_')}")
+    return module.CONFIG
+
+
 def page() -> str:
     """The page: the commands, then each group of options once."""
-    groups: List[Group] = []
+    found: Dict[Type[Any], List[Option]] = {}
     commands = []
     for name, what in COMMANDS.items():
-        module = importlib.import_module(f"shike_timm.commands.{name.replace('-', '_')}")
-        groups += [group for group in module.OPTIONS if group not in groups]
-        commands.append(f"| `shike {name}` | {what} | {', '.join(group.title for group in module.OPTIONS)} |")
-    training = importlib.import_module(f'shike_timm.commands.{GIVEN_TO}').OPTIONS
+        own = groups(_config(name))
+        for group, members in own.items():
+            found.setdefault(group, members)
+        commands.append(f"| `shike {name}` | {what} | {', '.join(map(title, own))} |")
+    training = groups(_config(GIVEN_TO))
     lines = [
         '# Options', '',
         'Made by `python docs/options.py` from the declarations. In hparams files and in Python a name has underscores '
@@ -48,11 +55,11 @@ def page() -> str:
         'the card of a published model an option stands always, where it was changed, or (blank) never.', '',
         '| command | what it does | options |', '|---|---|---|', *commands,
     ]
-    for group in groups:
+    for group, members in found.items():
         told = group in training
         header = ['option', 'value', 'default', 'meaning', *(['may change on resume', 'on the card'] if told else [])]
-        lines += ['', f'## {group.title}', '', '| ' + ' | '.join(header) + ' |', '|---' * len(header) + '|']
-        lines += [_row(option, told) for option in group.options]
+        lines += ['', f'## {title(group)}', '', '| ' + ' | '.join(header) + ' |', '|---' * len(header) + '|']
+        lines += [_row(option, told) for option in members]
     return '\n'.join(lines) + '\n'
 
 

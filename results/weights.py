@@ -11,12 +11,12 @@ import timm
 import torch
 
 from shike_timm.checkpoints import load_weights
-from shike_timm.commands.cli import run_script
-from shike_timm.commands.publish import read_run
+from shike_timm.cli.script import run_script
 from shike_timm.errors import InputError
-from shike_timm.loading import find_model, load_trained_model
-from shike_timm.model_card import model_card
 from shike_timm.models.registry import WEIGHTS, default_cfgs
+from shike_timm.pretrained.load import find_model, load_trained_model
+from shike_timm.publishing.card import model_card
+from shike_timm.publishing.hub import read_run
 
 
 def place(run: str, name: str, weights: Path) -> None:

@@ -40,9 +40,10 @@ def train(**options: Any) -> Dict[str, Any]:
     """
     from shike_timm.options import check_values
 
-    from . import runs
-    from .commands.train import OPTIONS, complete_train_args
-    return runs.train(complete_train_args(check_values(OPTIONS, options, 'train()')))
+    from .cli.train import complete_train_args
+    from .training.config import TrainConfig
+    from .training.runs import train
+    return train(complete_train_args(check_values(TrainConfig, options, 'train()')))
 
 
 def evaluate(**options: Any) -> Dict[str, Any]:
@@ -56,23 +57,23 @@ def evaluate(**options: Any) -> Dict[str, Any]:
     """
     from shike_timm.options import check_values, complete
 
-    from .commands.eval import OPTIONS, evaluate_model
-    return evaluate_model(complete(OPTIONS, check_values(OPTIONS, options, 'evaluate()')))
+    from .cli.eval import EvalConfig, evaluate_model
+    return evaluate_model(complete(EvalConfig, check_values(EvalConfig, options, 'evaluate()')))
 
 
 def describe(**options: Any) -> Dict[str, Any]:
     """Tell what a data set holds as `describe.py` does, with its options as keyword arguments.
 
     Returns:
-        What `shike_timm.commands.describe.describe_data` gives and `--json` prints.
+        What `shike_timm.cli.describe.describe_data` gives and `--json` prints.
 
     Raises:
         ValueError: If an option is unknown or cannot work.
     """
     from shike_timm.options import check_values, complete
 
-    from .commands.describe import OPTIONS, describe_data
-    return describe_data(complete(OPTIONS, check_values(OPTIONS, options, 'describe()')))
+    from .cli.describe import DescribeConfig, describe_data
+    return describe_data(complete(DescribeConfig, check_values(DescribeConfig, options, 'describe()')))
 
 
 def predict(inputs: Any, **options: Any) -> Iterator[Dict[str, Any]]:
@@ -83,13 +84,13 @@ def predict(inputs: Any, **options: Any) -> Iterator[Dict[str, Any]]:
         **options: Its options, but for those of its output.
 
     Returns:
-        An iterator of dictionaries as `shike_timm.commands.predict.predict_rows` gives them.
+        An iterator of dictionaries as `shike_timm.cli.predict.predict_rows` gives them.
 
     Raises:
         ValueError: If an option is unknown or cannot work.
     """
     from shike_timm.options import check_values, complete
 
-    from .commands.predict import PREDICTION, predict_rows
+    from .cli.predict import RowsConfig, predict_rows
     inputs = [str(one) for one in inputs] if isinstance(inputs, (list, tuple)) else [str(inputs)]
-    return predict_rows(complete(PREDICTION, check_values(PREDICTION, dict(options, inputs=inputs), 'predict()')))
+    return predict_rows(complete(RowsConfig, check_values(RowsConfig, dict(options, inputs=inputs), 'predict()')))

@@ -1,16 +1,26 @@
 """Devices: which one, what it computes, and the settings of the process that make it fast."""
 import ctypes
 import sys
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
 
 from .errors import InputError
+from .options import option
 
 __all__ = ['computes_bfloat16', 'keep_freed_memory', 'resolve_device', 'tune_device']
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT = (2 ** 30, 2 ** 25)  # bytes; older releases of glibc take no more than the second
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Device."""
+
+    device: Optional[str] = option(None, 'cuda where there is one, else cpu', may_change=True, card='never')
+    workers: int = option(4, 'data loading processes', low=0, flags=('-j',), may_change=True, card='never')
 
 
 def resolve_device(name: Optional[str]) -> torch.device:

@@ -1,5 +1,6 @@
 """What is measured of a model: accuracy on many-, medium- and few-shot classes, of the ensemble and each expert."""
 import itertools
+from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .distributed import world_size
 from .errors import InputError
+from .options import option
 
 __all__ = [
     'METRICS', 'SHOTS', 'ExpertEvaluator', 'all_subsets', 'balanced_over', 'evaluate', 'format_subsets', 'format_table',
@@ -23,16 +25,24 @@ MOST_EXPERTS = 4  # of which a report tries every choice
 NUM_BINS = 15  # of the calibration error
 
 
-def shot_divisions(class_counts: Sequence[int], many_shot: int = 100, few_shot: int = 20) -> Dict[str, Tensor]:
+@dataclass(frozen=True)
+class ShotConfig:
+    """Shot divisions."""
+
+    many_shot: int = option(100, 'a class with more training images is one of many', low=0, card='changed')
+    few_shot: int = option(20, 'a class with fewer training images is one of few', low=0, card='changed')
+
+
+def shot_divisions(class_counts: Sequence[int], shots: ShotConfig = ShotConfig()) -> Dict[str, Tensor]:
     """Masks [C] of the classes with many training images (over `many_shot`), few (under `few_shot`), or between."""
     counts = torch.as_tensor(class_counts)
-    many, few = counts > many_shot, counts < few_shot
+    many, few = counts > shots.many_shot, counts < shots.few_shot
     return {'many': many, 'medium': ~many & ~few, 'few': few & ~many}
 
 
-def shot_numbers(class_counts: Sequence[int], **shots: int) -> np.ndarray:
+def shot_numbers(class_counts: Sequence[int], shots: ShotConfig = ShotConfig()) -> np.ndarray:
     """Place in `SHOTS` of each class's division [C]; arguments as for `shot_divisions`."""
-    divisions = shot_divisions(class_counts, **shots)
+    divisions = shot_divisions(class_counts, shots)
     return torch.stack([divisions[shot] for shot in SHOTS]).int().argmax(0).numpy()
 
 
@@ -53,7 +63,7 @@ class ExpertEvaluator(ClassificationEvaluator):
         device: Device of the logits.
         subsets: Choices of experts to judge as ensembles of their own.
         max_samples: Images to count at most, the rest being what a distributed sampler pads with.
-        shots: Arguments of `shot_divisions`.
+        shots: Borders of the shot divisions.
     """
 
     metric_names = METRICS
@@ -66,9 +76,9 @@ class ExpertEvaluator(ClassificationEvaluator):
             *,
             subsets: Sequence[Sequence[int]] = (),
             max_samples: Optional[int] = None,
-            shots: Optional[Dict[str, int]] = None,
+            shots: ShotConfig = ShotConfig(),
     ):
-        self.shots = shots or {}
+        self.shots = shots
         self.num_experts = num_experts
         self.class_counts = class_counts
         self.subsets = [torch.tensor(subset, device=device) for subset in subsets]
@@ -140,7 +150,7 @@ class ExpertEvaluator(ClassificationEvaluator):
                 'images are not what it expects; use another checkpoint.')
         num_images = max(int(total.sum()), 1)
         accuracy = 100 * top1 / total[:, None].clamp(min=1)
-        divisions = dict(balanced=total >= 0, **shot_divisions(self.class_counts, **self.shots))
+        divisions = dict(balanced=total >= 0, **shot_divisions(self.class_counts, self.shots))
         results, per_class = [], []
         for k in range(accuracy.shape[1]):
             result: Dict[str, Any] = dict(
@@ -174,7 +184,7 @@ def evaluate(
         subsets: Sequence[Sequence[int]] = (),
         flip: bool = False,
         per_class: bool = False,
-        shots: Optional[Dict[str, int]] = None,
+        shots: ShotConfig = ShotConfig(),
         kept: Optional[List[Tuple[Tensor, Tensor]]] = None,
 ) -> Dict[str, Any]:
     """Evaluate a SHIKE model in float32, on what all processes have of the images, each counted once.
@@ -187,7 +197,7 @@ def evaluate(
         subsets: Choices of experts to judge as ensembles of their own.
         flip: Average the logits with those of the mirrored images.
         per_class: Also tell the accuracy on each class, under `per_class`.
-        shots: Arguments of `shot_divisions`.
+        shots: Borders of the shot divisions.
         kept: Gets the expert logits [B, M, C] and class indices [B] of each batch, on the CPU.
 
     Returns:

@@ -63,8 +63,8 @@ def run_script(monkeypatch, capsys):
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory):
     """Run folder of an undisturbed tiny run, not to be written to."""
-    from shike_timm.commands.train import parse_train_args
-    from shike_timm.runs import train
+    from shike_timm.cli.train import parse_train_args
+    from shike_timm.training.runs import train
 
     output = tmp_path_factory.mktemp('tiny')
     train(parse_train_args([*TINY, '--output', str(output)]))

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from timm.data import resolve_data_config
 from torch.distributed.nn.functional import all_reduce
 
-from shike_timm import engine, runs
-from shike_timm.commands.train import parse_train_args
-from shike_timm.data import Augmentation, create_eval_loader, create_train_loader, load_training_data
+from shike_timm.cli.train import parse_train_args
+from shike_timm.data import AugmentationConfig, create_eval_loader, create_train_loader, load_training_data
 from shike_timm.data.datasets import in_memory_set
 from shike_timm.distributed import join_processes, rank, world_size
 from shike_timm.metrics import evaluate
+from shike_timm.training import engine, runs
 
 CPU = torch.device('cpu')
 
@@ -68,7 +68,8 @@ def main(out, *argv):
     seen['images'] = []
     for on_device in (True, False):
         loader = create_train_loader(
-            numbered, config, 8, CPU, Augmentation(train_crop_mode='pad', color_jitter=0.), 0, device_data=on_device)
+            numbered, config, 8, CPU, AugmentationConfig(train_crop_mode='pad', color_jitter=0.), 0,
+            device_data=on_device)
         loader.sampler.set_epoch(5, 0, len(loader))
         batches = [(target.tolist(), images.double().sum((1, 2, 3)).tolist()) for images, target in loader]
         everybody = [None] * world_size()

@@ -10,9 +10,9 @@ from torch import nn
 
 import shike_timm  # noqa: F401
 from shike_timm.errors import InputError
-from shike_timm.loading import load_trained_model
 from shike_timm.models.authors import is_authors_layout, translate_authors_weights
-from shike_timm.tasks import ClassifierRetrainingTask, RepresentationTask
+from shike_timm.pretrained.load import load_trained_model
+from shike_timm.training.tasks import ClassifierRetrainingTask, RepresentationTask
 
 SETS = ('rt_classifiers', 'classifiers')
 

@@ -13,12 +13,12 @@ from timm.models import group_parameters, remap_state_dict, save_for_hf
 from torch import nn
 
 import shike_timm
-from shike_timm.build import create_model
 from shike_timm.checkpoints import load_checkpoint
-from shike_timm.commands.train import parse_train_args
+from shike_timm.cli.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.losses import representation_loss
 from shike_timm.models.backbones.split import find_chain
+from shike_timm.training.build import create_model
 
 CONVOLUTIONAL = [
     'resnet18', 'resnetv2_50', 'regnetx_008', 'convnextv2_nano', 'efficientnet_b0', 'mobilenetv3_large_100',

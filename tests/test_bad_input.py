@@ -253,6 +253,6 @@ def test_a_killed_worker_of_any_command_is_one_sentence(monkeypatch, run_script)
     def killed(args):
         raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')
 
-    monkeypatch.setattr('shike_timm.commands.describe.describe_data', killed)
+    monkeypatch.setattr('shike_timm.cli.describe.describe_data', killed)
     status, _, error = run_script('describe.py', '--data-dir', 'x')
     assert status == 1 and 'A process that loads images is gone' in error and len(error.splitlines()) == 1

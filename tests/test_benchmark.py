@@ -9,17 +9,17 @@ import torch._inductor.config
 from conftest import ROOT
 from torch import nn
 
-from shike_timm.build import resolve_autocast
-from shike_timm.commands.benchmark import (
+from shike_timm.cli.benchmark import (
     _plain_run,
     _shike_run,
     benchmark,
     format_report,
     parse_benchmark_args,
 )
-from shike_timm.engine import LoopConfig, train_step
 from shike_timm.measure import count_flops, measure_ceilings, peak_memory, time_parts
-from shike_timm.tasks import RepresentationTask
+from shike_timm.training.build import resolve_autocast
+from shike_timm.training.engine import LoopConfig, train_step
+from shike_timm.training.tasks import RepresentationTask
 
 QUICK = ['--device', 'cpu', '--num-warm-iter', '1', '--num-bench-iter', '1', '--num-rounds', '3', '--batch-size', '4']
 CPU = torch.device('cpu')
@@ -30,7 +30,7 @@ def known_ceilings():
     """Ceilings that take no time to measure."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            'shike_timm.commands.benchmark.measure_ceilings', lambda *_: dict(matmul_gflops=100., copy_gb=10.))
+            'shike_timm.cli.benchmark.measure_ceilings', lambda *_: dict(matmul_gflops=100., copy_gb=10.))
         yield
 
 

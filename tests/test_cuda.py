@@ -6,9 +6,9 @@ import timm
 import torch
 from conftest import TINY
 
-from shike_timm import engine
-from shike_timm.commands.train import parse_train_args
-from shike_timm.runs import train
+from shike_timm.cli.train import parse_train_args
+from shike_timm.training import engine
+from shike_timm.training.runs import train
 
 WAYS = {
     'eager': [],

@@ -14,7 +14,7 @@ from timm.data import IterableImageDataset, resolve_data_config
 from torchvision import transforms
 
 from shike_timm.data import (
-    Augmentation,
+    AugmentationConfig,
     create_eval_dataset,
     create_eval_loader,
     create_train_loader,
@@ -25,7 +25,7 @@ from shike_timm.data.augment.transforms import Cutout, create_train_transform
 from shike_timm.data.datasets import DATASETS, DatasetEntry, ImageSet, in_memory_set, register_dataset
 from shike_timm.data.long_tail import long_tailed_counts, long_tailed_indices
 from shike_timm.errors import InputError
-from shike_timm.metrics import shot_divisions
+from shike_timm.metrics import ShotConfig, shot_divisions
 
 CPU = torch.device('cpu')
 
@@ -104,7 +104,7 @@ def test_a_seeded_subset_is_that_of_ldam_drw():
 
 
 def test_shot_thresholds():
-    masks = shot_divisions([5, 10, 20, 40], many_shot=20, few_shot=10)
+    masks = shot_divisions([5, 10, 20, 40], ShotConfig(20, 10))
     assert [mask.tolist() for mask in masks.values()] == [
         [False, False, False, True], [False, True, True, False], [True, False, False, False]]
 
@@ -212,7 +212,7 @@ def test_workers_of_a_stream_draw_from_its_seed():
     def make():
         config = resolve_data_config({'input_size': (3, 8, 8)})
         data = ImageSet(IterableImageDataset(None, reader=Noise()))
-        return create_train_loader(data, config, 8, CPU, Augmentation(no_aug=True), 1)
+        return create_train_loader(data, config, 8, CPU, AugmentationConfig(no_aug=True), 1)
 
     one = make()
     first, second = epoch(one, 5), epoch(one, 6)
@@ -230,7 +230,7 @@ def test_counts_come_from_a_file_where_labels_are_not_listed(image_folder, tmp_p
     data = load_training_data('wds/x', class_stats=str(stats))
     assert data.class_counts == [10, 6, 4] and data.class_names == ['0', '1', '2']
     config = dict(resolve_data_config(dict(img_size=8)), mean=(0.,) * 3, std=(1.,) * 3)
-    batches = list(create_train_loader(data.train, config, 8, CPU, Augmentation(), 0))
+    batches = list(create_train_loader(data.train, config, 8, CPU, AugmentationConfig(), 0))
     assert [target.tolist() for _, target in batches] == [[0, 1, 2, 0, 1, 2, 0, 1], [2, 0, 1, 2, 0, 1, 2, 0]]
     assert sum(len(images) for images, _ in create_eval_loader(data.test, config, 8, CPU, 0)) == 20
     for text, message in (
@@ -329,7 +329,7 @@ def test_cutout():
 
 def test_cifar_recipe():
     transform = create_train_transform(
-        (3, 32, 32), Augmentation(train_crop_mode='pad', auto_augment='cifar10', cutout=16))
+        (3, 32, 32), AugmentationConfig(train_crop_mode='pad', aa='cifar10', cutout=16))
     kinds = [type(step).__name__ for step in transform.transforms]
     assert kinds == ['Resize', 'RandomCrop', 'RandomHorizontalFlip', 'AutoAugment', 'MaybePILToTensor', 'Cutout']
     crop, policy = transform.transforms[1], transform.transforms[3]
@@ -340,14 +340,14 @@ def test_cifar_recipe():
 
 
 @pytest.mark.parametrize('options', [
-    dict(auto_augment='original'),
-    dict(auto_augment='rand-m9-mstd0.5-inc1'),
-    dict(auto_augment='rand-m9-mstd0.5-inc1', train_crop_mode='pad', cutout=4),
+    dict(aa='original'),
+    dict(aa='rand-m9-mstd0.5-inc1'),
+    dict(aa='rand-m9-mstd0.5-inc1', train_crop_mode='pad', cutout=4),
     dict(train_crop_mode='rkrc', vflip=0.5, color_jitter=0.4),
-    dict(no_aug=True, auto_augment='cifar10'),
+    dict(no_aug=True, aa='cifar10'),
 ])
 def test_timm_augmentation(options):
-    transform = create_train_transform((3, 24, 24), Augmentation(**options))
+    transform = create_train_transform((3, 24, 24), AugmentationConfig(**options))
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8))
     for _ in range(100):
@@ -356,8 +356,8 @@ def test_timm_augmentation(options):
 
 def test_colours_are_jittered_before_a_policy_where_that_is_asked_for():
     for force, expected in ((False, []), (True, [(0.6, 1.4)] * 3)):
-        options = dict(auto_augment='rand-n2-m10-mstd0.5', force_color_jitter=force)
-        steps = create_train_transform((3, 24, 24), Augmentation(**options)).transforms
+        options = dict(aa='rand-n2-m10-mstd0.5', force_color_jitter=force)
+        steps = create_train_transform((3, 24, 24), AugmentationConfig(**options)).transforms
         names = [type(step).__name__ for step in steps]
         jitter = [step for step in steps if isinstance(step, transforms.ColorJitter)]
         assert [pair for step in jitter for pair in (step.brightness, step.contrast, step.saturation)] == expected
@@ -367,7 +367,8 @@ def test_colours_are_jittered_before_a_policy_where_that_is_asked_for():
 def test_loaders(image_folder):
     data = load_training_data('', str(image_folder))
     config = dict(resolve_data_config(dict(img_size=16)), mean=(0., 0., 0.), std=(1., 1., 1.))
-    loader = create_train_loader(data.train, config, 16, CPU, Augmentation(re_prob=1., color_jitter=0.), 0)
+    erasing = AugmentationConfig(reprob=1., remode='const', color_jitter=0.)
+    loader = create_train_loader(data.train, config, 16, CPU, erasing, 0)
     batches = list(loader)
     assert len(batches) == 2
     assert batches[0][0].shape == (16, 3, 16, 16) and batches[0][1].dtype == torch.int64
@@ -375,10 +376,11 @@ def test_loaders(image_folder):
     total = sum(len(images) for images, _ in create_eval_loader(data.test, config, 5, CPU, 0))
     assert total == 12
     mixed = create_train_loader(
-        data.train, config, 16, CPU, Augmentation(), 0, mixup=dict(mixup_alpha=1., num_classes=3, label_smoothing=0.))
+        data.train, config, 16, CPU, AugmentationConfig(), 0,
+        mixup=dict(mixup_alpha=1., num_classes=3, label_smoothing=0.))
     _, target = next(iter(mixed))
     assert target.shape == (16, 3) and torch.allclose(target.sum(1), torch.ones(16))
     with pytest.raises(InputError, match='batch-size 64 exceeds the 42'):
-        create_train_loader(data.train, config, 64, CPU, Augmentation(), 0)
+        create_train_loader(data.train, config, 64, CPU, AugmentationConfig(), 0)
     with pytest.raises(InputError, match="aa 'nonsense' is not a policy"):
-        create_train_loader(data.train, config, 16, CPU, Augmentation(auto_augment='nonsense'), 0)
+        create_train_loader(data.train, config, 16, CPU, AugmentationConfig(aa='nonsense'), 0)

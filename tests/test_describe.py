@@ -10,7 +10,7 @@ from PIL import Image
 from timm.loss import load_class_stats
 
 import shike_timm
-from shike_timm.commands.describe import _label_gaps, describe_data, parse_describe_args
+from shike_timm.cli.describe import _label_gaps, describe_data, parse_describe_args
 from shike_timm.data.datasets import ImageSet, in_memory_set
 from shike_timm.data.survey import alike, survey
 

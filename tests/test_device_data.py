@@ -12,7 +12,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Interpolation
 from torchvision.transforms import functional as tvf
 from torchvision.transforms.autoaugment import _apply_op
 
-from shike_timm.data import Augmentation, create_eval_loader, create_train_loader, load_training_data
+from shike_timm.data import AugmentationConfig, create_eval_loader, create_train_loader, load_training_data
 from shike_timm.data.augment.batch import augment_batch, auto_augment, batch_gap, crop, cutout
 from shike_timm.data.augment.transforms import Cutout
 from shike_timm.data.datasets import in_memory_set
@@ -21,7 +21,7 @@ from shike_timm.errors import InputError
 
 CPU = torch.device('cpu')
 CIFAR = resolve_data_config(dict(input_size=(3, 32, 32), crop_pct=1., mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3)))
-RECIPE = dict(train_crop_mode='pad', auto_augment='cifar10', cutout=16)
+RECIPE = dict(train_crop_mode='pad', aa='cifar10', cutout=16)
 UNLIKELY = 1e-6
 
 
@@ -85,10 +85,10 @@ def test_crops_and_flips_have_the_distribution_of_torchvisions(photo):
         image = tvf.crop(padded, top, left, 32, 32)
         probabilities[np.asarray(tvf.hflip(image) if flip else image).tobytes()] += 1 / 162
     torch.manual_seed(0)
-    augmented = augment_batch(batch_of(photo, 10_000), Augmentation(train_crop_mode='pad'))
+    augmented = augment_batch(batch_of(photo, 10_000), AugmentationConfig(train_crop_mode='pad'))
     assert_follows(outcomes(augmented), probabilities)
     vertical = {photo[::-1].tobytes(): 0.2, photo.tobytes(): 0.8}
-    assert_follows(outcomes(augment_batch(batch_of(photo, 5_000), Augmentation(hflip=0., vflip=0.2))), vertical)
+    assert_follows(outcomes(augment_batch(batch_of(photo, 5_000), AugmentationConfig(hflip=0., vflip=0.2))), vertical)
 
 
 @pytest.mark.parametrize('size', [16, 3])
@@ -101,7 +101,8 @@ def test_cutout_has_the_distribution_of_the_transforms(photo, size):
         image = cutout(batch_of(photo, 1), torch.tensor([row]), torch.tensor([column]), size)
         probabilities[image.permute(0, 2, 3, 1).contiguous().numpy().tobytes()] += 1 / 1024
     assert_follows(single, probabilities)
-    assert_follows(outcomes(augment_batch(batch_of(photo, 20_000), Augmentation(hflip=0., cutout=size))), probabilities)
+    config = AugmentationConfig(hflip=0., cutout=size)
+    assert_follows(outcomes(augment_batch(batch_of(photo, 20_000), config)), probabilities)
 
 
 def test_each_image_is_cropped_at_its_own_place(cifar):
@@ -130,7 +131,7 @@ def test_digits_equal_the_workers():
 
 
 def test_training_batches_hold_every_image_once(cifar):
-    loader = create_train_loader(cifar.train, CIFAR, 128, CPU, Augmentation(no_aug=True), 0)
+    loader = create_train_loader(cifar.train, CIFAR, 128, CPU, AugmentationConfig(no_aug=True), 0)
     assert isinstance(loader, DeviceLoader) and len(loader) == 84
     torch.manual_seed(0)
     first, second = ([(images, target) for images, target in loader] for _ in range(2))
@@ -147,7 +148,7 @@ def test_training_batches_hold_every_image_once(cifar):
 
 
 def test_augmentation_depends_on_the_seed_alone_and_rounds_join(cifar, monkeypatch):
-    loader = create_train_loader(cifar.train, CIFAR, 100, CPU, Augmentation(**RECIPE), 0)
+    loader = create_train_loader(cifar.train, CIFAR, 100, CPU, AugmentationConfig(**RECIPE), 0)
     torch.manual_seed(5)
     first = torch.cat([images for images, _ in loader])
     torch.manual_seed(5)
@@ -156,7 +157,7 @@ def test_augmentation_depends_on_the_seed_alone_and_rounds_join(cifar, monkeypat
     monkeypatch.setattr('shike_timm.data.in_memory.AUGMENTED_AT_ONCE', 950)
     assert [len(images) for images, _ in loader] == [100] * 108
 
-    plain = create_train_loader(cifar.train, CIFAR, 100, CPU, Augmentation(no_aug=True), 0)
+    plain = create_train_loader(cifar.train, CIFAR, 100, CPU, AugmentationConfig(no_aug=True), 0)
     epochs = []
     for at_once in (950, 16384):
         monkeypatch.setattr('shike_timm.data.in_memory.AUGMENTED_AT_ONCE', at_once)
@@ -171,17 +172,18 @@ def test_workers_take_what_has_no_batched_form(cifar, image_folder):
     for options, mixup, reason in (
             (dict(), None, '--train-crop-mode rrc works on one image'),
             (dict(train_crop_mode='pad', color_jitter=0.4), None, '--color-jitter 0.4'),
-            (dict(RECIPE, auto_augment='rand-m9-mstd0.5'), None, '--aa rand-m9-mstd0.5'),
-            (dict(RECIPE, re_prob=0.5), None, '--reprob 0.5'),
+            (dict(RECIPE, aa='rand-m9-mstd0.5'), None, '--aa rand-m9-mstd0.5'),
+            (dict(RECIPE, reprob=0.5), None, '--reprob 0.5'),
             (RECIPE, dict(mixup_alpha=1., num_classes=100), '--mixup or --cutmix')):
-        arguments = cifar.train, CIFAR, 16, CPU, Augmentation(**options), 0, mixup
+        arguments = cifar.train, CIFAR, 16, CPU, AugmentationConfig(**options), 0, mixup
         assert not isinstance(create_train_loader(*arguments), DeviceLoader)
         with pytest.raises(InputError, match=f'--device-data cannot be had with this data set: {reason}'):
             create_train_loader(*arguments, device_data=True)
-    assert batch_gap(Augmentation(**RECIPE), torch.device('mps')) == '--aa cifar10'  # for want of float64
+    assert batch_gap(AugmentationConfig(**RECIPE), torch.device('mps')) == '--aa cifar10'  # for want of float64
     with pytest.raises(InputError, match='its images are 32x32, not 64x64'):
         create_train_loader(
-            cifar.train, dict(CIFAR, input_size=(3, 64, 64)), 16, CPU, Augmentation(no_aug=True), 0, device_data=True)
+            cifar.train, dict(CIFAR, input_size=(3, 64, 64)), 16, CPU, AugmentationConfig(no_aug=True), 0,
+            device_data=True)
     with pytest.raises(InputError, match='its images are not in memory'):
         create_eval_loader(folder.test, CIFAR, 4, CPU, 0, device_data=True)
     with pytest.raises(InputError, match='--crop-pct is 0.9, not 1'):

@@ -13,12 +13,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from shike_timm import distributed, runs
+from shike_timm import distributed
 from shike_timm.checkpoints import load_checkpoint
-from shike_timm.commands.train import parse_train_args
+from shike_timm.cli.train import parse_train_args
 from shike_timm.data.sharding import EpochSampler
 from shike_timm.errors import InputError
-from shike_timm.methods import plan_stages
+from shike_timm.training import runs
+from shike_timm.training.methods import plan_stages
 
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
 
@@ -87,8 +88,8 @@ def test_processes_share_the_order_of_one(seen):
 
 
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
-    from shike_timm.engine import LoopConfig, train_step
-    from shike_timm.tasks import RepresentationTask
+    from shike_timm.training.engine import LoopConfig, train_step
+    from shike_timm.training.tasks import RepresentationTask
     weights = []
     for num_parts in (1, 3):
         torch.manual_seed(0)
@@ -117,7 +118,7 @@ def test_a_sampler_gives_whole_updates_from_any_step_on():
 def test_learning_rate_follows_the_images_of_an_update(monkeypatch):
     argv = [*TINY, '--batch-size', '32', '--lr-base', '0.2', '--crt-lr-base', '0.1', '--grad-accum-steps', '2']
     for n, expected in ((1, [0.05, 0.025]), (4, [0.2, 0.1])):
-        monkeypatch.setattr('shike_timm.methods.world_size', lambda n=n: n)
+        monkeypatch.setattr('shike_timm.training.methods.world_size', lambda n=n: n)
         assert [stage.lr for stage in plan_stages(parse_train_args(argv))] == pytest.approx(expected)
     adam = plan_stages(parse_train_args([*argv, '--opt', 'AdamW', '--lr-base-size', '64']))
     assert [stage.lr for stage in adam] == pytest.approx([0.4, 0.2])

@@ -16,9 +16,10 @@ from torchvision.datasets import CIFAR100
 
 import shike_timm  # noqa: F401
 from shike_timm.checkpoints import export_model
-from shike_timm.commands import export as exporting
-from shike_timm.commands.export import FILES, export, load_exported, parse_export_args, save_exported
+from shike_timm.cli.export import export, parse_export_args
 from shike_timm.errors import InputError
+from shike_timm.publishing import export as exporting
+from shike_timm.publishing.export import FILES, load_exported, save_exported
 
 CLASS_NAMES = [f'class {i}' for i in range(100)]
 CLASS_COUNTS = list(range(500, 0, -5))

@@ -4,6 +4,7 @@ What does not run so: the backward (autograd wants a device), the kernel of fuse
 metrics from sums that are on the host, what worker processes pin, NCCL. On a GPU benchmarks/gpu.sh runs all but the
 last.
 """
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,11 +16,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, is_fake,
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from shike_timm import engine, runs
 from shike_timm.checkpoints import load_checkpoint, load_weights
-from shike_timm.commands.train import parse_train_args
-from shike_timm.methods import plan_stages
+from shike_timm.cli.train import parse_train_args
 from shike_timm.metrics import ExpertEvaluator, evaluate
+from shike_timm.training import engine, runs
+from shike_timm.training.methods import plan_stages
 
 CUDA = torch.device('cuda', 0)
 
@@ -91,7 +92,7 @@ def fake_cuda(monkeypatch):
 def test_both_stages(tiny_run, fake_cuda, monkeypatch, options):
     args = parse_train_args([*TINY, '--device', 'cuda', *options])
     if args.model_ema:
-        args.kd_model_name = f'local-dir:{tiny_run}/model'
+        args = replace(args, kd_model_name=f'local-dir:{tiny_run}/model')
     stages = plan_stages(args)
     checkpoint = load_checkpoint(tiny_run / 'stage_one' / 'last.pth.tar')
     run = runs.prepare(args, stages)

@@ -9,16 +9,16 @@ import torch
 from conftest import ROOT, TINY
 from timm.optim import Lookahead
 
-from shike_timm.build import create_optimizer
-from shike_timm.commands.train import parse_train_args
+from shike_timm.cli.train import parse_train_args
 from shike_timm.devices import keep_freed_memory
-from shike_timm.engine import LoopConfig, train_step
 from shike_timm.errors import InputError
 from shike_timm.losses import balanced_softmax, representation_loss
 from shike_timm.models.backbones import cifar_resnet
 from shike_timm.models.shike import Shike
-from shike_timm.runs import train
-from shike_timm.tasks import ClassifierRetrainingTask, RepresentationTask
+from shike_timm.training.build import create_optimizer
+from shike_timm.training.engine import LoopConfig, train_step
+from shike_timm.training.runs import train
+from shike_timm.training.tasks import ClassifierRetrainingTask, RepresentationTask
 
 CLASSES = 20
 

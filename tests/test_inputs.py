@@ -12,7 +12,7 @@ from PIL import Image
 
 from shike_timm.checkpoints import export_model
 from shike_timm.data import create_eval_dataset
-from shike_timm.loading import load_teacher, load_trained_model
+from shike_timm.pretrained.load import load_teacher, load_trained_model
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shike_timm.__main__ import main
-from shike_timm.commands import describe
+from shike_timm.cli import describe
 
 SCRIPT = """
 import argparse

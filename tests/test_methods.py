@@ -6,7 +6,7 @@ import timm
 import torch
 from timm.loss import compute_class_weights
 
-from shike_timm.commands.train import parse_train_args
+from shike_timm.cli.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.losses import (
     balanced_softmax,
@@ -16,7 +16,7 @@ from shike_timm.losses import (
     logit_adjusted,
     representation_loss,
 )
-from shike_timm.methods import METHODS, plan_stages
+from shike_timm.training.methods import METHODS, plan_stages
 
 COUNTS = [50, 30, 10, 5, 2]
 N = torch.tensor(COUNTS)

@@ -1,13 +1,13 @@
-import argparse
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error
 
-from shike_timm.commands.eval import evaluate_model, parse_eval_args
+from shike_timm.cli.eval import evaluate_model, parse_eval_args
 from shike_timm.metrics import ExpertEvaluator, evaluate, format_table, shot_divisions
 
 
@@ -102,7 +102,7 @@ def test_results_of_each_class_are_written(tiny_run, tmp_path):
     args = parse_eval_args([
         '--checkpoint', str(tiny_run / 'stage_two' / 'last.pth.tar'), '--dataset', 'digits_lt', '--workers', '0',
         '--device', 'cpu', '--results-file', str(tmp_path / 'results.json')])
-    before = argparse.Namespace(**vars(args))
+    before = replace(args)
     metrics = evaluate_model(args)
     assert args == before and json.loads((tmp_path / 'results.json').read_text()) == metrics
     per_class = metrics.pop('per_class')

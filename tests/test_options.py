@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ import yaml
 from conftest import ROOT, read_yaml
 
 import shike_timm
-from shike_timm.build import create_model, create_optimizer, create_schedule, mixup_options, resolve_autocast
 from shike_timm.checkpoints import load_checkpoint
-from shike_timm.commands.retrain_classifier import parse_retrain_args
-from shike_timm.commands.train import parse_train_args
+from shike_timm.cli.retrain_classifier import parse_retrain_args
+from shike_timm.cli.train import parse_train_args
 from shike_timm.errors import InputError
-from shike_timm.methods import plan_stages
-from shike_timm.options import HPARAMS, TRAIN, card_options, changed_option, check_values, complete, read_command_line
+from shike_timm.options import check_values, complete, options, read_command_line
+from shike_timm.training.build import create_model, create_optimizer, create_schedule, mixup_options, resolve_autocast
+from shike_timm.training.config import TrainConfig, card_options, changed_option
+from shike_timm.training.methods import plan_stages
 from shike_timm_cli import COMMANDS
 
 RECIPES = sorted((ROOT / 'hparams').rglob('*.yaml'))
@@ -121,7 +123,7 @@ def test_a_file_overrides_its_base(tmp_path):
     assert args.opt_kwargs == {'nesterov': True}
     read = parse_train_args(['--opt-kwargs', 'betas=(0.9, 0.95)', 'kind=plain']).opt_kwargs
     assert read == dict(betas=[0.9, 0.95], kind='plain')
-    own = complete(TRAIN, check_values(TRAIN, dict(opt_kwargs=dict(betas=(0.9, 0.95))), ''))
+    own = complete(TrainConfig, check_values(TrainConfig, dict(opt_kwargs=dict(betas=(0.9, 0.95))), ''))
     assert changed_option(own, dict(opt_kwargs=dict(betas=[0.9, 0.95]))) is None
 
 
@@ -237,16 +239,17 @@ def sample(option):
 
 def test_every_option_by_command_line_file_and_keyword(tmp_path):
     """The three ways agree, and each option stands on the card as it is declared to."""
-    for group in TRAIN:
-        for option in () if group is HPARAMS else group.options:
-            value, argv = sample(option)
-            given = complete(TRAIN, read_command_line('', TRAIN, argv))
-            assert getattr(given, option.name) == value != option.default
-            in_file = complete(TRAIN, dict(hparams=write(tmp_path, yaml.safe_dump({option.name: value}))))
-            in_file.hparams = None
-            assert vars(complete(TRAIN, check_values(TRAIN, {option.name: value}, ''))) == vars(in_file) == vars(given)
-            assert (option.name in card_options(vars(given))) == (option.card != 'never')
-    told = card_options(vars(complete(TRAIN, {})))
+    for name, option in options(TrainConfig).items():
+        if name == 'hparams':
+            continue
+        value, argv = sample(option)
+        given = complete(TrainConfig, read_command_line(TrainConfig, '', argv))
+        assert getattr(given, name) == value != option.default
+        in_file = complete(TrainConfig, dict(hparams=write(tmp_path, yaml.safe_dump({name: value}))))
+        assert complete(TrainConfig, check_values(TrainConfig, {name: value}, '')) == replace(in_file, hparams=None)
+        assert given == replace(in_file, hparams=None)
+        assert (name in card_options(vars(given))) == (option.card != 'never')
+    told = card_options(vars(TrainConfig()))
     assert told['lr'] == 0.1 and not {'method', 'tau', 'focal_gamma', 'val_per_class', 'data_dir'} & set(told)
 
 
@@ -255,7 +258,7 @@ def test_what_a_file_sets_can_be_unset(tmp_path):
     args = parse_train_args(['--hparams', path, '--no-torchcompile', '--no-amp'])
     assert (args.torchcompile, args.amp, args.crt_epochs) == (None, False, 3)
     assert parse_train_args(['--torchcompile']).torchcompile == 'inductor'
-    assert complete(TRAIN, dict(hparams=path, crt_epochs=None)).crt_epochs is None
+    assert complete(TrainConfig, dict(hparams=path, crt_epochs=None)).crt_epochs is None
     assert parse_train_args(['-c', write(tmp_path, 'pretrained_backbone: true')]).pretrained_backbone == 'default'
 
 
@@ -268,13 +271,13 @@ def test_recipes_by_name(tmp_path, monkeypatch):
 
 
 def test_from_python(tmp_path, tiny_run):
-    for options, message in (
+    for given, message in (
             (dict(epoch=3), "train() has an unknown key 'epoch', the nearest valid one is 'epochs'."),
             (dict(class_colour=3), "train() has an unknown key 'class_colour'."),
             (dict(lr='fast'), "train(): 'lr' is 'fast', expected a number"),
             (dict(epochs=0), '--epochs 0 is out of range')):
         with pytest.raises(InputError, match=re.escape(message)):
-            shike_timm.train(**options)
+            shike_timm.train(**given)
     metrics = shike_timm.train(
         hparams=str(tiny_run / 'args.yaml'), output=tmp_path, experiment='again', epochs=2, crt_epochs=0)
     before = yaml.safe_load((tiny_run / 'metrics.json').read_text())['stage_one']
@@ -304,12 +307,12 @@ def test_the_console_script(tmp_path):
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_help_of_a_command(name, capsys):
-    module = importlib.import_module(f"shike_timm.commands.{name.replace('-', '_')}")
+    module = importlib.import_module(f"shike_timm.cli.{name.replace('-', '_')}")
     with pytest.raises(SystemExit):
         getattr(module, f"parse_{name.split('-')[0]}_args")(['--help'])
     text = capsys.readouterr().out
     assert COMMANDS[name][1:] in ' '.join(text.split())
-    assert all(option.flag in text or option.positional for group in module.OPTIONS for option in group.options)
+    assert all(option.flag in text or option.positional for option in options(module.CONFIG).values())
 
 
 def test_the_page_of_options_is_current(monkeypatch):

@@ -10,15 +10,16 @@ from conftest import TINY
 
 import shike_timm  # noqa: F401
 from shike_timm.checkpoints import export_model
-from shike_timm.commands.export import FILES, export, load_exported, parse_export_args
-from shike_timm.commands.train import parse_train_args
+from shike_timm.cli.export import export, parse_export_args
+from shike_timm.cli.train import parse_train_args
 from shike_timm.data import create_eval_dataset
 from shike_timm.data.datasets import in_memory_set
 from shike_timm.data.loaders import create_eval_loader
 from shike_timm.data.long_tail import long_tailed_counts, long_tailed_indices
-from shike_timm.loading import load_trained_model
-from shike_timm.methods import plan_stages
 from shike_timm.metrics import evaluate
+from shike_timm.pretrained.load import load_trained_model
+from shike_timm.publishing.export import FILES, load_exported
+from shike_timm.training.methods import plan_stages
 
 COUNTS = [60, 25, 10, 5]
 TRAIN = torch.tensor([0.6, 0.25, 0.1, 0.05])

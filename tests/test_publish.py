@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard, constants
 from loopback_hub import TOKEN, LoopbackHub
 from PIL import Image
 
-from shike_timm.commands.train import parse_train_args
-from shike_timm.model_card import METRIC_NAMES, model_card
-from shike_timm.options import TRAIN
+from shike_timm.cli.train import parse_train_args
+from shike_timm.options import options
+from shike_timm.publishing.card import METRIC_NAMES, model_card
+from shike_timm.training.config import TrainConfig
 
 # huggingface_hub passes files that way.
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')
@@ -127,18 +128,18 @@ def test_card_says_over_how_many_classes_it_averages(tiny_run):
     assert 'over 8 of 10 classes, many' in text and 'the other classes have no images there.' in text
 
 
-@pytest.mark.parametrize('options', [
+@pytest.mark.parametrize('argv', [
     ['--hparams', str(ROOT / 'hparams' / 'quickstart.yaml'), '--clip-grad', '1', '--clip-mode', 'agc'],
     ['--dataset', 'torch/cifar100', '--train-split', 'train', '--sched', 'step', '--decay-rate', '0.2', '--scale',
      '0.5', '1', '--mean', '0.5', '--drop-path', '0', '--mixup', '0.2', '--alpha', '0', '--mixup-mode', 'elem'],
     ['--kd-model-name', 'hf-hub:me/net@v1', '--distill-loss-weight', '2'],
 ])
-def test_the_recipe_on_the_card_is_that_of_the_run(tiny_run, tmp_path, options):
-    args = vars(parse_train_args(options))
+def test_the_recipe_on_the_card_is_that_of_the_run(tiny_run, tmp_path, argv):
+    args = vars(parse_train_args(argv))
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(block(str(tiny_card(tiny_run, read_files(tiny_run)[1], args)), 'yaml'))
     again = vars(parse_train_args(['--hparams', str(recipe)]))
-    own = {option.name for group in TRAIN for option in group.options if option.card == 'never'}
+    own = {name for name, option in options(TrainConfig).items() if option.card == 'never'}
     assert {key for key, value in args.items() if again[key] != value} <= own
 
 

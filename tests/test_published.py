@@ -8,12 +8,12 @@ import torch
 from conftest import REAL_DATA
 from PIL import Image
 
-from shike_timm.commands.describe import describe_data, parse_describe_args
-from shike_timm.commands.train import parse_train_args
+from shike_timm.cli.describe import describe_data, parse_describe_args
+from shike_timm.cli.train import parse_train_args
 from shike_timm.data import create_eval_dataset, load_training_data, published
 from shike_timm.errors import InputError
 from shike_timm.metrics import shot_divisions
-from shike_timm.runs import train
+from shike_timm.training.runs import train
 
 # Images of each class to train on, in label order; some classes' numbers are out of order as text.
 COUNTS = (6, 3, 4, 2, 2, 3, 2, 2, 2, 2, 4)

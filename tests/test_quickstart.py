@@ -5,8 +5,8 @@ import statistics
 import pytest
 from conftest import ROOT
 
-from shike_timm.commands.train import parse_train_args
-from shike_timm.runs import train
+from shike_timm.cli.train import parse_train_args
+from shike_timm.training.runs import train
 
 SEED_STD = 5.  # points of top-1 between seeds, over six of each side
 SIDES = {'plain': ['--no-device-data'], 'fast': ['--device-data', '--channels-last', '--amp']}

@@ -17,13 +17,13 @@ from scipy import stats
 
 import shike_timm
 from shike_timm.checkpoints import export_model
-from shike_timm.commands.eval import parse_eval_args
+from shike_timm.cli.eval import parse_eval_args
 from shike_timm.errors import InputError
 from shike_timm.metrics import METRICS, SHOTS, shot_numbers
 from shike_timm.report.logits import SavedLogits, load_logits, save_logits
 
 pytest.importorskip('matplotlib')
-from shike_timm.report import data, figures, page  # noqa: E402
+from shike_timm.report import analysis, figures, page  # noqa: E402
 
 HOSTILE = [
     '<script>alert(1)</script>', '"quoted", \'twice\' & $x_1$', 'long ' * 60, 'שלום عربي', '🐙 octopus', 'a,b;c',
@@ -48,7 +48,7 @@ COUNTS = [500, 300, 150, 90, 60, 30, 15, 10, 6, 3]
 
 @pytest.fixture(scope='module')
 def judged():
-    return data.judge(make_logits(COUNTS))
+    return analysis.judge(make_logits(COUNTS))
 
 
 def read_page(folder):
@@ -94,7 +94,8 @@ def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_scrip
     for told, output in zip((results, *results['experts']), outputs):
         for key, value in plain_metrics(output, saved.targets, saved.class_counts).items():
             assert told[key] == pytest.approx(value, abs=0.0051 if key != 'ece' else 0.1), key
-    assert data.judge(saved).metrics.items() <= {**results, 'per_class': data.judge(saved).metrics['per_class']}.items()
+    judged = analysis.judge(saved).metrics
+    assert judged.items() <= {**results, 'per_class': judged['per_class']}.items()
 
     text, table = read_page(tmp_path / 'report')
     cells = re.findall(r'<td>([^<]*)</td>', re.search(r'<table id="metrics">.*?</table>', text, re.S)[0])
@@ -137,7 +138,7 @@ def make_run(folder, seed, num_images=600, lr=0.1):
     folder.mkdir()
     (folder / 'args.yaml').write_text(f'seed: {seed}\nlr: {lr}\nexperiment: {folder.name}\n')
     made_by = sum(map(ord, folder.name))
-    return data.judge(make_logits(COUNTS, num_images, seed=made_by, name=folder.name, run=folder))
+    return analysis.judge(make_logits(COUNTS, num_images, seed=made_by, name=folder.name, run=folder))
 
 
 def test_seeds_of_one_recipe(tmp_path, monkeypatch):
@@ -155,7 +156,7 @@ def test_seeds_of_one_recipe(tmp_path, monkeypatch):
 
     assert not page.seed_groups([*runs, make_run(tmp_path / 'again', 2)])
     assert not page.seed_groups([*runs, make_run(tmp_path / 'elsewhere', 3, num_images=500)])
-    flipped = data.judge(make_logits(COUNTS, seed=9, name='flipped', run=runs[0].saved.run))
+    flipped = analysis.judge(make_logits(COUNTS, seed=9, name='flipped', run=runs[0].saved.run))
     assert not page.seed_groups([runs[0], flipped]) and not page.seed_groups(runs[:1])
 
 
@@ -172,7 +173,7 @@ def test_a_run_is_judged_on_the_images_that_it_set_aside(tmp_path, run_script):
 
 
 def test_intervals_are_those_of_scipy(judged):
-    other = data.judge(make_logits(COUNTS, seed=1))
+    other = analysis.judge(make_logits(COUNTS, seed=1))
     by_class = [judged.right[judged.saved.targets == c, 0].astype(float) for c in range(10)]
     few = by_class[6:]
 
@@ -184,7 +185,7 @@ def test_intervals_are_those_of_scipy(judged):
     gain = [
         (other.right[:, 0].astype(float) - judged.right[:, 0])[judged.saved.targets == c] for c in range(6, 10)]
     result = stats.bootstrap(gain, mean_over_classes, method='percentile', n_resamples=4000, random_state=0)
-    tests = data.paired_test(judged, other)
+    tests = analysis.paired_test(judged, other)
     assert tests['few'].interval == pytest.approx(100 * np.array(result.confidence_interval), abs=0.8)
     assert tests['few'].difference == pytest.approx(other.metrics['few'] - judged.metrics['few'], abs=0.011)
     assert sum(tests['top1'].classes) == 10 and tests['top1'].classes[0] == sum(
@@ -198,7 +199,7 @@ def test_intervals_are_those_of_scipy(judged):
 def intervals_of(right, total, *sizes):
     """Intervals of right answers of classes, the first `sizes[0]` of them of many images, and so on."""
     shots = np.repeat(np.arange(3), sizes)
-    return data.mean_intervals(
+    return analysis.mean_intervals(
         np.stack([right, total - right], axis=1), (1, 0), {shot: shots == k for k, shot in enumerate(SHOTS)})
 
 
@@ -214,7 +215,7 @@ def test_intervals_of_classes_of_one_image():
     low, high = intervals_of(0 * one, one, 20, 0, 20)['balanced']
     assert low == 0 and 5 < high < 15
     never = np.stack([0 * one, 0 * one, one], axis=1)  # two models that are always right together
-    low, high = data.mean_intervals(never, (1, -1, 0), {'few': one > 0})['few']
+    low, high = analysis.mean_intervals(never, (1, -1, 0), {'few': one > 0})['few']
     assert -9 < low < -3 and 3 < high < 9
 
 
@@ -236,10 +237,10 @@ def test_numbers_counted_by_hand():
     saved = make_logits([200, 5], 6, 1)
     saved.targets = np.array([0, 0, 0, 0, 1, 1])
     saved.logits = 2 * np.eye(2, dtype=np.float32)[[0, 0, 0, 1, 0, 0]][:, None]
-    judged = data.judge(saved)
+    judged = analysis.judge(saved)
     assert judged.most_confused == [(1, 1), (0, 2)]
-    (confusion,) = data.tail_confusions(judged)
-    assert confusion == data.Confusion(1, 0, 2, 100., [4, 5])
+    (confusion,) = analysis.tail_confusions(judged)
+    assert confusion == analysis.Confusion(1, 0, 2, 100., [4, 5])
     sure = 1 / (1 + np.exp(-2))
     assert judged.hardest_negative == pytest.approx([1 - sure] * 3 + [sure] * 3)
     count, right, confidence = judged.reliability()
@@ -255,7 +256,7 @@ def test_shares_of_best_experts():
     saved = make_logits([200, 200], 200, 2)
     saved.logits[:] = 5 * np.eye(2, dtype=np.float32)[saved.targets][:, None]
     saved.logits[saved.targets == 0, 0] *= -1
-    shares, chance = data.best_expert_shares(data.judge(saved))
+    shares, chance = analysis.best_expert_shares(analysis.judge(saved))
     assert shares['many'].tolist() == [0.25, 0.75] and list(shares) == ['many']
     assert chance['many'] == (0.25, 0.75)  # each class is one's or both's
 
@@ -269,7 +270,7 @@ def test_shares_of_best_experts():
 def test_what_is_missing_is_said(tmp_path, saved, sentences):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        one = data.judge(make_logits(**saved))
+        one = analysis.judge(make_logits(**saved))
         page.write_report(tmp_path, [one])
     text, table = read_page(tmp_path)
     found = re.findall(r'<p class="missing">(.*?)</p>', text)
@@ -281,7 +282,7 @@ def test_what_is_missing_is_said(tmp_path, saved, sentences):
 
 def test_hostile_names_are_text(tmp_path):
     names = HOSTILE[:]
-    models = [data.judge(make_logits(COUNTS, names=names, seed=seed, name=name))
+    models = [analysis.judge(make_logits(COUNTS, names=names, seed=seed, name=name))
               for seed, name in enumerate(['<b>one', 'two'])]
     page.write_report(tmp_path, models)
     text, table = read_page(tmp_path)
@@ -301,7 +302,7 @@ def large_page(request, tmp_path_factory):
     saved = make_logits(
         counts, len(counts), 2, HOSTILE + [f'class {c}' for c in range(len(counts) - len(HOSTILE))])
     folder, start = tmp_path_factory.mktemp('large'), time.process_time()
-    page.write_report(folder, [data.judge(saved)])
+    page.write_report(folder, [analysis.judge(saved)])
     return folder, counts, time.process_time() - start
 
 
@@ -311,7 +312,7 @@ def test_many_classes(large_page):
 
 
 def test_other_images_are_not_paired(tmp_path, judged):
-    page.write_report(tmp_path, [judged, data.judge(make_logits(COUNTS, 500))])
+    page.write_report(tmp_path, [judged, analysis.judge(make_logits(COUNTS, 500))])
     assert 'They did not see the same images' in (tmp_path / 'report.html').read_text()
 
 
@@ -327,7 +328,7 @@ def test_images_of_a_folder(image_folder, tmp_path, run_script, monkeypatch):
         tmp_path / 'logits.npz', '--results-file', tmp_path / 'results.json')
     assert status == 0, err
     saved = load_logits(tmp_path / 'logits.npz')
-    told, judged = json.loads((tmp_path / 'results.json').read_text()), data.judge(saved)
+    told, judged = json.loads((tmp_path / 'results.json').read_text()), analysis.judge(saved)
     assert [SHOTS[shot] for shot in saved.shots] == ['many', 'medium', 'few']  # of 24, 12 and 6 images
     assert all(judged.metrics[key] == told[key] for key in METRICS)
     folders = [path.split('/')[-2] for path in saved.paths]

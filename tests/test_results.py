@@ -15,14 +15,14 @@ from conftest import ROOT
 from PIL import Image
 
 from shike_timm.checkpoints import export_model
-from shike_timm.commands import retrain_classifier
-from shike_timm.commands.train import parse_train_args
+from shike_timm.cli import retrain_classifier
+from shike_timm.cli.train import parse_train_args
 from shike_timm.data import load_training_data
 from shike_timm.errors import InputError
-from shike_timm.loading import load_teacher
 from shike_timm.models import Shike
 from shike_timm.models.registry import WEIGHTS
 from shike_timm.options import read_command_line
+from shike_timm.pretrained.load import load_teacher
 
 RESULTS = ROOT / 'results'
 # The package's weights by tag, and the run each is from.
@@ -111,7 +111,7 @@ def test_runs_are_options_of_the_scripts():
         if '--checkpoint' not in argv:
             parse_train_args(argv)
             continue
-        given = read_command_line('', retrain_classifier.OPTIONS, argv)
+        given = read_command_line(retrain_classifier.CONFIG, '', argv)
         assert given['checkpoint'].removeprefix('output/results/').split('/')[0] in runs
 
 

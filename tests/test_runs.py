@@ -19,15 +19,15 @@ import torch
 from conftest import ROOT, TINY
 from timm.utils import NativeScaler
 
-from shike_timm import engine, runs
 from shike_timm.checkpoints import load_checkpoint
-from shike_timm.commands.retrain_classifier import parse_retrain_args
-from shike_timm.commands.train import parse_train_args
+from shike_timm.cli.retrain_classifier import parse_retrain_args
+from shike_timm.cli.train import parse_train_args
 from shike_timm.errors import InputError
-from shike_timm.loading import load_trained_model
-from shike_timm.methods import RETRAINING_EPOCHS, plan_stages
 from shike_timm.metrics import METRICS
-from shike_timm.runs import retrain, train
+from shike_timm.pretrained.load import load_trained_model
+from shike_timm.training import engine, runs
+from shike_timm.training.methods import RETRAINING_EPOCHS, plan_stages
+from shike_timm.training.runs import retrain, train
 
 
 def without_seconds(path):
@@ -308,7 +308,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
 
 def test_one_overflow_under_loss_scaling_is_no_end(tmp_path, monkeypatch):
     """A loss that is not finite once, then is: an end without loss scaling only."""
-    from shike_timm.tasks import RepresentationTask
+    from shike_timm.training.tasks import RepresentationTask
     original, steps = RepresentationTask.forward, []
 
     def forward(self, images, target):
@@ -317,7 +317,7 @@ def test_one_overflow_under_loss_scaling_is_no_end(tmp_path, monkeypatch):
         return dict(result, loss=result['loss'] * float('inf')) if len(steps) == 3 else result
 
     monkeypatch.setattr(RepresentationTask, 'forward', forward)
-    monkeypatch.setattr('shike_timm.runs.create_loss_scaler', lambda run: NativeScaler('cpu'))
+    monkeypatch.setattr('shike_timm.training.runs.create_loss_scaler', lambda run: NativeScaler('cpu'))
     _, metrics = run(tmp_path, '--log-interval', '100', '--crt-epochs', '0')
     assert math.isfinite(metrics['stage_one']['loss'])
 
@@ -423,7 +423,7 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, run_script):
 
 
 def test_nan_names_its_first_step(tmp_path, monkeypatch):
-    from shike_timm.tasks import RepresentationTask
+    from shike_timm.training.tasks import RepresentationTask
     original, steps = RepresentationTask.forward, []
 
     def forward(self, images, target):

@@ -10,7 +10,13 @@ import torch
 from image_data import CPU, RUN, labels_of, load, loader_config, names_of
 from torchvision.datasets import QMNIST, ImageNet, INaturalist
 
-from shike_timm.data import Augmentation, DataRequest, create_eval_dataset, create_train_loader, load_training_data
+from shike_timm.data import (
+    AugmentationConfig,
+    DataRequest,
+    create_eval_dataset,
+    create_train_loader,
+    load_training_data,
+)
 from shike_timm.data.datasets import find_dataset
 from shike_timm.errors import InputError
 
@@ -158,7 +164,7 @@ def test_torchvision_sets_of_one_channel(tmp_path, caplog):
     assert all(np.asarray(image).shape == (28, 28, 3) and np.all(np.asarray(image) == target)
                for image, target in data.test.dataset)
     assert load_training_data('torch/mnist', str(tmp_path), holdout=0.25).test.class_counts == [1] * 10
-    images, _ = next(iter(create_train_loader(data.train, loader_config(), 8, CPU, Augmentation(), 0)))
+    images, _ = next(iter(create_train_loader(data.train, loader_config(), 8, CPU, AugmentationConfig(), 0)))
     assert images.shape == (8, 3, 8, 8)
     load_training_data('torch/mnist', str(tmp_path), holdout=0.25).write_sides(tmp_path)
     create_eval_dataset('torch/mnist', str(tmp_path), sides=str(tmp_path))

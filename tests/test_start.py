@@ -1,7 +1,6 @@
 """Training that begins with weights of a SHIKE model, and classifiers retrained for other classes."""
 import json
 import shutil
-from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +9,11 @@ import torch
 import yaml
 
 from shike_timm.checkpoints import load_checkpoint, model_weights
-from shike_timm.commands.train import parse_train_args
+from shike_timm.cli.train import parse_train_args
+from shike_timm.data.config import PreprocessingConfig
 from shike_timm.errors import InputError
-from shike_timm.loading import Start, load_start, load_trained_model, start_from, with_data_args
-from shike_timm.runs import train
+from shike_timm.pretrained.load import Start, load_start, load_trained_model, start_from, with_data_args
+from shike_timm.training.runs import train
 
 SMALL = ['--model', 'resnet32_shike', '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs', '1', '--workers', '0']
 
@@ -117,7 +117,6 @@ def test_hparams_given_again_go_over_those_of_the_run(image_folder, tmp_path):
 
 def test_a_size_that_is_given_takes_the_place_of_either_of_training():
     trained = SimpleNamespace(data_args=dict(img_size=None, input_size=[3, 16, 12], mean=[0.5]))
-    given = Namespace(img_size=8, input_size=None, mean=None)
-    assert vars(with_data_args(given, trained)) == dict(img_size=8, input_size=None, mean=[0.5])
-    given.img_size = None
-    assert with_data_args(given, trained).input_size == [3, 16, 12]
+    sized = with_data_args(PreprocessingConfig(img_size=8), trained)
+    assert (sized.img_size, sized.input_size, sized.mean) == (8, None, [0.5])
+    assert with_data_args(PreprocessingConfig(), trained).input_size == [3, 16, 12]

@@ -9,7 +9,7 @@ from timm.task import DistillationTeacher
 from torch import nn
 
 from shike_timm.losses import balanced_softmax, expert_cross_entropy, knowledge_distillation, representation_loss
-from shike_timm.tasks import ClassifierRetrainingTask, ExpertTask, RepresentationTask
+from shike_timm.training.tasks import ClassifierRetrainingTask, ExpertTask, RepresentationTask
 
 COUNTS = [50, 30, 10, 5, 2]
 

@@ -13,18 +13,19 @@ from conftest import TINY
 from PIL import Image
 from torchvision import transforms
 
-from shike_timm import engine
-from shike_timm.build import create_schedule
 from shike_timm.checkpoints import StageSaver, load_checkpoint
-from shike_timm.commands.train import parse_train_args
-from shike_timm.data import Augmentation, load_training_data, set_mixup
+from shike_timm.cli.train import parse_train_args
+from shike_timm.data import AugmentationConfig, load_training_data, set_mixup
 from shike_timm.data.augment.batch import batch_gap
 from shike_timm.data.augment.transforms import create_train_transform
 from shike_timm.losses import balanced_softmax, expert_cross_entropy, focal, logit_adjusted, representation_loss
-from shike_timm.methods import METHODS, get_method, plan_stages
 from shike_timm.metrics import METRICS
-from shike_timm.options import RUN
-from shike_timm.runs import Run, loop_config, prepare, train
+from shike_timm.options import options
+from shike_timm.training import engine
+from shike_timm.training.build import create_schedule
+from shike_timm.training.config import LoopConfig
+from shike_timm.training.methods import METHODS, get_method, plan_stages
+from shike_timm.training.runs import Run, loop_config, prepare, train
 
 COUNTS = torch.tensor([9, 4, 2, 1])
 
@@ -71,17 +72,18 @@ def test_label_smoothing_reaches_both_stages(method, run_of):
 
 @pytest.mark.parametrize('policy', [None, 'cifar10', 'rand-m9'])
 def test_probabilities_of_colour_and_blur(policy):
-    options = dict(auto_augment=policy, force_color_jitter=True, color_jitter=0.9, hflip=0., train_crop_mode='pad')
+    options = dict(aa=policy, force_color_jitter=True, color_jitter=0.9, hflip=0., train_crop_mode='pad')
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    grey = create_train_transform((3, 32, 32), Augmentation(grayscale_prob=1., **options))(image)
+    grey = create_train_transform((3, 32, 32), AugmentationConfig(grayscale_prob=1., **options))(image)
     assert torch.equal(grey[0], grey[2])
-    parts = create_train_transform((3, 32, 32), Augmentation(color_jitter_prob=0.25, gaussian_blur_prob=0.5, **options))
+    config = AugmentationConfig(color_jitter_prob=0.25, gaussian_blur_prob=0.5, **options)
+    parts = create_train_transform((3, 32, 32), config)
     applied = {
         type(part.transforms[0]): part.p for part in parts.transforms if isinstance(part, transforms.RandomApply)}
     assert applied == {transforms.ColorJitter: 0.25, transforms.GaussianBlur: 0.5}
     assert not any(isinstance(part, transforms.ColorJitter) for part in parts.transforms)
     for name in ('grayscale_prob', 'gaussian_blur_prob'):
-        gap = batch_gap(Augmentation(train_crop_mode='pad', color_jitter=0., **{name: 0.5}), torch.device('cpu'))
+        gap = batch_gap(AugmentationConfig(train_crop_mode='pad', color_jitter=0., **{name: 0.5}), torch.device('cpu'))
         assert gap == f"--{name.replace('_', '-')} 0.5"
 
 
@@ -108,7 +110,7 @@ def test_mixing_ends_in_workers_too(run_of):
 
 def test_when_mixing_ends(tmp_path, image_folder, monkeypatch):
     told = []
-    monkeypatch.setattr('shike_timm.engine.set_mixup', lambda loader, enabled: told.append(enabled))
+    monkeypatch.setattr('shike_timm.training.engine.set_mixup', lambda loader, enabled: told.append(enabled))
     train(parse_train_args([
         '--model', 'resnet32_shike', '--data-dir', str(image_folder), '--batch-size', '8', '--img-size', '8', '--mixup',
         '0.4', '--alpha', '0', '--epochs', '2', '--warmup-epochs', '0', '--crt-epochs', '2', '--mixup-off-epoch', '3',
@@ -158,7 +160,7 @@ def test_an_average_warms_up_and_both_weights_are_told(tmp_path, caplog):
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):
-    assert next(option for option in RUN.options if option.name == 'eval_metric').choices == METRICS
+    assert options(LoopConfig)['eval_metric'].choices == METRICS
     model = torch.nn.Linear(1, 1)
     saver = StageSaver(tmp_path, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.), decreasing=True)
     for epoch, loss in enumerate((3., None, 1., 2.)):

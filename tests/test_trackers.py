@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import TINY
 
-from shike_timm.commands.retrain_classifier import parse_retrain_args
-from shike_timm.commands.train import parse_train_args
-from shike_timm.runs import train
-from shike_timm.trackers import tracking
+from shike_timm.cli.retrain_classifier import parse_retrain_args
+from shike_timm.cli.train import parse_train_args
+from shike_timm.training.runs import train
+from shike_timm.training.trackers import tracking
 
 
 def read_rows(run):
@@ -35,7 +35,7 @@ def test_trackers_get_what_the_summary_holds(tmp_path, monkeypatch, caplog):
     for name in ('wandb', 'trackio'):
         calls[name], told[name] = [], []
         monkeypatch.setitem(sys.modules, name, stub(calls[name], told[name]))
-    caplog.set_level(logging.INFO, 'shike_timm.engine')
+    caplog.set_level(logging.INFO, 'shike_timm.training.engine')
     train(parse_train_args([
         *TINY, '--output', str(tmp_path), '--log-wandb', '--wandb-project', 'tail', '--log-trackio',
         '--log-tensorboard', '--val-interval', '2']))
@@ -53,7 +53,7 @@ def test_trackers_get_what_the_summary_holds(tmp_path, monkeypatch, caplog):
         scalars = {event.step: event.value for event in events.Scalars(key)}
         assert scalars == pytest.approx({int(row['epoch']): row[key] for row in rows if key in row})
     assert (run / 'curves.png').read_bytes()[:4] == b'\x89PNG'
-    lines = [record.getMessage() for record in caplog.records if record.name == 'shike_timm.engine']
+    lines = [record.getMessage() for record in caplog.records if record.name == 'shike_timm.training.engine']
     assert len(lines) == 4  # one an epoch
     assert lines[0].startswith('Train: 0 of 2 in stage one, 0:0') and 'Eval' not in lines[0] and 'top1: ' in lines[1]
 

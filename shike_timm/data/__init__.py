@@ -3,7 +3,7 @@ from . import folders as folders
 from . import long_tail as long_tail
 from . import published as published
 from . import timm_sets as timm_sets
-from .augment import Augmentation as Augmentation
+from .augment import AugmentationConfig as AugmentationConfig
 from .datasets import DataRequest as DataRequest
 from .datasets import ImageSet as ImageSet
 from .datasets import find_dataset as find_dataset

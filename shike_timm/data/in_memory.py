@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import rank, world_size
-from .augment import Augmentation
+from .augment import AugmentationConfig
 from .augment.batch import augment_batch
 from .datasets import ImageSet
 from .sharding import EpochSampler
@@ -54,7 +54,7 @@ class DeviceLoader:
             std: Tuple[float, ...],
             batch_size: int,
             device: torch.device,
-            augmentation: Optional[Augmentation] = None,
+            augmentation: Optional[AugmentationConfig] = None,
             sampler: Optional[EpochSampler] = None,
     ):
         if sampler is None:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..distributed import rank, world_size
 from ..errors import InputError
-from .augment import Augmentation
+from .augment import AugmentationConfig
 from .augment.batch import batch_gap
 from .augment.transforms import create_train_transform
 from .datasets import ImageSet
@@ -54,7 +54,7 @@ def _create_device_loader(
         device: torch.device,
         gap: Optional[str],
         device_data: Optional[bool],
-        augmentation: Optional[Augmentation] = None,
+        augmentation: Optional[AugmentationConfig] = None,
         sampler: Optional[EpochSampler] = None,
 ) -> Optional[DeviceLoader]:
     """A loader over the data on the device, or None where that is not wanted or, unless asked for, not possible."""
@@ -119,7 +119,7 @@ def create_train_loader(
         data_config: Dict[str, Any],
         batch_size: int,
         device: torch.device,
-        augmentation: Augmentation,
+        augmentation: AugmentationConfig,
         num_workers: int = 4,
         mixup: Optional[Dict[str, Any]] = None,
         device_data: Optional[bool] = None,
@@ -165,7 +165,7 @@ def create_train_loader(
     try:
         transform = create_train_transform(data_config['input_size'], augmentation, mean, std)
     except (AssertionError, KeyError, ValueError) as error:
-        raise InputError(f"aa '{augmentation.auto_augment}' is not a policy that timm knows.") from error
+        raise InputError(f"aa '{augmentation.aa}' is not a policy that timm knows.") from error
     return _create_worker_loader(
         data,
         data_config,
@@ -175,9 +175,9 @@ def create_train_loader(
         transform,
         sampler,
         _Mixup(**mixup) if mixup else fast_collate,
-        re_prob=0. if augmentation.no_aug else augmentation.re_prob,
-        re_mode=augmentation.re_mode,
-        re_count=augmentation.re_count,
+        re_prob=0. if augmentation.no_aug else augmentation.reprob,
+        re_mode=augmentation.remode,
+        re_count=augmentation.recount,
     )
 
 

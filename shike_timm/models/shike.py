@@ -14,7 +14,7 @@ from .aligners import ALIGNERS
 from .authors import CLASSIFIER_SETS, is_authors_layout, translate_authors_weights
 from .backbones import BackboneFn, Source, preprocessing, pretrained_parts
 from .classifiers import CLASSIFIERS, COSINE_SCALE
-from .priors import Prior, check_frequencies, prior_offset
+from .prior import Prior, check_frequencies, prior_offset
 
 __all__ = ['Shike']
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from ..metrics import SHOTS, all_subsets
-from ..tasks import TERMS
-from .data import Judged, best_expert_shares, read_curves, tail_confusions, trend, wilson
+from ..training.tasks import TERMS
+from .analysis import Judged, best_expert_shares, read_curves, tail_confusions, trend, wilson
 
 __all__ = ['FIGURES', 'Drawing', 'Missing', 'compare_models', 'draw', 'draw_curves', 'save', 'shorten', 'write_curves']
 

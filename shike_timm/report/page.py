@@ -15,9 +15,9 @@ from PIL import Image
 
 from ..checkpoints import write_text
 from ..metrics import METRICS, SHOTS
-from ..options import card_options
+from ..training.config import card_options
 from ..version import __version__
-from .data import Judged, paired_test, same_images, tail_confusions, wilson
+from .analysis import Judged, paired_test, same_images, tail_confusions, wilson
 from .figures import FIGURES, compare_models, draw, save, shorten
 
 __all__ = ['class_table', 'seed_groups', 'write_report']

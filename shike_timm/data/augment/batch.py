@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-from . import Augmentation
+from . import AugmentationConfig
 from .ops import OPS
 
 __all__ = ['augment_batch', 'auto_augment', 'batch_gap', 'crop', 'cutout']
@@ -80,7 +80,7 @@ def auto_augment(images: Tensor, generator: Optional[torch.Generator] = None) ->
 
 def augment_batch(
         images: Tensor,
-        augmentation: Augmentation,
+        augmentation: AugmentationConfig,
         generator: Optional[torch.Generator] = None,
 ) -> Tensor:
     """What `create_train_transform` does with the same augmentation, for a batch; `batch_gap` must be None.
@@ -109,25 +109,25 @@ def augment_batch(
         images = torch.where(draw_flips(augmentation.hflip), images.flip(3), images)
     if augmentation.vflip:
         images = torch.where(draw_flips(augmentation.vflip), images.flip(2), images)
-    if augmentation.auto_augment:
+    if augmentation.aa:
         images = auto_augment(images, generator)
     if augmentation.cutout:
         images = cutout(images, draw_integers(height), draw_integers(width), augmentation.cutout)
     return images
 
 
-def batch_gap(augmentation: Augmentation, device: torch.device) -> Optional[str]:
+def batch_gap(augmentation: AugmentationConfig, device: torch.device) -> Optional[str]:
     """The first part of an augmentation that has no batched form on a device, as its option reads; None if all have."""
     if augmentation.no_aug:
         return None
     if augmentation.train_crop_mode != 'pad':
         return f"--train-crop-mode {augmentation.train_crop_mode or 'rrc'}"
     lacks_float64 = device.type == 'mps'
-    if augmentation.auto_augment and (augmentation.auto_augment != 'cifar10' or lacks_float64):
-        return f'--aa {augmentation.auto_augment}'
+    if augmentation.aa and (augmentation.aa != 'cifar10' or lacks_float64):
+        return f'--aa {augmentation.aa}'
     for name in ('grayscale_prob', 'gaussian_blur_prob'):
         if getattr(augmentation, name):
             return f"--{name.replace('_', '-')} {getattr(augmentation, name):g}"
-    if augmentation.color_jitter and (augmentation.force_color_jitter or not augmentation.auto_augment):
+    if augmentation.color_jitter and (augmentation.force_color_jitter or not augmentation.aa):
         return f'--color-jitter {augmentation.color_jitter:g}'
-    return f'--reprob {augmentation.re_prob:g}' if augmentation.re_prob else None
+    return f'--reprob {augmentation.reprob:g}' if augmentation.reprob else None

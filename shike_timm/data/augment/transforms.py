@@ -6,7 +6,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch import Tensor
 from torchvision import transforms
 
-from . import Augmentation
+from . import AugmentationConfig
 
 __all__ = ['Cutout', 'create_train_transform']
 
@@ -38,7 +38,7 @@ class Cutout(torch.nn.Module):
 
 def create_train_transform(
         input_size: Tuple[int, int, int],
-        augmentation: Augmentation,
+        augmentation: AugmentationConfig,
         mean: Tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
         std: Tuple[float, ...] = IMAGENET_DEFAULT_STD,
 ) -> transforms.Compose:
@@ -64,15 +64,15 @@ def create_train_transform(
         color_jitter_prob=augmentation.color_jitter_prob,
         grayscale_prob=augmentation.grayscale_prob,
         gaussian_blur_prob=augmentation.gaussian_blur_prob,
-        interpolation=augmentation.interpolation,
+        interpolation=augmentation.train_interpolation,
     )
     if augmentation.no_aug:
         return cast(transforms.Compose, create_transform(no_aug=True, **options))
     pad_crop = augmentation.train_crop_mode == 'pad'
-    cifar_policy = augmentation.auto_augment == 'cifar10'
+    cifar_policy = augmentation.aa == 'cifar10'
     parts: Any = create_transform(
         train_crop_mode=None if pad_crop else augmentation.train_crop_mode,
-        auto_augment=None if cifar_policy else augmentation.auto_augment,
+        auto_augment=None if cifar_policy else augmentation.aa,
         separate=True,
         **options,
     )
@@ -83,7 +83,7 @@ def create_train_transform(
     if cifar_policy:
         grey: Any = [128] * 3  # of Pillow images, which take no float
         second[:1] = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=grey)]  # for colour jitter
-    if augmentation.force_color_jitter and augmentation.auto_augment:
+    if augmentation.force_color_jitter and augmentation.aa:
         jitter = transforms.ColorJitter(*[augmentation.color_jitter] * 3)  # brightness, contrast, saturation
         probability = augmentation.color_jitter_prob
         second.insert(0, jitter if probability is None else transforms.RandomApply([jitter], probability))

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from ..metrics import MOST_EXPERTS, NUM_BINS, SHOTS, ExpertEvaluator, all_subsets
+from ..metrics import MOST_EXPERTS, NUM_BINS, SHOTS, ExpertEvaluator, ShotConfig, all_subsets
 from .logits import SavedLogits
 
 __all__ = [
@@ -141,7 +141,7 @@ def judge(saved: SavedLogits) -> Judged:
     _, num_experts, num_classes = saved.logits.shape
     # Divisions as they were when the logits were saved: one, two and three images stand for few, medium and many.
     evaluator = ExpertEvaluator(
-        num_experts, (len(SHOTS) - saved.shots).tolist(), shots=dict(many_shot=2, few_shot=2))
+        num_experts, (len(SHOTS) - saved.shots).tolist(), shots=ShotConfig(2, 2))
     subsets = all_subsets(num_experts) if num_experts <= MOST_EXPERTS else []
     log_prior = torch.from_numpy(saved.class_counts / saved.class_counts.sum()).clamp(min=1e-12).log().float()
     parts, subset_right, tilted = [], np.zeros(len(subsets)), np.zeros((len(_TILTS), num_classes))

@@ -1,10 +1,9 @@
 """Trained models by name or by checkpoint, with what is known of the data they were trained on."""
 import argparse
-import copy
 import json
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, cast
 
@@ -15,13 +14,15 @@ from timm.models import get_arch_name, parse_model_name
 from timm.task import DistillationTeacher
 from torch import Tensor
 
-from .build import create_model, resolve_data_config
-from .checkpoints import load_checkpoint, load_weights, model_weights
-from .data import TrainingData
-from .errors import InputError, one_line
-from .models import Shike
-from .models.authors import is_authors_layout, num_classes_and_experts
-from .options import PREPROCESSING, TRAIN, defaults
+from ..checkpoints import load_checkpoint, load_weights, model_weights
+from ..data import TrainingData
+from ..data.config import PreprocessingConfig
+from ..errors import InputError, one_line
+from ..models import Shike
+from ..models.authors import is_authors_layout, num_classes_and_experts
+from ..options import Config, checked, option, options
+from ..training.build import create_model, resolve_data_config
+from ..training.config import TrainConfig
 
 __all__ = [
     'CONFIG', 'WEIGHTS', 'Start', 'TrainedModel', 'find_model', 'is_registered', 'load_start', 'load_teacher',
@@ -31,6 +32,25 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
+
+
+@dataclass(frozen=True)
+class TrainedModelConfig:
+    """Trained model."""
+
+    model: Optional[str] = option(
+        None,
+        'run folder, model folder, hf-hub:USER/NAME, or a registered name; for predict also an exported ONNX file')
+    pretrained: bool = option(False, "load a registered name's published weights, as eval and predict always do")
+    checkpoint: Optional[str] = option(None, "checkpoint of shike train, or of the authors' CIFAR code", 'FILE')
+    authors_classifiers: str = option(
+        'rt_classifiers',
+        "which of the two sets in a checkpoint of the authors' code: the retrained ones or those of stage one",
+        choices=('rt_classifiers', 'classifiers'))
+    experts: Optional[List[int]] = option(None, 'experts to keep, counted from 0', nargs='+')
+    target_prior: Optional[str] = option(
+        None, 'frequencies of the classes to answer for: uniform, train (those of the training set), or a JSON file of '
+        "them; the model's own choice by default", 'uniform|train|FILE')
 
 
 @dataclass
@@ -123,27 +143,25 @@ def _load_checkpoint(path: str, authors_classifiers: str) -> TrainedModel:
     if not isinstance(saved, argparse.Namespace) or not hasattr(saved, 'class_counts'):
         raise InputError(f"checkpoint '{path}' does not say what model it is of: use one of train.py.")
     # What an older version did not know of has its default.
-    saved = argparse.Namespace(**{**defaults(TRAIN), **vars(saved)})
-    if saved.classifier != 'linear':
-        saved.cosine_scale = getattr(saved, 'classifier_scale', None)  # of the stage that it was saved in
-    model = create_model(saved, len(saved.class_counts))
+    config = checked(TrainConfig, vars(saved))
+    if config.classifier != 'linear':  # of the stage that it was saved in
+        config = replace(config, cosine_scale=getattr(saved, 'classifier_scale', None))
+    model = create_model(config, len(saved.class_counts))
     load_weights(model, weights, path)
     model.set_training_prior(saved.class_counts, getattr(saved, 'classifier_prior', None))
-    data_args = {option.name: getattr(saved, option.name) for option in PREPROCESSING.options}
+    data_args = {name: getattr(config, name) for name in options(PreprocessingConfig)}
     return TrainedModel(
         model, saved.class_counts, saved.class_names, getattr(saved, 'shot_counts', saved.class_counts),
         str(Path(path).absolute().parent.parent), data_args)
 
 
-def with_data_args(args: argparse.Namespace, trained: TrainedModel) -> argparse.Namespace:
+def with_data_args(args: Config, trained: TrainedModel) -> Config:
     """Arguments with the preprocessing that the model was trained with, where they do not say another."""
-    args = copy.copy(args)
     sizes = ('img_size', 'input_size')
     sized = any(getattr(args, key) for key in sizes)
-    for key, value in trained.data_args.items():
-        if getattr(args, key) is None and not (sized and key in sizes):
-            setattr(args, key, value)
-    return args
+    return replace(args, **{
+        key: value for key, value in trained.data_args.items()
+        if getattr(args, key) is None and not (sized and key in sizes)})
 
 
 def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:
@@ -234,7 +252,7 @@ class Start:
     cosine_scale: Optional[float] = None
 
 
-def load_start(args: argparse.Namespace) -> Optional[Start]:
+def load_start(args: TrainConfig) -> Optional[Start]:
     """The weights that `--initial-checkpoint` or `--pretrained` names, None without them.
 
     Raises:
@@ -260,7 +278,7 @@ def load_start(args: argparse.Namespace) -> Optional[Start]:
             f"--initial-checkpoint '{name}' does not exist: give a file, a run folder, local-dir:FOLDER or "
             'hf-hub:USER/NAME.')
     trained = load_trained_model(name, pretrained=True, authors_classifiers='classifiers')
-    theirs = with_data_args(argparse.Namespace(**defaults([PREPROCESSING])), trained)
+    theirs = with_data_args(PreprocessingConfig(), trained)
     expected = dict(vars(theirs), **resolve_data_config(theirs, trained.model), img_size=None, in_chans=None)
     del expected['crop_mode']  # which no option says
     if args.img_size or args.input_size or args.in_chans:

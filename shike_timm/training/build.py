@@ -1,5 +1,4 @@
 """From parsed arguments to models, optimizers, schedules, data and settings, each checked with a clear error."""
-import argparse
 import dataclasses
 import inspect
 import logging
@@ -14,16 +13,18 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from .data import DataRequest, ImageSet, TrainingData, create_eval_dataset, load_training_data
-from .devices import computes_bfloat16
-from .errors import InputError, nearest, one_line
+from ..data import DataRequest, ImageSet, TrainingData, create_eval_dataset, load_training_data
+from ..data.config import PreprocessingConfig
+from ..devices import computes_bfloat16
+from ..errors import InputError, nearest, one_line
+from ..models import Shike
+from .config import LoopConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from .methods import Stage
-from .models import Shike
 
 _logger = logging.getLogger(__name__)
 
 
-def resolve_autocast(args: argparse.Namespace, device: torch.device) -> Optional[torch.dtype]:
+def resolve_autocast(args: LoopConfig, device: torch.device) -> Optional[torch.dtype]:
     """Data type of autocast, None without `--amp`.
 
     By default it is float16 on CUDA and bfloat16 elsewhere, but None on a CPU without instructions for bfloat16, where
@@ -91,7 +92,7 @@ def check_model_name(name: str) -> None:
             f"model '{name}' is not a SHIKE model{nearest(name, known)}: choose one of {', '.join(known)}.")
 
 
-def image_channels(args: argparse.Namespace) -> int:
+def image_channels(args: PreprocessingConfig) -> int:
     """Channels of the images that the arguments name.
 
     Raises:
@@ -106,7 +107,7 @@ def image_channels(args: argparse.Namespace) -> int:
     return channels
 
 
-def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False) -> Shike:
+def create_model(args: RunConfig, num_classes: int, fresh: bool = False) -> Shike:
     """The SHIKE model that the arguments describe.
 
     Args:
@@ -157,7 +158,7 @@ def create_model(args: argparse.Namespace, num_classes: int, fresh: bool = False
     return model
 
 
-def _takes_fused(args: argparse.Namespace) -> bool:
+def _takes_fused(args: OptimizerConfig) -> bool:
     """Whether the optimizer has a fused form, one kernel for all parameters, and the user did not choose another."""
     if {'fused', 'foreach'} & set(args.opt_kwargs):
         return False
@@ -168,7 +169,7 @@ def _takes_fused(args: argparse.Namespace) -> bool:
     return inspect.isclass(opt_class) and 'fused' in inspect.signature(opt_class).parameters
 
 
-def create_optimizer(args: argparse.Namespace, lr: float, model: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(args: OptimizerConfig, lr: float, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer, fused where it can be.
 
     Args:
@@ -198,7 +199,7 @@ def create_optimizer(args: argparse.Namespace, lr: float, model: nn.Module) -> t
     return optimizer
 
 
-def resolve_data_config(args: argparse.Namespace, model: Shike) -> Dict[str, Any]:
+def resolve_data_config(args: PreprocessingConfig, model: Shike) -> Dict[str, Any]:
     """Preprocessing: the model's own, overridden by the arguments.
 
     Raises:
@@ -219,7 +220,7 @@ def resolve_data_config(args: argparse.Namespace, model: Shike) -> Dict[str, Any
     return config
 
 
-def _data_options(args: argparse.Namespace) -> Dict[str, Any]:
+def _data_options(args: RunConfig) -> Dict[str, Any]:
     """Fields of `DataRequest` that the arguments have."""
     names = {field.name for field in dataclasses.fields(DataRequest)} - {'name', 'root', 'in_chans', 'class_names'}
     options = {name: value for name, value in vars(args).items() if name in names}
@@ -227,7 +228,7 @@ def _data_options(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def load_data(
-        args: argparse.Namespace,
+        args: Any,
         class_names: Optional[Sequence[str]] = None,
         run_folder: Optional[Any] = None,
 ) -> TrainingData:
@@ -252,7 +253,7 @@ def load_data(
 
 
 def load_eval_data(
-        args: argparse.Namespace,
+        args: Any,
         class_names: Optional[List[str]],
         in_chans: int = 3,
         run_folder: Optional[Any] = None,
@@ -274,7 +275,7 @@ def load_eval_data(
         in_chans=in_chans, sides=run_folder)
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace, stage: Stage) -> Scheduler:
+def create_schedule(optimizer: torch.optim.Optimizer, args: ScheduleConfig, stage: Stage) -> Scheduler:
     """timm's scheduler of a stage: a linear warm-up, then the schedule over the epochs that remain.
 
     Args:
@@ -297,7 +298,7 @@ def create_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace, 
     return scheduler
 
 
-def mixup_options(args: argparse.Namespace, num_classes: int, stages: Sequence[Stage]) -> Optional[Dict[str, Any]]:
+def mixup_options(args: RunConfig, num_classes: int, stages: Sequence[Stage]) -> Optional[Dict[str, Any]]:
     """Arguments of `timm.data.FastCollateMixup`, None where it is off.
 
     Raises:

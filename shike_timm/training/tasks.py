@@ -7,8 +7,8 @@ from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .losses import RepresentationLoss, balanced_softmax, knowledge_distillation, representation_loss
-from .models import Shike
+from ..losses import RepresentationLoss, balanced_softmax, knowledge_distillation, representation_loss
+from ..models import Shike
 
 __all__ = ['TERMS', 'ClassifierRetrainingTask', 'ExpertTask', 'RepresentationTask']
 

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from .checkpoints import load_checkpoint
-from .data import TrainingData
-from .distributed import world_size
-from .errors import DamagedError, InputError
+from ..checkpoints import load_checkpoint
+from ..data import TrainingData
+from ..distributed import world_size
+from ..errors import DamagedError, InputError
+from .config import TrainConfig, changed_option, run_folder
 from .methods import STAGES
-from .options import changed_option, run_folder
 
 __all__ = ['load_newest', 'load_stage_one', 'saved_args', 'warn_of_changes']
 
@@ -32,7 +32,7 @@ def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     return vars(saved) if isinstance(saved, argparse.Namespace) else {}
 
 
-def _resume_points(args: argparse.Namespace) -> List[Tuple[int, Path]]:
+def _resume_points(args: TrainConfig) -> List[Tuple[int, Path]]:
     """Stages and their checkpoints to go on from, the newest first; none where nothing was saved yet."""
     folder = Path(run_folder(args) or '')
     points = []
@@ -53,7 +53,7 @@ def _resume_points(args: argparse.Namespace) -> List[Tuple[int, Path]]:
     return points
 
 
-def load_newest(args: argparse.Namespace) -> Tuple[int, Optional[Path], Optional[Dict[str, Any]]]:
+def load_newest(args: TrainConfig) -> Tuple[int, Optional[Path], Optional[Dict[str, Any]]]:
     """Stage, path and content of the newest checkpoint that is whole; 1 and None where nothing was saved yet.
 
     Raises:
@@ -74,7 +74,7 @@ def load_newest(args: argparse.Namespace) -> Tuple[int, Optional[Path], Optional
     return 1, None, None
 
 
-def _load_to_resume(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
+def _load_to_resume(path: Path, args: TrainConfig) -> Dict[str, Any]:
     checkpoint = load_checkpoint(path)
     wanted = {'state_dict', 'optimizer', 'epoch', 'saver'}
     if not wanted <= set(checkpoint) or not isinstance(checkpoint.get('args'), argparse.Namespace):

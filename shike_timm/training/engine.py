@@ -21,11 +21,11 @@ from timm.utils import NativeScaler, dispatch_clip_grad, random_seed, update_sum
 from timm.utils.summary import trim_summary
 from tqdm import tqdm
 
-from .checkpoints import StageSaver
-from .data import set_mixup, set_stream_epoch
-from .distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
+from ..checkpoints import StageSaver
+from ..data import set_mixup, set_stream_epoch
+from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
+from ..metrics import METRICS
 from .methods import Stage
-from .metrics import METRICS
 from .tasks import TERMS, ExpertTask
 
 __all__ = [

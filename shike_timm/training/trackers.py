@@ -1,13 +1,13 @@
 """Experiment trackers, each of which gets what `summary.csv` holds."""
-import argparse
 import csv
 import importlib
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
-from .distributed import rank
-from .errors import InputError, one_line
+from ..distributed import rank
+from ..errors import InputError, one_line
+from .config import RunConfig
 
 __all__ = ['check_trackers', 'tracking']
 
@@ -20,7 +20,7 @@ _NEEDS = {
 }
 
 
-def check_trackers(args: argparse.Namespace) -> None:
+def check_trackers(args: RunConfig) -> None:
     """Check that what the arguments ask for is installed.
 
     Raises:
@@ -35,14 +35,14 @@ def check_trackers(args: argparse.Namespace) -> None:
                 raise InputError(f'--{flag} needs {package}: pip install {package}, or leave it out.') from error
 
 
-def _start_wandb(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
+def _start_wandb(args: RunConfig, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
     import wandb  # pyright: ignore[reportMissingImports]  # an extra that we do not name
     wandb.init(project=args.wandb_project, name=args.experiment, config=vars(args))
     stack.callback(wandb.finish)
     return wandb.log
 
 
-def _start_trackio(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
+def _start_trackio(args: RunConfig, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
     import trackio  # pyright: ignore[reportMissingImports]  # as above
     resume = 'never' if getattr(args, 'resume', None) is None else 'allow'  # retrain_classifier.py has no such option
     trackio.init(project=args.trackio_project, name=args.experiment, config=vars(args), resume=resume)
@@ -50,7 +50,7 @@ def _start_trackio(args: argparse.Namespace, folder: Path, stack: ExitStack) -> 
     return lambda values: trackio.log(values, step=int(values['epoch']))
 
 
-def _start_tensorboard(args: argparse.Namespace, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
+def _start_tensorboard(args: RunConfig, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
     from torch.utils.tensorboard import SummaryWriter
     writer = stack.enter_context(SummaryWriter(folder))
 
@@ -65,7 +65,7 @@ _STARTS = dict(log_wandb=_start_wandb, log_trackio=_start_trackio, log_tensorboa
 
 
 @contextmanager
-def tracking(args: argparse.Namespace, folder: Path) -> Iterator[Callable[[Path], None]]:
+def tracking(args: RunConfig, folder: Path) -> Iterator[Callable[[Path], None]]:
     """Start the trackers that the arguments ask for, in the first process.
 
     Args:

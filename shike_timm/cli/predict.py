@@ -1,5 +1,4 @@
 """Prediction for image files: top-k classes and their probabilities, a row a file."""
-import argparse
 import contextlib
 import csv
 import json
@@ -16,45 +15,45 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..build import resolve_data_config
 from ..checkpoints import check_results_file
+from ..data.config import PreprocessingConfig
 from ..data.inputs import create_file_loader, find_images
-from ..devices import resolve_device, tune_device
+from ..devices import DeviceConfig, resolve_device, tune_device
 from ..errors import InputError, one_line
-from ..loading import load_trained_model, set_target_prior, with_data_args
-from ..options import DEVICE, HPARAMS, PREPROCESSING, TRAINED_MODEL, Group, Option, parse_args
-from .cli import run_script
-from .export import FILES, load_exported
-
-__all__ = ['OPTIONS', 'PREDICTION', 'main', 'parse_predict_args', 'predict', 'predict_rows']
+from ..options import HparamsConfig, option, parse
+from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_data_args
+from ..publishing.export import FILES, load_exported
+from ..training.build import resolve_data_config
+from .script import run_script
 
 Row = Dict[str, Any]
 
-PREDICTION = (
-    TRAINED_MODEL,
-    Group(
-        'Prediction',
-        Option(
-            'inputs', str, None, "image files, folders, patterns such as 'x/**/*.png', or - for a list of them on "
-            'standard input', 'INPUT', nargs='+', positional=True, required=True),
-        Option('topk', int, 1, 'classes to tell of each image, 0 for all', low=0),
-        Option(
-            'output_type', str, 'prob', 'what to tell of each class: its probability or its logit',
-            choices=('prob', 'logit')),
-        Option('include_index', bool, False, 'also tell the indices of the classes'),
-        Option('per_expert', bool, False, 'also tell what each expert says'),
-        Option('batch_size', int, 256, 'images a batch', low=1, flags=('-b',)),
-    ),
-    PREPROCESSING, DEVICE, HPARAMS,
-)
+@dataclass(frozen=True)
+class PredictionConfig:
+    """Prediction."""
 
-OUTPUT = Group(
-    'Output',
-    Option('results_file', str, None, 'file to write, standard output by default', 'FILE'),
-    Option('results_format', str, 'csv', 'csv, or a JSON object a line', choices=('csv', 'jsonl')),
-)
+    inputs: List[str] = option(
+        None, "image files, folders, patterns such as 'x/**/*.png', or - for a list of them on standard input",
+        'INPUT', nargs='+', positional=True, required=True)
+    topk: int = option(1, 'classes to tell of each image, 0 for all', low=0)
+    output_type: str = option(
+        'prob', 'what to tell of each class: its probability or its logit', choices=('prob', 'logit'))
+    include_index: bool = option(False, 'also tell the indices of the classes')
+    per_expert: bool = option(False, 'also tell what each expert says')
+    batch_size: int = option(256, 'images a batch', low=1, flags=('-b',))
 
-OPTIONS = (*PREDICTION[:2], OUTPUT, *PREDICTION[2:])
+
+@dataclass(frozen=True)
+class RowsConfig(TrainedModelConfig, PredictionConfig, PreprocessingConfig, DeviceConfig, HparamsConfig):
+    """Options of the rows of a prediction."""
+
+
+@dataclass(frozen=True)
+class PredictConfig(RowsConfig):
+    """Output."""
+
+    results_file: Optional[str] = option(None, 'file to write, standard output by default', 'FILE')
+    results_format: str = option('csv', 'csv, or a JSON object a line', choices=('csv', 'jsonl'))
 
 _logger = logging.getLogger(__name__)
 
@@ -75,13 +74,13 @@ class _Predictor:
     decoding: Dict[str, Any] = field(default_factory=dict)  # arguments of `create_file_loader`
 
 
-def _onnx_file(args: argparse.Namespace) -> Optional[Path]:
+def _onnx_file(args: RowsConfig) -> Optional[Path]:
     """The exported ONNX file that --model names, itself or by its folder."""
     files = (Path(args.model), Path(args.model, FILES['onnx'])) if args.model else ()
     return next((file for file in files if file.suffix == '.onnx' and file.is_file()), None)
 
 
-def _load_onnx(args: argparse.Namespace, path: Path) -> _Predictor:
+def _load_onnx(args: RowsConfig, path: Path) -> _Predictor:
     for name in ('checkpoint', 'experts', 'target_prior', 'img_size'):
         if getattr(args, name) is not None:
             flag = name.replace('_', '-')
@@ -108,7 +107,7 @@ def _load_onnx(args: argparse.Namespace, path: Path) -> _Predictor:
         lambda images: run(images)[:, None], torch.device('cpu'), data_config, 1, num_classes, names, decoding)
 
 
-def _load(args: argparse.Namespace) -> _Predictor:
+def _load(args: RowsConfig) -> _Predictor:
     onnx = _onnx_file(args)
     if onnx is not None:
         return _load_onnx(args, onnx)
@@ -123,7 +122,7 @@ def _load(args: argparse.Namespace) -> _Predictor:
         trained.class_names, {name: getattr(args, name) for name in DECODING})
 
 
-def _top(logits: Tensor, predictor: _Predictor, args: argparse.Namespace) -> Iterator[Row]:
+def _top(logits: Tensor, predictor: _Predictor, args: RowsConfig) -> Iterator[Row]:
     """What is told of logits [B, classes], an image at a time."""
     values = logits.softmax(-1) if args.output_type == 'prob' else logits
     top = values.topk(min(args.topk or predictor.num_classes, predictor.num_classes))
@@ -135,7 +134,7 @@ def _top(logits: Tensor, predictor: _Predictor, args: argparse.Namespace) -> Ite
         yield row
 
 
-def _told(logits: Tensor, predictor: _Predictor, args: argparse.Namespace) -> Iterator[Row]:
+def _told(logits: Tensor, predictor: _Predictor, args: RowsConfig) -> Iterator[Row]:
     """What is told of expert logits [B, M, classes]."""
     finite = logits.isfinite().flatten(1).all(1).tolist()
     told = _top(logits.mean(1), predictor, args)
@@ -146,7 +145,7 @@ def _told(logits: Tensor, predictor: _Predictor, args: argparse.Namespace) -> It
 
 
 @torch.inference_mode()
-def _rows(predictor: _Predictor, loader: Iterable[Any], paths: List[str], args: argparse.Namespace) -> Iterator[Row]:
+def _rows(predictor: _Predictor, loader: Iterable[Any], paths: List[str], args: RowsConfig) -> Iterator[Row]:
     channels = predictor.data_config['input_size'][0]
     mean, std = (
         torch.tensor(predictor.data_config[key], device=predictor.device).expand(channels)[:, None, None] * 255
@@ -165,7 +164,7 @@ def _rows(predictor: _Predictor, loader: Iterable[Any], paths: List[str], args: 
         position += len(errors)
 
 
-def _start(args: argparse.Namespace) -> Tuple[_Predictor, Iterator[Row]]:
+def _start(args: RowsConfig) -> Tuple[_Predictor, Iterator[Row]]:
     paths = find_images(args.inputs)
     predictor = _load(args)
     loader = create_file_loader(
@@ -175,7 +174,7 @@ def _start(args: argparse.Namespace) -> Tuple[_Predictor, Iterator[Row]]:
     return predictor, _rows(predictor, bar, paths, args)
 
 
-def predict_rows(args: argparse.Namespace) -> Iterator[Row]:
+def predict_rows(args: RowsConfig) -> Iterator[Row]:
     """Predict the classes of image files.
 
     Args:
@@ -221,7 +220,7 @@ def _output(path: Optional[str]) -> Iterator[Any]:
         temporary.unlink(missing_ok=True)
 
 
-def predict(args: argparse.Namespace) -> None:
+def predict(args: RowsConfig) -> None:
     """Write a row of predictions for each image file.
 
     Args:
@@ -250,7 +249,10 @@ def predict(args: argparse.Namespace) -> None:
     _logger.info(f'{num_files} files, {rate:.1f} a second; {num_errors} could not be predicted.')
 
 
-parse_predict_args = partial(parse_args, 'Predict the classes of image files.', OPTIONS)
+parse_predict_args = partial(parse, PredictConfig, 'Predict the classes of image files.')
+
+
+CONFIG = PredictConfig
 
 
 def main() -> int:

@@ -1,11 +1,10 @@
 """Whole runs: what their stages share, the stages in order, the folder they leave."""
 import argparse
-import copy
 import json
 import logging
 import sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
@@ -24,6 +23,14 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..checkpoints import StageSaver, export_model, load_weights, model_weights, write_text
+from ..data import TrainingData, create_eval_loader, create_train_loader
+from ..devices import tune_device
+from ..distributed import join_processes, local_primary_first, on_primary, rank, world_size
+from ..errors import InputError, one_line
+from ..metrics import SHOTS, balanced_over, evaluate, format_table, shot_divisions
+from ..models import Shike
+from ..pretrained.load import Start, load_start, load_teacher, start_from
 from .build import (
     check_compiler,
     check_sync_bn,
@@ -35,17 +42,9 @@ from .build import (
     resolve_autocast,
     resolve_data_config,
 )
-from .checkpoints import StageSaver, export_model, load_weights, model_weights, write_text
-from .data import Augmentation, TrainingData, create_eval_loader, create_train_loader
-from .devices import tune_device
-from .distributed import join_processes, local_primary_first, on_primary, rank, world_size
+from .config import RetrainConfig, RunConfig, TrainConfig, run_folder
 from .engine import Done, Interrupted, LoopConfig, StopFlag, eval_model, fit, seed_all, stop_signals
-from .errors import InputError, one_line
-from .loading import Start, load_start, load_teacher, start_from
 from .methods import Stage, plan_stages
-from .metrics import SHOTS, balanced_over, evaluate, format_table, shot_divisions
-from .models import Shike
-from .options import run_folder
 from .resuming import load_newest, saved_args, warn_of_changes
 from .tasks import ExpertTask
 from .trackers import check_trackers, tracking
@@ -61,7 +60,7 @@ _logger = logging.getLogger(__name__)
 class Run:
     """What both stages of a run share, made and checked before anything is written."""
 
-    args: argparse.Namespace
+    args: RunConfig
     device: torch.device
     autocast: Optional[torch.dtype]
     data: TrainingData
@@ -72,14 +71,13 @@ class Run:
     teacher: Optional[DistillationTeacher] = None
 
     def evaluate(self, model: Any) -> Dict[str, Any]:
-        shots = dict(many_shot=self.args.many_shot, few_shot=self.args.few_shot)
-        return evaluate(model, self.test_loader, self.data.shot_counts, self.device, shots=shots)
+        return evaluate(model, self.test_loader, self.data.shot_counts, self.device, shots=self.args)
 
 
-def _check_eval_metric(args: argparse.Namespace, data: TrainingData) -> None:
+def _check_eval_metric(args: RunConfig, data: TrainingData) -> None:
     if args.eval_metric not in SHOTS:
         return
-    classes = shot_divisions(data.shot_counts, args.many_shot, args.few_shot)[args.eval_metric]
+    classes = shot_divisions(data.shot_counts, args)[args.eval_metric]
     if data.test.class_counts:
         classes = classes & (torch.tensor(data.test.class_counts) > 0)
     if not classes.any():
@@ -89,7 +87,7 @@ def _check_eval_metric(args: argparse.Namespace, data: TrainingData) -> None:
 
 
 def prepare(
-        args: argparse.Namespace,
+        args: RunConfig,
         stages: Sequence[Stage],
         fresh: bool = True,
         class_names: Optional[Sequence[str]] = None,
@@ -115,7 +113,7 @@ def prepare(
     autocast = resolve_autocast(args, device)
     with local_primary_first():
         data = load_data(args, class_names, run_folder)
-    args.holdout = data.holdout
+    args = replace(args, holdout=data.holdout)
     _check_eval_metric(args, data)
     seed_all(args.seed, 1, -1)
     model = create_model(args, data.num_classes, fresh).to(device)
@@ -131,28 +129,9 @@ def prepare(
     if any(stage.compiled for stage in stages):
         check_compiler(args.torchcompile, args.torchcompile_mode, device)
     data_config = resolve_data_config(args, model)
-    augmentation = Augmentation(
-        no_aug=args.no_aug,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob,
-        gaussian_blur_prob=args.gaussian_blur_prob,
-        force_color_jitter=args.force_color_jitter,
-        auto_augment=args.aa,
-        cutout=args.cutout,
-        interpolation=args.train_interpolation,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-    )
     mixup = mixup_options(args, data.num_classes, stages)
     train_loader = create_train_loader(
-        data.train, data_config, args.batch_size, device, augmentation, args.workers, mixup, args.device_data,
+        data.train, data_config, args.batch_size, device, args, args.workers, mixup, args.device_data,
         args.grad_accum_steps)
     test_loader = create_eval_loader(
         data.test, data_config, args.validation_batch_size or args.batch_size, device, args.workers, args.device_data)
@@ -176,7 +155,7 @@ def create_task(run: Run, stage: Stage) -> ExpertTask:
     return task
 
 
-def compile_task(task: TrainingTask, args: argparse.Namespace, stage: Stage) -> bool:
+def compile_task(task: TrainingTask, args: RunConfig, stage: Stage) -> bool:
     """Compile a task where that is asked for and pays, and say whether."""
     if args.torchcompile and stage.compiled:
         task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -214,7 +193,7 @@ def _check_run_folder(folder: Path, resumed: bool) -> None:
             f"output folder '{folder}' already holds a run: add --resume to go on, or choose another --experiment.")
 
 
-def _create_run_folder(folder: Path, args: argparse.Namespace, stage: Stage) -> None:
+def _create_run_folder(folder: Path, args: RunConfig, stage: Stage) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         values = {key: value for key, value in vars(args).items() if key not in ('hparams', 'resume', 'checkpoint')}
@@ -225,7 +204,7 @@ def _create_run_folder(folder: Path, args: argparse.Namespace, stage: Stage) -> 
             f"output folder '{folder}' cannot be written ({error.strerror}): choose another --output.") from error
 
 
-def _default_experiment(args: argparse.Namespace) -> str:
+def _default_experiment(args: RunConfig) -> str:
     dataset = (args.dataset or 'folder').replace('/', '_')
     return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), dataset])
 
@@ -370,7 +349,7 @@ def _run_stages(
         run.model, folder / 'model', run.data_config, run.data.class_names, run.data.class_counts,
         shot_counts=run.data.shot_counts, exif=run.args.exif, pixel_range=run.args.pixel_range))
     if find_spec('matplotlib') is not None:  # an extra
-        from .report.figures import write_curves
+        from ..report.figures import write_curves
         on_primary(write_curves, folder)
     if rank() == 0:
         print(format_table(metrics))
@@ -379,11 +358,11 @@ def _run_stages(
     return metrics
 
 
-def train(args: argparse.Namespace) -> Dict[str, Any]:
+def train(args: TrainConfig) -> Dict[str, Any]:
     """Run stage one and, unless `crt_epochs` is 0, stage two.
 
     Args:
-        args: What `shike_timm.commands.train.parse_train_args` gives.
+        args: What `shike_timm.cli.train.parse_train_args` gives.
 
     Returns:
         What is written to `metrics.json`: metrics and seconds of each stage by name, `stage_one` and `stage_two`.
@@ -393,27 +372,26 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
         Interrupted: If a signal stopped the run.
         NonFiniteError: If the loss or the weights stopped being finite.
     """
-    args = copy.copy(args)
     join_processes(args.device)
     stages = plan_stages(args)
-    args.crt_epochs = sum(stage.epochs for stage in stages[1:])
+    args = replace(args, crt_epochs=sum(stage.epochs for stage in stages[1:]))
     resumed = args.resume is not None
     checkpoint = path = folder = None
     if resumed:
         folder = Path(run_folder(args) or '')
-        args.output, args.experiment = str(folder.parent), folder.name
+        args = replace(args, output=str(folder.parent), experiment=folder.name)
         number, path, checkpoint = load_newest(args)
         if number > len(stages):
             raise InputError(f"Stage two of '{folder}' has begun, which --crt-epochs 0 leaves out: drop it.")
         stages = stages[number - 1:]
     else:
-        args.experiment = args.experiment or _default_experiment(args)
+        args = replace(args, experiment=args.experiment or _default_experiment(args))
     if args.pretrained_backbone and args.fusion_type is None and checkpoint is None:
-        args.fusion_type = 'residual'
+        args = replace(args, fusion_type='residual')
     saved = saved_args(checkpoint or {})
     start = load_start(args) if checkpoint is None else None
     if start is not None:
-        vars(args).update({key: value for key, value in start.args.items() if getattr(args, key) is None})
+        args = replace(args, **{key: value for key, value in start.args.items() if getattr(args, key) is None})
     run = prepare(args, stages, checkpoint is None, saved.get('class_names'), folder, start)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path or '')
@@ -421,13 +399,13 @@ def train(args: argparse.Namespace) -> Dict[str, Any]:
     return _run_stages(run, stages, resumed, checkpoint)
 
 
-def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+def retrain(args: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     """Run stage two alone, on the trunk and experts of stage one, into a run folder of its own.
 
     Classes are those of stage one, unless `num_classes` says that there are others.
 
     Args:
-        args: Those that `shike_timm.commands.retrain_classifier.parse_retrain_args` gives.
+        args: Those that `shike_timm.cli.retrain_classifier.parse_retrain_args` gives.
         checkpoint: What `load_stage_one` gives.
 
     Returns:
@@ -438,10 +416,9 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
         Interrupted: If a signal stopped the run.
         NonFiniteError: If the loss or the weights stopped being finite.
     """
-    args = copy.copy(args)
     join_processes(args.device)
     stage = plan_stages(args, retraining=True)[-1]
-    args.crt_epochs = stage.epochs
+    args = replace(args, crt_epochs=stage.epochs)
     saved = saved_args(checkpoint)
     same = args.num_classes == saved.get('num_classes')
     held_out = f'holdout {args.holdout:g}' if args.holdout else ''
@@ -456,7 +433,7 @@ def retrain(args: argparse.Namespace, checkpoint: Dict[str, Any]) -> Dict[str, A
     if args.fusion is not False and fusion != before:
         raise InputError(f"--fusion-type {fusion} differs from stage one's, {before}: leave it out.")
     weights = model_weights(checkpoint, args.checkpoint)
-    args.experiment = args.experiment or _default_experiment(args) + '-crt'
+    args = replace(args, experiment=args.experiment or _default_experiment(args) + '-crt')
     stage_one = Path(args.checkpoint)
     run_of_it = stage_one if stage_one.is_dir() else stage_one.absolute().parent.parent
     run = prepare(args, [stage], False, saved.get('class_names') if same else None, run_of_it if same else None)

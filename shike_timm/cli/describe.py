@@ -1,9 +1,8 @@
 """Description of a data set: classes, counts, sizes, and whatever may falsify a training on it."""
-import argparse
 import importlib.util
 import json
 from collections import Counter, defaultdict
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -14,43 +13,35 @@ import numpy as np
 
 from ..checkpoints import check_results_file, write_text
 from ..data import find_dataset
+from ..data.config import DataConfig
 from ..data.datasets import DataRequest, ImageSet
 from ..data.holdout import hold_out_share
 from ..data.survey import Seen, alike, survey
 from ..data.training import check_request
 from ..errors import InputError
-from ..metrics import shot_divisions
-from ..options import DATA, HPARAMS, SHOT_DIVISIONS, TRAINING_DATA, Group, Option, parse_args
-from .cli import run_script
-
-__all__ = ['OPTIONS', 'describe', 'describe_data', 'main', 'parse_describe_args']
+from ..metrics import ShotConfig, shot_divisions
+from ..options import HparamsConfig, option, parse
+from .script import run_script
 
 MAX_LISTED = 10  # lines of a kind in the text; the JSON has all
 
 _ASKED = {field.name for field in fields(DataRequest)} - {
     'name', 'root', 'class_names', 'class_stats', 'batch_size', 'check_images'}
 
-OPTIONS = (
-    Group('Data to describe', *(
-        option for group in (DATA, TRAINING_DATA) for option in group.options
-        if option.name in _ASKED | {'data_dir', 'dataset', 'dataset_download'})),
-    Group(
-        'Description',
-        *SHOT_DIVISIONS.options,
-        Option('json', bool, False, 'print JSON, with all names'),
-        Option(
-            'class_stats', str, None, "JSON file to write the training images of each class to, in timm's format",
-            'FILE'),
-        Option(
-            'perceptual', bool, None, 'also find images that look alike, by perceptual hashes; by default where the '
-            'package imagehash is installed'),
-        Option('workers', int, 4, 'processes that read images', low=0, flags=('-j',)),
-    ),
-    HPARAMS,
-)
+@dataclass(frozen=True)
+class DescribeConfig(DataConfig, ShotConfig, HparamsConfig):
+    """Description."""
+
+    json: bool = option(False, 'print JSON, with all names')
+    class_stats: Optional[str] = option(
+        None, "JSON file to write the training images of each class to, in timm's format", 'FILE')
+    perceptual: Optional[bool] = option(
+        None, 'also find images that look alike, by perceptual hashes; by default where the package imagehash is '
+        'installed')
+    workers: int = option(4, 'processes that read images', low=0, flags=('-j',))
 
 
-def _load(args: argparse.Namespace) -> Tuple[ImageSet, Optional[ImageSet], Optional[str]]:
+def _load(args: DescribeConfig) -> Tuple[ImageSet, Optional[ImageSet], Optional[str]]:
     """The training set, the evaluation split, and why there is none."""
     asked = {name: value for name, value in vars(args).items() if name in _ASKED}
     request = DataRequest(args.dataset, args.data_dir, download=args.dataset_download, **asked)
@@ -58,7 +49,7 @@ def _load(args: argparse.Namespace) -> Tuple[ImageSet, Optional[ImageSet], Optio
     check_request(request, entry)
     train, test = entry.load_train(request)
     if args.holdout and test is None:
-        return (*hold_out_share(train, args.holdout, args.dataset or args.data_dir), None)
+        return (*hold_out_share(train, args.holdout, args.dataset or str(args.data_dir)), None)
     if test is not None or train.is_whole:
         return train, test, None if test is not None else 'the data set has one split'
     try:
@@ -160,7 +151,7 @@ def _is_perceptual(wanted: Optional[bool]) -> bool:
     return found if wanted is None else wanted
 
 
-def describe_data(args: argparse.Namespace) -> Dict[str, Any]:
+def describe_data(args: DescribeConfig) -> Dict[str, Any]:
     """Read a whole data set and tell what it holds; its class counts are written where that is asked for.
 
     Args:
@@ -195,7 +186,7 @@ def describe_data(args: argparse.Namespace) -> Dict[str, Any]:
         for name, count in counts['train'].items()]
     shots = {
         shot: dict(classes=int(mask.sum()), images=sum(compress(counts['train'].values(), mask)))
-        for shot, mask in shot_divisions(whole, args.many_shot, args.few_shot).items()
+        for shot, mask in shot_divisions(whole, args).items()
     }
     found = [
         (split, names[one.target] if 0 <= one.target < len(names) else str(one.target), one)
@@ -274,14 +265,17 @@ def _text(told: Dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def describe(args: argparse.Namespace) -> None:
+def describe(args: DescribeConfig) -> None:
     """Print what a data set holds; what is raised is what `describe_data` raises."""
     told = describe_data(args)
     print(json.dumps(told, indent=2) if args.json else _text(told))
 
 
 parse_describe_args = partial(
-    parse_args, 'Tell what a data set holds: classes, counts, sizes, duplicates, unreadable files.', OPTIONS)
+    parse, DescribeConfig, 'Tell what a data set holds: classes, counts, sizes, duplicates, unreadable files.')
+
+
+CONFIG = DescribeConfig
 
 
 def main() -> int:

@@ -1,5 +1,4 @@
 """Methods by name: what the stages of a run train with. A method is an entry of `METHODS`, a few lines over a loss."""
-import argparse
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
@@ -7,10 +6,11 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
 import torch
 from timm.loss import compute_class_weights
 
-from .distributed import world_size
-from .errors import InputError, nearest
-from .losses import balanced_softmax, expert_cross_entropy, focal, ldam, logit_adjusted
-from .models.classifiers import CosineClassifier
+from ..distributed import world_size
+from ..errors import InputError, nearest
+from ..losses import balanced_softmax, expert_cross_entropy, focal, ldam, logit_adjusted
+from ..models.classifiers import CosineClassifier
+from .config import RunConfig
 from .tasks import ClassifierRetrainingTask, ExpertTask, RepresentationTask
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class Method:
 
     make_task: Callable[['Run'], ExpertTask]
     crt_epochs: int = 0
-    indices_only: Callable[[argparse.Namespace], Optional[str]] = lambda args: None
-    prior: Callable[[argparse.Namespace], Optional[str]] = lambda args: None
+    indices_only: Callable[[RunConfig], Optional[str]] = lambda args: None
+    prior: Callable[[RunConfig], Optional[str]] = lambda args: None
 
 
 def _teaching(run: 'Run') -> Dict[str, Any]:
@@ -126,7 +126,7 @@ METHODS: Dict[str, Method] = {
     # Menon et al., ICLR 2021.
     'logit_adjusted': Method(
         _by_loss(lambda run: partial(logit_adjusted, class_counts=_class_counts(run), tau=run.args.tau)),
-        prior=lambda args: {0: 'train', 1: 'uniform'}.get(args.tau)),
+        prior=lambda args: {0.: 'train', 1.: 'uniform'}.get(args.tau)),
     # Lin et al., ICCV 2017; this loss and the next are least at logits of no known prior.
     'focal': Method(_by_loss(lambda run: partial(focal, gamma=run.args.focal_gamma))),
     # Cao et al., NeurIPS 2019: classes weighted by their effective number in the last fifth of the epochs.
@@ -146,7 +146,7 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def _peak_lr(args: argparse.Namespace, prefix: str = '') -> float:
+def _peak_lr(args: RunConfig, prefix: str = '') -> float:
     """The stage's learning rate, by timm's rule from that of `lr_base_size` images where it is given so."""
     base = getattr(args, f'{prefix}lr_base')
     if base is None:
@@ -155,7 +155,7 @@ def _peak_lr(args: argparse.Namespace, prefix: str = '') -> float:
     return base * (ratio ** 0.5 if any(name in args.opt.lower() for name in ('ada', 'lamb')) else ratio)
 
 
-def plan_stages(args: argparse.Namespace, retraining: bool = False) -> List[Stage]:
+def plan_stages(args: RunConfig, retraining: bool = False) -> List[Stage]:
     """The stages that the arguments ask for: the method's own and, unless `crt_epochs` is 0, classifier retraining.
 
     Args:

@@ -1,5 +1,4 @@
 """Export of a trained model to a file that runs without this package, compared with the model before it is kept."""
-import argparse
 import importlib.util
 import io
 import logging
@@ -7,21 +6,16 @@ import os
 import tempfile
 import warnings
 import zipfile
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import torch
-from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 
 from ..checkpoints import export_model
 from ..errors import InputError, one_line
-from ..loading import is_registered, load_trained_model, set_target_prior
-from ..options import HPARAMS, TRAINED_MODEL, Group, Option, parse_args
-from .cli import run_script
 
-__all__ = ['OPTIONS', 'FILES', 'export', 'load_exported', 'main', 'parse_export_args', 'save_exported']
+__all__ = ['FILES', 'check_packages', 'find_place', 'load_exported', 'save_exported']
 
 FILES = {'onnx': 'model.onnx', 'torchscript': 'model.torchscript.pt', 'torch-export': 'model.pt2'}
 
@@ -29,10 +23,8 @@ _TRACED_BATCH = 2  # of one image, torch.export would take the batch size for a 
 _CHECKED_BATCHES = (1, 5)
 _TOLERANCE = 1e-4  # of the largest logit
 
-_logger = logging.getLogger(__name__)
 
-
-def _check_packages() -> None:
+def check_packages() -> None:
     missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
@@ -40,7 +32,7 @@ def _check_packages() -> None:
             'or choose another format.')
 
 
-def _find_place(folder: Path) -> Path:
+def find_place(folder: Path) -> Path:
     """The nearest existing folder above one that can be made, to write in."""
     if folder.is_symlink() or folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"output '{folder}' exists already: choose another folder, or remove it.")
@@ -188,7 +180,7 @@ def save_exported(
         InputError: If the folder holds something or cannot be made, or the export fails or differs.
     """
     folder = Path(folder).absolute()
-    with tempfile.TemporaryDirectory(dir=_find_place(folder)) as temporary:
+    with tempfile.TemporaryDirectory(dir=find_place(folder)) as temporary:
         inside = Path(temporary, folder.name)  # which, unlike the temporary folder, others may read
         inside.mkdir()
         path = inside / FILES[format]
@@ -210,62 +202,3 @@ def save_exported(
         folder.parent.mkdir(parents=True, exist_ok=True)
         inside.rename(folder)
     return difference
-
-
-def export(args: argparse.Namespace) -> Path:
-    """Export a trained model.
-
-    Args:
-        args: What `parse_export_args` gives.
-
-    Returns:
-        The folder written.
-
-    Raises:
-        InputError: If anything given cannot work.
-    """
-    if args.format == 'onnx':
-        _check_packages()
-    elif args.opset is not None:
-        raise InputError(f'--opset {args.opset} goes with --format onnx, not {args.format}: leave it out.')
-    if args.output:
-        _find_place(Path(args.output))
-    trained = load_trained_model(args.model, args.checkpoint, args.pretrained, args.experts, args.authors_classifiers)
-    set_target_prior(trained, args.target_prior)
-    model = trained.model
-    if args.model and is_registered(args.model) and not args.pretrained:
-        _logger.warning(f"'{args.model}' without --pretrained is exported with random weights.")
-    data_args = trained.data_args
-    if args.img_size:
-        data_args = dict(data_args, img_size=args.img_size, input_size=None)
-    try:
-        data_config = resolve_input_data_config(model, args=data_args)
-    except ValueError as error:
-        raise InputError(f'--img-size {args.img_size}: {error}') from error
-    folder = Path(args.output or f"exported/{model.pretrained_cfg['architecture']}-{args.format}")
-    difference = save_exported(
-        model, folder, args.format, data_config, trained.class_names, trained.class_counts, args.opset,
-        shot_counts=trained.shot_counts, **{key: data_args.get(key) for key in ('exif', 'pixel_range')})
-    _logger.info(f'Largest difference from torch: {difference:.1e} of the largest logit.')
-    print(folder / FILES[args.format])
-    return folder
-
-
-OPTIONS = (
-    TRAINED_MODEL,
-    Group(
-        'Export',
-        Option('format', str, 'onnx', 'format to write', choices=tuple(FILES)),
-        Option('opset', int, None, "version of ONNX's operators, torch's choice by default"),
-        Option('img_size', int, None, "side of the images, the model's own by default", low=1),
-        Option('output', str, None, 'folder to write, exported/NAME-FORMAT by default', 'DIR'),
-    ),
-    HPARAMS,
-)
-
-
-parse_export_args = partial(parse_args, 'Export a model to a file that runs without this package.', OPTIONS)
-
-
-def main() -> int:
-    return run_script(lambda: export(parse_export_args()))

@@ -1,7 +1,7 @@
 """Reports of runs and saved logits, put together from parsed arguments."""
-import argparse
 import copy
 import os
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -11,41 +11,48 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..build import load_data, load_eval_data, resolve_data_config
 from ..checkpoints import load_checkpoint
 from ..data import ImageSet, create_eval_loader
 from ..data.table import ImageTable
-from ..devices import resolve_device, tune_device
+from ..devices import DeviceConfig, resolve_device, tune_device
 from ..errors import InputError
-from ..loading import TrainedModel, load_trained_model
 from ..measure import count_flops
-from ..methods import STAGES
 from ..metrics import MOST_EXPERTS, all_subsets, evaluate, shot_numbers
 from ..models import Shike
-from ..options import DEVICE, TRAIN, Group, Option, defaults, parse_args
+from ..options import checked, option, parse
+from ..pretrained.load import TrainedModel, load_trained_model
 from ..report.logits import SavedLogits, load_logits
-from .cli import run_script
+from ..training.build import load_data, load_eval_data, resolve_data_config
+from ..training.config import TrainConfig
+from ..training.methods import STAGES
+from .script import run_script
 
-__all__ = ['CAM', 'OPTIONS', 'check_report', 'collect', 'count_costs', 'main', 'make_report', 'parse_report_args']
 
-CAM = Option(
-    'cam', str, None, 'image files, folders or patterns, of which the report shows where each expert looks', 'IMAGE',
-    nargs='+')
+@dataclass(frozen=True)
+class CamConfig:
+    """Class activation maps."""
 
-OPTIONS = (
-    Group(
-        'Report',
-        Option(
-            'runs', str, None, 'run folders, which are evaluated on the data of the run, or files of eval.py '
-            '--save-logits; the first is told of at length, the others are compared with it', 'RUN|FILE.npz',
-            nargs='+', required=True, positional=True),
-        CAM,
-        Option('output', str, 'report', 'folder to write report.html, its figures and the table to', 'DIR'),
-        Option('data_dir', str, None, 'folder of the data, where it is not where the runs had it', 'DIR'),
-        Option('batch_size', int, 256, 'images a batch', low=1, flags=('-b',)),
-    ),
-    DEVICE,
-)
+    cam: Optional[List[str]] = option(
+        None, 'image files, folders or patterns, of which the report shows where each expert looks', 'IMAGE',
+        nargs='+')
+
+
+@dataclass(frozen=True)
+class ReportOutputConfig:
+    """Report."""
+
+    runs: List[str] = option(
+        None, 'run folders, which are evaluated on the data of the run, or files of shike eval --save-logits; the '
+        'first is told of at length, the others are compared with it', 'RUN|FILE.npz', nargs='+', required=True,
+        positional=True)
+    output: str = option('report', 'folder to write report.html, its figures and the table to', 'DIR')
+    data_dir: Optional[str] = option(None, 'folder of the data, where it is not where the runs had it', 'DIR')
+    batch_size: int = option(256, 'images a batch', low=1, flags=('-b',))
+
+
+@dataclass(frozen=True)
+class ReportConfig(ReportOutputConfig, CamConfig, DeviceConfig):
+    """All options of shike report."""
 
 
 def check_report(folder: str, cam: Optional[Sequence[str]] = None) -> None:
@@ -123,7 +130,7 @@ def count_costs(model: Shike, image: Tensor, passes: int = 1) -> List[Dict[str, 
 
 def _evaluate_run(
         run: Path,
-        args: argparse.Namespace,
+        args: ReportConfig,
         cam: Optional[Sequence[str]],
 ) -> Tuple[List[SavedLogits], List[Dict[str, Any]]]:
     """Logits of the stages of a run that it has a checkpoint of, on what it was evaluated on, the last stage first.
@@ -140,8 +147,8 @@ def _evaluate_run(
     for path in reversed(checkpoints):
         trained = load_trained_model(checkpoint=str(path))
         assert trained.class_counts is not None  # which checkpoints of runs have
-        run_args = argparse.Namespace(**{**defaults(TRAIN), **vars(load_checkpoint(path)['args'])})
-        run_args.data_dir = args.data_dir or run_args.data_dir
+        run_args = checked(TrainConfig, vars(load_checkpoint(path)['args']))
+        run_args = replace(run_args, data_dir=args.data_dir or run_args.data_dir)
         if data is None and (run_args.holdout or run_args.val_per_class):  # or else the test split would be looked at
             data = load_data(run_args, trained.class_names, trained.run_folder).test
         data = data or load_eval_data(run_args, trained.class_names, trained.model.in_chans, trained.run_folder)
@@ -155,15 +162,14 @@ def _evaluate_run(
         loader = create_eval_loader(data, data_config, args.batch_size, device, args.workers)
         kept: List[Tuple[Tensor, Tensor]] = []
         evaluate(trained.model, loader, trained.class_counts, device, kept=kept)
-        shots = shot_numbers(
-            trained.shot_counts or trained.class_counts, many_shot=run_args.many_shot, few_shot=run_args.few_shot)
+        shots = shot_numbers(trained.shot_counts or trained.class_counts, run_args)
         name = run.name if not saved else f"{run.name}, {path.parent.name.replace('_', ' ')}"
         costs = [] if saved else count_costs(trained.model, next(iter(loader))[0][:1])
         saved.append(collect(trained, data, kept, shots, name=name, run=run, costs=costs))
     return saved, looks
 
 
-def make_report(args: argparse.Namespace) -> Path:
+def make_report(args: ReportConfig) -> Path:
     """Write the report of the runs and files that the arguments name, and give the path of the page.
 
     Raises:
@@ -173,7 +179,7 @@ def make_report(args: argparse.Namespace) -> Path:
     if args.cam and not Path(args.runs[0]).is_dir():
         raise InputError(f"--cam needs a model, which '{args.runs[0]}' lacks: give a run folder, or use shike eval.")
     models, earlier, looks = [], None, []
-    from ..report.data import judge
+    from ..report.analysis import judge
     from ..report.page import write_report
     for number, path in enumerate(map(Path, args.runs)):
         if path.is_dir():
@@ -190,7 +196,10 @@ def make_report(args: argparse.Namespace) -> Path:
 
 
 parse_report_args = partial(
-    parse_args, 'Draw a report of a run, or of saved logits, and compare several.', OPTIONS)
+    parse, ReportConfig, 'Draw a report of a run, or of saved logits, and compare several.')
+
+
+CONFIG = ReportConfig
 
 
 def main() -> int:

@@ -1,6 +1,4 @@
 """Throughput, time per part, peak memory and achieved FLOP/s of models, side by side in one run."""
-import argparse
-import copy
 import json
 import os
 import statistics
@@ -8,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -17,7 +15,16 @@ from timm.task import ClassificationTask, TrainingTask
 from timm.utils import is_distributed_env
 from torch import Tensor
 
-from ..build import (
+from ..checkpoints import check_results_file, write_text
+from ..data import TrainingData, find_dataset
+from ..data.datasets import in_memory_set
+from ..data.in_memory import DeviceLoader
+from ..devices import resolve_device, tune_device
+from ..errors import InputError, one_line
+from ..measure import PARTS, count_flops, measure_ceilings, on_paper, peak_memory, rates_by_turns, time_parts
+from ..models import Shike
+from ..options import option, parse
+from ..training.build import (
     check_compiler,
     check_model_name,
     create_model,
@@ -25,39 +32,28 @@ from ..build import (
     resolve_autocast,
     resolve_data_config,
 )
-from ..checkpoints import check_results_file, write_text
-from ..data import TrainingData, find_dataset
-from ..data.datasets import in_memory_set
-from ..data.in_memory import DeviceLoader
-from ..devices import resolve_device, tune_device
-from ..engine import train_step
-from ..errors import InputError, one_line
-from ..measure import PARTS, count_flops, measure_ceilings, on_paper, peak_memory, rates_by_turns, time_parts
-from ..methods import Stage, plan_stages
-from ..models import Shike
-from ..options import TRAINING, Group, Option, parse_args
-from ..runs import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
-from .cli import run_script
+from ..training.config import RunConfig
+from ..training.engine import train_step
+from ..training.methods import Stage, plan_stages
+from ..training.runs import Run, compile_task, create_loss_scaler, create_task, loop_config, prepare
+from .script import run_script
 
-__all__ = ['OPTIONS', 'benchmark', 'format_report', 'main', 'parse_benchmark_args']
 
-OPTIONS = (
-    Group(
-        'Benchmark',
-        Option(
-            'bench', str, 'both', 'what to time; memory: nothing, but what a training step needs on any device',
-            choices=('both', 'train', 'inference', 'memory')),
-        Option('stage', int, 1, 'stage whose training step is timed', choices=(1, 2)),
-        Option(
-            'compare', str, [], "timm's models to time beside it, turn by turn, on noise of the same size", nargs='+'),
-        Option('num_warm_iter', int, 10, 'steps before timing', low=1),
-        Option(
-            'num_bench_iter', int, None, 'steps of a round; an epoch of data or 40 on noise by default', low=1),
-        Option('num_rounds', int, 5, 'rounds, of which the median counts', low=1),
-        Option('results_file', str, None, 'JSON file to write the figures to', 'FILE'),
-    ),
-    *TRAINING,
-)
+@dataclass(frozen=True)
+class BenchmarkConfig(RunConfig):
+    """Benchmark."""
+
+    bench: str = option(
+        'both', 'what to time; memory: nothing, but what a training step needs on any device',
+        choices=('both', 'train', 'inference', 'memory'))
+    stage: int = option(1, 'stage whose training step is timed', choices=(1, 2))
+    compare: List[str] = option(
+        [], "timm's models to time beside it, turn by turn, on noise of the same size", nargs='+')
+    num_warm_iter: int = option(10, 'steps before timing', low=1)
+    num_bench_iter: Optional[int] = option(
+        None, 'steps of a round; an epoch of data or 40 on noise by default', low=1)
+    num_rounds: int = option(5, 'rounds, of which the median counts', low=1)
+    results_file: Optional[str] = option(None, 'JSON file to write the figures to', 'FILE')
 
 NUM_BENCH_ITER = 40  # steps of a round on noise
 
@@ -71,7 +67,7 @@ class _Contestant:
     result: Dict[str, Any]
 
 
-def _noise_run(args: argparse.Namespace, model: Any, data_config: Dict[str, Any]) -> Run:
+def _noise_run(args: BenchmarkConfig, model: Any, data_config: Dict[str, Any]) -> Run:
     """A run of a model of timm over one batch of noise."""
     device = resolve_device(args.device)
     channels, height, width = data_config['input_size']
@@ -92,14 +88,14 @@ def _noise_run(args: argparse.Namespace, model: Any, data_config: Dict[str, Any]
     return Run(args, device, resolve_autocast(args, device), data, data_config, model.to(device), loader, loader)
 
 
-def _stage(args: argparse.Namespace) -> Stage:
+def _stage(args: Any) -> Stage:
     stages = plan_stages(args)
     if args.stage > len(stages):
         raise InputError(f'--stage {args.stage} is left out by --method {args.method} without --crt-epochs: add some.')
     return stages[args.stage - 1]
 
 
-def _shike_run(args: argparse.Namespace) -> Run:
+def _shike_run(args: BenchmarkConfig) -> Run:
     published = find_dataset(args.dataset).num_classes  # of a set that is a folder, which may not be here
     if args.data_dir or args.dataset and not published:
         return prepare(args, [_stage(args)])
@@ -111,7 +107,7 @@ def _shike_run(args: argparse.Namespace) -> Run:
     return _noise_run(args, model, resolve_data_config(args, model))
 
 
-def _plain_run(args: argparse.Namespace, name: str, like: Run) -> Run:
+def _plain_run(args: BenchmarkConfig, name: str, like: Run) -> Run:
     """A plain timm model on noise of the size, and with the classes, of the SHIKE model's run."""
     channels = like.data_config['input_size'][0]
     try:
@@ -207,9 +203,8 @@ def _inference(run: Run, name: str) -> _Contestant:
     return _Contestant(step, args.num_bench_iter or NUM_BENCH_ITER, result)
 
 
-def _tell_memory(args: argparse.Namespace) -> Dict[str, Any]:
-    args = copy.copy(args)
-    args.device, args.amp_dtype = 'cpu', 'bfloat16'
+def _tell_memory(args: BenchmarkConfig) -> Dict[str, Any]:
+    args = replace(args, device='cpu', amp_dtype='bfloat16')
     run = _shike_run(args)
     results = [_memory(run, args.model)] + [_memory(_plain_run(args, other, run), other) for other in args.compare]
     size = ' x '.join(map(str, run.data_config['input_size'])) + (' in half precision' if args.amp else '')
@@ -224,7 +219,7 @@ def _tell_memory(args: argparse.Namespace) -> Dict[str, Any]:
     return report
 
 
-def benchmark(args: argparse.Namespace) -> Dict[str, Any]:
+def benchmark(args: BenchmarkConfig) -> Dict[str, Any]:
     """Time the model that the arguments describe, and those it is compared with, turn by turn.
 
     A training step is the one of train.py, without its logs.
@@ -330,7 +325,11 @@ def format_report(report: Dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-parse_benchmark_args = partial(parse_args, 'Time training and inference; without a data set, on noise.', OPTIONS)
+parse_benchmark_args = partial(
+    parse, BenchmarkConfig, 'Time training and inference; without a data set, on noise.')
+
+
+CONFIG = BenchmarkConfig
 
 
 def main() -> int:

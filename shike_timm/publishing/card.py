@@ -5,11 +5,12 @@ from typing import Any, Dict, List, Optional
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .data import find_dataset
-from .data.images import MODES
-from .metrics import METRICS, shot_divisions
-from .models import Shike
-from .options import TEACHER, card_options
+from ..data import find_dataset
+from ..data.images import MODES
+from ..metrics import METRICS, ShotConfig, shot_divisions
+from ..models import Shike
+from ..options import options
+from ..training.config import TeacherConfig, card_options
 
 __all__ = ['model_card']
 
@@ -82,7 +83,7 @@ def _data_section(config: Dict[str, Any], args: Dict[str, Any]) -> str:
     if counts:
         many, few = args.get('many_shot', 100), args.get('few_shot', 20)
         divisions = {shot: int(mask.sum()) for shot, mask in shot_divisions(
-            config.get('shot_counts', counts), many, few).items()}
+            config.get('shot_counts', counts), ShotConfig(many, few)).items()}
         rows += [
             ['training images', sum(counts)],
             ['images of the largest class', max(counts)],
@@ -122,7 +123,7 @@ def _recipe_section(metrics: Dict[str, Any], args: Dict[str, Any]) -> str:
         unused |= {key for key in args if key.startswith('crt_')} - {'crt_epochs'}
         args = dict(args, crt_epochs=0)  # not every method's default
     if not args.get('kd_model_name'):
-        unused |= {option.name for option in TEACHER.options}
+        unused |= set(options(TeacherConfig))
     recipe = {key: value for key, value in card_options(args).items() if key not in unused}
     for key in PATHS & set(recipe):
         recipe[key] = _without_folder(recipe[key])

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from timm.utils import setup_default_logging
 
 from ..distributed import rank
-from ..engine import Interrupted, NonFiniteError
 from ..errors import InputError
+from ..training.engine import Interrupted, NonFiniteError
 
 __all__ = ['run_script']
 

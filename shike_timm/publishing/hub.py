@@ -1,9 +1,8 @@
 """Publishing to the Hugging Face Hub: checked before the first request, all files in one commit."""
-import argparse
 import csv
 import json
 import re
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -14,15 +13,30 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from ..errors import InputError, one_line
-from ..loading import CONFIG, WEIGHTS, find_model, load_trained_model
-from ..model_card import model_card
-from ..options import Group, Option, parse_args
-from .cli import run_script
+from ..options import option
+from ..pretrained.load import CONFIG, WEIGHTS, find_model, load_trained_model
+from .card import model_card
 
-__all__ = ['OPTIONS', 'PublishError', 'find_report', 'main', 'parse_publish_args', 'publish', 'read_run']
+__all__ = ['PublishError', 'find_report', 'publish', 'read_run']
 
 CARD = 'README.md'
 FIGURES, TABLE = ('class_counts.png', 'class_accuracy.png'), 'classes.csv'  # of a report
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """Publishing."""
+
+    model: str = option(
+        None, 'run folder of shike train, or a model folder such as RUN/model', 'RUN', positional=True)
+    repo_id: str = option(None, 'name on the Hub', 'USER/NAME', required=True)
+    private: bool = option(False, 'make the repository private')
+    update: bool = option(False, 'replace what is already published there')
+    report: Optional[str] = option(
+        None, 'folder that shike report wrote of the model, for two of its figures and the table of classes beside '
+        'the card; RUN/report if there is one', 'DIR')
+    license: Optional[str] = option(
+        None, "license on the card, such as mit; by default that of the backbone's weights", 'ID')
 
 
 class PublishError(OSError):
@@ -124,7 +138,7 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> Exception:
         'command later.')
 
 
-def _prepare_repo(api: HfApi, args: argparse.Namespace, card: ModelCard) -> Optional[str]:
+def _prepare_repo(api: HfApi, args: PublishConfig, card: ModelCard) -> Optional[str]:
     """Have the Hub check the card and see to the repository; gives the newest commit in it."""
     try:
         card.validate()  # or the Hub would first do so when the repository is made
@@ -144,7 +158,7 @@ def _prepare_repo(api: HfApi, args: argparse.Namespace, card: ModelCard) -> Opti
     return info.sha
 
 
-def publish(args: argparse.Namespace) -> str:
+def publish(args: PublishConfig) -> str:
     """Publish a model with its card, in one commit.
 
     Args:
@@ -192,27 +206,3 @@ def publish(args: argparse.Namespace) -> str:
         raise _explain(error, args.repo_id, api.endpoint) from error
     print(f"{url} - load it with: import shike_timm, timm; timm.create_model('hf-hub:{args.repo_id}', pretrained=True)")
     return url
-
-
-OPTIONS = (
-    Group(
-        'Publishing',
-        Option(
-            'model', str, None, 'run folder of train.py, or a model folder such as RUN/model', 'RUN', positional=True),
-        Option('repo_id', str, None, 'name on the Hub', 'USER/NAME', required=True),
-        Option('private', bool, False, 'make the repository private'),
-        Option('update', bool, False, 'replace what is already published there'),
-        Option(
-            'report', str, None, 'folder that shike report wrote of the model, for two of its figures and the table of '
-            'classes beside the card; RUN/report if there is one', 'DIR'),
-        Option(
-            'license', str, None, "license on the card, such as mit; by default that of the backbone's weights", 'ID'),
-    ),
-)
-
-
-parse_publish_args = partial(parse_args, 'Publish a trained model and its card to the Hugging Face Hub.', OPTIONS)
-
-
-def main() -> int:
-    return run_script(lambda: publish(parse_publish_args()))

@@ -1,8 +1,8 @@
 """Evaluation of a trained model, put together from parsed arguments."""
-import argparse
 import copy
 import json
 import logging
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -10,51 +10,43 @@ from typing import Any, Dict, List, Optional
 import torch
 from torch import Tensor
 
-from ..build import load_data, load_eval_data, resolve_data_config
 from ..checkpoints import check_results_file, write_text
 from ..data import create_eval_loader
-from ..devices import tune_device
+from ..data.config import CheckConfig, EvalDataConfig, PreprocessingConfig
+from ..devices import DeviceConfig, tune_device
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
-from ..loading import load_trained_model, set_target_prior, with_data_args
 from ..measure import inference_costs
-from ..metrics import all_subsets, balanced_over, evaluate, format_subsets, format_table, shot_numbers
+from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_subsets, format_table, shot_numbers
 from ..models import Shike
-from ..options import (
-    DATA,
-    DEVICE,
-    HPARAMS,
-    PREPROCESSING,
-    SHOT_DIVISIONS,
-    TRAINED_MODEL,
-    Group,
-    Option,
-    parse_args,
-)
+from ..options import HparamsConfig, option, parse
+from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_data_args
 from ..report.logits import save_logits
-from .cli import run_script
-from .report import CAM, check_report, collect, count_costs
-
-__all__ = ['OPTIONS', 'evaluate_model', 'main', 'parse_eval_args']
+from ..training.build import load_data, load_eval_data, resolve_data_config
+from .report import CamConfig, check_report, collect, count_costs
+from .script import run_script
 
 _logger = logging.getLogger(__name__)
 
-OPTIONS = (
-    TRAINED_MODEL,
-    Group(
-        'Evaluation',
-        Option('expert_subsets', bool, False, 'also tell accuracy and cost of every choice of experts'),
-        Option('flip', bool, False, 'average the logits with those of the mirrored images, at twice the cost'),
-        Option('batch_size', int, 256, 'images a batch', low=1, flags=('-b',)),
-        Option('results_file', str, None, 'JSON file to write the metrics to', 'FILE'),
-        Option(
-            'save_logits', str, None, 'npz file to write the logits of each expert to, with targets, paths and classes',
-            'FILE'),
-        Option('report', str, None, 'folder to write a report with figures to, report.html and more', 'DIR'),
-        CAM,
-    ),
-    DATA, PREPROCESSING, SHOT_DIVISIONS, DEVICE, HPARAMS,
-)
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation."""
+
+    expert_subsets: bool = option(False, 'also tell accuracy and cost of every choice of experts')
+    flip: bool = option(False, 'average the logits with those of the mirrored images, at twice the cost')
+    batch_size: int = option(256, 'images a batch', low=1, flags=('-b',))
+    results_file: Optional[str] = option(None, 'JSON file to write the metrics to', 'FILE')
+    save_logits: Optional[str] = option(
+        None, 'npz file to write the logits of each expert to, with targets, paths and classes', 'FILE')
+    report: Optional[str] = option(None, 'folder to write a report with figures to, report.html and more', 'DIR')
+
+
+@dataclass(frozen=True)
+class EvalConfig(
+        TrainedModelConfig, EvaluationConfig, CamConfig, EvalDataConfig, CheckConfig, PreprocessingConfig, ShotConfig,
+        DeviceConfig, HparamsConfig,
+):
+    """All options of shike eval."""
 
 
 def _add_costs(subsets: List[Dict[str, Any]], model: Shike, images: Tensor, flip: bool) -> None:
@@ -74,11 +66,11 @@ def _write_results(path: Optional[str], metrics: Dict[str, Any]) -> None:
         write_text(Path(path), json.dumps(metrics, indent=2) + '\n')
 
 
-def _name(args: argparse.Namespace) -> str:
-    return Path(args.checkpoint).stem if args.checkpoint else args.model
+def _name(args: EvalConfig) -> str:
+    return Path(args.checkpoint).stem if args.checkpoint else str(args.model)
 
 
-def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
+def evaluate_model(args: EvalConfig) -> Dict[str, Any]:
     """Evaluate a trained model, in float32; of several processes each has its share, and the first prints and writes.
 
     Args:
@@ -128,7 +120,6 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         looks = look_at(model, args.cam, data_config, names, exif=args.exif, pixel_range=args.pixel_range)
     loader = create_eval_loader(dataset, data_config, args.batch_size, device, args.workers)
     subsets = all_subsets(model.num_experts) if args.expert_subsets else ()
-    shots = dict(many_shot=args.many_shot, few_shot=args.few_shot)
     left_out = f" Left out: {'; '.join(dataset.notes)}." if dataset.notes else ''
     source = dataset.source or 'a split of its own'
     _logger.info(
@@ -136,7 +127,7 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         f'{max(shot_counts)} to {min(shot_counts)} training images a class of {origin}.')
     kept = [] if args.save_logits or args.report else None
     metrics = evaluate(
-        model, loader, shot_counts, device, subsets, args.flip, per_class=True, shots=shots, kept=kept)
+        model, loader, shot_counts, device, subsets, args.flip, per_class=True, shots=args, kept=kept)
     metrics.update(per_class=dict(names=names, class_counts=counts, **metrics['per_class']))
     if rank():
         return metrics
@@ -160,18 +151,21 @@ def evaluate_model(args: argparse.Namespace) -> Dict[str, Any]:
         run = run if run and (run / 'summary.csv').exists() else None  # a model folder may lie anywhere
         costs = metrics.get('subsets') or count_costs(model, next(iter(loader))[0][:1], 2 if args.flip else 1)
         saved = collect(
-            trained, dataset, kept, shot_numbers(shot_counts, **shots), costs=costs, run=run,
+            trained, dataset, kept, shot_numbers(shot_counts, args), costs=costs, run=run,
             name=run.name if run else _name(args))
         if args.save_logits:
             save_logits(args.save_logits, saved)
         if args.report:
-            from ..report.data import judge
+            from ..report.analysis import judge
             from ..report.page import write_report
             print(f'Report: {write_report(Path(args.report), [judge(saved)], looks=looks)}')
     return metrics
 
 
-parse_eval_args = partial(parse_args, 'Evaluate a model on many-, medium- and few-shot classes.', OPTIONS)
+parse_eval_args = partial(parse, EvalConfig, 'Evaluate a model on many-, medium- and few-shot classes.')
+
+
+CONFIG = EvalConfig
 
 
 def main() -> int:

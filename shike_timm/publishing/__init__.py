@@ -1,0 +1,1 @@
+"""What leaves this package: exports, model cards, the Hub."""

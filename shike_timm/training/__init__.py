@@ -1,0 +1,1 @@
+"""Training: phases, methods, the trainer, run folders."""
