@@ -13,7 +13,7 @@ from shike_timm.data import AugmentationConfig, create_eval_loader, create_train
 from shike_timm.data.datasets import in_memory_set
 from shike_timm.distributed import join_processes, rank, world_size
 from shike_timm.metrics import evaluate
-from shike_timm.training import engine, runs
+from shike_timm.training import runs, trainer
 
 CPU = torch.device('cpu')
 
@@ -37,7 +37,7 @@ def synchronised(self, x):
 def main(out, *argv):
     # One ReLU that rounding turns moves a gradient of this small network by percents, with any split of a batch.
     torch.nn.ReLU.forward = lambda self, x: F.silu(x)
-    losses, original = [], engine.train_step
+    losses, original = [], trainer.train_step
 
     def train_step(*args):
         result = original(*args)
@@ -47,7 +47,7 @@ def main(out, *argv):
         losses.append(float(loss))
         return result
 
-    engine.train_step = train_step
+    trainer.train_step = train_step
     args = parse_train_args(argv)
     join_processes('cpu')
     if world_size() > 1:

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY
 
 from shike_timm.cli.train import parse_train_args
-from shike_timm.training import engine
+from shike_timm.training import trainer
 from shike_timm.training.runs import train
 
 WAYS = {
@@ -24,7 +24,7 @@ def test_both_stages(tmp_path, monkeypatch, way, dtype):
     options = [
         *TINY, '--device', 'cuda', '--amp', '--amp-dtype', dtype, '--channels-last', '--recovery-interval', '2',
         '--model-ema', '--output', str(tmp_path), *WAYS[way]]
-    original, steps = engine.train_step, []
+    original, steps = trainer.train_step, []
 
     def dies(*args):
         steps.append(1)
@@ -32,7 +32,7 @@ def test_both_stages(tmp_path, monkeypatch, way, dtype):
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(engine, 'train_step', dies)
+    monkeypatch.setattr(trainer, 'train_step', dies)
     with pytest.raises(KeyboardInterrupt):
         train(parse_train_args(options))
     metrics = train(parse_train_args([*options, '--resume']))

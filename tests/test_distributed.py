@@ -19,7 +19,8 @@ from shike_timm.cli.train import parse_train_args
 from shike_timm.data.sharding import EpochSampler
 from shike_timm.errors import InputError
 from shike_timm.training import runs
-from shike_timm.training.methods import plan_stages
+from shike_timm.training.build import create_optimizer
+from shike_timm.training.phases import plan_phases
 
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
 
@@ -88,16 +89,17 @@ def test_processes_share_the_order_of_one(seen):
 
 
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
-    from shike_timm.training.engine import LoopConfig, train_step
+    from shike_timm.training.config import StepConfig
     from shike_timm.training.tasks import RepresentationTask
+    from shike_timm.training.trainer import train_step
     weights = []
     for num_parts in (1, 3):
         torch.manual_seed(0)
         args = parse_train_args([*TINY, '--opt', 'momentum'])
         task = RepresentationTask(runs.create_model(args, 10)).eval()  # BatchNorm has statistics of each part else
-        optimizer = runs.create_optimizer(args, 0.001, task.get_eval_model())
+        optimizer = create_optimizer(args, 0.001, task.get_eval_model())
         images, target = torch.randn(12, 3, 8, 8), torch.arange(12) % 10
-        config = LoopConfig(grad_accum_steps=num_parts)
+        config = StepConfig(grad_accum_steps=num_parts)
         parts = list(zip(images.chunk(num_parts), target.chunk(num_parts)))
         for i, part in enumerate(parts):
             train_step(task, *part, optimizer, config, update=i == len(parts) - 1)
@@ -118,17 +120,17 @@ def test_a_sampler_gives_whole_updates_from_any_step_on():
 def test_learning_rate_follows_the_images_of_an_update(monkeypatch):
     argv = [*TINY, '--batch-size', '32', '--lr-base', '0.2', '--crt-lr-base', '0.1', '--grad-accum-steps', '2']
     for n, expected in ((1, [0.05, 0.025]), (4, [0.2, 0.1])):
-        monkeypatch.setattr('shike_timm.training.methods.world_size', lambda n=n: n)
-        assert [stage.lr for stage in plan_stages(parse_train_args(argv))] == pytest.approx(expected)
-    adam = plan_stages(parse_train_args([*argv, '--opt', 'AdamW', '--lr-base-size', '64']))
-    assert [stage.lr for stage in adam] == pytest.approx([0.4, 0.2])
+        monkeypatch.setattr('shike_timm.training.phases.world_size', lambda n=n: n)
+        assert [phase.lr for phase in plan_phases(parse_train_args(argv))] == pytest.approx(expected)
+    adam = plan_phases(parse_train_args([*argv, '--opt', 'AdamW', '--lr-base-size', '64']))
+    assert [phase.lr for phase in adam] == pytest.approx([0.4, 0.2])
 
 
 def test_what_a_gpu_is_needed_for(monkeypatch):
     monkeypatch.setattr(runs, 'world_size', lambda: 2)
     with pytest.raises(InputError, match='--sync-bn needs GPUs'):
         runs.prepare(parse_train_args([*TINY, '--sync-bn']), [])
-    monkeypatch.setattr(runs, 'check_sync_bn', lambda device: None)
+    monkeypatch.setattr(runs, 'join_processes', lambda name: torch.device('meta'))
     run = runs.prepare(parse_train_args([*TINY, '--sync-bn']), [])
     norms = [m for m in run.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from shike_timm.checkpoints import load_checkpoint, load_weights
 from shike_timm.cli.train import parse_train_args
 from shike_timm.metrics import ExpertEvaluator, evaluate
-from shike_timm.training import engine, runs
-from shike_timm.training.methods import plan_stages
+from shike_timm.training import runs
+from shike_timm.training.phases import plan_phases
 
 CUDA = torch.device('cuda', 0)
 
@@ -93,43 +93,41 @@ def test_both_stages(tiny_run, fake_cuda, monkeypatch, options):
     args = parse_train_args([*TINY, '--device', 'cuda', *options])
     if args.model_ema:
         args = replace(args, kd_model_name=f'local-dir:{tiny_run}/model')
-    stages = plan_stages(args)
+    phases = plan_phases(args)
     checkpoint = load_checkpoint(tiny_run / 'stage_one' / 'last.pth.tar')
-    run = runs.prepare(args, stages)
-    load_weights(run.model, checkpoint['state_dict'], '')
-    for stage in stages:
-        task = runs.create_task(run, stage)
-        optimizer = runs.create_optimizer(args, stage.lr, run.model)
-        if stage.number == 1 and args.opt == 'momentum':
-            optimizer.load_state_dict(checkpoint['optimizer'])
+    trainer = runs.prepare(args, phases)
+    load_weights(trainer.model, checkpoint['state_dict'], '')
+    for phase in phases:
+        trainer.start(phase)
+        if phase.number == 1 and args.opt == 'momentum':
+            trainer.optimizer.load_state_dict(checkpoint['optimizer'])
 
-        def backward(loss, task=task, **kwargs):
+        def backward(loss, task=trainer.task, **kwargs):
             assert loss.device == CUDA and loss.dtype == torch.float32 and loss.requires_grad
             for parameter in task.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
         monkeypatch.setattr(torch.Tensor, 'backward', backward)
-        scaler, config = runs.create_loss_scaler(run), runs.loop_config(run)
-        assert (scaler is not None) == (run.autocast == torch.float16)
-        task.train()
-        run.train_loader.sampler.set_epoch(3, 0, 2)
+        assert (trainer.loss_scaler is not None) == (trainer.autocast == torch.float16)
+        trainer.task.train()
+        trainer.train_loader.sampler.set_epoch(3, 0, 2)
         steps = 0
-        for images, target in run.train_loader:
+        for images, target in trainer.train_loader:
             assert images.device == target.device == CUDA
-            result = engine.train_step(task, images, target, optimizer, config, scaler)
+            result = trainer.step(images, target)
             assert all(value.device == CUDA for value in result.values())
             steps += 1
         assert steps == 2
-    assert all(parameter.device == CUDA for parameter in run.model.parameters())
+    assert all(parameter.device == CUDA for parameter in trainer.model.parameters())
 
 
 def test_evaluation(fake_cuda, monkeypatch):
     args = parse_train_args([*TINY, '--device', 'cuda'])
     sums = []
     monkeypatch.setattr(ExpertEvaluator, 'compute', lambda self, distributed: sums.append(self) or {})
-    run = runs.prepare(args, plan_stages(args))
+    trainer = runs.prepare(args, plan_phases(args))
     evaluate(
-        run.model, run.test_loader, run.data.shot_counts, CUDA, subsets=[(0,), (0, 1)], flip=True, per_class=True)
+        trainer.model, trainer.eval_loader, trainer.data.shot_counts, CUDA, subsets=[(0,), (0, 1)], flip=True, per_class=True)
     assert sums[0].top1.device == sums[0].loss_sum.device == CUDA and sums[0].top1.shape == (10, 6)
 
 

@@ -16,9 +16,10 @@ from shike_timm.losses import balanced_softmax, representation_loss
 from shike_timm.models.backbones import cifar_resnet
 from shike_timm.models.shike import Shike
 from shike_timm.training.build import create_optimizer
-from shike_timm.training.engine import LoopConfig, train_step
+from shike_timm.training.config import StepConfig
 from shike_timm.training.runs import train
 from shike_timm.training.tasks import ClassifierRetrainingTask, RepresentationTask
+from shike_timm.training.trainer import train_step
 
 CLASSES = 20
 
@@ -84,7 +85,7 @@ def test_fused_optimizer_takes_the_same_steps():
         optimizer = optimizer_of(model, *options)
         assert bool(optimizer.defaults['fused']) != bool(options)
         for seed in range(3):
-            train_step(task, *batch(seed), optimizer, LoopConfig(channels_last=True))
+            train_step(task, *batch(seed), optimizer, StepConfig(channels_last=True))
         weights.append(model.state_dict())
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -105,7 +106,7 @@ def test_a_first_step_that_loss_scaling_skips_leaves_no_trace():
 @pytest.mark.parametrize('opt', ['lookahead_momentum', 'lamb', 'adamw'])
 def test_other_optimizers_can_be_made(opt):
     model = small_model()
-    train_step(RepresentationTask(model), *batch(), optimizer_of(model, '--opt', opt), LoopConfig())
+    train_step(RepresentationTask(model), *batch(), optimizer_of(model, '--opt', opt), StepConfig())
 
 
 def test_lookahead_is_brought_together_after_each_epoch(tmp_path, monkeypatch):
@@ -157,7 +158,7 @@ def test_a_step_reads_no_value_on_the_host(monkeypatch):
 
     for name in ('item', '__float__', '__int__', '__bool__', 'tolist', 'cpu', 'numpy'):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    train_step(task, *batch(), optimizer, LoopConfig())
+    train_step(task, *batch(), optimizer, StepConfig())
 
 
 def test_freed_memory_is_kept_where_the_library_is_glibc():

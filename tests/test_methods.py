@@ -1,5 +1,4 @@
 """Methods: the stages they plan, and the losses their tasks compute."""
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,7 +15,8 @@ from shike_timm.losses import (
     logit_adjusted,
     representation_loss,
 )
-from shike_timm.training.methods import METHODS, plan_stages
+from shike_timm.training.methods import METHODS, TaskInputs, create_task
+from shike_timm.training.phases import plan_phases
 
 COUNTS = [50, 30, 10, 5, 2]
 N = torch.tensor(COUNTS)
@@ -32,26 +32,19 @@ EXPECTED = {
 
 
 def plan(*options):
-    return plan_stages(parse_train_args(['--tau', '1.5', '--focal-gamma', '3', *options]))
+    return plan_phases(parse_train_args(['--tau', '1.5', '--focal-gamma', '3', *options]))
 
 
-def make_task(stage, *options):
+def make_task(method, classifier='cosine'):
     torch.manual_seed(0)
-    model = timm.create_model('resnet32_shike', num_classes=5, classifier='linear' if options else 'cosine')
-    args = parse_train_args(['--tau', '1.5', '--focal-gamma', '3'])
-    return stage.make_task(SimpleNamespace(
-        args=args,
-        model=model,
-        data=SimpleNamespace(class_counts=COUNTS),
-        data_config=dict(mean=(0.5,) * 3, std=(0.2,) * 3),
-        device=torch.device('cpu'),
-        teacher=None,
-    ))
+    model = timm.create_model('resnet32_shike', num_classes=5, classifier=classifier)
+    config = parse_train_args(['--method', method, '--tau', '1.5', '--focal-gamma', '3'])
+    return create_task(TaskInputs(config, model, COUNTS, torch.device('cpu'), (0.5,) * 3, (0.2,) * 3), False)
 
 
 @pytest.mark.parametrize('method', METHODS)
 def test_a_method_trains_with_its_loss(method):
-    task = make_task(plan('--method', method)[0]).eval()
+    task = make_task(method).eval()
     images, target = torch.randn(8, 3, 16, 16), torch.arange(8) % 5
     logits = task.get_eval_model().forward_experts(images)
     assert torch.allclose(task(images, target)['loss'], EXPECTED[method](logits, target))
@@ -60,13 +53,13 @@ def test_a_method_trains_with_its_loss(method):
     assert torch.allclose(task(images, target)['loss'], late)
 
 
-def test_stages():
+def test_phases():
     first, second = plan('--epochs', '30', '--lr', '0.2', '--crt-lr', '0.3', '--crt-warmup-epochs', '2')
     assert (first.name, first.epochs, first.lr, first.first_row) == ('stage_one', 30, 0.2, 0)
     assert (second.name, second.epochs, second.lr, second.warmup_epochs) == ('stage_two', 20, 0.3, 2)
     assert second.first_row == 30
     assert len(plan('--method', 'ce')) == 1 and len(plan('--crt-epochs', '0')) == 1
-    assert [stage.epochs for stage in plan('--method', 'focal', '--epochs', '9', '--crt-epochs', '7')] == [9, 7]
+    assert [phase.epochs for phase in plan('--method', 'focal', '--epochs', '9', '--crt-epochs', '7')] == [9, 7]
 
 
 @pytest.mark.parametrize('options, message', [
@@ -82,4 +75,4 @@ def test_bad_plans(options, message):
 
 def test_margins_need_cosines():
     with pytest.raises(InputError, match='cosine'):
-        make_task(plan('--method', 'ldam_drw')[0], 'linear')
+        make_task('ldam_drw', 'linear')

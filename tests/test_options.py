@@ -20,7 +20,7 @@ from shike_timm.errors import InputError
 from shike_timm.options import check_values, complete, options, read_command_line
 from shike_timm.training.build import create_model, create_optimizer, create_schedule, mixup_options, resolve_autocast
 from shike_timm.training.config import TrainConfig, card_options, changed_option
-from shike_timm.training.methods import plan_stages
+from shike_timm.training.phases import plan_phases
 from shike_timm_cli import COMMANDS
 
 RECIPES = sorted((ROOT / 'hparams').rglob('*.yaml'))
@@ -34,7 +34,7 @@ def write(tmp_path, text):
 
 def learning_rates(args, stage):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr if stage == 1 else args.crt_lr)
-    schedule = create_schedule(optimizer, args, plan_stages(args)[stage - 1])
+    schedule = create_schedule(optimizer, args, plan_phases(args)[stage - 1])
     rates = []
     for epoch in range(args.epochs if stage == 1 else args.crt_epochs):
         schedule.step(epoch)
@@ -103,7 +103,7 @@ def test_precedence(tmp_path):
 
 def test_a_learning_rate_replaces_an_earlier_base_rate(tmp_path):
     def rates(*argv):
-        return [stage.lr for stage in plan_stages(parse_train_args(argv))]
+        return [phase.lr for phase in plan_phases(parse_train_args(argv))]
 
     recipe = write(tmp_path, 'lr_base: 0.2\nlr: 5\ncrt_lr_base: 0.4\nbatch_size: 128\n')
     assert rates('--hparams', recipe) == [0.1, 0.2]  # a run's own arguments have both
@@ -340,12 +340,12 @@ def test_autocast_defaults(caplog):
 
 def test_mixup_needs_soft_targets():
     args = parse_train_args(['--cutmix', '1', '--mixup-mode', 'pair', '--alpha', '0'])
-    assert mixup_options(args, 10, plan_stages(args))['cutmix_alpha'] == 1
+    assert mixup_options(args, 10, plan_phases(args))['cutmix_alpha'] == 1
     assert mixup_options(parse_train_args([]), 10, []) is None
     args = parse_train_args(['--mixup', '0.2'])
-    assert mixup_options(args, 10, plan_stages(args)[1:])['num_classes'] == 10  # balanced softmax takes soft targets
+    assert mixup_options(args, 10, plan_phases(args)[1:])['num_classes'] == 10  # balanced softmax takes soft targets
     with pytest.raises(InputError, match='--mixup 0.2 mixes labels'):
-        mixup_options(args, 10, plan_stages(args))
+        mixup_options(args, 10, plan_phases(args))
     with pytest.raises(InputError, match='--batch-size 3 is odd'):
         mixup_options(parse_train_args(['--mixup', '0.2', '--alpha', '0', '--batch-size', '3']), 10, [])
 

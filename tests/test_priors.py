@@ -19,7 +19,7 @@ from shike_timm.data.long_tail import long_tailed_counts, long_tailed_indices
 from shike_timm.metrics import evaluate
 from shike_timm.pretrained.load import load_trained_model
 from shike_timm.publishing.export import FILES, load_exported
-from shike_timm.training.methods import plan_stages
+from shike_timm.training.phases import plan_phases
 
 COUNTS = [60, 25, 10, 5]
 TRAIN = torch.tensor([0.6, 0.25, 0.1, 0.05])
@@ -125,7 +125,7 @@ def test_packaged_weights_know_theirs():
     (['--kd-model-name', 'x', '--method', 'ce'], [None]),
 ])
 def test_what_each_method_answers_for(argv, priors):
-    assert [stage.prior for stage in plan_stages(parse_train_args(argv))] == priors
+    assert [phase.prior for phase in plan_phases(parse_train_args(argv))] == priors
 
 
 def test_a_run_keeps_it(tiny_run):

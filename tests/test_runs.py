@@ -25,9 +25,11 @@ from shike_timm.cli.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.metrics import METRICS
 from shike_timm.pretrained.load import load_trained_model
-from shike_timm.training import engine, runs
-from shike_timm.training.methods import RETRAINING_EPOCHS, plan_stages
+from shike_timm.training import trainer
+from shike_timm.training.methods import RETRAINING_EPOCHS
+from shike_timm.training.phases import plan_phases
 from shike_timm.training.runs import retrain, train
+from shike_timm.training.trainer import Trainer
 
 
 def without_seconds(path):
@@ -141,18 +143,18 @@ def test_retraining_repeats_stage_two(tiny_run, tmp_path):
 
 @pytest.mark.parametrize('stage, epoch', [(1, 0), (1, 1), (2, 0), (2, 1)])
 def test_resumed_run_equals_an_undisturbed_one(tiny_run, tmp_path, monkeypatch, stage, epoch):
-    original = engine._train_one_epoch
+    original = Trainer.train_epoch
 
-    def dies(task, loader, optimizer, trained, config, current, *rest):
-        if (trained.number, current) == (stage, epoch):
-            next(iter(loader))  # in mid-epoch
+    def dies(self, current, done):
+        if (self.phase.number, current) == (stage, epoch):
+            next(iter(self.train_loader))  # in mid-epoch
             raise KeyboardInterrupt
-        return original(task, loader, optimizer, trained, config, current, *rest)
+        return original(self, current, done)
 
-    monkeypatch.setattr(engine, '_train_one_epoch', dies)
+    monkeypatch.setattr(Trainer, 'train_epoch', dies)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
-    monkeypatch.setattr(engine, '_train_one_epoch', original)
+    monkeypatch.setattr(Trainer, 'train_epoch', original)
     train(parse_train_args(['--resume', str(tmp_path / 'run')]))
     assert without_seconds(tmp_path / 'run') == without_seconds(tiny_run)
     with (tmp_path / 'run' / 'summary.csv').open() as file:
@@ -172,7 +174,7 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(tmp_path, monkeypatch, caplog
         '--batch-size', '16', '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs', '1', '--recovery-interval', '2',
         *options]
     expected, _ = run(tmp_path / 'whole', *options)
-    steps, original = [], engine.train_step
+    steps, original = [], trainer.train_step
 
     def dies(*args):
         steps.append(1)
@@ -180,7 +182,7 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(tmp_path, monkeypatch, caplog
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(engine, 'train_step', dies)
+    monkeypatch.setattr(trainer, 'train_step', dies)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, *options)
     done = load_checkpoint(tmp_path / 'run' / 'stage_one' / 'last.pth.tar')['saver']['done']
@@ -213,14 +215,14 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, tiny_run, caplog)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, run_script, tiny_run):
-    original, limits = engine.StageSaver.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+    original, limits = trainer.StageSaver.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(self, epoch):
         if epoch:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, limits[1]))  # as little as there is left
         original(self, epoch)
 
-    monkeypatch.setattr(engine.StageSaver, 'save_checkpoint', save)
+    monkeypatch.setattr(trainer.StageSaver, 'save_checkpoint', save)
     try:
         status, _, error = run_script('train.py', *TINY, '--output', tmp_path)
     finally:
@@ -235,14 +237,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, run_scrip
 
 
 def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch, run_script):
-    original = engine.train_step
+    original = trainer.train_step
 
     def kills(*args):
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
         return original(*args)
 
-    monkeypatch.setattr(engine, 'train_step', kills)
+    monkeypatch.setattr(trainer, 'train_step', kills)
     status, _, error = run_script(
         'train.py', *TINY, '--no-device-data', '--workers', '1', '--batch-size', '8', '--output', tmp_path)
     assert status == 1 and error.count('A process that loads images is gone') == 1 and 'Traceback' not in error
@@ -251,7 +253,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch, run_script):
     def breaks(*args):  # as the pipe from a worker does where that is gone before it is asked for
         raise ConnectionResetError(104, 'Connection reset by peer')
 
-    monkeypatch.setattr(engine, 'train_step', breaks)
+    monkeypatch.setattr(trainer, 'train_step', breaks)
     status, _, error = run_script('train.py', *TINY, '--output', tmp_path / 'other')
     assert status == 1 and 'A process that loads images is gone' in error
 
@@ -269,7 +271,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
             status = 1
             try:
                 torch.set_num_threads(1)
-                original = engine.train_step
+                original = trainer.train_step
 
                 def counted(*args):
                     result = original(*args)
@@ -277,7 +279,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
                         file.write('.')
                     return result
 
-                engine.train_step = counted
+                trainer.train_step = counted
                 train(parse_train_args([*TINY, *options, '--output', str(output), '--resume', *more]))
                 status = 0
             finally:
@@ -317,7 +319,13 @@ def test_one_overflow_under_loss_scaling_is_no_end(tmp_path, monkeypatch):
         return dict(result, loss=result['loss'] * float('inf')) if len(steps) == 3 else result
 
     monkeypatch.setattr(RepresentationTask, 'forward', forward)
-    monkeypatch.setattr('shike_timm.training.runs.create_loss_scaler', lambda run: NativeScaler('cpu'))
+    make = Trainer.__init__
+
+    def scales(self, *parts):
+        make(self, *parts)
+        self.loss_scaler = NativeScaler('cpu')
+
+    monkeypatch.setattr(Trainer, '__init__', scales)
     _, metrics = run(tmp_path, '--log-interval', '100', '--crt-epochs', '0')
     assert math.isfinite(metrics['stage_one']['loss'])
 
@@ -351,11 +359,11 @@ def test_another_metric_begins_anew_with_its_best(tiny_run, tmp_path, monkeypatc
     checkpoint['args'].eval_metric = 'top1'
     torch.save(checkpoint, last)
 
-    def fit(task, loader, optimizer, scheduler, saver, *args):
-        best.append(saver.best_metric)
+    def stops(self, *given):
+        best.append(self.saver.best_metric)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, 'fit', fit)
+    monkeypatch.setattr(Trainer, '_train_epochs', stops)
     for metric in ('top1', 'few'):
         with pytest.raises(KeyboardInterrupt):
             train(parse_train_args(['--resume', str(tmp_path / 'run'), '--eval-metric', metric]))
@@ -434,7 +442,7 @@ def test_nan_names_its_first_step(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(RepresentationTask, 'forward', forward)
-    with pytest.raises(engine.NonFiniteError, match='at step 2 of epoch 0 of stage one'):
+    with pytest.raises(trainer.NonFiniteError, match='at step 2 of epoch 0 of stage one'):
         run(tmp_path, '--log-interval', '100')
 
 
@@ -467,7 +475,7 @@ def test_stage_one_alone_and_its_retraining(tmp_path):
     assert (folder / 'model' / 'model.safetensors').exists()
     for options, epochs in (([], RETRAINING_EPOCHS), (['--crt-epochs', '3'], 3)):
         args, _ = parse_retrain_args(['--checkpoint', str(folder), *options])
-        assert plan_stages(args, retraining=True)[-1].epochs == epochs
+        assert plan_phases(args, retraining=True)[-1].epochs == epochs
     with pytest.raises(InputError, match='--crt-epochs 0 leaves nothing to do'):
         retrain(*parse_retrain_args(['--checkpoint', str(folder), '--crt-epochs', '0']))
 
@@ -476,7 +484,7 @@ def test_a_retraining_that_saved_nothing_is_not_resumed_as_a_run(tmp_path, tiny_
     def fail(self, epoch, *done):
         raise OSError('no space left')
 
-    monkeypatch.setattr(engine.StageSaver, 'save_last', fail)
+    monkeypatch.setattr(trainer.StageSaver, 'save_last', fail)
     options = ['--checkpoint', str(tiny_run), '--output', str(tmp_path), '--experiment', 'two']
     with pytest.raises(OSError, match='no space left'):
         retrain(*parse_retrain_args(options))
@@ -490,7 +498,7 @@ def test_a_folder_whose_arguments_could_not_be_written_is_begun_again(tmp_path, 
     def fail(path, text):
         raise OSError(28, 'no space left')
 
-    monkeypatch.setattr(runs, 'write_text', fail)
+    monkeypatch.setattr(trainer, 'write_text', fail)
     options = ['--checkpoint', str(tiny_run), '--output', str(tmp_path), '--experiment', 'two']
     with pytest.raises(InputError, match='no space left'):
         retrain(*parse_retrain_args(options))

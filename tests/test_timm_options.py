@@ -21,11 +21,13 @@ from shike_timm.data.augment.transforms import create_train_transform
 from shike_timm.losses import balanced_softmax, expert_cross_entropy, focal, logit_adjusted, representation_loss
 from shike_timm.metrics import METRICS
 from shike_timm.options import options
-from shike_timm.training import engine
+from shike_timm.training import trainer
 from shike_timm.training.build import create_schedule
 from shike_timm.training.config import LoopConfig
-from shike_timm.training.methods import METHODS, get_method, plan_stages
-from shike_timm.training.runs import Run, loop_config, prepare, train
+from shike_timm.training.methods import METHODS
+from shike_timm.training.phases import plan_phases
+from shike_timm.training.runs import prepare, train
+from shike_timm.training.trainer import Trainer
 
 COUNTS = torch.tensor([9, 4, 2, 1])
 
@@ -38,7 +40,7 @@ def run_of(image_folder):
         args = parse_train_args([
             '--model', 'resnet32_shike', '--data-dir', str(image_folder), '--batch-size', '8', '--img-size', '8',
             '--workers', '0', '--device', 'cpu', *options])
-        return prepare(args, plan_stages(args))
+        return prepare(args, plan_phases(args))
 
     return make
 
@@ -61,10 +63,11 @@ def test_label_smoothing_reaches_both_stages(method, run_of):
     images, target = torch.randn(8, 3, 8, 8), torch.arange(8) % 3
     if method == 'ldam_drw':
         with pytest.raises(ValueError, match='--smoothing does not go with'):
-            get_method(method).make_task(run)
+            run.start(run.phases[0])
         return
-    for stage in plan_stages(run.args):
-        task = stage.make_task(run).eval()
+    for phase in run.phases:
+        run.start(phase)
+        task = run.task.eval()
         assert task.loss.keywords['smoothing'] == 0.2
         assert task(images, target)['loss'] != partial(task.loss, smoothing=0.)(
             task.get_eval_model().forward_experts(images), target)
@@ -92,7 +95,7 @@ def test_what_reaches_the_loader(run_of):
     erasing = run.train_loader.random_erasing
     assert (erasing.probability, erasing.rand_color, erasing.per_pixel, erasing.max_count) == (0.5, True, False, 3)
     assert 'bicubic' in repr(run.data.train.dataset.transform)
-    assert len(next(iter(run.test_loader))[1]) == 8  # -vb is the batch size by default
+    assert len(next(iter(run.eval_loader))[1]) == 8  # -vb is the batch size by default
     mixed = run_of(
         '--mixup', '0.4', '--cutmix', '1', '--mixup-prob', '0.75', '--mixup-switch-prob', '0.25', '--alpha', '0')
     collate = mixed.train_loader.loader.loader.collate_fn
@@ -101,7 +104,6 @@ def test_what_reaches_the_loader(run_of):
 
 def test_mixing_ends_in_workers_too(run_of):
     run = run_of('--mixup', '8', '--alpha', '0', '--workers', '1', '--mixup-off-epoch', '3')
-    assert loop_config(run).mixup_off_epoch == 3
     for enabled in (True, False, True):
         set_mixup(run.train_loader, enabled)
         peaks = torch.cat([target.amax(1) for _, target in run.train_loader])
@@ -110,7 +112,7 @@ def test_mixing_ends_in_workers_too(run_of):
 
 def test_when_mixing_ends(tmp_path, image_folder, monkeypatch):
     told = []
-    monkeypatch.setattr('shike_timm.training.engine.set_mixup', lambda loader, enabled: told.append(enabled))
+    monkeypatch.setattr('shike_timm.training.trainer.set_mixup', lambda loader, enabled: told.append(enabled))
     train(parse_train_args([
         '--model', 'resnet32_shike', '--data-dir', str(image_folder), '--batch-size', '8', '--img-size', '8', '--mixup',
         '0.4', '--alpha', '0', '--epochs', '2', '--warmup-epochs', '0', '--crt-epochs', '2', '--mixup-off-epoch', '3',
@@ -122,10 +124,8 @@ def test_what_reaches_the_loop_and_the_schedule():
     args = parse_train_args([
         '--dist-bn', 'broadcast', '--crt-warmup-epochs', '2', '--crt-warmup-lr', '0.03', '--crt-epochs', '5',
         '--clip-grad', '0'])
-    config = loop_config(SimpleNamespace(args=args, autocast=None))
-    assert config.dist_bn == 'broadcast' and config.clip_grad is None
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
-    create_schedule(optimizer, args, plan_stages(args)[1]).step(0)
+    create_schedule(optimizer, args, plan_phases(args)[1]).step(0)
     assert optimizer.param_groups[0]['lr'] == 0.03
 
 
@@ -156,7 +156,7 @@ def test_an_average_warms_up_and_both_weights_are_told(tmp_path, caplog):
     warm, cold = run('warm'), run('cold', '--no-model-ema-warmup')
     assert warm['plain'] == cold['plain'] and set(warm) - set(warm['plain']) == {'plain', 'seconds'}
     distances = [abs(one['loss'] - one['plain']['loss']) for one in (warm, cold)]
-    assert distances[0] < distances[1] and 'averaged weights of stage_one are kept' in caplog.text
+    assert distances[0] < distances[1] and 'averaged weights of stage one are kept' in caplog.text
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):
@@ -178,12 +178,10 @@ def test_the_best_checkpoint_is_kept(tmp_path):
         saver.save_epoch(4, 0.5)
     best, last = (load_checkpoint(tmp_path / f'{name}.pth.tar') for name in ('model_best', 'last'))
     assert best['epoch'] == 4 and last['saver']['best_metric'] == 1.  # the last is not ahead of the best
-    args = parse_train_args(['--eval-metric', 'few'])
-    assert loop_config(SimpleNamespace(args=args, autocast=None)).eval_metric == 'few'
 
 
 def test_a_failing_evaluation_costs_no_epoch(tmp_path, tiny_run, monkeypatch):
-    evaluate, calls = Run.evaluate, []
+    evaluate, calls = Trainer.evaluate, []
 
     def fail(self, model):
         calls.append(None)
@@ -191,9 +189,9 @@ def test_a_failing_evaluation_costs_no_epoch(tmp_path, tiny_run, monkeypatch):
             raise OSError('out of space')
         return evaluate(self, model)
 
-    monkeypatch.setattr(Run, 'evaluate', fail)
-    steps, step = [], engine.train_step
-    monkeypatch.setattr(engine, 'train_step', lambda *args: steps.append(None) or step(*args))
+    monkeypatch.setattr(Trainer, 'evaluate', fail)
+    steps, step = [], trainer.train_step
+    monkeypatch.setattr(trainer, 'train_step', lambda *args: steps.append(None) or step(*args))
     argv = [*TINY, '--output', str(tmp_path)]
     with pytest.raises(OSError, match='out of space'):
         train(parse_train_args(argv))

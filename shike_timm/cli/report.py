@@ -24,7 +24,7 @@ from ..pretrained.load import TrainedModel, load_trained_model
 from ..report.logits import SavedLogits, load_logits
 from ..training.build import load_data, load_eval_data, resolve_data_config
 from ..training.config import TrainConfig
-from ..training.methods import STAGES
+from ..training.phases import PHASES as STAGES
 from .script import run_script
 
 

@@ -3,7 +3,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 
 from ..options import check_values, complete, options, read_command_line
 from ..training.config import RetrainConfig, RunConfig
-from ..training.resuming import load_stage_one, saved_args
+from ..training.resume import read_stage_one, saved_args
 from ..training.runs import retrain
 from .script import run_script
 
@@ -16,7 +16,7 @@ def parse_retrain_args(argv: Optional[Sequence[str]] = None) -> Tuple[RetrainCon
     """
     given = read_command_line(
         RetrainConfig, 'Retrain the classifiers of a stage-one checkpoint: stage two alone.', argv)
-    checkpoint = load_stage_one(given['checkpoint'])
+    checkpoint = read_stage_one(given['checkpoint'])
     before, own = saved_args(checkpoint), set(options(RunConfig)) - {'output', 'experiment', 'hparams', 'device'}
     if 'num_classes' in given:  # of other data, which stage one's split says nothing of
         own -= {

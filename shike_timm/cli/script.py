@@ -11,7 +11,8 @@ from timm.utils import setup_default_logging
 
 from ..distributed import rank
 from ..errors import InputError
-from ..training.engine import Interrupted, NonFiniteError
+from ..training.signals import Interrupted
+from ..training.trainer import NonFiniteError
 
 __all__ = ['run_script']
 

@@ -19,7 +19,7 @@ from ..devices import computes_bfloat16
 from ..errors import InputError, nearest, one_line
 from ..models import Shike
 from .config import LoopConfig, OptimizerConfig, RunConfig, ScheduleConfig
-from .methods import Stage
+from .phases import Phase
 
 _logger = logging.getLogger(__name__)
 
@@ -68,16 +68,6 @@ def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.de
         given = f"--torchcompile '{backend}'" + (f" with --torchcompile-mode '{mode}'" if mode else '')
         reason = one_line(str(error).splitlines()[0])
         raise InputError(f'{given} does not work here ({reason}): mend that, or add --no-torchcompile.') from error
-
-
-def check_sync_bn(device: torch.device) -> None:
-    """Check that BatchNorm can be synchronised.
-
-    Raises:
-        InputError: If torch cannot do so on the device.
-    """
-    if device.type == 'cpu':
-        raise InputError("--sync-bn needs GPUs, since torch's SyncBatchNorm refuses a CPU: leave it out.")
 
 
 def check_model_name(name: str) -> None:
@@ -275,7 +265,7 @@ def load_eval_data(
         in_chans=in_chans, sides=run_folder)
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, args: ScheduleConfig, stage: Stage) -> Scheduler:
+def create_schedule(optimizer: torch.optim.Optimizer, args: ScheduleConfig, phase: Phase) -> Scheduler:
     """timm's scheduler of a stage: a linear warm-up, then the schedule over the epochs that remain.
 
     Args:
@@ -286,9 +276,9 @@ def create_schedule(optimizer: torch.optim.Optimizer, args: ScheduleConfig, stag
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
-        num_epochs=stage.epochs - stage.warmup_epochs,
-        warmup_epochs=stage.warmup_epochs,
-        warmup_lr=stage.warmup_lr,
+        num_epochs=phase.epochs - phase.warmup_epochs,
+        warmup_epochs=phase.warmup_epochs,
+        warmup_lr=phase.warmup_lr,
         warmup_prefix=True,
         min_lr=args.min_lr,
         decay_epochs=args.decay_epochs,
@@ -298,7 +288,7 @@ def create_schedule(optimizer: torch.optim.Optimizer, args: ScheduleConfig, stag
     return scheduler
 
 
-def mixup_options(args: RunConfig, num_classes: int, stages: Sequence[Stage]) -> Optional[Dict[str, Any]]:
+def mixup_options(args: RunConfig, num_classes: int, phases: Sequence[Phase]) -> Optional[Dict[str, Any]]:
     """Arguments of `timm.data.FastCollateMixup`, None where it is off.
 
     Raises:
@@ -307,9 +297,9 @@ def mixup_options(args: RunConfig, num_classes: int, stages: Sequence[Stage]) ->
     if not (args.mixup or args.cutmix):
         return None
     flag = f'--mixup {args.mixup:g}' if args.mixup else f'--cutmix {args.cutmix:g}'
-    for stage in stages:
-        if stage.indices_only:
-            raise InputError(f'{flag} mixes labels, but {stage.indices_only}.')
+    for phase in phases:
+        if phase.indices_only:
+            raise InputError(f'{flag} mixes labels, but {phase.indices_only}.')
     if args.batch_size % 2:
         raise InputError(f'{flag} pairs images, but --batch-size {args.batch_size} is odd: choose an even one.')
     return dict(

@@ -14,7 +14,7 @@ from ..options import HparamsConfig, Option, option, options
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """Method and loss of stage one."""
+    """Method and loss."""
 
     method: str = option('shike', 'what stage one trains with; an unknown name lists all', card='changed')
     tau: float = option(1., 'strength of logit_adjusted', 'T', card='changed')
@@ -26,6 +26,9 @@ class MethodConfig:
         'sum', 'gradient of the shared stages: the sum of what experts send, or their mean', choices=['sum', 'mean'],
         card='changed')
     detach_teacher: bool = option(False, 'stop gradients through the teacher of dynamic knowledge transfer')
+    crt_cosine_scale: Optional[float] = option(
+        None, "what cosines of the retrained classifiers are multiplied with to be logits, the model's by default",
+        'S', low=0.01, card='changed')
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class TeacherConfig:
         'dir:RUN/model or hf-hub:USER/NAME')
     distill_loss_weight: float = option(1., 'weight of what --kd-model-name teaches', 'W', low=0)
     kd_temperature: float = option(4., 'temperature of what --kd-model-name teaches', 'T', low=0.01)
+
+
+@dataclass(frozen=True)
+class TaskConfig(MethodConfig, TeacherConfig):
+    """What a training task reads."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,6 @@ class ScheduleConfig:
     crt_lr_base: Optional[float] = option(None, 'as --lr-base, for stage two', 'LR', low=0)
     crt_warmup_epochs: int = option(0, 'linear warm-up of stage two', low=0)
     crt_warmup_lr: float = option(1e-5, 'as --warmup-lr, for stage two', 'LR', low=0)
-    crt_cosine_scale: Optional[float] = option(
-        None, "what cosines of the retrained classifiers are multiplied with to be logits, the model's by default",
-        'S', low=0.01, card='changed')
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,11 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class StepConfig(LoaderConfig, OptimizerConfig, LoopConfig):
+    """What a training step reads."""
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """Output."""
 
@@ -134,9 +144,8 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class RunConfig(
-        DataConfig, CheckConfig, PreprocessingConfig, ShotConfig, LoaderConfig, ModelConfig, MethodConfig,
-        TeacherConfig, OptimizerConfig, ScheduleConfig, AugmentationConfig, LoopConfig, OutputConfig, DeviceConfig,
-        HparamsConfig,
+        DataConfig, CheckConfig, PreprocessingConfig, ShotConfig, ModelConfig, TaskConfig, ScheduleConfig,
+        AugmentationConfig, StepConfig, OutputConfig, DeviceConfig, HparamsConfig,
 ):
     """All options of a run."""
 

@@ -1,113 +1,97 @@
-"""Methods by name: what the stages of a run train with. A method is an entry of `METHODS`, a few lines over a loss."""
+"""Methods by name: the loss that stage one trains with. A method is one entry of `METHODS`, a few lines over a loss."""
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 from timm.loss import compute_class_weights
+from timm.task import DistillationTeacher
 
-from ..distributed import world_size
 from ..errors import InputError, nearest
 from ..losses import balanced_softmax, expert_cross_entropy, focal, ldam, logit_adjusted
+from ..models import Shike
 from ..models.classifiers import CosineClassifier
-from .config import RunConfig
+from .config import TaskConfig
 from .tasks import ClassifierRetrainingTask, ExpertTask, RepresentationTask
 
-if TYPE_CHECKING:
-    from .runs import Run
-
-__all__ = ['METHODS', 'STAGES', 'Method', 'Stage', 'get_method', 'plan_stages']
-
-STAGES = ('stage_one', 'stage_two')  # names in files, in their order
 RETRAINING_EPOCHS = 20
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of training with an optimizer, a schedule and checkpoints of its own.
+class TaskInputs:
+    """What a training task is made of.
 
     Attributes:
-        name: Name in files; in logs with a blank.
-        number: Counted from 1; keeps the random streams of stages apart.
-        epochs: Epochs, warm-up included.
-        lr: Peak learning rate.
-        make_task: Gives the training task from what the run is made of.
-        warmup_epochs: Epochs of linear warm-up.
-        warmup_lr: Learning rate that the warm-up starts from.
-        first_row: Row of the summary where the first epoch stands.
-        compiled: Whether compiling pays.
-        indices_only: Why targets must be class indices and what to do about it, None where they need not be.
-        prior: As `classifier_prior` of `Shike.set_training_prior`.
+        config: Options of the task.
+        model: The model to train.
+        class_counts: Training images of each class [C].
+        device: Device of the task.
+        mean: Channel means that the images are normalized with.
+        std: Channel standard deviations that the images are normalized with.
+        teacher: Trained model whose logits every expert learns as well.
     """
 
-    name: str
-    number: int
-    epochs: int
-    lr: float
-    make_task: Callable[['Run'], ExpertTask]
-    warmup_epochs: int = 0
-    warmup_lr: float = 1e-5
-    first_row: int = 0
-    compiled: bool = False
-    indices_only: Optional[str] = None
-    prior: Optional[str] = None
+    config: TaskConfig
+    model: Shike
+    class_counts: Sequence[int]
+    device: torch.device
+    mean: Sequence[float]
+    std: Sequence[float]
+    teacher: Optional[DistillationTeacher] = None
+
+    @property
+    def counts(self) -> torch.Tensor:
+        return torch.tensor(self.class_counts, device=self.device)
+
+    @property
+    def teaching(self) -> Dict[str, Any]:
+        """Arguments of `ExpertTask` that every method of stage one shares."""
+        return dict(
+            trunk_grad=self.config.trunk_grad, teacher_model=self.teacher,
+            distill_loss_weight=self.config.distill_loss_weight, temperature=self.config.kd_temperature,
+            mean=self.mean, std=self.std, device=self.device)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What stage one trains with; classifier retraining can follow any of them.
+    """What stage one trains with. Classifier retraining can follow any method.
 
     Attributes:
-        make_task: Gives stage one's task.
-        crt_epochs: Epochs of classifier retraining unless `--crt-epochs` says otherwise.
-        indices_only: From arguments to `Stage.indices_only`.
-        prior: From arguments to `Stage.prior`, without a teacher.
+        make_task: Makes the task of stage one.
+        crt_epochs: Epochs of classifier retraining unless `--crt-epochs` gives another number.
+        indices_only: Why targets must be class indices and what to do about it, None where they may be mixed.
+        prior: The class prior that the logits follow without a teacher: 'train', 'uniform' or None for another one.
     """
 
-    make_task: Callable[['Run'], ExpertTask]
+    make_task: Callable[[TaskInputs], ExpertTask]
     crt_epochs: int = 0
-    indices_only: Callable[[RunConfig], Optional[str]] = lambda args: None
-    prior: Callable[[RunConfig], Optional[str]] = lambda args: None
+    indices_only: Callable[[TaskConfig], Optional[str]] = lambda config: None
+    prior: Callable[[TaskConfig], Optional[str]] = lambda config: None
 
 
-def _teaching(run: 'Run') -> Dict[str, Any]:
-    return dict(
-        trunk_grad=run.args.trunk_grad,
-        teacher_model=run.teacher,
-        distill_loss_weight=run.args.distill_loss_weight,
-        temperature=run.args.kd_temperature,
-        mean=run.data_config['mean'],
-        std=run.data_config['std'],
-        device=run.device,
-    )
-
-
-def _class_counts(run: 'Run') -> torch.Tensor:
-    return torch.tensor(run.data.class_counts, device=run.device)
-
-
-def _shike(run: 'Run') -> ExpertTask:
-    args = run.args
+def _shike(inputs: TaskInputs) -> ExpertTask:
+    config = inputs.config
     return RepresentationTask(
-        run.model, args.alpha, args.beta, args.detach_teacher, args.smoothing, **_teaching(run))
+        inputs.model, config.alpha, config.beta, config.detach_teacher, config.smoothing, **inputs.teaching)
 
 
-def _ldam_drw(run: 'Run') -> ExpertTask:
-    classifier = run.model.get_classifier()
+def _ldam_drw(inputs: TaskInputs) -> ExpertTask:
+    """LDAM, whose classes are weighted by their effective number in the last fifth of the epochs."""
+    classifier = inputs.model.get_classifier()
     if not isinstance(classifier, CosineClassifier):
-        raise InputError("--method ldam_drw sets margins between cosines: leave out --classifier linear.")
-    if run.args.smoothing:
+        raise InputError('--method ldam_drw sets margins between cosines: leave out --classifier linear.')
+    if inputs.config.smoothing:
         raise InputError('--smoothing does not go with the margins of --method ldam_drw: leave it out.')
-    loss = partial(ldam, class_counts=_class_counts(run), scale=classifier.scale)
-    counts = run.data.class_counts
-    _, weights = compute_class_weights(counts, sum(counts), 'effective_num', beta=0.9999)
-    return ExpertTask(
-        run.model, loss, late_loss=partial(loss, class_weights=weights.to(run.device)), **_teaching(run))
+    loss = partial(ldam, class_counts=inputs.counts, scale=classifier.scale)
+    _, weights = compute_class_weights(
+        list(inputs.class_counts), sum(inputs.class_counts), 'effective_num', beta=0.9999)
+    late_loss = partial(loss, class_weights=weights.to(inputs.device))
+    return ExpertTask(inputs.model, loss, late_loss=late_loss, **inputs.teaching)
 
 
-def _by_loss(make_loss: Callable[['Run'], Callable]) -> Callable[['Run'], ExpertTask]:
-    return lambda run: ExpertTask(
-        run.model, partial(make_loss(run), smoothing=run.args.smoothing), **_teaching(run))
+def _by_loss(make_loss: Callable[[TaskInputs], Callable]) -> Callable[[TaskInputs], ExpertTask]:
+    return lambda inputs: ExpertTask(
+        inputs.model, partial(make_loss(inputs), smoothing=inputs.config.smoothing), **inputs.teaching)
 
 
 METHODS: Dict[str, Method] = {
@@ -115,93 +99,39 @@ METHODS: Dict[str, Method] = {
     'shike': Method(
         _shike,
         crt_epochs=RETRAINING_EPOCHS,
-        indices_only=lambda args:
-            'dynamic knowledge transfer leaves one class out: drop it, or add --alpha 0' if args.alpha else None,
-        prior=lambda args: 'train',
+        indices_only=lambda config:
+            'dynamic knowledge transfer leaves one class out: drop it, or add --alpha 0' if config.alpha else None,
+        prior=lambda config: 'train',
     ),
-    'ce': Method(_by_loss(lambda run: expert_cross_entropy), prior=lambda args: 'train'),
+    'ce': Method(_by_loss(lambda inputs: expert_cross_entropy), prior=lambda config: 'train'),
     # BALMS, Ren et al., NeurIPS 2020.
     'balanced_softmax': Method(
-        _by_loss(lambda run: partial(balanced_softmax, class_counts=_class_counts(run))), prior=lambda args: 'uniform'),
+        _by_loss(lambda inputs: partial(balanced_softmax, class_counts=inputs.counts)),
+        prior=lambda config: 'uniform'),
     # Menon et al., ICLR 2021.
     'logit_adjusted': Method(
-        _by_loss(lambda run: partial(logit_adjusted, class_counts=_class_counts(run), tau=run.args.tau)),
-        prior=lambda args: {0.: 'train', 1.: 'uniform'}.get(args.tau)),
-    # Lin et al., ICCV 2017; this loss and the next are least at logits of no known prior.
-    'focal': Method(_by_loss(lambda run: partial(focal, gamma=run.args.focal_gamma))),
-    # Cao et al., NeurIPS 2019: classes weighted by their effective number in the last fifth of the epochs.
+        _by_loss(lambda inputs: partial(logit_adjusted, class_counts=inputs.counts, tau=inputs.config.tau)),
+        prior=lambda config: {0.: 'train', 1.: 'uniform'}.get(config.tau)),
+    # Lin et al., ICCV 2017. The optimal logits of this loss and of the next follow no known prior.
+    'focal': Method(_by_loss(lambda inputs: partial(focal, gamma=inputs.config.focal_gamma))),
+    # Cao et al., NeurIPS 2019.
     'ldam_drw': Method(
-        _ldam_drw, indices_only=lambda args: 'LDAM takes a margin off one class: drop it, or choose another --method'),
+        _ldam_drw,
+        indices_only=lambda config:
+            'LDAM subtracts a margin from one class: drop it, or choose another --method'),
 }
 
 
 def get_method(name: str) -> Method:
-    """A method by name.
-
-    Raises:
-        InputError: If there is none of that name.
-    """
+    """A method by name."""
     if name not in METHODS:
         raise InputError(f"--method '{name}' is unknown{nearest(name, METHODS)}: choose one of {', '.join(METHODS)}.")
     return METHODS[name]
 
 
-def _peak_lr(args: RunConfig, prefix: str = '') -> float:
-    """The stage's learning rate, by timm's rule from that of `lr_base_size` images where it is given so."""
-    base = getattr(args, f'{prefix}lr_base')
-    if base is None:
-        return getattr(args, f'{prefix}lr')
-    ratio = args.batch_size * world_size() * args.grad_accum_steps / args.lr_base_size
-    return base * (ratio ** 0.5 if any(name in args.opt.lower() for name in ('ada', 'lamb')) else ratio)
-
-
-def plan_stages(args: RunConfig, retraining: bool = False) -> List[Stage]:
-    """The stages that the arguments ask for: the method's own and, unless `crt_epochs` is 0, classifier retraining.
-
-    Args:
-        args: Arguments of train.py.
-        retraining: Whether classifiers are to be retrained whatever the method, for `RETRAINING_EPOCHS` by default.
-
-    Raises:
-        InputError: If the method is unknown, a stage's warm-up fills it, or nothing is left of the retraining.
-    """
-    method = get_method(args.method)
-    crt_epochs = args.crt_epochs
-    if crt_epochs is None:
-        crt_epochs = RETRAINING_EPOCHS if retraining else method.crt_epochs
-    if retraining and not crt_epochs:
-        raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1, or leave it out.')
-    if crt_epochs and args.crt_cosine_scale is not None and args.classifier == 'linear':
-        raise InputError(
-            f'--crt-cosine-scale {args.crt_cosine_scale:g} does not go with --classifier linear: drop one of them.')
-    first = Stage(
-        STAGES[0],
-        1,
-        args.epochs,
-        _peak_lr(args),
-        method.make_task,
-        args.warmup_epochs,
-        args.warmup_lr,
-        compiled=True,
-        indices_only=method.indices_only(args),
-        prior=None if args.kd_model_name and args.distill_loss_weight else method.prior(args),  # or else partly its
-    )
-    second = Stage(
-        STAGES[1],
-        2,
-        crt_epochs,
-        _peak_lr(args, 'crt_'),
-        lambda run: ClassifierRetrainingTask(
-            run.model, run.data.class_counts, run.device, run.args.smoothing, run.args.crt_cosine_scale),
-        args.crt_warmup_epochs,
-        args.crt_warmup_lr,
-        first_row=args.epochs,
-        prior='uniform',
-    )
-    stages = [first, second] if crt_epochs else [first]
-    for stage, prefix in zip(stages, ('', 'crt-')):
-        if stage.warmup_epochs >= stage.epochs:
-            raise InputError(
-                f'--{prefix}warmup-epochs {stage.warmup_epochs} leaves nothing of --{prefix}epochs {stage.epochs}, '
-                'which include the warm-up: choose fewer.')
-    return stages
+def create_task(inputs: TaskInputs, retraining: bool) -> ExpertTask:
+    """The training task of the method's stage one, or of classifier retraining."""
+    if not retraining:
+        return get_method(inputs.config.method).make_task(inputs)
+    return ClassifierRetrainingTask(
+        inputs.model, inputs.class_counts, inputs.device, inputs.config.smoothing, inputs.config.crt_cosine_scale)

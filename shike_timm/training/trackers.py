@@ -1,4 +1,4 @@
-"""Experiment trackers, each of which gets what `summary.csv` holds."""
+"""Experiment trackers. Each gets the rows of `summary.csv`."""
 import csv
 import importlib
 from contextlib import ExitStack, contextmanager
@@ -7,11 +7,9 @@ from typing import Any, Callable, Dict, Iterator, List
 
 from ..distributed import rank
 from ..errors import InputError, one_line
-from .config import RunConfig
+from .config import OutputConfig
 
-__all__ = ['check_trackers', 'tracking']
-
-Row = Dict[str, float]
+Tracker = Callable[[Dict[str, float]], Any]
 
 _NEEDS = {
     'log_wandb': ('wandb', 'wandb'),
@@ -20,41 +18,38 @@ _NEEDS = {
 }
 
 
-def check_trackers(args: RunConfig) -> None:
-    """Check that what the arguments ask for is installed.
-
-    Raises:
-        InputError: If a package is missing.
-    """
-    for option, (module, package) in _NEEDS.items():
-        if getattr(args, option):
+def check_trackers(config: OutputConfig) -> None:
+    """Raise an InputError if a tracker is asked for that is not installed."""
+    for name, (module, package) in _NEEDS.items():
+        if getattr(config, name):
             try:
                 importlib.import_module(module)
             except ImportError as error:
-                flag = option.replace('_', '-')
+                flag = name.replace('_', '-')
                 raise InputError(f'--{flag} needs {package}: pip install {package}, or leave it out.') from error
 
 
-def _start_wandb(args: RunConfig, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
-    import wandb  # pyright: ignore[reportMissingImports]  # an extra that we do not name
-    wandb.init(project=args.wandb_project, name=args.experiment, config=vars(args))
+def _start_wandb(config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
+    """Start Weights & Biases; timm's `update_summary` logs to it."""
+    import wandb  # pyright: ignore[reportMissingImports]  # an extra of the user's choice
+    wandb.init(project=config.wandb_project, name=config.experiment, config=vars(config))
     stack.callback(wandb.finish)
-    return wandb.log
+    return lambda values: None
 
 
-def _start_trackio(args: RunConfig, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
-    import trackio  # pyright: ignore[reportMissingImports]  # as above
-    resume = 'never' if getattr(args, 'resume', None) is None else 'allow'  # retrain_classifier.py has no such option
-    trackio.init(project=args.trackio_project, name=args.experiment, config=vars(args), resume=resume)
+def _start_trackio(config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
+    import trackio  # pyright: ignore[reportMissingImports]  # an extra of the user's choice
+    resume = 'never' if getattr(config, 'resume', None) is None else 'allow'  # a retraining has no such option
+    trackio.init(project=config.trackio_project, name=config.experiment, config=vars(config), resume=resume)
     stack.callback(trackio.finish)
     return lambda values: trackio.log(values, step=int(values['epoch']))
 
 
-def _start_tensorboard(args: RunConfig, folder: Path, stack: ExitStack) -> Callable[[Row], Any]:
+def _start_tensorboard(config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
     writer = stack.enter_context(SummaryWriter(folder))
 
-    def write(values: Row) -> None:
+    def write(values: Dict[str, float]) -> None:
         for key, value in values.items():
             writer.add_scalar(key, value, int(values['epoch']))
 
@@ -65,20 +60,9 @@ _STARTS = dict(log_wandb=_start_wandb, log_trackio=_start_trackio, log_tensorboa
 
 
 @contextmanager
-def tracking(args: RunConfig, folder: Path) -> Iterator[Callable[[Path], None]]:
-    """Start the trackers that the arguments ask for, in the first process.
-
-    Args:
-        args: Arguments of train.py.
-        folder: The run folder, which may not be there yet.
-
-    Yields:
-        A function that tells them the last row of a summary.
-
-    Raises:
-        InputError: If one cannot start.
-    """
-    trackers: List[Callable[[Row], Any]] = []
+def tracking(config: OutputConfig, folder: Path) -> Iterator[Callable[[Path], None]]:
+    """Start the chosen trackers in the first process, and yield a function that logs the last row of a summary."""
+    trackers: List[Tracker] = []
 
     def track(summary: Path) -> None:
         if trackers:
@@ -89,12 +73,12 @@ def tracking(args: RunConfig, folder: Path) -> Iterator[Callable[[Path], None]]:
                 tracker(values)
 
     with ExitStack() as stack:
-        for option, start in _STARTS.items():
-            if getattr(args, option) and not rank():
+        for name, start in _STARTS.items():
+            if getattr(config, name) and not rank():
                 try:
-                    trackers.append(start(args, folder, stack))
-                except Exception as error:  # whatever a service that refuses, or a full disk, makes it raise
-                    flag = option.replace('_', '-')
+                    trackers.append(start(config, folder, stack))
+                except Exception as error:  # a service that refuses, or a full disk, may raise anything
+                    flag = name.replace('_', '-')
                     raise InputError(
                         f'--{flag} could not start ({one_line(error)}): mend that, or leave it out.') from error
         yield track

@@ -1,0 +1,90 @@
+"""The phases of a run: stage one, then classifier retraining."""
+from dataclasses import dataclass
+from typing import List, Optional
+
+from ..distributed import world_size
+from ..errors import InputError
+from .config import RunConfig
+from .methods import RETRAINING_EPOCHS, get_method
+
+PHASES = ('stage_one', 'stage_two')  # names in files, in their order
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of training that has its own optimizer, schedule and checkpoints.
+
+    Attributes:
+        number: 1 for stage one, 2 for classifier retraining. It keeps the random streams of phases apart.
+        epochs: Epochs, warm-up included.
+        lr: Peak learning rate.
+        warmup_epochs: Epochs of linear warm-up.
+        warmup_lr: Learning rate at the start of the warm-up.
+        first_row: Row of the summary for the first epoch.
+        indices_only: Why targets must be class indices and what to do about it, None where they may be mixed.
+        prior: The class prior that the logits follow, as `classifier_prior` of `Shike.set_training_prior`.
+    """
+
+    number: int
+    epochs: int
+    lr: float
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-5
+    first_row: int = 0
+    indices_only: Optional[str] = None
+    prior: Optional[str] = None
+
+    @property
+    def name(self) -> str:
+        """The name in files."""
+        return PHASES[self.number - 1]
+
+    @property
+    def title(self) -> str:
+        """The name in logs."""
+        return self.name.replace('_', ' ')
+
+    @property
+    def is_retraining(self) -> bool:
+        return self.number == 2
+
+
+def _peak_lr(config: RunConfig, prefix: str = '') -> float:
+    """The learning rate of a phase. timm's rule scales it from `lr_base` where that is given."""
+    base = getattr(config, f'{prefix}lr_base')
+    if base is None:
+        return getattr(config, f'{prefix}lr')
+    ratio = config.batch_size * world_size() * config.grad_accum_steps / config.lr_base_size
+    return base * (ratio ** 0.5 if any(name in config.opt.lower() for name in ('ada', 'lamb')) else ratio)
+
+
+def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
+    """The phases of a run: stage one and, unless its epochs are 0, classifier retraining.
+
+    Args:
+        config: Configuration of the run.
+        retraining: Retrain classifiers whatever the method, for `RETRAINING_EPOCHS` by default.
+    """
+    method = get_method(config.method)
+    crt_epochs = config.crt_epochs
+    if crt_epochs is None:
+        crt_epochs = RETRAINING_EPOCHS if retraining else method.crt_epochs
+    if retraining and not crt_epochs:
+        raise InputError('--crt-epochs 0 leaves nothing to do: give at least 1, or leave it out.')
+    if crt_epochs and config.crt_cosine_scale is not None and config.classifier == 'linear':
+        raise InputError(
+            f'--crt-cosine-scale {config.crt_cosine_scale:g} does not go with --classifier linear: drop one of them.')
+    taught = config.kd_model_name and config.distill_loss_weight  # the logits then follow neither prior
+    phases = [Phase(
+        1, config.epochs, _peak_lr(config), config.warmup_epochs, config.warmup_lr,
+        indices_only=method.indices_only(config), prior=None if taught else method.prior(config))]
+    if crt_epochs:
+        phases.append(Phase(
+            2, crt_epochs, _peak_lr(config, 'crt_'), config.crt_warmup_epochs, config.crt_warmup_lr,
+            first_row=config.epochs, prior='uniform'))
+    for phase, prefix in zip(phases, ('', 'crt-')):
+        if phase.warmup_epochs >= phase.epochs:
+            raise InputError(
+                f'--{prefix}warmup-epochs {phase.warmup_epochs} leaves nothing of --{prefix}epochs {phase.epochs}, '
+                'which include the warm-up: choose fewer.')
+    return phases

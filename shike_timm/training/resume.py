@@ -1,0 +1,92 @@
+"""Where a run goes on from: its newest whole checkpoint, and which options may differ from when it began."""
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from ..checkpoints import load_checkpoint
+from ..data import TrainingData
+from ..distributed import world_size
+from ..errors import DamagedError, InputError
+from .config import TrainConfig, changed_option, run_folder
+from .phases import PHASES
+
+_logger = logging.getLogger(__name__)
+
+
+def read_stage_one(path: str) -> Dict[str, Any]:
+    """The checkpoint of stage one that a path names: the last one of a run folder, or the file itself."""
+    return load_checkpoint(Path(path, PHASES[0], 'last.pth.tar') if os.path.isdir(path) else path)
+
+
+def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    """The values that a checkpoint was trained with, empty if it has none."""
+    saved = checkpoint.get('args')
+    return vars(saved) if isinstance(saved, argparse.Namespace) else {}
+
+
+def _resume_points(config: TrainConfig) -> List[Tuple[int, Path]]:
+    """Numbers of phases and their checkpoints to go on from, the newest first. It is empty if nothing was saved yet."""
+    folder = Path(run_folder(config) or '')
+    points = []
+    for number, name in reversed(list(enumerate(PHASES, 1))):
+        saved = sorted(
+            (folder / name).glob('checkpoint-*.pth.tar'), key=lambda path: -int(path.name.split('-')[1].split('.')[0]))
+        points += [(number, path) for path in (folder / name / 'last.pth.tar', *saved) if path.exists()]
+    if config.resume and os.path.isfile(config.resume):
+        path = Path(config.resume)
+        if path.parent.name not in PHASES:
+            raise InputError(f"checkpoint '{path}' is not in the {' or '.join(PHASES)} of a run: give the run folder.")
+        chosen = PHASES.index(path.parent.name) + 1
+        if any(number > chosen for number, _ in points):
+            raise InputError(f"'{path}' is of stage one, but stage two has begun: resume the run folder '{folder}'.")
+        return [(chosen, path)]
+    if config.resume and not points and not (folder / 'args.yaml').exists():
+        raise InputError(f"'{config.resume}' holds no run to resume: give the folder of a run or a checkpoint in it.")
+    return points
+
+
+def read_newest(config: TrainConfig) -> Tuple[int, Optional[Path], Optional[Dict[str, Any]]]:
+    """Phase number, path and content of the newest whole checkpoint, or 1, None and None if nothing was saved yet."""
+    points = _resume_points(config)
+    for number, path in points:
+        try:
+            return number, path, _read_to_resume(path, config)
+        except DamagedError as error:
+            if path == points[-1][1]:
+                raise
+            _logger.warning(f'{error} The one before is used.')
+    folder = Path(run_folder(config) or '')
+    if (folder / PHASES[1]).exists():
+        raise InputError(f"'{folder}' is of a retraining that has saved nothing yet: remove it and retrain again.")
+    return 1, None, None
+
+
+def _read_to_resume(path: Path, config: TrainConfig) -> Dict[str, Any]:
+    checkpoint = load_checkpoint(path)
+    wanted = {'state_dict', 'optimizer', 'epoch', 'saver'}
+    if not wanted <= set(checkpoint) or not isinstance(checkpoint.get('args'), argparse.Namespace):
+        raise InputError(f"checkpoint '{path}' holds no state to resume from: use one that shike train wrote.")
+    before = vars(checkpoint['args'])
+    option = changed_option(config, before)
+    if option is not None:
+        another = f', or begin another run from its weights with --initial-checkpoint {run_folder(config)}'
+        raise InputError(
+            f"{option.flag} {getattr(config, option.name)} differs from the resumed run's "
+            f"{before.get(option.name, option.default)}: leave it out{another if option.name == 'epochs' else ''}.")
+    if before.get('world_size', 1) != world_size():
+        raise InputError(
+            f"'{path}' is of a run of {before.get('world_size', 1)} processes, but this one has {world_size()}: start "
+            'as many, so that the batches stay the same.')
+    return checkpoint
+
+
+def warn_of_changes(data: TrainingData, before: Optional[Sequence[int]]) -> None:
+    """Warn about classes whose number of training images changed since the run began."""
+    changed = [c for c, pair in enumerate(zip(before or (), data.class_counts)) if pair[0] != pair[1]]
+    if before and changed:
+        c = changed[0]
+        _logger.warning(
+            f'{len(changed)} classes have another number of training images than when the run began. The first is '
+            f"'{data.class_names[c]}' with {data.class_counts[c]} after {before[c]}.")

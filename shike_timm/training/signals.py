@@ -1,0 +1,51 @@
+"""Orderly stops: signals become a flag that the training loop reads between steps."""
+import signal
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Iterator
+
+from ..distributed import world_size
+
+
+class Interrupted(RuntimeError):
+    """A signal asked the run to stop. `signum` is its number."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+@dataclass
+class StopFlag:
+    """Number of the signal that asked for a stop, 0 for none."""
+
+    signum: int = 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopFlag]:
+    """Turn SIGINT and SIGTERM into a flag. A second signal acts at once.
+
+    Under torchrun a process may get the signal twice, so the handler stays installed and only sets the flag. Only the
+    main thread can take signals. In another thread the flag is never set.
+    """
+    flag = StopFlag()
+    previous = {}
+
+    def restore() -> None:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    def handle(signum: int, frame: Any) -> None:
+        flag.signum = signum
+        if world_size() == 1:
+            restore()
+
+    main = threading.current_thread() is threading.main_thread()
+    for signum in (signal.SIGINT, signal.SIGTERM) if main else ():
+        previous[signum] = signal.signal(signum, handle)
+    try:
+        yield flag
+    finally:
+        restore()

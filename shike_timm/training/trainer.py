@@ -1,0 +1,509 @@
+"""The training loop: epochs of each phase, with logs, a summary, checkpoints and orderly stops."""
+import argparse
+import json
+import logging
+import math
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from timm.optim.lookahead import Lookahead
+from timm.scheduler.scheduler import Scheduler
+from timm.task import DistillationTeacher, TrainingTask
+from timm.utils import NativeScaler, dispatch_clip_grad, random_seed, update_summary
+from timm.utils.summary import trim_summary
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..checkpoints import StageSaver, export_model, write_text
+from ..data import TrainingData, set_mixup, set_stream_epoch
+from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
+from ..errors import InputError, one_line
+from ..metrics import METRICS, balanced_over, evaluate, format_table
+from ..models import Shike
+from .build import create_optimizer, create_schedule, resolve_autocast
+from .config import RunConfig, StepConfig
+from .methods import TaskInputs, create_task
+from .phases import Phase
+from .progress import progress_bar, read_columns, read_seconds
+from .signals import Interrupted, StopFlag, stop_signals
+from .tasks import TERMS, ExpertTask
+from .trackers import tracking
+
+CHECK_INTERVAL = 50  # steps between looks at the loss, each of which waits for the device
+
+_logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the weights stopped being finite. The message says where."""
+
+
+@dataclass
+class Done:
+    """What is done of an epoch, over all processes.
+
+    Attributes:
+        step: Batches of each process.
+        num_images: Images.
+        seconds: Training time.
+        sums: Sums over images of what the task returns.
+    """
+
+    step: int = 0
+    num_images: int = 0
+    seconds: float = 0.
+    sums: Dict[str, float] = field(default_factory=dict)
+
+
+def seed_all(seed: int, phase: int, epoch: int, part: int = 0) -> None:
+    """Seed Python, NumPy and torch for an epoch of a phase, so that it does not depend on the epochs before it.
+
+    Epoch -1 stands for the initial values of the phase. Parts of an epoch and processes have numbers of their own.
+    """
+    random_seed(int(np.random.SeedSequence((seed, phase, epoch + 1, part)).generate_state(1)[0]))
+
+
+def train_step(
+        task: TrainingTask,
+        images: Tensor,
+        target: Tensor,
+        optimizer: torch.optim.Optimizer,
+        config: StepConfig,
+        autocast: Optional[torch.dtype] = None,
+        loss_scaler: Optional[NativeScaler] = None,
+        update: bool = True,
+        num_updates: Optional[int] = None,
+) -> Dict[str, Tensor]:
+    """Train on one batch without waiting for the device, unless an optimizer that is not fused meets loss scaling.
+
+    Args:
+        task: What to train.
+        images: Images [B, C, H, W].
+        target: What the task takes as target.
+        optimizer: Optimizer of the task's parameters.
+        config: Options of a step.
+        autocast: Data type of autocast, None for none.
+        loss_scaler: Loss scaling, for float16.
+        update: Whether this is the last batch of an update. The gradients of the others are only added up.
+        num_updates: Updates of the phase so far, this one included. The decay of the averaged weights depends on it.
+
+    Returns:
+        What the task returns, `loss` among it.
+    """
+    mixed = torch.autocast(task.device.type, dtype=autocast) if autocast else nullcontext()
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    with nullcontext() if update else task.no_sync():
+        with mixed:
+            result = task(images.contiguous(memory_format=memory_format), target)
+        loss = result['loss'] / config.grad_accum_steps
+        clipped = task.get_clip_parameters(exclude_head='agc' in config.clip_mode) if config.clip_grad else None
+        if loss_scaler is not None:
+            loss_scaler(
+                loss, optimizer, clip_grad=config.clip_grad or None, clip_mode=config.clip_mode, parameters=clipped,
+                need_update=update)
+        else:
+            loss.backward()
+    if update:
+        if loss_scaler is None:
+            if config.clip_grad:
+                dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
+            optimizer.step()
+        optimizer.zero_grad()
+        task.update_ema(num_updates)
+    return result
+
+
+class Trainer:
+    """Trains a model through the phases of a run.
+
+    Args:
+        config: Configuration of the run.
+        phases: Phases to train.
+        data: Training and evaluation data.
+        data_config: Preprocessing, what `timm.data.resolve_data_config` gives.
+        model: The model to train, on its device.
+        train_loader: Training batches.
+        eval_loader: Evaluation batches.
+        device: Device of the model.
+        teacher: Trained model whose logits every expert learns as well.
+    """
+
+    task: ExpertTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    saver: StageSaver
+
+    def __init__(
+            self,
+            config: RunConfig,
+            phases: Sequence[Phase],
+            data: TrainingData,
+            data_config: Dict[str, Any],
+            model: Shike,
+            train_loader: Any,
+            eval_loader: Any,
+            device: torch.device,
+            teacher: Optional[DistillationTeacher] = None,
+    ):
+        self.config = config
+        self.phases = phases
+        self.data = data
+        self.data_config = data_config
+        self.model = model
+        self.train_loader = train_loader
+        self.eval_loader = eval_loader
+        self.device = device
+        self.teacher = teacher
+        self.autocast = resolve_autocast(config, device)
+        self.loss_scaler = NativeScaler(device.type) if self.autocast == torch.float16 else None
+        self.folder = Path(config.output, config.experiment)
+        self.stop = StopFlag()
+        self.vote = Vote()
+        self.progress = tqdm(disable=True)
+        self.track: Callable[[Path], None] = lambda summary: None
+
+    def train(self, resumed: bool = False, checkpoint: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+        """Train all phases and write metrics and the final model.
+
+        Args:
+            resumed: Whether the run folder may hold a run already.
+            checkpoint: Checkpoint of the first phase to go on from.
+
+        Returns:
+            Metrics and seconds of each phase by name, which `metrics.json` holds too.
+        """
+        self.start(self.phases[0])  # a wrong option shows here, before there is a folder
+        on_primary(self._check_folder, resumed)
+        path = self.folder / 'metrics.json'
+        metrics = json.loads(path.read_text()) if path.exists() else {}
+        num_steps = sum(phase.epochs for phase in self.phases) * len(self.train_loader)
+        with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
+              progress_bar(num_steps) as self.progress):
+            on_primary(self._create_folder)
+            _logger.info(self.data.describe())
+            on_primary(self.data.write_sides, self.folder)
+            with self._failures_explained():
+                for phase in self.phases:
+                    if phase is not self.phase:
+                        self.start(phase)
+                    metrics[phase.name] = self._train_phase(checkpoint)
+                    checkpoint = None
+                    on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
+        on_primary(self._write_model)
+        if rank() == 0:
+            print(format_table(metrics))
+            _logger.info(balanced_over(metrics[self.phase.name], self.data.num_classes))
+        _logger.info(f'Run folder: {self.folder}')
+        return metrics
+
+    def start(self, phase: Phase) -> None:
+        """Make task, optimizer and schedule of a phase."""
+        self.phase, config = phase, self.config
+        if phase.is_retraining:
+            seed_all(config.seed, phase.number, -1)  # so that new classifiers do not depend on what came before
+        self.task = create_task(
+            TaskInputs(
+                config, self.model, self.data.class_counts, self.device, self.data_config['mean'],
+                self.data_config['std'], self.teacher),
+            phase.is_retraining)
+        if config.channels_last:
+            self.task.to(memory_format=torch.channels_last)
+        if config.model_ema:
+            self.task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+        self.optimizer = create_optimizer(config, phase.lr, self.model)
+        self.scheduler = create_schedule(self.optimizer, config, phase)
+
+    def step(self, images: Tensor, target: Tensor, update: bool = True, num_updates: Optional[int] = None) -> Any:
+        """Train on one batch, as `train_step`."""
+        return train_step(
+            self.task, images, target, self.optimizer, self.config, self.autocast, self.loss_scaler, update,
+            num_updates)
+
+    def _train_phase(self, checkpoint: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+        """Train the phase from its start or from a checkpoint, and give its metrics. The model is left trained."""
+        config, phase = self.config, self.phase
+        first_epoch, done = (0, Done()) if checkpoint is None else self._restore(checkpoint)
+        if config.torchcompile and not phase.is_retraining:
+            self.task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
+        images = config.batch_size * world_size() * config.grad_accum_steps
+        _logger.info(
+            f'{phase.title.capitalize()}: {images} images a step, learning rate {phase.lr:g}, {phase.epochs} epochs.')
+        if world_size() > 1:
+            devices = None if self.device.type == 'cpu' else [self.device]
+            # --dist-bn brings the statistics of BatchNorm together after the epoch, so no step waits for them.
+            self.task.prepare_distributed(device_ids=devices, broadcast_buffers=False)
+        self.model.set_training_prior(self.data.class_counts, phase.prior)
+        self._create_saver(checkpoint)
+        metrics = self._train_epochs(first_epoch, done)
+        if config.model_ema:
+            self.model.load_state_dict(self._eval_model(ema=True).state_dict())
+            _logger.info(
+                f"The averaged weights of {phase.title} are kept. Their top1 is {metrics['top1']}, that of the plain "
+                f"weights {metrics['plain']['top1']}.")
+        return metrics
+
+    def _restore(self, checkpoint: Dict[str, Any]) -> Tuple[int, Done]:
+        """Load a checkpoint of the phase, and give the epoch to go on with and what is done of it."""
+        self.model.load_state_dict(checkpoint['state_dict'])
+        if self.config.model_ema:
+            self._eval_model(ema=True).load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
+        self.optimizer.load_state_dict(checkpoint['optimizer'])
+        if self.loss_scaler is not None and self.loss_scaler.state_dict_key in checkpoint:
+            self.loss_scaler.load_state_dict(checkpoint[self.loss_scaler.state_dict_key])
+        epoch, done = checkpoint['epoch'] + 1, Done(**checkpoint['saver'].get('done', {}))
+        self.progress.initial = self.progress.n = epoch * len(self.train_loader) + done.step
+        _logger.info(f'Resuming {self.phase.title} at epoch {epoch}, step {done.step}.')
+        return epoch, done
+
+    def _create_saver(self, checkpoint: Optional[Dict[str, Any]]) -> None:
+        config = self.config
+        folder = self.folder / self.phase.name
+        on_primary(partial(folder.mkdir, exist_ok=True))
+        self.saver = StageSaver(
+            folder,
+            model=self.model,
+            optimizer=self.optimizer,
+            args=argparse.Namespace(
+                **vars(config),
+                world_size=world_size(),
+                class_counts=self.data.class_counts,
+                class_names=self.data.class_names,
+                shot_counts=self.data.shot_counts,
+                classifier_prior=self.phase.prior,
+                classifier_scale=self.model.cosine_scale,
+            ),
+            amp_scaler=self.loss_scaler,
+            task=self.task,
+            max_history=config.checkpoint_hist,
+            decreasing=config.eval_metric in ('loss', 'ece'),
+        )
+        if checkpoint is None:
+            on_primary(self.saver.save_last, -1)
+            return
+        self.saver.load_state_dict(checkpoint['saver'])
+        if getattr(checkpoint['args'], 'eval_metric', None) != config.eval_metric:
+            self.saver.best_metric = None  # it is the best of another metric
+
+    def _train_epochs(self, first_epoch: int, done: Done) -> Dict[str, Any]:
+        """Train the remaining epochs and give the metrics after the last one and the seconds of all of them."""
+        config, phase, summary = self.config, self.phase, self.folder / 'summary.csv'
+        on_primary(trim_summary, str(summary), phase.first_row + first_epoch)
+        columns = read_columns(summary)
+        terms = [term for term in TERMS if not columns or f'train_{term}' in columns]  # an older run has none
+        metrics, start = None, time.perf_counter()
+        for epoch in range(first_epoch, phase.epochs):
+            done, status = self.train_epoch(epoch, done)
+            if isinstance(self.optimizer, Lookahead):
+                _sync_lookahead(self.optimizer)
+            means = {key: round(value / done.num_images, 6) for key, value in done.sums.items()}
+            trained = {key: means.get(key) for key in ('loss', 'seconds', *terms)}
+            trained['seconds'] = round(done.seconds, 3)
+            metrics = None
+            if epoch == phase.epochs - 1 or (epoch + 1) % config.val_interval == 0:
+                on_primary(self.saver.save_last, epoch - 1, asdict(done))  # since the evaluation may fail
+                metrics = self._evaluate()
+                status += '  Eval: ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS)
+            left = (time.perf_counter() - start) / (epoch + 1 - first_epoch) * (phase.epochs - epoch - 1)
+            _logger.info(
+                f'Train: {epoch} of {phase.epochs} in {phase.title}, {timedelta(seconds=round(left))} left  {status}')
+            evaluated = {key: metrics[key] if metrics else None for key in METRICS}
+            on_primary(partial(
+                update_summary, phase.first_row + epoch, trained, evaluated, str(summary), self._lr(),
+                log_wandb=config.log_wandb))
+            on_primary(self.track, summary)
+            on_primary(self.saver.save_epoch, epoch, metrics[config.eval_metric] if (
+                metrics and config.eval_metric) else None)
+            done = Done()
+        if metrics is None:
+            metrics = self._evaluate()
+        return dict(metrics, seconds=round(read_seconds(summary, phase.first_row), 1))
+
+    def train_epoch(self, epoch: int, done: Done) -> Tuple[Done, str]:
+        """Train what is left of an epoch, and give what is done then and the text of its log line.
+
+        Each part of an epoch between two checkpoints seeds itself, so that a run can go on from any of them.
+        """
+        config, num_steps, status = self.config, len(self.train_loader), ''
+        self.task.progress = epoch / self.phase.epochs
+        self.scheduler.step(epoch)
+        if config.mixup_off_epoch and (config.mixup or config.cutmix):
+            set_mixup(self.train_loader, self.phase.first_row + epoch < config.mixup_off_epoch)
+        part = (config.recovery_interval or num_steps) * config.grad_accum_steps
+        while done.step < num_steps:
+            self.task.train()
+            end = min(done.step + part, num_steps)
+            done, status = self._train_part(epoch, done, end)
+            averages = [self._eval_model(ema=True)] if self.task.has_ema() else []
+            equal_statistics(self._eval_model(), *averages, mode=config.dist_bn)
+            self._check_weights(epoch)
+            if end < num_steps:
+                on_primary(self.saver.save_last, epoch - 1, asdict(done))
+        return done, status
+
+    def _train_part(self, epoch: int, done: Done, end: int) -> Tuple[Done, str]:
+        """Train batches of an epoch from where it is to `end`."""
+        config, num_steps = self.config, len(self.train_loader)
+        self._seed_part(epoch, done, end)
+        never = torch.full((), num_steps, dtype=torch.int64, device=self.task.device)
+        first_bad_step = never
+        sums: Dict[str, Tensor] = {}
+        num_images, images_since_log, done_now, status = 0, 0, done, ''
+        start = log_start = time.perf_counter()
+        self.progress.set_description_str(f'{self.phase.title} {epoch}', refresh=False)
+        for step, (images, target) in enumerate(self.train_loader, done.step):
+            signum = self.vote(self.stop.signum)
+            if signum:
+                raise Interrupted(signum)
+            last = step == end - 1
+            update = last or (step + 1) % config.grad_accum_steps == 0  # a stream may end within an update
+            num_updates = (epoch * num_steps + step + 1) // config.grad_accum_steps
+            result = self.step(images, target, update, num_updates)
+            finite = result['loss'].detach().isfinite()
+            # Loss scaling skips the update of a loss that overflowed. Only one that stays so ends the run.
+            first_bad_step = torch.where(
+                finite, first_bad_step if self.loss_scaler is None else never, first_bad_step.clamp(max=step))
+
+            batch_size = len(images)
+            num_images += batch_size * world_size()
+            images_since_log += batch_size * world_size()
+            for key, value in result.items():
+                if key != 'output':
+                    sums[key] = sums.get(key, 0.) + torch.where(finite, value.detach() * batch_size, 0.)
+
+            if last or step % (config.log_interval or CHECK_INTERVAL) == 0:
+                self._check_loss(first_bad_step, epoch)
+                reduced = over_processes(torch.stack([result['loss'].detach() / world_size(), *sums.values()]))
+                loss, *values = reduced.double().tolist()
+                now = time.perf_counter()
+                done_now = Done(
+                    step + 1,
+                    done.num_images + num_images,
+                    done.seconds + now - start,
+                    {key: done.sums.get(key, 0.) + value for key, value in zip(sums, values)},
+                )
+                rates = images_since_log / (now - log_start), num_images / (now - start)
+                status = self._status(loss, done_now, rates)
+                self.progress.set_postfix_str(status, refresh=False)
+                if config.log_interval and self.progress.disable and not last:
+                    share = 100 * (step + 1) / num_steps
+                    _logger.info(f'Train: {epoch} [{step:>4d}/{num_steps} ({share:>3.0f}%)]  {status}')
+                log_start, images_since_log = now, 0
+            self.progress.update()
+        return done_now, status
+
+    def _seed_part(self, epoch: int, done: Done, end: int) -> None:
+        """Seed a part of an epoch, and tell the loader the order of its images."""
+        seed = self.config.seed
+        seed_all(seed, self.phase.number, epoch)
+        order_seed = int(torch.randint(2 ** 62, ()))
+        if hasattr(self.train_loader.sampler, 'set_epoch'):  # a stream has no such sampler
+            self.train_loader.sampler.set_epoch(order_seed, done.step, end)
+        else:
+            set_stream_epoch(self.train_loader, self.phase.first_row + epoch, order_seed)
+        part = done.step * world_size() + rank()
+        if part:
+            seed_all(seed, self.phase.number, epoch, part)
+
+    def _lr(self) -> float:
+        """The learning rate, the highest one where rates differ by layer."""
+        return max(group['lr'] for group in self.optimizer.param_groups)
+
+    def _status(self, loss: float, done: Done, rates: Tuple[float, float]) -> str:
+        """Losses, images a second and learning rate, as timm's train.py logs them."""
+        means = {key: value / done.num_images for key, value in done.sums.items()}
+        return (
+            f"Loss: {loss:#.3g} ({means.pop('loss'):#.3g})  "
+            + ''.join(f'{key.upper()}: {value:#.3g}  ' for key, value in means.items())
+            + f'Time: {rates[0]:>7.2f}/s ({rates[1]:>7.2f}/s)  LR: {self._lr():.3e}')
+
+    def _check_loss(self, first_bad_step: Tensor, epoch: int) -> None:
+        bad_step = int(over_processes(first_bad_step, dist.ReduceOp.MIN))
+        if bad_step < len(self.train_loader):
+            raise NonFiniteError(
+                f'The loss is not finite at step {bad_step} of epoch {epoch} of {self.phase.title}: '
+                'try a lower --lr, --clip-grad, or --amp-dtype bfloat16.')
+
+    def _check_weights(self, epoch: int) -> None:
+        tensors = [t for t in self._eval_model().state_dict().values() if t.is_floating_point()]
+        if not math.isfinite(float(nn.utils.get_total_norm(tensors))):
+            raise NonFiniteError(
+                f'The weights are not finite after epoch {epoch} of {self.phase.title}: try a lower --lr.')
+
+    def _eval_model(self, ema: bool = False) -> nn.Module:
+        """The model that the task evaluates, or its moving average."""
+        model = self.task.get_eval_model(ema=ema)
+        assert model is not None
+        return model
+
+    def evaluate(self, model: nn.Module) -> Dict[str, Any]:
+        """Metrics of a model on the evaluation data."""
+        return evaluate(model, self.eval_loader, self.data.shot_counts, self.device, shots=self.config)
+
+    def _evaluate(self) -> Dict[str, Any]:
+        """Metrics of the model, or of its moving average and, under `plain`, of the weights as trained."""
+        if not self.task.has_ema():
+            return self.evaluate(self._eval_model())
+        return dict(self.evaluate(self._eval_model(ema=True)), plain=self.evaluate(self._eval_model()))
+
+    def _check_folder(self, resumed: bool) -> None:
+        if not resumed and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise InputError(
+                f"output folder '{self.folder}' already holds a run: add --resume to go on, or choose another "
+                '--experiment.')
+
+    def _create_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            left_out = ('hparams', 'resume', 'checkpoint')
+            values = {key: value for key, value in vars(self.config).items() if key not in left_out}
+            write_text(self.folder / 'args.yaml', yaml.safe_dump(values))
+            (self.folder / self.phase.name).mkdir(exist_ok=True)  # tells a retraining from a run of its start
+        except OSError as error:
+            raise InputError(
+                f"output folder '{self.folder}' cannot be written ({error.strerror}): choose another "
+                '--output.') from error
+
+    def _write_model(self) -> None:
+        """Write the model folder and, where matplotlib is installed, the learning curves."""
+        config, data = self.config, self.data
+        export_model(
+            self.model, self.folder / 'model', self.data_config, data.class_names, data.class_counts,
+            shot_counts=data.shot_counts, exif=config.exif, pixel_range=config.pixel_range)
+        if find_spec('matplotlib') is not None:  # an extra
+            from ..report.figures import write_curves
+            write_curves(self.folder)
+
+    @contextmanager
+    def _failures_explained(self) -> Iterator[None]:
+        """Say how to go on after a failure, and name the cause where a loading process is gone."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            if any(self.folder.glob('*/last.pth.tar')):
+                _logger.error(f'The last checkpoint is kept. Go on with: shike train --resume {self.folder}')
+            if self.stop.signum and not isinstance(error, Interrupted):
+                raise Interrupted(self.stop.signum) from error  # the workers of a loader got the signal too
+            if 'DataLoader worker' in str(error) or isinstance(error, ConnectionError):  # of the pipe from a worker
+                raise OSError(
+                    f'A process that loads images is gone, perhaps for want of memory ({one_line(error)}): go on with '
+                    'fewer --workers.') from error
+            raise
+
+
+def _sync_lookahead(optimizer: Lookahead) -> None:
+    """Replace the fast weights of Lookahead by the slow ones, as it does every few updates."""
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            parameter.grad = torch.zeros_like(parameter)  # timm leaves out parameters without gradients
+    optimizer.sync_lookahead()
+    optimizer.zero_grad()
