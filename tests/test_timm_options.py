@@ -3,7 +3,6 @@ import io
 import json
 import tarfile
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
