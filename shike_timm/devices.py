@@ -9,37 +9,32 @@ import torch
 from .errors import InputError
 from .options import option
 
-__all__ = ['computes_bfloat16', 'keep_freed_memory', 'resolve_device', 'tune_device']
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGEST_KEPT = (2 ** 30, 2 ** 25)  # bytes; older releases of glibc take no more than the second
+LARGEST_KEPT = (2 ** 30, 2 ** 25)  # bytes; older releases of glibc take at most the second
 
 
 @dataclass(frozen=True)
 class DeviceConfig:
     """Device."""
 
-    device: Optional[str] = option(None, 'cuda where there is one, else cpu', may_change=True, card='never')
-    workers: int = option(4, 'data loading processes', low=0, flags=('-j',), may_change=True, card='never')
+    device: Optional[str] = option(
+        None, 'device, such as cuda or cpu (default: cuda if there is one)', 'DEVICE', may_change=True, card='never')
+    workers: int = option(4, 'processes that load images', low=0, flags=('-j',), may_change=True, card='never')
 
 
 def resolve_device(name: Optional[str]) -> torch.device:
-    """The named device, or CUDA where there is one, else the CPU.
-
-    Raises:
-        InputError: If the device is unknown or absent.
-    """
+    """The named device, or by default CUDA if there is one, else the CPU."""
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
-        torch.ones(1, device=device).add_(1).item()  # a kernel, which a card too old for this build of torch lacks
+        torch.ones(1, device=device).add_(1).item()  # a card too old for this build of torch lacks the kernel
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
     return device
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device is known to have instructions for bfloat16; of CPUs, x86 ones with AVX-512 BF16 or AMX."""
+    """Whether a device has instructions for bfloat16. Of CPUs, those with AVX-512 BF16 or AMX are known to."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != 'cpu':
@@ -47,18 +42,15 @@ def computes_bfloat16(device: torch.device) -> bool:
     if hasattr(torch.cpu, 'get_capabilities'):
         capabilities = torch.cpu.get_capabilities()
         return capabilities.get('avx512_bf16', False) or capabilities.get('amx_tile', False)
-    # Releases from before there was anything public.
+    # Older releases of torch have nothing public.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed tensors for the next step rather than hand their pages back to the kernel.
+    """Make glibc keep the memory of freed tensors, and give whether it does.
 
-    By default every tensor of more than a few hundred KiB is mapped afresh and cleared page by page: on two CPU cores
-    up to a fifth of a training step. The process stays as large as its largest step.
-
-    Returns:
-        Whether the C library took the settings; another one than glibc is left as it is.
+    By default the kernel maps and clears every large tensor anew. On two CPU cores that takes up to a fifth of a
+    training step. In return, the process stays as large as its largest step.
     """
     if not sys.platform.startswith('linux'):
         return False
@@ -78,4 +70,4 @@ def tune_device(device: torch.device) -> None:
         if device.index is not None:
             torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = True  # as in timm; convolutions take it by default
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in timm; convolutions use it by default

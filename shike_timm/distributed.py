@@ -1,4 +1,4 @@
-"""Processes that torchrun or Slurm started: joined, told apart, and of one mind. One process alone is rank 0 of 1."""
+"""The processes of a run, started by torchrun or Slurm. A single process is rank 0 of 1."""
 import argparse
 import logging
 import os
@@ -12,11 +12,6 @@ from torch import Tensor, nn
 
 from .devices import resolve_device
 from .errors import InputError, one_line
-
-__all__ = [
-    'Vote', 'equal_statistics', 'join_processes', 'local_primary_first', 'on_primary', 'over_processes', 'rank',
-    'world_size',
-]
 
 _logger = logging.getLogger(__name__)
 
@@ -32,16 +27,9 @@ def world_size() -> int:
 
 
 def join_processes(name: Optional[str]) -> torch.device:
-    """Join the processes that torchrun or Slurm started, if any; all but the first fall silent.
+    """Join the processes that torchrun or Slurm started, if any, and give the device of this one.
 
-    Args:
-        name: As for `resolve_device`; of several GPUs on a machine each process takes its own.
-
-    Returns:
-        The device of this process.
-
-    Raises:
-        InputError: If the device cannot be used, there are fewer GPUs than processes, or these do not find each other.
+    Each process takes its own GPU. All but the first stop logging.
     """
     if not is_distributed_env():
         return resolve_device(name)
@@ -53,12 +41,12 @@ def join_processes(name: Optional[str]) -> torch.device:
     if number:
         logging.getLogger().setLevel(logging.CRITICAL)
     elif not dist.is_initialized() and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-        # Its store goes on holding addresses of processes that are gone, which those after them may take for good.
+        # The store of torchrun keeps addresses of dead processes, and new processes may use them.
         if os.environ['TORCHELASTIC_MAX_RESTARTS'] != '0':
             _logger.warning(
-                'torchrun restarts processes reliably with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 alone: set it.')
+                'torchrun restarts processes reliably only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: set it.')
     if not dist.is_initialized():
-        # Numbers and objects of the host go by gloo, so that agreeing on them waits for no GPU.
+        # gloo carries numbers and objects of the host, so that no GPU has to be waited for.
         backend = 'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo'
         try:
             init_distributed_device(argparse.Namespace(device=kind, dist_backend=backend))
@@ -71,9 +59,9 @@ def join_processes(name: Optional[str]) -> torch.device:
 
 @contextmanager
 def local_primary_first() -> Iterator[None]:
-    """The first process of each machine goes before its others, for what leaves files behind that they find.
+    """Let the first process of each machine go before the others, which then find the files that it wrote.
 
-    What it raises is no reason for them to wait: they meet the same, or else that it is gone.
+    If it fails, the others go on and fail likewise.
     """
     waits = world_size() > 1 and world_info_from_env()[0] > 0
     if waits:
@@ -86,7 +74,7 @@ def local_primary_first() -> Iterator[None]:
 
 
 def on_primary(function: Callable[..., Any], *args: Any) -> None:
-    """Call a function in the first process alone, for which the others wait; what it raises is raised in all."""
+    """Call a function in the first process only. The others wait, and all raise what it raises."""
     errors: List[Optional[Exception]] = [None]
     if rank() == 0:
         try:
@@ -100,7 +88,7 @@ def on_primary(function: Callable[..., Any], *args: Any) -> None:
 
 
 def over_processes(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """The sums over all processes of the elements of a tensor, or what another operation makes of them."""
+    """The tensor summed over all processes, or reduced by another operation."""
     values = values.clone()
     if world_size() > 1:
         dist.all_reduce(values, op=op)
@@ -108,31 +96,26 @@ def over_processes(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
 
 
 def equal_statistics(*models: nn.Module, mode: str = 'reduce') -> None:
-    """Give the BatchNorm layers of all processes the same statistics, as timm's `distribute_bn` does.
-
-    Args:
-        *models: Models whose parameters are the same in all processes.
-        mode: 'reduce' for their mean, 'broadcast' for those of the first process.
-    """
+    """Give BatchNorm the same statistics in all processes: their mean ('reduce') or the first's ('broadcast')."""
     for model in models if world_size() > 1 else ():
         distribute_bn(model, world_size(), mode == 'reduce')
 
 
 class Vote:
-    """The largest of the processes' numbers, told at the next call, the same one in all: no process waits for it."""
+    """The largest number of any process, known one call later so that no process waits. All see the same one."""
 
     def __init__(self) -> None:
         self.work: Any = None
         self.number = torch.zeros((), dtype=torch.int64)
 
     def __call__(self, number: int) -> int:
-        """Hand in a number, and take the largest of the call before, or the number itself of one process alone."""
+        """Hand in a number, and get the largest one of the call before. A single process gets its own number."""
         if world_size() == 1:
             return number
-        told = 0
+        largest = 0
         if self.work is not None:
             self.work.wait()
-            told = int(self.number)
+            largest = int(self.number)
         self.number = torch.tensor(number)
         self.work = dist.all_reduce(self.number, op=dist.ReduceOp.MAX, async_op=True)
-        return told
+        return largest

@@ -1,30 +1,24 @@
-"""The one exception a user is meant to read, and the words of others in it."""
+"""The exception for bad input, and helpers for its message."""
 import difflib
 from typing import Iterable, Union
 
-__all__ = ['DamagedError', 'InputError', 'nearest', 'one_line']
-
-LONGEST = 300  # characters of another library's message, which can be a line a parameter
+LONGEST = 300  # characters of another library's message, which may list every parameter
 
 
 class InputError(ValueError):
     """Bad input: a file, a value or a combination of options that cannot work.
 
-    The message is one sentence that names the value at fault, what was expected and what to do. Scripts print it
-    and exit with status 2; nothing has been written when it is raised.
+    The message is one sentence: what was wrong, what was expected and what to do. Scripts print it and exit with
+    status 2. Nothing has been written when it is raised.
     """
 
 
 class DamagedError(InputError):
-    """A checkpoint that is not whole, in whose place the one before may do."""
+    """A checkpoint that is not whole. The one before it may serve instead."""
 
 
 def one_line(message: Union[str, BaseException]) -> str:
-    """Another library's message on one line, without its last stop, cut where it is long.
-
-    Args:
-        message: The message, or an exception; of one without a message, the name of its class is given.
-    """
+    """Another library's message, or that of its exception, on one line without its full stop. A long one is cut."""
     text = ' '.join(str(message).split()).rstrip('.')
     if isinstance(message, BaseException):
         text = text or type(message).__name__
@@ -32,6 +26,6 @@ def one_line(message: Union[str, BaseException]) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Words for a message that name the valid name one may have meant, and none where nothing is near."""
+    """The end of a message that suggests the nearest valid name, empty if none is near."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.75)
     return f", the nearest valid one is '{matches[0]}'" if matches else ''

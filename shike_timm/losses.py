@@ -1,7 +1,7 @@
 """The losses of SHIKE (Jin et al., CVPR 2023) as pure functions of the stacked expert logits.
 
-Everywhere `logits` is [B, M, C]: batch, experts, classes. KL(p | q) is sum_c p_c (log p_c - log q_c). Each loss is a
-scalar, summed over experts and averaged over the batch. All arithmetic is in float32, or in float64 where logits are.
+`logits` is always [B, M, C]: batch, experts, classes. KL(p | q) is sum_c p_c (log p_c - log q_c). Each loss is a
+scalar, summed over experts and averaged over the batch. All arithmetic is in float32, or in float64 if the logits are.
 """
 from typing import NamedTuple, Optional
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Log-probabilities below this are cut off: it leaves sums over experts, classes and batch finite in float32.
+# Lower bound of log-probabilities, so that sums over experts, classes and batch stay finite in float32.
 MIN_LOG_PROB = -1e30
 
 
@@ -31,9 +31,9 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _expected(values: Tensor, target: Tensor, smoothing: float = 0.) -> Tensor:
-    """Values [B, M, C] at the target, or weighted with its probabilities: summed over experts, averaged over batch.
+    """Values [B, M, C] expected under the target: summed over experts, averaged over the batch.
 
-    With smoothing the target keeps 1 - smoothing of its weight, and the rest goes to all classes alike.
+    With smoothing the target keeps 1 - smoothing of its weight. The rest goes to all classes equally.
     """
     if smoothing:
         return (1 - smoothing) * _expected(values, target) + smoothing * values.mean(-1).sum(1).mean()
@@ -48,8 +48,8 @@ def expert_cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.) 
 
     Args:
         logits: Expert logits [B, M, C].
-        target: Class indices [B], or class probabilities [B, C] as Mixup and CutMix make them.
-        smoothing: Share of the target's weight that goes to all classes alike.
+        target: Class indices [B], or class probabilities [B, C] from Mixup or CutMix.
+        smoothing: Share of the target's weight that goes to all classes equally.
     """
     return -_expected(_log_softmax(_widen(logits)), target, smoothing)
 
@@ -57,8 +57,8 @@ def expert_cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.) 
 def mutual_distillation(logits: Tensor) -> Tensor:
     """Mutual knowledge distillation between experts, L_mu of Eq. 4.
 
-    The sum over ordered pairs of KL(p^j | p^k) equals M * sum_j sum_c p^j_c (log p^j_c - mean_k log p^k_c), which
-    needs no tensor of pairs.
+    The sum over ordered pairs of KL(p^j | p^k) equals M * sum_j sum_c p^j_c (log p^j_c - mean_k log p^k_c). No tensor
+    of pairs is needed.
 
     Args:
         logits: Expert logits [B, M, C].
@@ -74,8 +74,8 @@ def dynamic_knowledge_transfer(logits: Tensor, target: Tensor, detach_teacher: b
     """Dynamic knowledge transfer (DKT), L_nt of Eq. 5 to 9.
 
     The target class is left out. For each other class the grand teacher takes the largest logit of any expert
-    (Eq. 6), except at the class whose logit averaged over experts is the largest, the consensus hardest negative,
-    where it takes that average (Eq. 7). The loss of an expert is KL(teacher | expert) over those C - 1 classes.
+    (Eq. 6). At the consensus hardest negative, the class with the largest logit averaged over experts, it takes that
+    average instead (Eq. 7). The loss of an expert is KL(teacher | expert) over the C - 1 classes.
 
     Args:
         logits: Expert logits [B, M, C] with C of at least 2.
@@ -107,12 +107,12 @@ def dynamic_knowledge_transfer(logits: Tensor, target: Tensor, detach_teacher: b
 def knowledge_distillation(logits: Tensor, teacher: Tensor, temperature: float = 4.) -> Tensor:
     """Distillation of every expert from one trained teacher (Hinton et al., 2015, arXiv:1503.02531).
 
-    T^2 KL(softmax(teacher / T) | softmax(logits / T)), the factor keeping gradients of one size whatever T.
+    T^2 KL(softmax(teacher / T) | softmax(logits / T)). The factor T^2 keeps the size of the gradients for any T.
 
     Args:
         logits: Expert logits [B, M, C].
-        teacher: Logits of the teacher [B, C], through which no gradient goes.
-        temperature: T, above 0: the higher, the more the teacher's small probabilities count.
+        teacher: Logits of the teacher [B, C]. They get no gradient.
+        temperature: T, above 0. A higher one gives more weight to the teacher's small probabilities.
     """
     log_prob = _log_softmax(_widen(logits) / temperature)
     log_teacher = _log_softmax(_widen(teacher.detach()) / temperature)[:, None]
@@ -125,7 +125,7 @@ def balanced_softmax(logits: Tensor, target: Tensor, class_counts: Tensor, smoot
     Args:
         logits: Expert logits [B, M, C].
         target: Class indices [B], or class probabilities [B, C].
-        class_counts: Training images of each class [C], all positive: log n_c is added to the logits.
+        class_counts: Training images n_c of each class [C], all positive. log n_c is added to the logits.
         smoothing: As for `expert_cross_entropy`.
     """
     logits = _widen(logits)
@@ -144,8 +144,8 @@ def logit_adjusted(
     Args:
         logits: Expert logits [B, M, C].
         target: Class indices [B], or class probabilities [B, C].
-        class_counts: Training images of each class [C], all positive; their shares are the prior pi.
-        tau: Strength; at 1 it equals `balanced_softmax`, at 0 plain cross-entropy.
+        class_counts: Training images of each class [C], all positive. Their shares are the prior pi.
+        tau: Strength. 1 equals `balanced_softmax`, 0 plain cross-entropy.
         smoothing: As for `expert_cross_entropy`.
     """
     logits = _widen(logits)
@@ -159,11 +159,11 @@ def focal(logits: Tensor, target: Tensor, gamma: float = 2., smoothing: float = 
     Args:
         logits: Expert logits [B, M, C].
         target: Class indices [B], or class probabilities [B, C].
-        gamma: How much what is classified well already counts less; 0 is plain cross-entropy.
+        gamma: Exponent. A higher one gives less weight to images that are classified well, 0 is plain cross-entropy.
         smoothing: As for `expert_cross_entropy`.
     """
     log_prob = _log_softmax(_widen(logits))
-    # 1 - p without cancellation, away from 0 where a power below 1 has no finite slope.
+    # 1 - p without cancellation, and not 0, where a power below 1 has no finite slope.
     rest = -torch.expm1(log_prob)
     return -_expected(rest.clamp(min=torch.finfo(rest.dtype).tiny) ** gamma * log_prob, target, smoothing)
 
@@ -178,15 +178,15 @@ def ldam(
 ) -> Tensor:
     """Label-distribution-aware margin loss (Cao et al., NeurIPS 2019).
 
-    Cross-entropy after scale * max_margin * (n_min / n_y)^(1/4) is taken off the logit of the target y.
+    Cross-entropy after scale * max_margin * (n_min / n_y)^(1/4) is subtracted from the logit of the target y.
 
     Args:
         logits: Expert logits [B, M, C] of a cosine classifier.
         target: Class indices [B].
         class_counts: Training images of each class [C], all positive.
-        scale: Factor between the cosines, which the margin is for, and the logits.
+        scale: Factor between cosines and logits. Margins are given for cosines.
         max_margin: Margin of the smallest class.
-        class_weights: Weights of the classes [C], for the mean over the batch; all equal where None.
+        class_weights: Weights of the classes [C] in the mean over the batch, None for equal ones.
 
     Raises:
         ValueError: If target is not [B] class indices.
@@ -216,11 +216,11 @@ def representation_loss(
 
     Args:
         logits: Expert logits [B, M, C].
-        target: Class indices [B]; class probabilities [B, C] only where alpha is 0, since DKT leaves one class out.
-        alpha: Weight of dynamic knowledge transfer; its term is not computed where 0.
-        beta: Weight of mutual distillation; its term is not computed where 0.
+        target: Class indices [B]. If alpha is 0, also class probabilities [B, C]: DKT leaves one class out.
+        alpha: Weight of dynamic knowledge transfer. At 0 the term is not computed.
+        beta: Weight of mutual distillation. At 0 the term is not computed.
         detach_teacher: Stop gradients through the teacher of dynamic knowledge transfer.
-        smoothing: As for `expert_cross_entropy`, whose term alone it changes.
+        smoothing: As for `expert_cross_entropy`. It changes the cross-entropy alone.
 
     Returns:
         The total and its three unweighted terms.

@@ -1,4 +1,4 @@
-"""hparams files: values of options in YAML, over those of the file that one names as `base`."""
+"""hparams files: values of options in YAML. A file may name another one as `base`."""
 import os
 from pathlib import Path
 from typing import Any, Dict
@@ -7,14 +7,12 @@ import yaml
 
 from .errors import InputError, nearest
 
-__all__ = ['RECIPES', 'read_hparams']
-
 _INSTALLED = Path(__file__).with_name('hparams')
-RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / 'hparams'  # or those of the checkout
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / 'hparams'  # else those of a clone
 
 
 def _find(name: str, folder: str = '') -> str:
-    """The path of an hparams file: that in the folder, or else the recipe of that name."""
+    """The path of an hparams file: the file in the folder, or else the recipe of that name."""
     path, recipe = os.path.join(folder, name), RECIPES / f'{name}.yaml'
     return str(recipe) if recipe.is_file() and not os.path.isfile(path) else path
 
@@ -41,13 +39,10 @@ def read_hparams(name: str) -> Dict[str, Dict[Any, Any]]:
     """Read an hparams file and its bases.
 
     Args:
-        name: Its path, or the name of one of the package's recipes, such as 'quickstart'.
+        name: Its path, or the name of a packaged recipe such as 'quickstart'.
 
     Returns:
-        Values by path: those of the file that `base` names first, then the file's own, which override them.
-
-    Raises:
-        InputError: If a file cannot be read, or is its own base.
+        Values by path, those of the base first. Later ones override earlier ones.
     """
     path = _find(name)
     chain: Dict[str, Dict[Any, Any]] = {}

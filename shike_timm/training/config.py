@@ -16,19 +16,21 @@ from ..options import HparamsConfig, Option, option, options
 class MethodConfig:
     """Method and loss."""
 
-    method: str = option('shike', 'what stage one trains with; an unknown name lists all', card='changed')
-    tau: float = option(1., 'strength of logit_adjusted', 'T', card='changed')
-    focal_gamma: float = option(2., 'exponent of focal', 'G', low=0, card='changed')
-    alpha: float = option(0.1, 'weight of dynamic knowledge transfer, a loss per image that sums over classes')
-    beta: float = option(0.01, 'weight of mutual distillation, likewise')
-    smoothing: float = option(0., 'label smoothing, in stage two too', 'S', low=0, below=1, card='changed')
+    method: str = option('shike', 'method of stage one; an unknown name lists all of them', card='changed')
+    tau: float = option(1., 'strength of the logit adjustment of logit_adjusted', 'T', card='changed')
+    focal_gamma: float = option(2., 'exponent of the focal loss', 'G', low=0, card='changed')
+    alpha: float = option(
+        0.1, 'weight of dynamic knowledge transfer (DKT), a sum over classes averaged over the batch')
+    beta: float = option(0.01, 'weight of mutual distillation, a sum over classes averaged over the batch')
+    smoothing: float = option(
+        0., 'label smoothing of the cross-entropy in both stages of training', 'S', low=0, below=1, card='changed')
     trunk_grad: str = option(
-        'sum', 'gradient of the shared stages: the sum of what experts send, or their mean', choices=['sum', 'mean'],
-        card='changed')
+        'sum', 'gradient of the shared stages: the sum or the mean of the gradients that the experts send',
+        choices=['sum', 'mean'], card='changed')
     detach_teacher: bool = option(False, 'stop gradients through the teacher of dynamic knowledge transfer')
     crt_cosine_scale: Optional[float] = option(
-        None, "what cosines of the retrained classifiers are multiplied with to be logits, the model's by default",
-        'S', low=0.01, card='changed')
+        None, 'scale of the cosines of the retrained classifiers (default: the scale of the model)', 'S', low=0.01,
+        card='changed')
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,10 @@ class TeacherConfig:
     """Teacher."""
 
     kd_model_name: Optional[str] = option(
-        None, 'trained model of the same classes whose logits every expert learns as well: a registered name, local-'
-        'dir:RUN/model or hf-hub:USER/NAME')
-    distill_loss_weight: float = option(1., 'weight of what --kd-model-name teaches', 'W', low=0)
-    kd_temperature: float = option(4., 'temperature of what --kd-model-name teaches', 'T', low=0.01)
+        None, 'trained model of the same classes to learn from as well: a registered name, local-dir:RUN/model or '
+        'hf-hub:USER/NAME')
+    distill_loss_weight: float = option(1., 'weight of the distillation from --kd-model-name', 'W', low=0)
+    kd_temperature: float = option(4., 'temperature of the distillation from --kd-model-name', 'T', low=0.01)
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,15 @@ class TaskConfig(MethodConfig, TeacherConfig):
 class OptimizerConfig:
     """Optimizer."""
 
-    opt: str = option('momentum', "timm's optimizer name")
+    opt: str = option('momentum', "timm's name of the optimizer")
     momentum: float = option(0.9, 'momentum', 'M')
     weight_decay: float = option(5e-4, 'weight decay', 'W', low=0)
-    opt_eps: Optional[float] = option(None, "the optimizer's epsilon", 'EPS', card='changed')
-    opt_betas: Optional[List[float]] = option(None, "the optimizer's betas", 'BETA', nargs='+', card='changed')
+    opt_eps: Optional[float] = option(None, 'epsilon of the optimizer', 'EPS', card='changed')
+    opt_betas: Optional[List[float]] = option(None, 'betas of the optimizer', 'BETA', nargs='+', card='changed')
     opt_kwargs: Dict[str, Any] = option({}, 'further arguments of timm.optim.create_optimizer_v2')
     layer_decay: Optional[float] = option(None, 'factor of the learning rate from layer to layer', 'D', low=0)
-    clip_grad: Optional[float] = option(None, 'clip gradients', low=0)
-    clip_mode: str = option('norm', 'how to clip', choices=('norm', 'value', 'agc'), card='changed')
+    clip_grad: Optional[float] = option(None, 'value to clip gradients at', low=0)
+    clip_mode: str = option('norm', 'how to clip gradients', choices=('norm', 'value', 'agc'), card='changed')
 
 
 @dataclass(frozen=True)
@@ -70,21 +72,21 @@ class ScheduleConfig:
     epochs: int = option(180, 'epochs of stage one, warm-up included', low=1)
     lr: float = option(0.1, 'peak learning rate of stage one', 'LR', low=0)
     lr_base: Optional[float] = option(
-        None, 'in place of --lr, where that is not given later: that of --lr-base-size images an update, from which it '
-        'follows in proportion, or to their root for Adam and the like', 'LR', low=0)
-    lr_base_size: int = option(256, 'images an update that --lr-base is meant for', low=1, card='changed')
-    warmup_epochs: int = option(5, 'linear warm-up of stage one', low=0)
-    warmup_lr: float = option(1e-5, 'learning rate at the start', 'LR', low=0)
-    min_lr: float = option(0., 'learning rate the schedule ends at', 'LR', low=0)
-    decay_epochs: float = option(90., 'epochs between steps', low=1, card='changed')
-    decay_rate: float = option(0.1, 'factor of a step, power of poly', 'RATE', card='changed')
+        None, 'learning rate for a batch of --lr-base-size images. --lr is scaled from it, linearly or, for Adam-like '
+        'optimizers, by the square root. An explicit --lr wins.', 'LR', low=0)
+    lr_base_size: int = option(256, 'batch that --lr-base is meant for', low=1, card='changed')
+    warmup_epochs: int = option(5, 'epochs of linear warm-up of stage one', low=0)
+    warmup_lr: float = option(1e-5, 'learning rate at the start of the warm-up', 'LR', low=0)
+    min_lr: float = option(0., 'learning rate at the end of the schedule', 'LR', low=0)
+    decay_epochs: float = option(90., 'epochs between the steps of a step schedule', low=1, card='changed')
+    decay_rate: float = option(0.1, 'factor of a step, or power of poly', 'RATE', card='changed')
     crt_epochs: Optional[int] = option(
-        None, "epochs of stage two, classifier retraining, warm-up included; 0 for none; by default the method's own, "
-        '20 for shike, 0 for the others', low=0, may_change=True)
+        None, 'epochs of stage two, classifier retraining, warm-up included; 0 for none (default: 20 for shike, 0 for '
+        'other methods)', low=0, may_change=True)
     crt_lr: float = option(0.1, 'peak learning rate of stage two', 'LR', low=0)
-    crt_lr_base: Optional[float] = option(None, 'as --lr-base, for stage two', 'LR', low=0)
-    crt_warmup_epochs: int = option(0, 'linear warm-up of stage two', low=0)
-    crt_warmup_lr: float = option(1e-5, 'as --warmup-lr, for stage two', 'LR', low=0)
+    crt_lr_base: Optional[float] = option(None, '--lr-base of stage two', 'LR', low=0)
+    crt_warmup_epochs: int = option(0, 'epochs of linear warm-up of stage two', low=0)
+    crt_warmup_lr: float = option(1e-5, '--warmup-lr of stage two', 'LR', low=0)
 
 
 @dataclass(frozen=True)
@@ -94,33 +96,35 @@ class LoopConfig:
     seed: int = option(42, 'random seed', low=0)
     amp: bool = option(False, 'mixed precision')
     amp_dtype: Optional[str] = option(
-        None, 'by default float16 on CUDA, and bfloat16 on a CPU that has instructions for it, else float32',
-        choices=('float16', 'bfloat16'), card='changed')
+        None, 'data type of --amp (default: float16 on CUDA, bfloat16 on a CPU that has instructions for it, else '
+        'float32)', choices=('float16', 'bfloat16'), card='changed')
     channels_last: bool = option(False, 'channels_last memory layout', card='never')
     torchcompile: Optional[str] = option(
-        None, 'compile the forward and backward of stage one, with inductor or the named backend', 'BACKEND',
+        None, 'compile the forward and backward pass of stage one, with inductor or the named backend', 'BACKEND',
         const='inductor', may_change=True, card='never')
     torchcompile_mode: Optional[str] = option(
-        None, 'mode of torch.compile: reduce-overhead (CUDA graphs), max-autotune, ...', 'MODE', may_change=True,
+        None, 'mode of torch.compile, such as reduce-overhead (CUDA graphs) or max-autotune', 'MODE', may_change=True,
         card='never')
-    sync_bn: bool = option(False, 'BatchNorm over the batches of all processes together', card='changed')
+    sync_bn: bool = option(False, 'compute BatchNorm over the batches of all processes together', card='changed')
     dist_bn: str = option(
-        'reduce', 'statistics of BatchNorm after an epoch of several processes: their mean, or those of the first',
+        'reduce', 'BatchNorm statistics of several processes after an epoch: their mean, or those of the first process',
         choices=('reduce', 'broadcast'), card='never')
-    model_ema: bool = option(False, 'keep and evaluate an average of the weights')
-    model_ema_decay: float = option(0.9998, 'decay of the average, which it rises to', 'D', card='changed')
-    model_ema_warmup: bool = option(True, 'begin with a small decay, on by default', card='changed')
+    model_ema: bool = option(False, 'also average the weights over the updates, and keep the average')
+    model_ema_decay: float = option(0.9998, 'decay of the averaged weights', 'D', card='changed')
+    model_ema_warmup: bool = option(
+        True, 'start with a small decay of the averaged weights (default: on)', card='changed')
     log_interval: Optional[int] = option(
-        None, 'steps between log lines within an epoch; by default there is one line an epoch, and on a terminal a bar '
-        'of the whole run', low=1, may_change=True, card='never')
+        None, 'steps between log lines (default: one line an epoch, and a progress bar on a terminal)', low=1,
+        may_change=True, card='never')
     val_interval: int = option(1, 'epochs between evaluations', low=1, may_change=True, card='never')
     eval_metric: Optional[str] = option(
-        None, 'also keep the checkpoint with the best of this metric, as model_best.pth.tar of its stage; note that the'
-        ' evaluation set then chooses', choices=('loss', 'top1', 'top5', 'balanced', 'many', 'medium', 'few', 'ece'),
+        None, 'also keep the checkpoint with the best value of this metric, as model_best.pth.tar. The evaluation set '
+        'then chooses it.', choices=('loss', 'top1', 'top5', 'balanced', 'many', 'medium', 'few', 'ece'),
         may_change=True, card='never')
-    checkpoint_hist: int = option(2, 'checkpoints kept of each stage', low=1, may_change=True, card='never')
+    checkpoint_hist: int = option(
+        2, 'checkpoints to keep of each stage of training', low=1, may_change=True, card='never')
     recovery_interval: Optional[int] = option(
-        None, 'updates after which the middle of an epoch is saved, to go on from there', low=1, card='never')
+        None, 'also save a checkpoint every N updates within an epoch', low=1, card='never')
 
 
 @dataclass(frozen=True)
@@ -132,14 +136,14 @@ class StepConfig(LoaderConfig, OptimizerConfig, LoopConfig):
 class OutputConfig:
     """Output."""
 
-    output: str = option('output/train', 'folder of run folders', 'DIR', may_change=True, card='never')
-    experiment: str = option('', 'name of the run folder; time and model by default', may_change=True, card='never')
-    log_wandb: bool = option(False, 'tell Weights & Biases what summary.csv holds', may_change=True, card='never')
-    wandb_project: Optional[str] = option(None, 'project there', may_change=True, card='never')
-    log_trackio: bool = option(False, 'tell Trackio the same', may_change=True, card='never')
-    trackio_project: str = option('shike-timm', 'project there', may_change=True, card='never')
+    output: str = option('output/train', 'folder for run folders', 'DIR', may_change=True, card='never')
+    experiment: str = option('', 'name of the run folder (default: time and model)', may_change=True, card='never')
+    log_wandb: bool = option(False, 'log to Weights & Biases', may_change=True, card='never')
+    wandb_project: Optional[str] = option(None, 'project at Weights & Biases', may_change=True, card='never')
+    log_trackio: bool = option(False, 'log to Trackio', may_change=True, card='never')
+    trackio_project: str = option('shike-timm', 'project at Trackio', may_change=True, card='never')
     log_tensorboard: bool = option(
-        False, 'write what summary.csv holds for TensorBoard, into the run folder', may_change=True, card='never')
+        False, 'log to TensorBoard, in the run folder', may_change=True, card='never')
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,8 @@ class TrainConfig(RunConfig):
     """Resuming."""
 
     resume: Optional[str] = option(
-        None, 'go on with a run: its folder, a checkpoint in it, or alone with --experiment, which begins the run where'
-        ' there is none', 'RUN', const='', may_change=True, card='never')
+        None, 'go on with a run: name its folder or one of its checkpoints. Without a name the run of --experiment '
+        'goes on, or begins.', 'RUN', const='', may_change=True, card='never')
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ class RetrainConfig(RunConfig):
 
 
 def run_folder(config: TrainConfig) -> Optional[str]:
-    """The run folder to resume: the folder of `--resume PATH`, or of `--experiment` where no path was given."""
+    """The folder of the run to resume, None where none is resumed."""
     if config.resume is None:
         return None
     if config.resume:
@@ -181,12 +185,7 @@ def run_folder(config: TrainConfig) -> Optional[str]:
 
 
 def changed_option(config: TrainConfig, before: Mapping[str, Any]) -> Optional[Option]:
-    """The first option that a resumed run has otherwise than before, though it may not change.
-
-    Args:
-        config: Configuration of the resumed run.
-        before: Values it began with. What they do not name had its default.
-    """
+    """The first option of a resumed run that changed though it may not. A value that `before` lacks was the default."""
     for name, one in options(TrainConfig).items():
         if not one.may_change and getattr(config, name) != before.get(name, one.default):
             return one

@@ -1,4 +1,4 @@
-"""Training tasks of timm over expert logits: what happens between a batch and its loss."""
+"""Training tasks of timm over expert logits: from a batch to its loss."""
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Union
 
@@ -10,16 +10,11 @@ from torch import Tensor, nn
 from ..losses import RepresentationLoss, balanced_softmax, knowledge_distillation, representation_loss
 from ..models import Shike
 
-__all__ = ['TERMS', 'ClassifierRetrainingTask', 'ExpertTask', 'RepresentationTask']
-
-TERMS = (*RepresentationLoss._fields[1:], 'kd')  # what a task may tell beside its loss
+TERMS = (*RepresentationLoss._fields[1:], 'kd')  # terms that a task may give beside its loss
 
 
 class ExpertLogits(nn.Module):
-    """Gives a SHIKE model's expert logits [B, M, C] as its forward, which is what DistributedDataParallel wraps.
-
-    With frozen features no graph is built below the classifiers.
-    """
+    """A module whose forward gives the expert logits [B, M, C], for DistributedDataParallel to wrap."""
 
     def __init__(self, model: Shike, freeze_features: bool = False):
         super().__init__()
@@ -42,17 +37,17 @@ class ExpertTask(TrainingTask):
         model: The SHIKE model to train.
         loss: From expert logits [B, M, C] and a target to a scalar, or to a named tuple of scalars that begins with
             the total.
-        late_loss: Loss from the share `late_from` of the stage's epochs on, None for the same one.
-        late_from: Share of the epochs, which the loop tells by setting `progress`.
+        late_loss: Loss for the last epochs, None for the same one.
+        late_from: Share of the epochs after which `late_loss` is used. The training loop sets `progress`.
         freeze_features: Build no graph below the classifiers.
-        trunk_grad: What the shared stages are updated with: the 'sum' of the gradients that experts send, as the losses
-            are summed, or their 'mean', at which the trunk learns as fast as that of one network.
-        teacher_model: Trained model of the same classes, or its name, which stays as it is and in eval mode; its logits
-            of the same images are distilled into each expert.
-        distill_loss_weight: Weight of that distillation.
-        temperature: Temperature of that distillation.
-        mean: Channel means that the images are normalized with, those of the model's configuration by default.
-        std: Channel standard deviations that the images are normalized with, by default likewise.
+        trunk_grad: Gradient of the shared stages: the 'sum' of what the experts send, as their losses are summed, or
+            the 'mean', with which the trunk learns as fast as that of one network.
+        teacher_model: Trained model of the same classes, or its name. Its logits are distilled into each expert. It
+            stays in eval mode and is not trained.
+        distill_loss_weight: Weight of the distillation.
+        temperature: Temperature of the distillation.
+        mean: Channel means that the images are normalized with (default: those of the model's configuration).
+        std: Channel standard deviations that the images are normalized with (default: likewise).
         device: Device for the task.
     """
 
@@ -91,7 +86,7 @@ class ExpertTask(TrainingTask):
             if not isinstance(teacher, DistillationTeacher):
                 teacher = DistillationTeacher(teacher, device=device)
             self.teacher = teacher.requires_grad_(False)
-            # From the student's normalization to the teacher's, without a comparison that waits for the device.
+            # From the student's normalization to the teacher's. No comparison waits for the device.
             cfg = model.pretrained_cfg
             own_mean, own_std = (
                 teacher.mean_kd.new_tensor(values).view(1, -1, 1, 1)
@@ -107,25 +102,25 @@ class ExpertTask(TrainingTask):
         return self
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'ExpertTask':
-        """Wrap the trainable module in DistributedDataParallel; arguments as timm's tasks take them."""
+        """Wrap the trainable module in DistributedDataParallel, with the arguments of timm's tasks."""
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile trainable module and teacher, before distributed wrapping; evaluation keeps the bare model."""
+        """Compile trainable module and teacher, before distributed wrapping. Evaluation keeps the bare model."""
         if self.teacher is not None:
             self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.trainable_module
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
-        """The bare SHIKE model, or its moving average; None where there is no such average."""
+        """The bare SHIKE model, or its moving average, None where there is no average."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
         return None if module is None else unwrap_model(module).model
 
     def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
-        """Parameters whose gradients are clipped, without the classifiers where exclude_head."""
+        """Parameters whose gradients are clipped, without those of the classifiers if exclude_head."""
         model = unwrap_model(self.trainable_module).model
         head = set(model.get_classifier().parameters()) if exclude_head else ()
         return (parameter for parameter in model.parameters() if parameter not in head)
@@ -135,11 +130,10 @@ class ExpertTask(TrainingTask):
 
         Args:
             input: Images [B, in_chans, H, W].
-            target: Class indices [B] or, where the loss takes them, class probabilities [B, C].
+            target: Class indices [B], or class probabilities [B, C] if the loss takes them.
 
         Returns:
-            `loss` and the averaged logits `output` [B, C]; the further fields of the loss, unweighted, and with a
-            teacher `kd`.
+            `loss`, the averaged logits `output` [B, C], the unweighted terms of the loss and, with a teacher, `kd`.
         """
         logits = self.trainable_module(input)
         result = (self.loss if self.progress < self.late_from else self.late_loss)(logits, target)
@@ -183,7 +177,7 @@ class RepresentationTask(ExpertTask):
 class ClassifierRetrainingTask(ExpertTask):
     """Stage two: new classifiers trained with balanced softmax, everything else frozen (Eq. 11).
 
-    The model gets fresh classifiers when the task is made. BatchNorm statistics keep updating.
+    The model gets new classifiers when the task is made. BatchNorm statistics keep updating.
 
     Args:
         model: A SHIKE model after stage one.
