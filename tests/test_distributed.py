@@ -129,9 +129,8 @@ def test_learning_rate_follows_the_images_of_an_update(monkeypatch):
 def test_what_a_gpu_is_needed_for(monkeypatch):
     monkeypatch.setattr(runs, 'world_size', lambda: 2)
     with pytest.raises(InputError, match='--sync-bn needs GPUs'):
-        runs.prepare(parse_train_args([*TINY, '--sync-bn']), [])
-    monkeypatch.setattr(runs, 'join_processes', lambda name: torch.device('meta'))
-    run = runs.prepare(parse_train_args([*TINY, '--sync-bn']), [])
+        runs.prepare(parse_train_args([*TINY, '--sync-bn']), [], torch.device('cpu'))
+    run = runs.prepare(parse_train_args([*TINY, '--sync-bn', '--no-device-data']), [], torch.device('meta'))
     norms = [m for m in run.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     assert norms and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
     monkeypatch.setenv('WORLD_SIZE', '4')

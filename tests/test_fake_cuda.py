@@ -72,7 +72,6 @@ def fake_cuda(monkeypatch):
     """As if there were a GPU, in the test."""
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: True)
-    monkeypatch.setattr(runs, 'join_processes', lambda name: CUDA)
     monkeypatch.setattr(runs, 'tune_device', lambda device: None)
     monkeypatch.setattr(nn.Module, '_apply', apply)
     host_generator = torch.Generator
@@ -95,7 +94,7 @@ def test_both_stages(tiny_run, fake_cuda, monkeypatch, options):
         args = replace(args, kd_model_name=f'local-dir:{tiny_run}/model')
     phases = plan_phases(args)
     checkpoint = load_checkpoint(tiny_run / 'stage_one' / 'last.pth.tar')
-    trainer = runs.prepare(args, phases)
+    trainer = runs.prepare(args, phases, CUDA)
     load_weights(trainer.model, checkpoint['state_dict'], '')
     for phase in phases:
         trainer.start(phase)
@@ -125,7 +124,7 @@ def test_evaluation(fake_cuda, monkeypatch):
     args = parse_train_args([*TINY, '--device', 'cuda'])
     sums = []
     monkeypatch.setattr(ExpertEvaluator, 'compute', lambda self, distributed: sums.append(self) or {})
-    trainer = runs.prepare(args, plan_phases(args))
+    trainer = runs.prepare(args, plan_phases(args), CUDA)
     evaluate(
         trainer.model, trainer.eval_loader, trainer.data.shot_counts, CUDA, subsets=[(0,), (0, 1)], flip=True,
         per_class=True)

@@ -39,7 +39,7 @@ def run_of(image_folder):
         args = parse_train_args([
             '--model', 'resnet32_shike', '--data-dir', str(image_folder), '--batch-size', '8', '--img-size', '8',
             '--workers', '0', '--device', 'cpu', *options])
-        return prepare(args, plan_phases(args))
+        return prepare(args, plan_phases(args), torch.device('cpu'))
 
     return make
 

@@ -9,7 +9,7 @@ from ..checkpoints import load_checkpoint
 from ..data import TrainingData
 from ..distributed import world_size
 from ..errors import DamagedError, InputError
-from .config import TrainConfig, changed_option, run_folder
+from .config import TrainConfig, changed_option
 from .phases import PHASES
 
 _logger = logging.getLogger(__name__)
@@ -26,9 +26,8 @@ def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     return vars(saved) if isinstance(saved, argparse.Namespace) else {}
 
 
-def _resume_points(config: TrainConfig) -> List[Tuple[int, Path]]:
+def _resume_points(config: TrainConfig, folder: Path) -> List[Tuple[int, Path]]:
     """Numbers of phases and their checkpoints to go on from, the newest first. It is empty if nothing was saved yet."""
-    folder = Path(run_folder(config) or '')
     points = []
     for number, name in reversed(list(enumerate(PHASES, 1))):
         saved = sorted(
@@ -47,23 +46,22 @@ def _resume_points(config: TrainConfig) -> List[Tuple[int, Path]]:
     return points
 
 
-def read_newest(config: TrainConfig) -> Tuple[int, Optional[Path], Optional[Dict[str, Any]]]:
+def read_newest(config: TrainConfig, folder: Path) -> Tuple[int, Optional[Path], Optional[Dict[str, Any]]]:
     """Phase number, path and content of the newest whole checkpoint, or 1, None and None if nothing was saved yet."""
-    points = _resume_points(config)
+    points = _resume_points(config, folder)
     for number, path in points:
         try:
-            return number, path, _read_to_resume(path, config)
+            return number, path, _read_to_resume(path, config, folder)
         except DamagedError as error:
             if path == points[-1][1]:
                 raise
             _logger.warning(f'{error} The one before is used.')
-    folder = Path(run_folder(config) or '')
     if (folder / PHASES[1]).exists():
         raise InputError(f"'{folder}' is of a retraining that has saved nothing yet: remove it and retrain again.")
     return 1, None, None
 
 
-def _read_to_resume(path: Path, config: TrainConfig) -> Dict[str, Any]:
+def _read_to_resume(path: Path, config: TrainConfig, folder: Path) -> Dict[str, Any]:
     checkpoint = load_checkpoint(path)
     wanted = {'state_dict', 'optimizer', 'epoch', 'saver'}
     if not wanted <= set(checkpoint) or not isinstance(checkpoint.get('args'), argparse.Namespace):
@@ -71,7 +69,7 @@ def _read_to_resume(path: Path, config: TrainConfig) -> Dict[str, Any]:
     before = vars(checkpoint['args'])
     option = changed_option(config, before)
     if option is not None:
-        another = f', or begin another run from its weights with --initial-checkpoint {run_folder(config)}'
+        another = f', or begin another run from its weights with --initial-checkpoint {folder}'
         raise InputError(
             f"{option.flag} {getattr(config, option.name)} differs from the resumed run's "
             f"{before.get(option.name, option.default)}: leave it out{another if option.name == 'epochs' else ''}.")

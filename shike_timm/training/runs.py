@@ -43,21 +43,21 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         Interrupted: If a signal stopped the run.
         NonFiniteError: If the loss or the weights stopped being finite.
     """
-    join_processes(config.device)
+    device = join_processes(config.device)
     phases = plan_phases(config)
     config = replace(config, crt_epochs=sum(phase.epochs for phase in phases[1:]))
     checkpoint = path = folder = None
     if config.resume is not None:
         folder = Path(run_folder(config) or '')
         config = replace(config, output=str(folder.parent), experiment=folder.name)
-        number, path, checkpoint = read_newest(config)
+        number, path, checkpoint = read_newest(config, folder)
         if number > len(phases):
             raise InputError(f"Stage two of '{folder}' has begun, which --crt-epochs 0 leaves out: drop it.")
         phases = phases[number - 1:]
     config = replace(config, experiment=config.experiment or _default_experiment(config))
     if checkpoint is not None:
         saved = saved_args(checkpoint)
-        trainer = prepare(config, phases, False, saved.get('class_names'), folder)
+        trainer = prepare(config, phases, device, False, saved.get('class_names'), folder)
         load_weights(trainer.model, checkpoint['state_dict'], path or '')
         warn_of_changes(trainer.data, saved.get('class_counts'))
         return trainer.train(True, checkpoint)
@@ -67,7 +67,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     if start is not None:
         config = replace(config, **{
             key: value for key, value in start.args.items() if getattr(config, key) is None})
-    trainer = prepare(config, phases, True, None, folder)
+    trainer = prepare(config, phases, device, True, None, folder)
     if start is not None:
         start_from(trainer.model, start, trainer.data.class_names)
     return trainer.train(config.resume is not None)
@@ -88,7 +88,7 @@ def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]
         Interrupted: If a signal stopped the run.
         NonFiniteError: If the loss or the weights stopped being finite.
     """
-    join_processes(config.device)
+    device = join_processes(config.device)
     phase = plan_phases(config, retraining=True)[-1]
     config = replace(
         config, crt_epochs=phase.epochs, experiment=config.experiment or f'{_default_experiment(config)}-crt')
@@ -98,7 +98,7 @@ def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]
     weights, names = model_weights(checkpoint, config.checkpoint), saved.get('class_names')
     path = Path(config.checkpoint)
     source = (path if path.is_dir() else path.absolute().parent.parent) if same_classes else None
-    trainer = prepare(config, [phase], False, names if same_classes else None, source)
+    trainer = prepare(config, [phase], device, False, names if same_classes else None, source)
     if same_classes:
         load_weights(trainer.model, weights, config.checkpoint)
     elif set(trainer.data.class_names) == set(names or ()):
@@ -111,6 +111,7 @@ def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]
 def prepare(
         config: RunConfig,
         phases: Sequence[Phase],
+        device: torch.device,
         fresh: bool = True,
         class_names: Optional[Sequence[str]] = None,
         source: Optional[Path] = None,
@@ -120,12 +121,12 @@ def prepare(
     Args:
         config: Configuration of the run.
         phases: Phases to train.
+        device: Device of the run.
         fresh: Whether the model begins here. Otherwise a checkpoint brings its weights.
         class_names: Classes of the checkpoint in label order.
         source: Run folder of the checkpoint.
     """
     check_trackers(config)
-    device = join_processes(config.device)
     tune_device(device)
     with local_primary_first():
         data = load_data(config, class_names, source)
