@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, read_yaml
 from timm.utils import NativeScaler
 
 from shike_timm.checkpoints import load_checkpoint
@@ -25,6 +25,7 @@ from shike_timm.cli.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.metrics import METRICS
 from shike_timm.pretrained.load import load_trained_model
+from shike_timm.training import folder as folders
 from shike_timm.training import trainer
 from shike_timm.training.methods import RETRAINING_EPOCHS
 from shike_timm.training.phases import plan_phases
@@ -498,11 +499,34 @@ def test_a_folder_whose_arguments_could_not_be_written_is_begun_again(tmp_path, 
     def fail(path, text):
         raise OSError(28, 'no space left')
 
-    monkeypatch.setattr(trainer, 'write_text', fail)
+    monkeypatch.setattr(folders, 'write_text', fail)
     options = ['--checkpoint', str(tiny_run), '--output', str(tmp_path), '--experiment', 'two']
     with pytest.raises(InputError, match='no space left'):
         retrain(*parse_retrain_args(options))
-    assert not list((tmp_path / 'two').iterdir())
+    assert [path.name for path in (tmp_path / 'two').iterdir()] == ['.lock']
+    monkeypatch.undo()
+    assert list(retrain(*parse_retrain_args(options))) == ['stage_two']
+
+
+def test_one_run_has_one_owner(tmp_path, tiny_run):
+    """Of several starts of one name at once one trains, and the others end with a sentence that names it."""
+    processes = [start(tmp_path, '--seed', str(seed)) for seed in range(3)]
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    assert sorted(status for _, status in ends) == [0, 2, 2]
+    sentences = [error.splitlines()[-1] for error, status in ends if status]
+    assert all('is in use by process ' in line or 'already holds a run' in line for line in sentences)
+    winner = next(seed for seed, (_, status) in enumerate(ends) if not status)
+    assert read_yaml(tmp_path / 'run' / 'args.yaml')['seed'] == winner
+
+
+def test_a_run_that_is_under_way_is_not_resumed(tmp_path, tiny_run):
+    folder = tmp_path / 'run'
+    shutil.copytree(tiny_run, folder)
+    (folder / 'stage_two' / 'last.pth.tar').unlink()
+    with folders.claim_folder(folder, parse_train_args(['--resume', str(folder)]), True):
+        with pytest.raises(InputError, match=f'is in use by process {os.getpid()} on '):
+            train(parse_train_args(['--resume', str(folder)]))
+    assert without_seconds(folder) == without_seconds(tiny_run)
 
 
 def test_a_run_in_a_thread_takes_no_signals(tmp_path, tiny_run):

@@ -161,7 +161,7 @@ def prepare(
 
 def _default_experiment(config: RunConfig) -> str:
     dataset = (config.dataset or 'folder').replace('/', '_')
-    return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(config.model), dataset])
+    return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3], safe_model_name(config.model), dataset])
 
 
 def _check_eval_metric(config: RunConfig, data: TrainingData) -> None:

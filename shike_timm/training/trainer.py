@@ -10,12 +10,12 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
+from filelock import FileLock
 from timm.optim.lookahead import Lookahead
 from timm.scheduler.scheduler import Scheduler
 from timm.task import DistillationTeacher, TrainingTask
@@ -27,11 +27,12 @@ from tqdm import tqdm
 from ..checkpoints import StageSaver, export_model, write_text
 from ..data import TrainingData, set_mixup, set_stream_epoch
 from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
-from ..errors import InputError, one_line
+from ..errors import one_line
 from ..metrics import METRICS, balanced_over, evaluate, format_table
 from ..models import Shike
 from .build import create_optimizer, create_schedule, resolve_autocast
 from .config import RunConfig, StepConfig
+from .folder import check_folder, claim_folder
 from .methods import TaskInputs, create_task
 from .phases import Phase
 from .progress import progress_bar, read_columns, read_seconds
@@ -183,13 +184,12 @@ class Trainer:
             Metrics and seconds of each phase by name, which `metrics.json` holds too.
         """
         self.start(self.phases[0])  # a wrong option shows here, before there is a folder
-        on_primary(self._check_folder, resumed)
+        on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
         metrics = json.loads(path.read_text()) if path.exists() else {}
         num_steps = sum(phase.epochs for phase in self.phases) * len(self.train_loader)
         with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
-              progress_bar(num_steps) as self.progress):
-            on_primary(self._create_folder)
+              progress_bar(num_steps) as self.progress, self._own_folder(resumed)):
             _logger.info(self.data.describe())
             on_primary(self.data.write_sides, self.folder)
             with self._failures_explained():
@@ -455,23 +455,17 @@ class Trainer:
             return self.evaluate(self._eval_model())
         return dict(self.evaluate(self._eval_model(ema=True)), plain=self.evaluate(self._eval_model()))
 
-    def _check_folder(self, resumed: bool) -> None:
-        if not resumed and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise InputError(
-                f"output folder '{self.folder}' already holds a run: add --resume to go on, or choose another "
-                '--experiment.')
-
-    def _create_folder(self) -> None:
+    @contextmanager
+    def _own_folder(self, resumed: bool) -> Iterator[None]:
+        """Create the run folder, and keep other processes out of it."""
+        locks: List[FileLock] = []
+        on_primary(lambda: locks.append(claim_folder(self.folder, self.config, resumed)))
+        on_primary(partial((self.folder / self.phase.name).mkdir, exist_ok=True))  # tells a retraining from a run
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            left_out = ('hparams', 'resume', 'checkpoint')
-            values = {key: value for key, value in vars(self.config).items() if key not in left_out}
-            write_text(self.folder / 'args.yaml', yaml.safe_dump(values))
-            (self.folder / self.phase.name).mkdir(exist_ok=True)  # tells a retraining from a run of its start
-        except OSError as error:
-            raise InputError(
-                f"output folder '{self.folder}' cannot be written ({error.strerror}): choose another "
-                '--output.') from error
+            yield
+        finally:
+            for lock in locks:
+                lock.release()
 
     def _write_model(self) -> None:
         """Write the model folder and, where matplotlib is installed, the learning curves."""

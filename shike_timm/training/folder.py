@@ -1,0 +1,50 @@
+"""The run folder: one process owns it at a time."""
+import os
+import socket
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from ..checkpoints import write_text
+from ..errors import InputError
+from .config import RunConfig
+
+LOCK = '.lock'
+NOT_SAVED = ('hparams', 'resume', 'checkpoint')  # options that name files of one start of a run
+
+
+def check_folder(folder: Path, resumed: bool) -> None:
+    """Raise an InputError if a folder holds a run that is not to be resumed."""
+    if not resumed and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+        raise _taken(folder)
+
+
+def _taken(folder: Path) -> InputError:
+    return InputError(
+        f"output folder '{folder}' already holds a run: add --resume to go on, or choose another --experiment.")
+
+
+def claim_folder(folder: Path, config: RunConfig, resumed: bool) -> FileLock:
+    """Create a run folder with its `args.yaml`, and lock it for this process.
+
+    The operating system releases the lock when the process ends, however it ends. On Linux it is a flock, which NFS
+    passes on to its server, so that it also holds between machines.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+        if not resumed and (folder / 'args.yaml').exists():  # another process began a run meanwhile
+            raise _taken(folder)
+        (folder / LOCK).write_text(f'process {os.getpid()} on {socket.gethostname()}')
+        values = {key: value for key, value in vars(config).items() if key not in NOT_SAVED}
+        write_text(folder / 'args.yaml', yaml.safe_dump(values))
+    except Timeout as error:
+        raise InputError(
+            f"run folder '{folder}' is in use by {(folder / LOCK).read_text() or 'another process'}: wait for its end, "
+            'or choose another --experiment.') from error
+    except OSError as error:
+        raise InputError(
+            f"output folder '{folder}' cannot be written ({error.strerror}): choose another --output.") from error
+    return lock
