@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -508,15 +509,36 @@ def test_a_folder_whose_arguments_could_not_be_written_is_begun_again(tmp_path, 
     assert list(retrain(*parse_retrain_args(options))) == ['stage_two']
 
 
-def test_one_run_has_one_owner(tmp_path, tiny_run):
-    """Of several starts of one name at once one trains, and the others end with a sentence that names it."""
-    processes = [start(tmp_path, '--seed', str(seed)) for seed in range(3)]
-    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
-    assert sorted(status for _, status in ends) == [0, 2, 2]
-    sentences = [error.splitlines()[-1] for error, status in ends if status]
-    assert all('is in use by process ' in line or 'already holds a run' in line for line in sentences)
-    winner = next(seed for seed, (_, status) in enumerate(ends) if not status)
-    assert read_yaml(tmp_path / 'run' / 'args.yaml')['seed'] == winner
+def test_one_run_has_one_owner(tmp_path):
+    """Of eight processes that begin one run at once one does, and the others say which process that is."""
+    gate = multiprocessing.get_context('fork').Barrier(8)
+
+    def begin(seed):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                gate.wait()
+                lock = folders.claim_folder(tmp_path / 'run', parse_train_args(['--seed', str(seed)]), False)
+                gate.wait()
+                lock.release()
+                status = 0
+            except InputError as error:
+                (tmp_path / str(seed)).write_text(str(error))
+                gate.wait()
+                status = 2
+            finally:
+                os._exit(status)
+        return child
+
+    children = [begin(seed) for seed in range(8)]
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sorted(ends) == [0] + 7 * [2]
+    owner = ends.index(0)
+    assert read_yaml(tmp_path / 'run' / 'args.yaml')['seed'] == owner
+    for seed in set(range(8)) - {owner}:
+        assert re.search(f'is in use by (process {children[owner]} on |another process)', (
+            tmp_path / str(seed)).read_text())
 
 
 def test_a_run_that_is_under_way_is_not_resumed(tmp_path, tiny_run):
