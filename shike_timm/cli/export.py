@@ -8,8 +8,9 @@ from typing import Optional
 from timm.data import resolve_input_data_config
 
 from ..errors import InputError
+from ..models.create import is_registered
 from ..options import HparamsConfig, option, parse
-from ..pretrained.load import TrainedModelConfig, is_registered, load_trained_model, set_target_prior
+from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior
 from ..publishing.export import FILES, check_packages, find_place, save_exported
 from .script import run_script
 
@@ -44,12 +45,12 @@ def export(args: ExportConfig) -> Path:
         raise InputError(f'--opset {args.opset} goes with --format onnx, not {args.format}: leave it out.')
     if args.output:
         find_place(Path(args.output))
-    trained = load_trained_model(args.model, args.checkpoint, args.pretrained, args.experts, args.authors_classifiers)
+    trained = load_trained_model(args.model, args.checkpoint, args.pretrained, args.experts)
     set_target_prior(trained, args.target_prior)
     model = trained.model
     if args.model and is_registered(args.model) and not args.pretrained:
         _logger.warning(f"'{args.model}' without --pretrained is exported with random weights.")
-    data_args = trained.data_args
+    data_args = trained.options
     if args.img_size:
         data_args = dict(data_args, img_size=args.img_size, input_size=None)
     try:

@@ -20,10 +20,10 @@ from ..data.config import PreprocessingConfig
 from ..data.inputs import create_file_loader, find_images
 from ..devices import DeviceConfig, resolve_device, tune_device
 from ..errors import InputError, one_line
+from ..models.create import resolve_data_config
 from ..options import HparamsConfig, option, parse
-from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_data_args
+from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_trained_options
 from ..publishing.export import FILES, load_exported
-from ..training.build import resolve_data_config
 from .script import run_script
 
 Row = Dict[str, Any]
@@ -113,10 +113,10 @@ def _load(args: RowsConfig) -> _Predictor:
         return _load_onnx(args, onnx)
     device = resolve_device(args.device)
     tune_device(device)
-    trained = load_trained_model(args.model, args.checkpoint, True, args.experts, args.authors_classifiers)
+    trained = load_trained_model(args.model, args.checkpoint, True, args.experts)
     set_target_prior(trained, args.target_prior)
     model = trained.model.to(device).eval()
-    args = with_data_args(args, trained)
+    args = with_trained_options(args, trained)
     return _Predictor(
         model.forward_experts, device, resolve_data_config(args, model), model.num_experts, model.num_classes,
         trained.class_names, {name: getattr(args, name) for name in DECODING})

@@ -12,8 +12,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import export_model
 from ..errors import InputError, one_line
+from ..pretrained.folder import export_model
 
 __all__ = ['FILES', 'check_packages', 'find_place', 'load_exported', 'save_exported']
 

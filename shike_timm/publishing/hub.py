@@ -12,9 +12,11 @@ from huggingface_hub import logging as hub_logging
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from ..errors import InputError, one_line
 from ..options import option
-from ..pretrained.load import CONFIG, WEIGHTS, find_model, load_trained_model
+from ..pretrained.folder import find_model
+from ..pretrained.load import load_trained_model
 from .card import model_card
 
 __all__ = ['PublishError', 'find_report', 'publish', 'read_run']
@@ -176,7 +178,7 @@ def publish(args: PublishConfig) -> str:
     folder = find_model(args.model)
     metrics, run_args = read_run(folder)
     model = load_trained_model(f'local-dir:{folder}').model
-    config = json.loads((folder / CONFIG).read_bytes())
+    config = json.loads((folder / CONFIG_FILE).read_bytes())
     config.get('model_args', {}).pop('pretrained_backbone', None)  # of no use there, and perhaps a path of ours
     report = find_report(args.report, folder, config, list(metrics.values())[-1] if metrics else {})
     card = model_card(args.repo_id, model, config, metrics, run_args, args.license, with_report=bool(report))
@@ -191,10 +193,10 @@ def publish(args: PublishConfig) -> str:
     url = f'{api.endpoint}/{args.repo_id}'
     try:
         parent = _prepare_repo(api, args, card)
-        print(f'Uploading {(folder / WEIGHTS).stat().st_size / 1e6:.1f} MB to {url}', flush=True)
+        print(f'Uploading {(folder / WEIGHTS_FILE).stat().st_size / 1e6:.1f} MB to {url}', flush=True)
         additions = [
-            CommitOperationAdd(WEIGHTS, folder / WEIGHTS),
-            CommitOperationAdd(CONFIG, json.dumps(config, indent=2).encode()),
+            CommitOperationAdd(WEIGHTS_FILE, folder / WEIGHTS_FILE),
+            CommitOperationAdd(CONFIG_FILE, json.dumps(config, indent=2).encode()),
             CommitOperationAdd(CARD, str(card).encode()),
             *(CommitOperationAdd(path.name, path) for path in report),
         ]

@@ -23,14 +23,17 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..checkpoints import StageSaver, export_model, load_weights, model_weights, write_text
+from ..checkpoints import StageSaver, load_weights, model_weights, write_text
 from ..data import TrainingData, create_eval_loader, create_train_loader
 from ..devices import tune_device
 from ..distributed import join_processes, local_primary_first, on_primary, rank, world_size
 from ..errors import InputError, one_line
 from ..metrics import SHOTS, balanced_over, evaluate, format_table, shot_divisions
 from ..models import Shike
-from ..pretrained.load import Start, load_start, load_teacher, start_from
+from ..pretrained.folder import export_model
+from ..pretrained.load import TrainedModel, from_checkpoint, with_trained_options
+from ..pretrained.start import load_start, start_from
+from ..pretrained.teacher import load_teacher
 from .build import (
     check_compiler,
     check_sync_bn,
@@ -92,7 +95,7 @@ def prepare(
         fresh: bool = True,
         class_names: Optional[Sequence[str]] = None,
         run_folder: Optional[Path] = None,
-        start: Optional[Start] = None,
+        start: Optional[TrainedModel] = None,
 ) -> Run:
     """Make and check what the stages of a run share; nothing is written.
 
@@ -389,9 +392,9 @@ def train(args: TrainConfig) -> Dict[str, Any]:
     if args.pretrained_backbone and args.fusion_type is None and checkpoint is None:
         args = replace(args, fusion_type='residual')
     saved = saved_args(checkpoint or {})
-    start = load_start(args) if checkpoint is None else None
+    start = load_start(args, args) if checkpoint is None else None
     if start is not None:
-        args = replace(args, **{key: value for key, value in start.args.items() if getattr(args, key) is None})
+        args = with_trained_options(args, start)
     run = prepare(args, stages, checkpoint is None, saved.get('class_names'), folder, start)
     if checkpoint is not None:
         load_weights(run.model, checkpoint['state_dict'], path or '')
@@ -436,11 +439,12 @@ def retrain(args: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     args = replace(args, experiment=args.experiment or _default_experiment(args) + '-crt')
     stage_one = Path(args.checkpoint)
     run_of_it = stage_one if stage_one.is_dir() else stage_one.absolute().parent.parent
+    start = None if same else from_checkpoint(checkpoint, args.checkpoint)
     run = prepare(args, [stage], False, saved.get('class_names') if same else None, run_of_it if same else None)
-    if same:
+    if start is None:
         load_weights(run.model, weights, args.checkpoint)
     elif set(run.data.class_names) == set(saved.get('class_names') or ()):
         raise InputError(f'--num-classes {args.num_classes} is for other classes than stage one had: leave it out.')
     else:
-        start_from(run.model, Start(args.checkpoint, weights, saved.get('class_names')), run.data.class_names)
+        start_from(run.model, start, run.data.class_names)
     return _run_stages(run, [stage])
