@@ -13,8 +13,9 @@ import torch
 from shike_timm.checkpoints import load_weights
 from shike_timm.cli.script import run_script
 from shike_timm.errors import InputError
-from shike_timm.models.registry import WEIGHTS, default_cfgs
-from shike_timm.pretrained.load import find_model, load_trained_model
+from shike_timm.models.registry import PACKAGED_WEIGHTS, default_cfgs
+from shike_timm.pretrained.folder import find_model
+from shike_timm.pretrained.load import load_trained_model
 from shike_timm.publishing.card import model_card
 from shike_timm.publishing.hub import read_run
 
@@ -61,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('run', metavar='RUN', help='run folder of train.py')
     parser.add_argument('name', metavar='NAME.TAG', help='registered name and tag')
-    parser.add_argument('--weights', type=Path, default=WEIGHTS, metavar='DIR', help='folder of the package')
+    parser.add_argument('--weights', type=Path, default=PACKAGED_WEIGHTS, metavar='DIR', help='folder of the package')
     args = parser.parse_args()
     place(args.run, args.name, args.weights)
 

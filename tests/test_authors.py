@@ -1,18 +1,24 @@
-"""Checkpoints of the authors' CIFAR code: a file in their layout, and a network of its description."""
+"""Checkpoints of the authors' CIFAR code and their losses, against a network built from its description."""
+import importlib.util
 import itertools
+import json
 import re
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import nn
 
-import shike_timm  # noqa: F401
 from shike_timm.errors import InputError
-from shike_timm.models.authors import is_authors_layout, translate_authors_weights
 from shike_timm.pretrained.load import load_trained_model
 from shike_timm.training.tasks import ClassifierRetrainingTask, RepresentationTask
+
+TOOL = 'tools/convert_authors.py'
+spec = importlib.util.spec_from_file_location('convert_authors', ROOT / TOOL)
+converting = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(converting)
 
 SETS = ('rt_classifiers', 'classifiers')
 
@@ -135,44 +141,17 @@ def save(tmp_path, weights, prefix=''):
 @pytest.mark.parametrize('classifiers', [None, *SETS])
 @pytest.mark.parametrize('prefix', ['', 'module.'])
 @torch.inference_mode()
-def test_checkpoint_path_gives_the_authors_logits(tmp_path, weights, images, classifiers, prefix):
-    path = save(tmp_path, weights, prefix)
-    model = timm.create_model('resnet32_shike', checkpoint_path=path, authors_classifiers=classifiers).eval()
+def test_a_converted_checkpoint_gives_the_authors_logits(tmp_path, weights, images, run_script, classifiers, prefix):
+    options = ['--classifiers', classifiers] if classifiers else []
+    status, _, error = run_script(TOOL, save(tmp_path, weights, prefix), tmp_path / 'new' / 'model', *options)
+    assert status == 0, error
+    model = timm.create_model(f'local-dir:{tmp_path}/new/model', pretrained=True).eval()
     expected = authors_logits(weights, images, classifiers or 'rt_classifiers')
     assert (model.forward_experts(images) - expected).abs().max() <= 1e-5
     assert (model(images) - expected.mean(1)).abs().max() <= 1e-5
-
-
-def test_every_way_of_loading_translates(tmp_path, weights, images):
-    expected = timm.create_model('resnet32_shike', checkpoint_path=save(tmp_path, weights)).state_dict()
-    by_file = timm.create_model('resnet32_shike', pretrained=True, pretrained_cfg_overlay=dict(
-        file=str(tmp_path / 'theirs.pth.tar')))
-    direct = timm.create_model('resnet32_shike')
-    direct.load_state_dict(weights)
-    wrapped = torch.nn.ModuleDict({'net': timm.create_model('resnet32_shike')})
-    wrapped.load_state_dict({f'net.{name}': value for name, value in weights.items()})
-    parallel = timm.create_model('resnet32_shike')
-    parallel.load_state_dict({f'module.{name}': value for name, value in weights.items()})
-    by_value = timm.create_model('resnet32_shike', pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights))
-    trained = load_trained_model(checkpoint=str(tmp_path / 'theirs.pth.tar')).model
-    for model in (by_file, direct, wrapped['net'], parallel, by_value, trained):
-        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-
-
-def test_pretrained_weights_adapt_to_other_channels_and_classes(tmp_path, weights):
-    overlay = dict(file=str(save(tmp_path, weights)))
-    expected = timm.create_model('resnet32_shike', pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
-    adapted = timm.create_model(
-        'resnet32_shike', pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, num_classes=7).state_dict()
-    torch.testing.assert_close(adapted['stem.0.weight'], expected['stem.0.weight'].sum(1, keepdim=True))
-    assert adapted['classifier.weight'].shape == (3, 7, 64)
-    assert all(torch.equal(value, expected[name]) for name, value in adapted.items() if name.startswith('experts'))
-    features = timm.create_model('resnet32_shike', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
-    assert all(torch.equal(value, expected[name]) for name, value in features.state_dict().items())
-    with pytest.raises(InputError, match='has 3 experts .* create it with num_experts=3, num_classes=100'):
-        timm.create_model('resnet32_shike', checkpoint_path=overlay['file'], num_classes=7)
-    with pytest.raises(InputError, match="'layer3s.2.*', for which the model has no place"):
-        timm.create_model('resnet32_shike', pretrained=True, pretrained_cfg_overlay=overlay, num_experts=2)
+    assert model.classifier_prior == ('train' if classifiers == 'classifiers' else 'uniform')
+    assert 'label_names' not in json.loads((tmp_path / 'new' / 'model' / 'config.json').read_text())
+    assert run_script(TOOL, tmp_path / 'theirs.pth.tar', tmp_path / 'new')[0] == 2  # it exists
 
 
 def test_untrained_second_classifiers_are_refused(tmp_path, weights, images):
@@ -180,11 +159,10 @@ def test_untrained_second_classifiers_are_refused(tmp_path, weights, images):
     fresh = {
         name: F.normalize(value, dim=0) if name.startswith('rt_') else value for name, value in weights.items()}
     path = save(tmp_path, fresh)
-    with pytest.raises(InputError, match='is of stage one.*--authors-classifiers classifiers'):
-        load_trained_model(checkpoint=str(path))
-    with pytest.raises(InputError, match="authors_classifiers='classifiers'"):
-        timm.create_model('resnet32_shike', checkpoint_path=path)
-    model = load_trained_model(checkpoint=str(path), authors_classifiers='classifiers').model.eval()
+    with pytest.raises(InputError, match='is of stage one.*--classifiers classifiers'):
+        converting.convert(path, tmp_path / 'model')
+    converting.convert(path, tmp_path / 'model', 'classifiers')
+    model = load_trained_model(str(tmp_path / 'model')).model.eval()
     assert model.classifier_prior == 'train'
     with torch.inference_mode():
         expected = authors_logits(weights, images, 'classifiers')
@@ -192,73 +170,74 @@ def test_untrained_second_classifiers_are_refused(tmp_path, weights, images):
 
 
 def test_links_may_be_numbered_from_one(weights):
-    one, other = timm.create_model('resnet32_shike'), timm.create_model('resnet32_shike')
-    one.load_state_dict(weights)
-    other.load_state_dict(authors_weights(first_link=1))
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+    one, other = converting.translate(weights), converting.translate(authors_weights(first_link=1))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_own_layout_is_left_alone(tmp_path):
-    model = timm.create_model('resnet32_shike')
-    assert not is_authors_layout(model.state_dict())
-    with pytest.raises(RuntimeError, match='Missing key'):
-        model.load_state_dict({})
+def test_other_checkpoints_are_refused(tmp_path, tiny_run):
+    with pytest.raises(InputError, match="which the authors' code does not have"):
+        converting.convert(tiny_run / 'stage_one' / 'last.pth.tar', tmp_path / 'model')
+    with pytest.raises(InputError, match="no 'rt_classifiers.0.weight'"):
+        converting.translate({})
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda w: w.pop('layer2.3.bn1.bias'), "nothing for 'stages.1.3.bn1.bias'"),
-    (lambda w: w.pop('rt_classifiers.1.weight'), "no 'rt_classifiers.1.weight': use a whole file"),
-    (lambda w: w.update({'conv1.weight': torch.zeros(16, 3, 5, 5)}), r"'conv1.weight' with the shape \(16, 3, 5, 5\)"),
-    (lambda w: w.update({f'rt_classifiers.{m}.weight': torch.zeros(64, 9) for m in (0, 1, 2)}),
-     '3 experts and 9 classes'),
-    (lambda w: w.update({'rt_classifiers.2.weight': torch.zeros(64, 9)}), 'of different shapes'),
-    (lambda w: w.update({'rt_classifiers.3.weight': torch.zeros(64, 100)}), 'has 4 experts .* num_experts=4'),
-    (lambda w: w.update({'rt_classifiers.0.weight': torch.zeros(64)}), r"'rt_classifiers.0.weight' with the shape \("),
+    (lambda w: w.pop('layer2.3.bn1.bias'), "at 'stages.1.3.bn1.bias' it holds nothing"),
+    (lambda w: w.pop('rt_classifiers.1.weight'), "no 'rt_classifiers.1.weight': use a complete one"),
+    (lambda w: w.update({'conv1.weight': torch.zeros(16, 3, 5, 5)}), r"'stem.0.weight' it holds \(16, 3, 5, 5\)"),
+    (lambda w: w.update({'rt_classifiers.2.weight': torch.zeros(64, 9)}), r'shapes \[\(64, 9\), \(64, 100\)\]'),
+    (lambda w: w.update({'rt_classifiers.3.weight': torch.zeros(64, 100)}), "'experts.3.* it holds nothing"),
+    (lambda w: w.update({'rt_classifiers.0.weight': torch.zeros(64)}), r"'rt_classifiers' of the shapes \[\(64,\)"),
+    (lambda w: w.update({f'rt_classifiers.{m}.weight': torch.zeros(64) for m in range(3)}), r'of the shapes \[\(64,\)'),
     (lambda w: w.update({'rt_classifiers.x.weight': torch.zeros(64, 100)}), "holds 'rt_classifiers.x.weight'"),
-    (lambda w: w.update({'bn1.bias': 3}), "holds a int as 'bn1.bias', expected a tensor"),
+    (lambda w: w.update({'bn1.bias': 3}), "holds a int as 'bn1.bias', not a tensor"),
     (lambda w: [w.pop(name) for name in list(w) if re.match(r'[a-z_3]+s\.0\.', name)], "no 'rt_classifiers.0.weight'"),
-    (lambda w: w.update({'layer4.0.conv1.weight': torch.zeros(1)}), "'layer4.0.conv1.weight', which that code does"),
-    (lambda w: w.update({'layer1.5.conv1.weight': torch.zeros(1)}), "'layer1.5.conv1.weight', for which the model"),
+    (lambda w: w.update({'layer4.0.conv1.weight': torch.zeros(1)}), "'layer4.0.conv1.weight', which the authors' code"),
+    (lambda w: w.update({'layer1.5.conv1.weight': torch.zeros(1)}), "at 'stages.0.5.conv1.weight' .* expects nothing"),
     (lambda w: w.update({'shallow_exps.0.convs.StridedConv9.conv.1.bias': torch.zeros(1)}), 'StridedConv9'),
 ])
-def test_a_file_that_does_not_fit_is_one_sentence(weights, change, message):
+def test_a_file_that_does_not_fit_is_one_sentence(tmp_path, weights, run_script, change, message):
     changed = dict(weights)
     change(changed)
-    model = timm.create_model('resnet32_shike')
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(InputError, match=message) as raised:
-        model.load_state_dict(changed)
-    assert '\n' not in str(raised.value)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    status, _, error = run_script(TOOL, save(tmp_path, changed), tmp_path / 'model')
+    assert status == 2 and error.count('\n') == 1 and re.search(message, error), error
+    assert not (tmp_path / 'model').exists()
 
 
 def test_other_numbers_of_classes_and_experts(tmp_path, images):
     weights = authors_weights(num_classes=7, num_experts=2)
-    with pytest.raises(InputError, match='create it with num_experts=2, num_classes=7'):
-        timm.create_model('resnet32_shike', checkpoint_path=save(tmp_path, weights))
-    model = load_trained_model(checkpoint=str(tmp_path / 'theirs.pth.tar'), authors_classifiers='classifiers').model
+    converting.convert(save(tmp_path, weights), tmp_path / 'model', 'classifiers')
+    model = load_trained_model(str(tmp_path / 'model')).model
     with torch.inference_mode():
         logits = model.eval().forward_experts(images)
     assert (logits - authors_logits(weights, images, 'classifiers', num_classes=7, num_experts=2)).abs().max() <= 1e-5
 
 
-def test_eval_reads_them(tmp_path, weights, run_script):
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_a_checkpoint_that_is_not_converted_yet_is_refused(tmp_path, weights, run_script, prefix):
+    path = save(tmp_path, weights, prefix)
+    for argv in (
+            ['eval.py', '--checkpoint', path, '--dataset', 'digits_lt'],
+            ['train.py', '--model', 'resnet32_shike', '--dataset', 'digits_lt', '--initial-checkpoint', path]):
+        status, out, error = run_script(*argv, '--workers', '0', '--device', 'cpu')
+        assert status == 2 and not out and error.count('\n') == 1 and f'convert it with {TOOL}' in error
+
+
+def test_eval_takes_a_converted_model(tmp_path, weights, run_script):
     shrunk = {
         name: value[:, :10].contiguous() if re.match('(rt_)?classifiers', name) else value
         for name, value in weights.items()
     }
     path = save(tmp_path, shrunk)
-    command = ['eval.py', '--dataset', 'digits_lt', '--img-size', '8', '--workers', '0', '--device', 'cpu']
-    tables = {}
+    tables = set()
     for classifiers in SETS:
-        status, tables[classifiers], err = run_script(
-            *command, '--checkpoint', path, '--authors-classifiers', classifiers)
-        assert status == 0, err
-        assert tables[classifiers].splitlines()[-1].startswith('ensemble')
-    assert tables['classifiers'] != tables['rt_classifiers'] == run_script(*command, '--checkpoint', path)[1]
-    del shrunk['layer1.0.bn2.running_var']
-    status, out, err = run_script(*command, '--checkpoint', save(tmp_path, shrunk))
-    assert status == 2 and err.count('\n') == 1 and "nothing for 'stages.0.0.bn2.running_var'" in err
+        converting.convert(path, tmp_path / classifiers, classifiers)
+        status, out, err = run_script(
+            'eval.py', '--dataset', 'digits_lt', '--img-size', '8', '--workers', '0', '--device', 'cpu', '--model',
+            tmp_path / classifiers)
+        assert status == 0 and out.splitlines()[-1].startswith('ensemble'), err
+        tables.add(out)
+    assert len(tables) == 2
 
 
 def test_the_file_is_never_unpickled(tmp_path, weights):
@@ -267,10 +246,8 @@ def test_the_file_is_never_unpickled(tmp_path, weights):
             return (open, (str(tmp_path / 'executed'), 'w'))
 
     torch.save({'state_dict': weights, 'best': Payload()}, tmp_path / 'theirs.pth.tar')
-    with pytest.raises(RuntimeError, match='weights_only=True'):
-        timm.create_model('resnet32_shike', checkpoint_path=tmp_path / 'theirs.pth.tar')
     with pytest.raises(InputError, match='could run any code'):
-        load_trained_model(checkpoint=str(tmp_path / 'theirs.pth.tar'))
+        converting.convert(tmp_path / 'theirs.pth.tar', tmp_path / 'model')
     assert not (tmp_path / 'executed').exists()
 
 
@@ -282,15 +259,14 @@ def compare_with_the_authors(classifiers, make_task, reference_loss):
     """Largest relative difference of loss and of each parameter's gradient, in training mode and float64."""
     network = Authors().double().train()
     model = timm.create_model('resnet32_shike')
-    model.load_state_dict(translate_authors_weights(network.state_dict(), model.state_dict(), classifiers))
+    model.load_state_dict(converting.translate(network.state_dict(), classifiers))
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
     target = torch.randint(100, (8,), generator=generator)
     task = make_task(model)
     model.double().train()
     with torch.no_grad():  # new classifiers of stage two start from the same values
-        weights = translate_authors_weights(network.state_dict(), model.state_dict(), classifiers)
-        model.classifier.weight.copy_(weights['classifier.weight'])
+        model.classifier.weight.copy_(converting.translate(network.state_dict(), classifiers)['classifier.weight'])
     loss = task(images, target)['loss']
     loss.backward()
     expected = reference_loss(network(images, classifiers), target)
@@ -298,7 +274,7 @@ def compare_with_the_authors(classifiers, make_task, reference_loss):
     gradients = {
         name: torch.zeros_like(value) if value.grad is None else value.grad
         for name, value in (*network.named_parameters(), *network.named_buffers())}
-    gradients = translate_authors_weights(gradients, model.state_dict(), classifiers)
+    gradients = converting.translate(gradients, classifiers)
     compared = [
         relative_difference(value.grad, gradients[name]) for name, value in model.named_parameters()
         if value.requires_grad]

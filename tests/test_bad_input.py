@@ -8,8 +8,9 @@ import timm
 import torch
 from conftest import TINY
 
-from shike_timm.checkpoints import export_model, load_checkpoint, model_weights
+from shike_timm.checkpoints import load_checkpoint, model_weights
 from shike_timm.errors import one_line
+from shike_timm.pretrained.folder import export_model
 
 
 def snapshot(folder):

@@ -10,9 +10,10 @@ import torch
 from image_data import CPU, RUN, load
 from PIL import Image
 
-from shike_timm.checkpoints import export_model
 from shike_timm.data import create_eval_dataset
-from shike_timm.pretrained.load import load_teacher, load_trained_model
+from shike_timm.pretrained.folder import export_model
+from shike_timm.pretrained.load import load_trained_model
+from shike_timm.pretrained.teacher import load_teacher
 
 
 @pytest.fixture

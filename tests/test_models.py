@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import shike_timm  # noqa: F401
-from shike_timm.models.aligners import ALIGNERS, conv_aligner
+from shike_timm.models.experts import ALIGNERS, conv_aligner
 
 
 def count(model):

@@ -9,7 +9,6 @@ import torch
 from conftest import TINY
 
 import shike_timm  # noqa: F401
-from shike_timm.checkpoints import export_model
 from shike_timm.cli.export import export, parse_export_args
 from shike_timm.cli.train import parse_train_args
 from shike_timm.data import create_eval_dataset
@@ -17,6 +16,7 @@ from shike_timm.data.datasets import in_memory_set
 from shike_timm.data.loaders import create_eval_loader
 from shike_timm.data.long_tail import long_tailed_counts, long_tailed_indices
 from shike_timm.metrics import evaluate
+from shike_timm.pretrained.folder import export_model
 from shike_timm.pretrained.load import load_trained_model
 from shike_timm.publishing.export import FILES, load_exported
 from shike_timm.training.phases import plan_phases
@@ -69,14 +69,14 @@ def test_training_mode_and_other_experts(model, images):
     torch.testing.assert_close(model.forward_head(features), plain.mean(1) + TRAIN.log())
     model.set_experts([2, 0])
     torch.testing.assert_close(model.forward_experts(images), plain[:, [2, 0]] + TRAIN.log())
-    assert model.half().prior_offset.dtype == torch.float16 and 'prior_offset' not in model.state_dict()
+    assert model.half().prior.offset.dtype == torch.float16 and not any('prior' in name for name in model.state_dict())
     model.reset_classifier(4)
-    assert model.class_counts is model.target_prior is model.prior_offset is model.classifier_prior is None
+    assert model.class_counts is model.target_prior is model.prior.offset is model.classifier_prior is None
 
 
 def test_what_is_not_known_is_refused(model):
     for prior in ('train', 'uniform', COUNTS):
-        with pytest.raises(ValueError, match='does not say which prior its classifiers answer for'):
+        with pytest.raises(ValueError, match='does not say which prior its classifiers were trained for'):
             model.set_target_prior(prior)
     model.set_training_prior(None, 'uniform')
     model.set_target_prior([4, 3, 2, 1])

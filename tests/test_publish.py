@@ -106,7 +106,7 @@ def test_card_says_what_the_files_say(tiny_run):
     for dataset, shown in (('hfds//home/me/photos/', 'hfds/photos'), ('hfds/me/photos', 'hfds/me/photos')):
         text = str(tiny_card(tiny_run, metrics, dict(args, dataset=dataset)))
         assert f"\ndataset: {shown}\n" in text and '/home/' not in text
-    assert 'balanced averages over all classes, many' in text
+    assert 'Balanced accuracy averages over all classes;' in text
 
 
 @pytest.mark.parametrize('given, told', [
@@ -125,7 +125,7 @@ def test_card_says_over_how_many_classes_it_averages(tiny_run):
     _, metrics, args = read_files(tiny_run)
     metrics['stage_two']['balanced_classes'] = 8
     text = str(tiny_card(tiny_run, metrics, args))
-    assert 'over 8 of 10 classes, many' in text and 'the other classes have no images there.' in text
+    assert 'over 8 of 10 classes;' in text and 'The other classes have no images there.' in text
 
 
 @pytest.mark.parametrize('argv', [
@@ -139,7 +139,7 @@ def test_the_recipe_on_the_card_is_that_of_the_run(tiny_run, tmp_path, argv):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(block(str(tiny_card(tiny_run, read_files(tiny_run)[1], args)), 'yaml'))
     again = vars(parse_train_args(['--hparams', str(recipe)]))
-    own = {name for name, option in options(TrainConfig).items() if option.card == 'never'}
+    own = {name for name, one in options(TrainConfig).items() if one.card == 'never'}
     assert {key for key, value in args.items() if again[key] != value} <= own
 
 
@@ -157,7 +157,7 @@ def test_the_code_on_the_card_runs(tiny_run, tmp_path, monkeypatch):
 def test_cards_of_other_runs(tiny_run):
     _, metrics, args = read_files(tiny_run)
     bare = tiny_card(tiny_run)
-    assert 'No metrics are at hand' in bare.text and 'Recipe' not in bare.text and bare.data.eval_results is None
+    assert 'metrics of this model are not known' in bare.text and 'Recipe' not in bare.text and bare.data.eval_results is None
     assert yaml.safe_load(block(str(tiny_card(tiny_run, metrics, args)), 'yaml'))['crt_epochs'] == 2
     del metrics['stage_two']
     card = ModelCard(str(tiny_card(tiny_run, metrics, dict(args, dataset=''))))
@@ -198,7 +198,7 @@ def test_update_and_visibility(hub, run_copy, publish):
     assert status == 2 and f"'{NAME}' already holds files: add --update" in error and hub.files(NAME) == before
     hub.refusals['create'] = 403, 'This token is for one repository alone.'
     assert publish(run_copy, '--update') == (0, '') and hub.repos[NAME]['private']
-    assert b'No metrics are at hand' in hub.files(NAME)['README.md'] and len(hub.repos[NAME]['commits']) == 3
+    assert b'metrics of this model are not known' in hub.files(NAME)['README.md'] and len(hub.repos[NAME]['commits']) == 3
     hub.repos[NAME]['private'] = False
     status, error = publish(run_copy, '--update', '--private')
     assert status == 2 and 'exists and is public' in error and len(hub.repos[NAME]['commits']) == 3
@@ -209,8 +209,8 @@ def test_license(hub, run_copy, publish):
     config = json.loads(path.read_text())
     config['pretrained_cfg']['license'] = 'cc-by-nc-4.0'  # of weights it started from
     path.write_text(json.dumps(config))
-    for options, expected in (([], 'cc-by-nc-4.0'), (['--license', 'mit', '--update'], 'mit')):
-        assert publish(run_copy, *options) == (0, '')
+    for argv, expected in (([], 'cc-by-nc-4.0'), (['--license', 'mit', '--update'], 'mit')):
+        assert publish(run_copy, *argv) == (0, '')
         assert ModelCard(hub.files(NAME)['README.md'].decode()).data.license == expected
     status, error = publish(run_copy, '--license', 'Free', repo_id='tester/other')
     assert status == 2 and 'see that --license is one of' in error and 'tester/other' not in hub.repos

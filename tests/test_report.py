@@ -16,10 +16,10 @@ from conftest import TINY
 from scipy import stats
 
 import shike_timm
-from shike_timm.checkpoints import export_model
 from shike_timm.cli.eval import parse_eval_args
 from shike_timm.errors import InputError
 from shike_timm.metrics import METRICS, SHOTS, shot_numbers
+from shike_timm.pretrained.folder import export_model
 from shike_timm.report.logits import SavedLogits, load_logits, save_logits
 
 pytest.importorskip('matplotlib')

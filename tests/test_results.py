@@ -14,15 +14,15 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 
-from shike_timm.checkpoints import export_model
 from shike_timm.cli import retrain_classifier
 from shike_timm.cli.train import parse_train_args
 from shike_timm.data import load_training_data
 from shike_timm.errors import InputError
 from shike_timm.models import Shike
-from shike_timm.models.registry import WEIGHTS
+from shike_timm.models.registry import PACKAGED_WEIGHTS
 from shike_timm.options import read_command_line
-from shike_timm.pretrained.load import load_teacher
+from shike_timm.pretrained.folder import export_model
+from shike_timm.pretrained.teacher import load_teacher
 
 RESULTS = ROOT / 'results'
 # The package's weights by tag, and the run each is from.
@@ -216,15 +216,16 @@ def test_the_distilled_recipe_finds_a_teacher_of_its_classes(cifar_root):
 
 
 def test_all_files_of_the_weights_come_with_an_installation():
-    files = {path for path in WEIGHTS.rglob('*') if path.is_file()}
-    assert files == set(WEIGHTS.glob('*/*'))
-    assert {path.name for path in WEIGHTS.iterdir()} == {f'resnet32_shike.{tag}' for tag in RUN_OF}
-    assert 'shike_timm = ["py.typed", "weights/*/*", "report/*.html"]' in (ROOT / 'pyproject.toml').read_text()
+    files = {path for path in PACKAGED_WEIGHTS.rglob('*') if path.is_file()}
+    assert files == set(PACKAGED_WEIGHTS.glob('*/*'))
+    assert {path.name for path in PACKAGED_WEIGHTS.iterdir()} == {f'resnet32_shike.{tag}' for tag in RUN_OF}
+    packaged = 'shike_timm = ["py.typed", "weights/*/*", "report/*.html", "publishing/*.jinja"]'
+    assert packaged in (ROOT / 'pyproject.toml').read_text()
 
 
 @pytest.mark.parametrize('tag', RUN_OF)
 def test_the_card_of_the_packages_weights_runs_and_tells_of_the_recorded_run(tmp_path, monkeypatch, tag):
-    folder = WEIGHTS / f'resnet32_shike.{tag}'
+    folder = PACKAGED_WEIGHTS / f'resnet32_shike.{tag}'
     card = (folder / 'README.md').read_text()
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.full((32, 32), 128, dtype=np.uint8)).save('image.png')

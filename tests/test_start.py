@@ -1,10 +1,11 @@
 """Training that begins with weights of a SHIKE model, and classifiers retrained for other classes."""
+import copy
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import yaml
 
@@ -12,8 +13,15 @@ from shike_timm.checkpoints import load_checkpoint, model_weights
 from shike_timm.cli.train import parse_train_args
 from shike_timm.data.config import PreprocessingConfig
 from shike_timm.errors import InputError
-from shike_timm.pretrained.load import Start, load_start, load_trained_model, start_from, with_data_args
+from shike_timm.pretrained.load import TrainedModel, load_trained_model, with_trained_options
+from shike_timm.pretrained.start import load_start, start_from
 from shike_timm.training.runs import train
+
+
+def load_from(*argv):
+    args = parse_train_args([str(part) for part in argv])
+    return load_start(args, args)
+
 
 SMALL = ['--model', 'resnet32_shike', '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs', '1', '--workers', '0']
 
@@ -25,43 +33,59 @@ def test_every_source_of_weights(tiny_run, tmp_path):
     bare = tmp_path / 'bare.safetensors'
     safetensors.torch.save_file(expected[one], bare)
     for source in (one, bare, tiny_run, tiny_run / 'model' / 'model.safetensors', f'local-dir:{tiny_run}/model'):
-        start = load_start(parse_train_args(['--initial-checkpoint', str(source)]))
+        start = load_from('--model', 'resnet32_shike', '--initial-checkpoint', source)
         state = expected[one if source in (one, bare) else two]
-        assert all(torch.equal(start.weights[name], value) for name, value in state.items())
+        assert all(torch.equal(start.model.state_dict()[name], value) for name, value in state.items())
+        assert start.name and start.model.fusion == 'product'
         assert (start.class_names is None) == (source == bare)
         if source != bare:
-            assert tuple(start.args['mean']) == (0.4914, 0.4822, 0.4465)
-    packaged = load_start(parse_train_args(['--model', 'resnet32_shike', '--pretrained']))
-    assert len(packaged.class_names) == 100 and packaged.args['input_size'] == [3, 32, 32]
-    assert packaged.cosine_scale == 30
-    sized = load_start(parse_train_args(['--initial-checkpoint', str(tiny_run), '--img-size', '16']))
-    assert not {'img_size', 'input_size'} & set(sized.args)
+            assert tuple(start.options['mean']) == (0.4914, 0.4822, 0.4465)
+    packaged = load_from('--model', 'resnet32_shike', '--pretrained')
+    assert len(packaged.class_names) == 100 and packaged.options['input_size'] == [3, 32, 32]
+    assert packaged.model.cosine_scale == 30
+    sized = load_from('--initial-checkpoint', tiny_run, '--img-size', '16')
+    assert not {'img_size', 'input_size'} & set(sized.options)
     for argv, message in (
             (['--initial-checkpoint', '/nowhere'], "initial-checkpoint '/nowhere' does not exist"),
             (['--initial-checkpoint', str(bare), '--pretrained'], 'both bring weights'),
             (['--initial-checkpoint', str(tiny_run), '--fusion-type', 'residual'], 'residual differs from that of'),
             (['--pretrained', '--model', 'resnet50_shike'], 'No weights are published')):
         with pytest.raises(InputError, match=message):
-            load_start(parse_train_args(argv))
+            load_from(*argv)
+
+
+def test_bare_weights_are_of_the_model_that_the_options_describe(tmp_path, caplog):
+    model = timm.create_model('resnet32_shike', num_classes=4, num_experts=2, classifier='linear')
+    torch.save(model.state_dict(), tmp_path / 'bare.pth')
+    argv = ['--model', 'resnet32_shike', '--num-experts', '2', '--initial-checkpoint', tmp_path / 'bare.pth']
+    start = load_from(*argv, '--cosine-scale', '20')
+    assert start.model.num_classes == 4 and start.model.classifier_type == 'linear' and start.options == {}
+    with pytest.raises(InputError, match='is of another architecture'):
+        load_from(*argv, '--num-experts', '3')
+    scaled = timm.create_model('resnet32_shike', num_classes=4, cosine_scale=20)
+    torch.save(scaled.state_dict(), tmp_path / 'bare.pth')
+    start = load_from(*argv, '--num-experts', '3', '--cosine-scale', '20')
+    start_from(timm.create_model('resnet32_shike', num_classes=4, cosine_scale=20), start, list('abcd'))
+    assert not caplog.text
 
 
 def test_classifiers_go_by_names(tiny_run, caplog):
-    model = load_trained_model(str(tiny_run)).model
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    names = [str(digit) for digit in range(10)]
-    start_from(model, Start('x', weights, names), names[::-1])
-    assert torch.equal(model.classifier.weight, weights['classifier.weight'].flip(1)) and not caplog.text
-    start_from(model, Start('x', weights, names, cosine_scale=20.), names)
+    model, names = load_trained_model(str(tiny_run)).model, [str(digit) for digit in range(10)]
+    start = TrainedModel('x', copy.deepcopy(model), class_names=names)
+    weight = start.model.classifier.weight
+    start_from(model, start, names[::-1])
+    assert torch.equal(model.classifier.weight, weight.flip(1)) and not caplog.text
+    start.model.cosine_scale = 20.
+    start_from(model, start, names)
     assert 'a cosine scale of 20 and go on at 30: give --cosine-scale 20' in caplog.text
     fresh = model.classifier.weight.clone()
-    start_from(model, Start('x', weights, [*names[:9], 'nine']), names)
-    assert torch.equal(model.classifier.weight, fresh) and "'9' is a class of one alone" in caplog.text
-    weights['classifier.weight'] = torch.zeros(3, 7, 64)
-    start_from(model, Start('x', weights), names)
+    start.class_names = [*names[:9], 'nine']
+    start_from(model, start, names)
+    assert torch.equal(model.classifier.weight, fresh) and "only one of the models has the class '9'" in caplog.text
+    start_from(model, TrainedModel('x', timm.create_model('resnet32_shike', num_classes=7)), names)
     assert torch.equal(model.classifier.weight, fresh)
-    del weights['stem.0.weight']
-    with pytest.raises(InputError, match="'stem.0.weight' it holds nothing"):
-        start_from(model, Start('x', weights), names)
+    with pytest.raises(InputError, match="'experts.2.*' it holds nothing"):
+        start_from(model, TrainedModel('x', timm.create_model('resnet32_shike', num_experts=2)), names)
 
 
 def test_a_run_from_a_model_of_other_classes(tiny_run, image_folder, tmp_path, caplog, run_script):
@@ -116,7 +140,8 @@ def test_hparams_given_again_go_over_those_of_the_run(image_folder, tmp_path):
 
 
 def test_a_size_that_is_given_takes_the_place_of_either_of_training():
-    trained = SimpleNamespace(data_args=dict(img_size=None, input_size=[3, 16, 12], mean=[0.5]))
-    sized = with_data_args(PreprocessingConfig(img_size=8), trained)
+    trained = TrainedModel('x', timm.create_model('resnet32_shike'))
+    trained.options = dict(img_size=None, input_size=[3, 16, 12], mean=[0.5])
+    sized = with_trained_options(PreprocessingConfig(img_size=8), trained)
     assert (sized.img_size, sized.input_size, sized.mean) == (8, None, [0.5])
-    assert with_data_args(PreprocessingConfig(), trained).input_size == [3, 16, 12]
+    assert with_trained_options(PreprocessingConfig(), trained).input_size == [3, 16, 12]

@@ -20,7 +20,7 @@ from ..measure import inference_costs
 from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_subsets, format_table, shot_numbers
 from ..models import Shike
 from ..options import HparamsConfig, option, parse
-from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_data_args
+from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_trained_options
 from ..report.logits import save_logits
 from ..training.build import load_data, load_eval_data, resolve_data_config
 from .report import CamConfig, check_report, collect, count_costs
@@ -95,9 +95,8 @@ def evaluate_model(args: EvalConfig) -> Dict[str, Any]:
     if world_size() > 1 and (args.save_logits or args.report):
         raise InputError('--save-logits and --report take all images in one process: leave torchrun out.')
     tune_device(device)
-    trained = load_trained_model(
-        args.model, args.checkpoint, True, args.experts, args.authors_classifiers)  # as timm's validate.py
-    args = with_data_args(args, trained)
+    trained = load_trained_model(args.model, args.checkpoint, True, args.experts)  # as timm's validate.py
+    args = with_trained_options(args, trained)
     model, counts, names = trained.model, trained.class_counts, trained.class_names
     shot_counts, origin = trained.shot_counts, 'the model'
     if counts is None:

@@ -5,11 +5,8 @@ from ..options import parse
 from ..publishing.hub import PublishConfig, publish
 from .script import run_script
 
-parse_publish_args = partial(
-    parse, PublishConfig, 'Publish a trained model and its card to the Hugging Face Hub.')
-
-
 CONFIG = PublishConfig
+parse_publish_args = partial(parse, CONFIG, 'Publish a trained model and its card to the Hugging Face Hub.')
 
 
 def main() -> int:

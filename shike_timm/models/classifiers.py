@@ -1,4 +1,4 @@
-"""Classifiers of all experts, stacked in one parameter: [B, M, D] features to [B, M, C] logits."""
+"""The classifiers of all experts, stacked in one parameter: from features [B, M, D] to logits [B, M, C]."""
 import math
 from typing import Any, Sequence
 
@@ -13,15 +13,18 @@ COSINE_SCALE = 30.
 
 
 def _normalize(x: Tensor) -> Tensor:
-    # Not F.normalize, whose Expand stops the shape inference of ONNX.
+    # Not F.normalize: its Expand stops ONNX's shape inference.
+    if not torch.jit.is_scripting() and torch.compiler.is_exporting():
+        # onnxruntime's preprocessing for quantization does not know ReduceL2.
+        return x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 @register_notrace_function
 def cosines(x: Tensor, weight: Tensor) -> Tensor:
-    """Cosines between features [B, M, D] and class weights [M, C, D], expert by expert: [B, M, C]."""
+    """Cosines [B, M, C] between features [B, M, D] and class weights [M, C, D], expert by expert."""
     if x.dtype != weight.dtype:
-        x = x.to(weight.dtype)  # which an exported program would tie to this device
+        x = x.to(weight.dtype)  # only where needed: it ties an exported program to this device
     x, weight = _normalize(x), _normalize(weight)
     if torch.jit.is_scripting():
         return torch.einsum('bmd,mcd->bmc', x, weight)
@@ -33,7 +36,6 @@ def cosines(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _StackedClassifier(nn.Module):
-    @torch.jit.ignore()
     def keep_experts(self, experts: Sequence[int]) -> None:
         """Keep the classifiers of these experts alone, in this order."""
         for name, parameter in list(self.named_parameters()):
@@ -42,7 +44,7 @@ class _StackedClassifier(nn.Module):
 
 
 class LinearClassifier(_StackedClassifier):
-    """One linear classifier per expert, stacked: [B, M, D] features to [B, M, C] logits."""
+    """A linear classifier for each expert."""
 
     def __init__(self, num_experts: int, in_features: int, num_classes: int, **dd: Any):
         super().__init__()
@@ -57,10 +59,9 @@ class LinearClassifier(_StackedClassifier):
 
 
 class CosineClassifier(_StackedClassifier):
-    """One cosine classifier per expert, stacked: [B, M, D] features to [B, M, C] logits.
+    """A cosine classifier for each expert: logits are `scale` times the cosine of features and class weights.
 
-    Logits are `scale` times the cosine between features and class weights, without bias. They are computed in
-    float32 also under autocast: at a scale of 30, bfloat16 would round them to steps of 1/8.
+    They are computed in float32 also under autocast: at a scale of 30, bfloat16 rounds logits to steps of 1/8.
     """
 
     def __init__(self, num_experts: int, in_features: int, num_classes: int, scale: float = COSINE_SCALE, **dd: Any):

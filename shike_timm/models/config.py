@@ -10,34 +10,34 @@ class ModelConfig:
     """Model."""
 
     model: str = option('resnet50_shike', 'registered SHIKE model')
-    backbone: Optional[str] = option(None, "timm's network to split, for --model shike")
+    backbone: Optional[str] = option(None, "with --model shike: timm's network to split")
     pretrained_backbone: Optional[str] = option(
-        None, "start trunk and experts from timm's weights: its default ones, those of a tag, or a file", 'TAG|FILE',
-        const='default')
+        None, "start trunk and experts from timm's weights of the backbone: the default ones, those of a tag, or a "
+        'file', 'TAG|FILE', const='default')
     initial_checkpoint: Optional[str] = option(
-        None, 'start from a SHIKE model of any classes: a run folder, a checkpoint, local-dir:RUN/model or hf-'
-        'hub:USER/NAME; classifiers of other classes are left out', 'FILE|NAME')
-    pretrained: bool = option(False, "start from the model's published weights, likewise")
-    freeze_trunk: bool = option(False, 'keep the shared stages as they are, BatchNorm in eval mode')
+        None, 'start from a trained SHIKE model: a run folder, a checkpoint, local-dir:RUN/model or hf-hub:USER/NAME. '
+        'Its classifiers are left out if its classes differ', 'FILE|NAME')
+    pretrained: bool = option(False, "start from the model's published weights, as with --initial-checkpoint")
+    freeze_trunk: bool = option(False, 'do not train the shared stages; their BatchNorm stays in eval mode')
     num_classes: Optional[int] = option(None, 'classes, those of the data by default', low=1, card='changed')
     num_experts: Optional[int] = option(None, 'experts, 3 by default')
     private_stages: Optional[int] = option(
         None, 'how many of the last stages each expert has for itself, 1 by default', low=1, card='changed')
     depths: Optional[List[int]] = option(
-        None, 'shared stage each expert fuses, from 1 at the shallowest; by default 1, 2, ... and again from 1',
-        nargs='+')
-    fusion: Optional[bool] = option(None, 'fuse shared features, on by default; off is a mixture of experts')
+        None, 'shared stage that each expert fuses, counted from 1 at the shallowest; by default 1, 2, ..., and again '
+        'from 1 after the deepest', nargs='+')
+    fusion: Optional[bool] = option(
+        None, 'fuse features of the shared stages into each expert, on by default; off is a mixture of experts')
     fusion_type: Optional[str] = option(
-        None,
-        'product (the paper), or residual, which starts as the backbone and is the default with --pretrained-backbone',
-        choices=['product', 'residual'])
+        None, 'product (the paper), or residual: it starts as the backbone, and is the default with '
+        '--pretrained-backbone', choices=['product', 'residual'])
     classifier: Optional[str] = option(None, 'kind of classifier, cosine by default', choices=('cosine', 'linear'))
     cosine_scale: Optional[float] = option(
-        None, 'what cosines are multiplied with to be logits, 30 by default', 'S', low=0.01, card='changed')
+        None, 'factor from cosines to logits, 30 by default', 'S', low=0.01, card='changed')
     aligner: Optional[str] = option(
         None, 'kind of aligner, by default conv for resnet32_shike and bottleneck for the others',
         choices=('conv', 'bottleneck', 'separable'))
     drop: Optional[float] = option(None, 'dropout rate', 'RATE', low=0, below=1)
     drop_path: Optional[float] = option(None, 'stochastic depth rate', 'RATE', low=0, below=1)
     grad_checkpointing: bool = option(
-        False, 'recompute activations to save memory; BatchNorm sees each batch twice', card='changed')
+        False, 'recompute activations to save memory; BatchNorm then sees each batch twice', card='changed')

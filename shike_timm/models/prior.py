@@ -1,68 +1,85 @@
-"""Frequencies of classes: those that logits answer for, and what has them answer for others."""
+"""The prior of the classifiers: which class frequencies the logits stand for, and how others take their place."""
 import math
-from typing import Optional, Sequence, Union
+from typing import List, Optional, Sequence, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ['Prior', 'check_frequencies', 'prior_offset']
+__all__ = ['Frequencies', 'Prior']
 
-Prior = Union[None, str, Sequence[float]]  # 'uniform', 'train', or numbers in proportion to the frequencies
-
-
-def check_frequencies(values: Sequence[float], num_classes: int, what: str) -> None:
-    """Raise a ValueError that names `what` unless there is one positive number for each class."""
-    if len(values) != num_classes:
-        raise ValueError(f'{what} has {len(values)} values, but the model {num_classes} classes.')
-    wrong = [value for value in values if not 0 < value < math.inf]
-    if wrong:
-        raise ValueError(f'{what} holds {wrong[0]:g}, expected positive numbers: give a rare class a small one.')
+Frequencies = Union[None, str, Sequence[float]]  # 'uniform', 'train', or one positive number for each class
 
 
-def prior_offset(
-        prior: Prior,
-        classifier_prior: Optional[str],
-        class_counts: Optional[Sequence[int]],
-        num_classes: int,
-) -> Optional[Tensor]:
-    """What to add to logits of one prior so that they answer for another: its logarithm, less that of the one before.
+class Prior(nn.Module):
+    """Adds an offset to the logits in eval mode: the log of the target prior, minus the log of the classifiers' prior.
 
     Args:
-        prior: What they are to answer for, as for `Shike.set_target_prior`.
-        classifier_prior: What they answer for so far, 'uniform' or 'train'; None where it is not known.
-        class_counts: Training images of each class [num_classes], None where they are not known.
         num_classes: Classes.
 
-    Returns:
-        Offsets [num_classes] in float64, or None where the logits stay as they are.
-
-    Raises:
-        ValueError: If a prior that this needs is not known, or `prior` is not as described there.
+    Attributes:
+        class_counts: Training images of each class, None if unknown.
+        classifier_prior: Prior that the classifiers were trained for: 'uniform', 'train', or None if unknown.
+        target_prior: Prior that the logits are to stand for, None for the logits as trained.
     """
-    if prior is None:
-        return None
-    if isinstance(prior, str):
-        if prior not in ('uniform', 'train'):
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.class_counts: Optional[List[int]] = None
+        self.classifier_prior: Optional[str] = None
+        self.target_prior: Frequencies = None
+        self.register_buffer('offset', None, persistent=False)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits if self.training or self.offset is None else logits + self.offset
+
+    def set_training(self, class_counts: Optional[Sequence[int]], classifier_prior: Optional[str]) -> None:
+        """Set what the classifiers were trained on, and drop the target."""
+        if class_counts is not None:
+            class_counts = [int(count) for count in class_counts]
+            self._check(class_counts, 'class_counts')
+        if classifier_prior not in (None, 'uniform', 'train'):
+            raise ValueError(f"classifier_prior must be 'uniform', 'train' or None, got {classifier_prior!r}.")
+        self.class_counts, self.classifier_prior = class_counts, classifier_prior
+        self.target_prior = self.offset = None
+
+    def set_target(self, prior: Frequencies, like: Tensor) -> None:
+        """Set the target prior; the offset gets the device and data type of `like`."""
+        if prior is not None and not isinstance(prior, str):
+            prior = [float(value) for value in prior]
+        offset = self._offset(prior)
+        self.target_prior, self.offset = prior, None if offset is None else offset.to(like.device, like.dtype)
+
+    def _offset(self, prior: Frequencies) -> Optional[Tensor]:
+        if prior is None:
+            return None
+        if not isinstance(prior, str):
+            self._check(prior, 'The target prior')
+        elif prior not in ('uniform', 'train'):
             raise ValueError(f"The target prior must be 'uniform', 'train' or numbers, got '{prior}'.")
-    else:
-        check_frequencies(prior, num_classes, 'The target prior')
-    if classifier_prior is None:
-        raise ValueError(
-            'The model does not say which prior its classifiers answer for, so that none can be put in place of '
-            "it: after balanced softmax model.set_training_prior(class_counts, 'uniform') tells it, after plain "
-            "cross-entropy 'train'.")
-    if prior == classifier_prior:
-        return None
-    return _log(prior, class_counts, num_classes) - _log(classifier_prior, class_counts, num_classes)
+        if self.classifier_prior is None:
+            raise ValueError(
+                'The model does not say which prior its classifiers were trained for, so it cannot be replaced: call '
+                "model.set_training_prior(class_counts, 'uniform') after balanced softmax, or with 'train' after "
+                'plain cross-entropy.')
+        if prior == self.classifier_prior:
+            return None
+        return self._log(prior) - self._log(self.classifier_prior)
 
+    def _log(self, prior: Union[str, Sequence[float]]) -> Tensor:
+        """Logarithm of a prior in float64. Zeros stand for the uniform one: softmax ignores a constant."""
+        if prior == 'uniform':
+            return torch.zeros(self.num_classes, dtype=torch.float64)
+        if prior == 'train' and self.class_counts is None:
+            raise ValueError(
+                'The model does not know its training images of each class, which the training prior needs: call '
+                'model.set_training_prior(class_counts, classifier_prior).')
+        values = torch.tensor(self.class_counts if prior == 'train' else prior, dtype=torch.float64)
+        return (values / values.sum()).log()
 
-def _log(prior: Union[str, Sequence[float]], class_counts: Optional[Sequence[int]], num_classes: int) -> Tensor:
-    """Logarithms of a prior; zeros, which softmax takes for the same, where it is uniform."""
-    if prior == 'uniform':
-        return torch.zeros(num_classes, dtype=torch.float64)
-    if prior == 'train' and class_counts is None:
-        raise ValueError(
-            'The model does not know its training images of each class, which make the training prior: tell it '
-            'with model.set_training_prior(class_counts, classifier_prior).')
-    values = torch.tensor(class_counts if prior == 'train' else prior, dtype=torch.float64)
-    return (values / values.sum()).log()
+    def _check(self, values: Sequence[float], what: str) -> None:
+        if len(values) != self.num_classes:
+            raise ValueError(f'{what} has {len(values)} values, but the model has {self.num_classes} classes.')
+        for value in values:
+            if not 0 < value < math.inf:
+                raise ValueError(f'{what} holds {value:g}, expected positive numbers: give a rare class a small one.')

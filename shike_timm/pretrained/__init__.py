@@ -1,1 +1,1 @@
-"""Trained models: folders and checkpoints, read and written."""
+"""Trained models, read and written."""

@@ -2,12 +2,9 @@
 import dataclasses
 import inspect
 import logging
-from typing import Any, Dict, List, Optional, Sequence, cast
+from typing import Any, Dict, List, Optional, Sequence
 
-import timm
-import timm.data
 import torch
-from timm.models import get_arch_name
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -16,8 +13,10 @@ from torch import nn
 from ..data import DataRequest, ImageSet, TrainingData, create_eval_dataset, load_training_data
 from ..data.config import PreprocessingConfig
 from ..devices import computes_bfloat16
-from ..errors import InputError, nearest, one_line
-from ..models import Shike
+from ..errors import InputError, one_line
+from ..models import Shike, create
+from ..models.create import check_model_name as check_model_name
+from ..models.create import resolve_data_config as resolve_data_config
 from .config import LoopConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from .phases import Phase
 
@@ -70,18 +69,6 @@ def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.de
         raise InputError(f'{given} does not work here ({reason}): mend that, or add --no-torchcompile.') from error
 
 
-def check_model_name(name: str) -> None:
-    """Check that a model is one of the registered SHIKE models.
-
-    Raises:
-        InputError: If it is not; the message names the nearest.
-    """
-    known = timm.list_models(module='registry')
-    if get_arch_name(name) not in known:
-        raise InputError(
-            f"model '{name}' is not a SHIKE model{nearest(name, known)}: choose one of {', '.join(known)}.")
-
-
 def image_channels(args: PreprocessingConfig) -> int:
     """Channels of the images that the arguments name.
 
@@ -98,54 +85,8 @@ def image_channels(args: PreprocessingConfig) -> int:
 
 
 def create_model(args: RunConfig, num_classes: int, fresh: bool = False) -> Shike:
-    """The SHIKE model that the arguments describe.
-
-    Args:
-        args: Arguments of train.py.
-        num_classes: Classes.
-        fresh: Load the weights of the backbone that the arguments name; otherwise a checkpoint brings weights.
-
-    Raises:
-        InputError: If it is not one of the registered names, or an option of it is out of range.
-    """
-    check_model_name(args.model)
-    if bool(args.backbone) != (get_arch_name(args.model) == 'shike'):
-        raise InputError(
-            f"--backbone '{args.backbone}' goes with --model shike, not with '{args.model}': change one of them."
-            if args.backbone else '--model shike needs --backbone, the name of a network of timm: add it.')
-    if args.freeze_trunk and not (args.pretrained_backbone or args.initial_checkpoint or args.pretrained):
-        raise InputError('--freeze-trunk would keep random shared stages: add --pretrained-backbone.')
-    source = True if args.pretrained_backbone == 'default' else args.pretrained_backbone
-    try:
-        model = cast(Shike, timm.create_model(
-            args.model,
-            num_classes=num_classes,
-            in_chans=image_channels(args),
-            backbone=args.backbone,
-            num_experts=args.num_experts,
-            private_stages=args.private_stages,
-            depths=args.depths,
-            fusion=args.fusion if args.fusion is False else args.fusion_type,
-            classifier=args.classifier,
-            cosine_scale=args.cosine_scale,
-            aligner=args.aligner,
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_path,
-        ))
-        if source and fresh:
-            model.load_backbone(source)
-        elif source:
-            model.set_preprocessing(source)  # of the weights that those of the checkpoint came from
-    except (ValueError, RuntimeError, OSError) as error:  # the Hub's are of the last kind
-        raise InputError(f"model '{args.model}' cannot be made: {one_line(error)}.") from error
-    if fresh and '.' in args.model and model.pretrained_cfg.get('file') and not args.pretrained:
-        raise InputError(
-            f"--model '{args.model}' names weights, from which training starts with --pretrained alone: add it, or "
-            f"give '{get_arch_name(args.model)}'.")
-    model.set_grad_checkpointing(args.grad_checkpointing)
-    if args.freeze_trunk:
-        model.freeze_trunk()
-    return model
+    """`models.create.create_model` for the images that the arguments name."""
+    return create.create_model(args, num_classes, image_channels(args), fresh)
 
 
 def _takes_fused(args: OptimizerConfig) -> bool:
@@ -187,27 +128,6 @@ def create_optimizer(args: OptimizerConfig, lr: float, model: nn.Module) -> torc
                 if parameter.requires_grad:
                     optimizer.state[parameter]['momentum_buffer'] = torch.zeros_like(parameter)
     return optimizer
-
-
-def resolve_data_config(args: PreprocessingConfig, model: Shike) -> Dict[str, Any]:
-    """Preprocessing: the model's own, overridden by the arguments.
-
-    Raises:
-        InputError: If there are not as many means or standard deviations as channels.
-    """
-    for name in ('mean', 'std'):
-        values = getattr(args, name)
-        if values and len(values) not in (1, model.in_chans):
-            raise InputError(f'--{name} has {len(values)} values, expected 1 or {model.in_chans}.')
-    given = args.in_chans or args.input_size and args.input_size[0]
-    if given and given != model.in_chans:
-        raise InputError(f'The model takes images of {model.in_chans} channels, not of {given}: drop --in-chans.')
-    config = timm.data.resolve_data_config(dict(vars(args), in_chans=model.in_chans), model=model)
-    config['input_size'] = (model.in_chans, *config['input_size'][1:])
-    for name in ('mean', 'std'):  # a model of one channel may tell those of three
-        if len(config[name]) != model.in_chans:
-            config[name] = (sum(config[name]) / len(config[name]),) * model.in_chans
-    return config
 
 
 def _data_options(args: RunConfig) -> Dict[str, Any]:

@@ -18,8 +18,11 @@ from ..distributed import join_processes, local_primary_first, world_size
 from ..errors import InputError
 from ..metrics import SHOTS, shot_divisions
 from ..models import Shike
-from ..pretrained.load import Start, load_start, load_teacher, start_from
-from .build import check_compiler, create_model, load_data, mixup_options, resolve_data_config
+from ..models.create import create_model, resolve_data_config
+from ..pretrained.load import from_checkpoint, with_trained_options
+from ..pretrained.start import load_start, start_from
+from ..pretrained.teacher import load_teacher
+from .build import check_compiler, image_channels, load_data, mixup_options
 from .config import RetrainConfig, RunConfig, TrainConfig, run_folder
 from .phases import Phase, plan_phases
 from .resume import read_newest, saved_args, warn_of_changes
@@ -63,10 +66,9 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         return trainer.train(True, checkpoint)
     if config.pretrained_backbone and config.fusion_type is None:
         config = replace(config, fusion_type='residual')
-    start = load_start(config)
+    start = load_start(config, config)
     if start is not None:
-        config = replace(config, **{
-            key: value for key, value in start.args.items() if getattr(config, key) is None})
+        config = with_trained_options(config, start)
     trainer = prepare(config, phases, device, True, None, folder)
     if start is not None:
         start_from(trainer.model, start, trainer.data.class_names)
@@ -95,16 +97,16 @@ def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]
     saved = saved_args(checkpoint)
     same_classes = config.num_classes == saved.get('num_classes')
     _check_retraining(config, saved, same_classes)
-    weights, names = model_weights(checkpoint, config.checkpoint), saved.get('class_names')
+    names = saved.get('class_names')
     path = Path(config.checkpoint)
     source = (path if path.is_dir() else path.absolute().parent.parent) if same_classes else None
     trainer = prepare(config, [phase], device, False, names if same_classes else None, source)
     if same_classes:
-        load_weights(trainer.model, weights, config.checkpoint)
+        load_weights(trainer.model, model_weights(checkpoint, config.checkpoint), config.checkpoint)
     elif set(trainer.data.class_names) == set(names or ()):
         raise InputError(f'--num-classes {config.num_classes} is for other classes than stage one had: leave it out.')
     else:
-        start_from(trainer.model, Start(config.checkpoint, weights, names), trainer.data.class_names)
+        start_from(trainer.model, from_checkpoint(checkpoint, config.checkpoint), trainer.data.class_names)
     return trainer.train()
 
 
@@ -133,7 +135,7 @@ def prepare(
     config = replace(config, holdout=data.holdout)
     _check_eval_metric(config, data)
     seed_all(config.seed, 1, -1)
-    model = create_model(config, data.num_classes, fresh).to(device)
+    model = create_model(config, data.num_classes, image_channels(config), fresh).to(device)
     if config.recovery_interval and isinstance(data.train.dataset, IterableDataset):
         raise InputError('--recovery-interval saves the middle of an epoch, where no stream can begin: leave it out.')
     if config.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):

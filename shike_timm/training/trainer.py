@@ -24,12 +24,13 @@ from timm.utils.summary import trim_summary
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoints import StageSaver, export_model, write_text
+from ..checkpoints import StageSaver, write_text
 from ..data import TrainingData, set_mixup, set_stream_epoch
 from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
 from ..errors import one_line
 from ..metrics import METRICS, balanced_over, evaluate, format_table
 from ..models import Shike
+from ..pretrained.folder import export_model
 from .build import create_optimizer, create_schedule, resolve_autocast
 from .config import RunConfig, StepConfig
 from .folder import check_folder, claim_folder

@@ -1,4 +1,4 @@
-"""A backbone as SHIKE sees it: a stem, the shared stages, and for every expert the last stage or stages."""
+"""A backbone as SHIKE sees it."""
 from dataclasses import dataclass
 from typing import Callable, Dict, List, Optional, Sequence
 
@@ -14,12 +14,12 @@ class Backbone:
     Attributes:
         stem: Everything before the first shared stage.
         stages: The shared stages in order.
-        last_stages: What experts have for themselves: the last stage, or the last few as one, once per expert.
-        feature_info: Channels `num_chs` and `reduction` (input resolution over the activation's) of the stem, if that
-            is one of the network's feature levels, of each shared stage and of the last stage.
+        last_stages: The private stages of each expert, as one module.
+        feature_info: `num_chs` and `reduction` (input over output resolution) of each feature level: of the stem, if it
+            is one, of each shared stage and of the private stages.
         first_conv: The convolutions that see the images.
-        initialised: Whether the parameters have the values to start from, or any will do.
-        name: Name of the timm model whose pretrained weights fit, None where there is none.
+        initialised: Whether the parameters have their initial values already.
+        name: Name of the timm model that has pretrained weights for it, None if there is none.
     """
 
     stem: nn.Module

@@ -1,4 +1,4 @@
-"""The ResNet for 32x32 images, of which timm has only the blocks."""
+"""The ResNet for 32x32 images. timm has only its blocks."""
 import copy
 from typing import Any, Optional
 
@@ -19,19 +19,16 @@ def cifar_resnet(
         private_stages: int = 1,
         **dd: Any,
 ) -> Backbone:
-    """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem and three stages of n basic blocks with 16, 32 and 64 channels.
+    """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem, and three stages of n basic blocks with 16, 32 and 64 channels.
 
     Args:
         blocks_per_stage: Blocks n of each stage.
-        num_experts: Last stages to make.
-        in_chans: Channels of the input images.
-        drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0. None is 0.
-        output_stride: Only 32, which leaves the strides as they are.
+        num_experts: Experts, each with last stages of its own.
+        in_chans: Channels of the images.
+        drop_path_rate: Stochastic depth rate of the last block. It grows linearly from 0. None is 0.
+        output_stride: Only 32. It leaves the strides as they are.
         private_stages: How many of the last stages each expert has for itself, 1 or 2.
         **dd: Device and data type of the parameters.
-
-    Raises:
-        ValueError: If another output stride is asked for, or no stage would be shared.
     """
     if output_stride != 32:
         raise ValueError(f'output_stride of the CIFAR ResNet cannot be changed, got {output_stride}: leave it out.')

@@ -1,4 +1,4 @@
-"""Pretrained weights of timm's networks, by tag or from a file, and the preprocessing that they expect."""
+"""Pretrained weights of timm's networks, by tag or from a file, and the preprocessing for them."""
 import os
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
@@ -15,7 +15,7 @@ _PREPROCESSING = ('input_size', 'pool_size', 'crop_pct', 'crop_mode', 'interpola
 
 
 def _tag(source: Optional[Source]) -> Optional[str]:
-    """The tag of timm's weights that a source stands for, '' for the default ones, None for a file."""
+    """The tag that a source names, '' for the default weights, None for a file."""
     if source is True:
         return ''
     if isinstance(source, str) and not (os.path.isfile(source) or os.sep in source or '.' in source):
@@ -31,15 +31,9 @@ def _tagged_name(name: Optional[str], source: Optional[Source]) -> str:
 
 
 def preprocessing(name: Optional[str], source: Optional[Source] = None) -> Dict[str, Any]:
-    """What weights of a timm model expect of images, under the names of timm's configurations.
+    """The preprocessing for weights of a timm model, with timm's names, and their license unless they are in a file.
 
-    Args:
-        name: Name of the model, None for a network that timm does not have.
-        source: The weights, whose license is given too unless they are in a file; None for what the name stands for.
-
-    Raises:
-        ValueError: If timm does not have the network.
-        RuntimeError: If timm knows no such tag.
+    `source` None stands for the weights that the name itself stands for.
     """
     cfg = get_pretrained_cfg(_tagged_name(name, source))
     keys = _PREPROCESSING if _tag(source) is None else (*_PREPROCESSING, 'license')
@@ -56,7 +50,7 @@ def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
         raise ValueError(
             f"pretrained_backbone '{source}' cannot be read: expected a state dict of timm's '{name}', saved by "
             'torch or safetensors with nothing but tensors and plain values in it.') from error
-    # timm would load what fits and stay silent about the rest, since the classifier is left out.
+    # Without classifiers timm loads what fits, and ignores missing weights.
     own = timm.create_model(name, num_classes=0, device='meta').state_dict()
     missing = [key for key in own if key not in keys and not key.endswith('num_batches_tracked')]
     if missing:
@@ -66,7 +60,7 @@ def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
 
 
 def pretrained_options(name: Optional[str], source: Source) -> Dict[str, Any]:
-    """Arguments that `timm.create_model` makes a network with pretrained weights from, as for `pretrained_parts`."""
+    """Arguments for `timm.create_model` to create a network with pretrained weights."""
     tagged_name = _tagged_name(name, source)
     overlay = dict(state_dict=_read_weights(tagged_name, source)) if _tag(source) is None else None
     return dict(model_name=tagged_name, pretrained=True, pretrained_cfg_overlay=overlay)

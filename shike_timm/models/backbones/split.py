@@ -1,4 +1,4 @@
-"""Where a network of timm is cut into stem, shared and private stages, by a look at how it runs."""
+"""Any convolutional network of timm, cut into stem, shared and private stages. One forward pass shows where."""
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -11,7 +11,7 @@ from .pretrained import Source, pretrained_options
 
 __all__ = ['find_chain', 'pretrained_parts', 'timm_backbone']
 
-_MIN_REDUCTION = 4  # what comes before, at a higher resolution, is the stem
+_MIN_REDUCTION = 4  # of a stage; the modules at a higher resolution are the stem
 
 
 def _refusal(name: str, reason: str) -> ValueError:
@@ -19,7 +19,7 @@ def _refusal(name: str, reason: str) -> ValueError:
 
 
 def _pieces(net: nn.Module, levels: Sequence[str], prefix: str = ''):
-    """Modules of a network, by name, opened up only where a feature level lies inside."""
+    """Modules of a network by name. A module with a feature level inside comes as its parts."""
     for name, child in net.named_children():
         path = prefix + name
         if any(level.startswith(path + '.') for level in levels):
@@ -29,7 +29,7 @@ def _pieces(net: nn.Module, levels: Sequence[str], prefix: str = ''):
 
 
 class _Call:
-    """A module's call: what it took and gave, and how often either had been written to by then."""
+    """A call of a module: its inputs, its output, and how often each had been written to at that moment."""
 
     def __init__(self, path: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]):
         self.path = path
@@ -44,18 +44,17 @@ class _Call:
         return len(self.inputs) == 1 and self.inputs[0] is value
 
 
-@torch.inference_mode(False)  # where tensors do not count how often they are written to
+@torch.inference_mode(False)  # inference mode does not count how often a tensor is written to
 @torch.no_grad()
 def find_chain(net: Any, name: str, in_chans: int) -> List[str]:
-    """Names of the modules that make up `net.forward_features`, each called on what the one before returned.
+    """Names of the modules in `net.forward_features`, a chain: each is called on the output of the one before.
+
+    A ValueError says why, if the network is no such chain of convolutional feature maps.
 
     Args:
         net: A timm model on the meta device.
         name: Its name, for messages.
-        in_chans: Channels of its input.
-
-    Raises:
-        ValueError: If the model is anything but such a chain of convolutional feature maps; one sentence says why.
+        in_chans: Channels of the images.
     """
     levels = [info['module'] for info in getattr(net, 'feature_info', None) or []]
     if not hasattr(net, 'forward_features') or len(levels) < 2:
@@ -97,9 +96,9 @@ def _find_parts(
         in_chans: int,
         private_stages: int,
 ) -> Tuple[List[List[str]], List[Dict[str, Any]]]:
-    """Names of the modules of stem, shared and private stages, and the feature levels that their ends are.
+    """Names of the modules of stem, shared and private stages, and the feature levels at their ends.
 
-    The stem's end need not be one of the levels.
+    The end of the stem may be no feature level.
     """
     chain = find_chain(net, name, in_chans)
     *levels, last = net.feature_info
@@ -111,7 +110,7 @@ def _find_parts(
         raise ValueError(f"private_stages of '{name}' must be 1 to {len(shared)}, got {private_stages}.")
     shared = shared[:len(shared) + 1 - private_stages]
     ends = [chain.index(level['module']) + 1 for level in shared]
-    # A network without a level of high resolution has its stem end where its first stage begins.
+    # If no level has a high resolution, the first stage is a single module, and the stem is all before it.
     start = chain.index(stem[0]['module']) + 1 if stem else ends[0] - 1
     bounds = [0, start, *ends, len(chain)]
     return [chain[a:b] for a, b in zip(bounds, bounds[1:])], [*stem, *shared, last]
@@ -146,23 +145,20 @@ def timm_backbone(
         private_stages: int = 1,
         **dd: Any,
 ) -> Backbone:
-    """A convolutional network of timm, cut where its own feature information says that the private stages begin.
+    """A convolutional network of timm, cut at the feature levels that timm knows of it.
 
     Args:
-        name: Name of timm's model, tag included if need be.
-        num_experts: Private stages to make, each with initial values of its own.
-        in_chans: Channels of the input images.
-        drop_path_rate: Stochastic depth rate, for networks that have one; None leaves them theirs.
-        output_stride: Input over output resolution, for networks that can be dilated.
+        name: Name of timm's model, with or without a tag.
+        num_experts: Experts, each with private stages and initial values of its own.
+        in_chans: Channels of the images.
+        drop_path_rate: Stochastic depth rate, if the network has one. None for its own rate.
+        output_stride: Input over output resolution, if the network can be dilated.
         private_stages: How many of the last stages each expert has for itself.
         **dd: Device and data type of the parameters.
-
-    Raises:
-        ValueError: If there is no such network, it cannot be split, or it lacks an option; the message says which.
     """
     if not timm.is_model(name.split('.')[0]):
         raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
-    kwargs = dict(num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate)  # timm leaves out what is None
+    kwargs = dict(num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate)  # timm ignores None
     kwargs.update(output_stride=output_stride if output_stride != 32 else None)
     try:
         skeleton = _create_skeleton(name, **kwargs)
@@ -196,19 +192,7 @@ def pretrained_parts(
         cache_dir: Union[None, str, Path] = None,
         private_stages: int = 1,
 ) -> List[nn.Module]:
-    """The stem, shared stages and, as one, private stages of `timm_backbone` with pretrained weights, on the CPU.
-
-    Args:
-        name: Name of timm's model, None for a network that timm does not have.
-        source: The weights.
-        in_chans: Channels of the input images, to which timm adapts the first convolution.
-        cache_dir: Folder that downloaded weights are kept in.
-        private_stages: As for `timm_backbone`.
-
-    Raises:
-        ValueError: If timm does not have the network, or the file is missing, damaged or of another network.
-        RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
-    """
+    """Stem, shared stages and (as one) private stages of `timm_backbone`, with pretrained weights, on the CPU."""
     options = pretrained_options(name, source)
     net = timm.create_model(**options, num_classes=0, in_chans=in_chans, cache_dir=cache_dir)
     tagged_name: str = options['model_name']

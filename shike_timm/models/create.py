@@ -1,0 +1,93 @@
+"""A model and its preprocessing from their options, with clear errors."""
+from typing import Any, Dict, cast
+
+import timm
+import timm.data
+from timm.models import get_arch_name
+
+from ..data.config import PreprocessingConfig
+from ..errors import InputError, nearest, one_line
+from .config import ModelConfig
+from .shike import Shike
+
+__all__ = ['check_model_name', 'create_model', 'is_registered', 'resolve_data_config']
+
+
+def is_registered(name: str) -> bool:
+    """Whether a model is one of the registered names, with or without a tag."""
+    return ':' not in name and get_arch_name(name) in timm.list_models(module='registry')
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that is no registered SHIKE model."""
+    known = timm.list_models(module='registry')
+    if get_arch_name(name) not in known:
+        raise InputError(
+            f"model '{name}' is not a SHIKE model{nearest(name, known)}: choose one of {', '.join(known)}.")
+
+
+def create_model(config: ModelConfig, num_classes: int, in_chans: int = 3, fresh: bool = False) -> Shike:
+    """Create the SHIKE model that the options describe.
+
+    Args:
+        config: Options.
+        num_classes: Classes.
+        in_chans: Channels of the images.
+        fresh: Load the weights of `--pretrained-backbone`. Not needed if a checkpoint brings the weights.
+    """
+    check_model_name(config.model)
+    if bool(config.backbone) != (get_arch_name(config.model) == 'shike'):
+        raise InputError(
+            f"--backbone '{config.backbone}' goes with --model shike, not with '{config.model}': change one of them."
+            if config.backbone else '--model shike needs --backbone, the name of a network of timm: add it.')
+    if config.freeze_trunk and not (config.pretrained_backbone or config.initial_checkpoint or config.pretrained):
+        raise InputError('--freeze-trunk would keep random shared stages: add --pretrained-backbone.')
+    source = True if config.pretrained_backbone == 'default' else config.pretrained_backbone
+    try:
+        model = cast(Shike, timm.create_model(
+            config.model,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            backbone=config.backbone,
+            num_experts=config.num_experts,
+            private_stages=config.private_stages,
+            depths=config.depths,
+            fusion=config.fusion if config.fusion is False else config.fusion_type,
+            classifier=config.classifier,
+            cosine_scale=config.cosine_scale,
+            aligner=config.aligner,
+            drop_rate=config.drop,
+            drop_path_rate=config.drop_path,
+        ))
+        if source and fresh:
+            model.load_backbone(source)
+        elif source:
+            model.set_preprocessing(source)  # the weights of the checkpoint started from these
+    except (ValueError, RuntimeError, OSError) as error:  # the Hub's errors are OSErrors
+        raise InputError(f"model '{config.model}' cannot be made: {one_line(error)}.") from error
+    if fresh and '.' in config.model and model.pretrained_cfg.get('file') and not config.pretrained:
+        raise InputError(
+            f"--model '{config.model}' names weights, but training starts from them only with --pretrained: add it, "
+            f"or give '{get_arch_name(config.model)}'.")
+    model.set_grad_checkpointing(config.grad_checkpointing)
+    if config.freeze_trunk:
+        model.freeze_trunk()
+    return model
+
+
+def resolve_data_config(config: PreprocessingConfig, model: Shike) -> Dict[str, Any]:
+    """Preprocessing: the model's own, where the options do not say another."""
+    for name in ('mean', 'std'):
+        values = getattr(config, name)
+        if values and len(values) not in (1, model.in_chans):
+            raise InputError(f'--{name} has {len(values)} values, expected 1 or {model.in_chans}.')
+    given = config.in_chans or config.input_size and config.input_size[0]
+    if given and given != model.in_chans:
+        raise InputError(f'The model takes images of {model.in_chans} channels, not of {given}: drop --in-chans.')
+    data_config = timm.data.resolve_data_config(dict(vars(config), in_chans=model.in_chans), model=model)
+    data_config['input_size'] = (model.in_chans, *data_config['input_size'][1:])
+    for name in ('mean', 'std'):  # a model of one channel may have those of three
+        values = data_config[name]
+        if len(values) != model.in_chans:
+            data_config[name] = (sum(values) / len(values),) * model.in_chans
+    return data_config

@@ -1,0 +1,74 @@
+"""Model folders in timm's local-dir format: a configuration and the weights."""
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Union
+
+import torch
+from huggingface_hub import hf_hub_download
+from timm.models import parse_model_name, save_for_hf
+from torch import nn
+
+from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from ..errors import InputError
+from ..models import Shike
+
+__all__ = ['export_model', 'find_model', 'read_config']
+
+
+def find_model(path: str) -> Path:
+    """The model folder of a run folder, or the model folder itself."""
+    for folder in (Path(path), Path(path, 'model')):
+        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+            return folder
+    raise InputError(
+        f"'{path}' holds no model, {CONFIG_FILE} and {WEIGHTS_FILE}: give the run folder of a finished training, or "
+        'the model folder in it.')
+
+
+def read_config(name: str, weights: Optional[str] = None) -> Dict[str, Any]:
+    """The configuration of `local-dir:FOLDER` or `hf-hub:USER/NAME`, or else the one beside a file of weights."""
+    source, model_id = parse_model_name(name)
+    if source == 'local-dir':
+        path = Path(model_id, CONFIG_FILE)
+    elif source == 'hf-hub':
+        repo_id, _, revision = model_id.partition('@')
+        path = Path(hf_hub_download(repo_id, CONFIG_FILE, revision=revision or None))
+    else:
+        path = Path(weights or '').with_name(CONFIG_FILE)
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
+def export_model(
+        model: nn.Module,
+        folder: Union[str, Path],
+        data_config: Dict[str, Any],
+        class_names: Optional[Sequence[str]] = None,
+        class_counts: Optional[Sequence[int]] = None,
+        **facts: Any,
+) -> None:
+    """Write a model folder, which timm loads as `local-dir:FOLDER`.
+
+    Args:
+        model: Model made by `timm.create_model`.
+        folder: Folder to write. If it exists, it is replaced as a whole.
+        data_config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+        class_names: Names of the classes in label order, if known.
+        class_counts: Training images of each class, if known.
+        **facts: More about the data for the configuration. Empty values are left out.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + '.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
+    if class_counts and isinstance(model, Shike) and model.class_counts is None:
+        model.set_training_prior(class_counts)
+    model.pretrained_cfg.pop('label_names', None)  # these belong to the weights in the package
+    config: Dict[str, Any] = {'pretrained_cfg': {'tag': ''}}  # these weights are not those of the default tag
+    for key, value in dict(label_names=class_names, class_counts=class_counts, **facts).items():
+        if value:
+            config[key] = value
+    save_for_hf(model, str(temporary), config, safe_serialization=True, data_config=data_config)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

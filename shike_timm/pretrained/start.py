@@ -1,0 +1,102 @@
+"""A trained model as the start of training."""
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Optional, Sequence
+
+from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, load_weights, model_weights
+from ..data.config import PreprocessingConfig
+from ..errors import InputError
+from ..models import Shike
+from ..models.config import ModelConfig
+from ..models.create import create_model, is_registered, resolve_data_config
+from .load import TrainedModel, load_trained_model, with_trained_options
+
+__all__ = ['load_start', 'start_from']
+
+_logger = logging.getLogger(__name__)
+
+
+def _from_weights(path: str, config: ModelConfig, preprocessing: PreprocessingConfig) -> Optional[TrainedModel]:
+    """The model in a checkpoint that holds weights alone; None for checkpoints that say what model they are of."""
+    checkpoint = load_checkpoint(path)
+    weights = model_weights(checkpoint, path)
+    if hasattr(checkpoint.get('args'), 'class_counts'):
+        return None
+    # The options describe the model, except for its classifiers.
+    head = weights.get('classifier.weight')
+    num_classes = head.shape[1] if head is not None and head.ndim == 3 else 0
+    linear = 'classifier.bias' in weights
+    config = replace(
+        config, classifier='linear' if linear else 'cosine', cosine_scale=None if linear else config.cosine_scale)
+    in_chans = preprocessing.in_chans or (preprocessing.input_size or [3])[0]
+    model = create_model(config, num_classes, in_chans)
+    load_weights(model, weights, path)
+    return TrainedModel(path, model)
+
+
+def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optional[TrainedModel]:
+    """Load the model that `--initial-checkpoint` or `--pretrained` names. Its options are those to train with."""
+    name = config.initial_checkpoint or (config.model if config.pretrained else None)
+    given = [key for key in ('initial_checkpoint', 'pretrained', 'pretrained_backbone') if getattr(config, key)]
+    if len(given) > 1:
+        flags = ' and '.join(f"--{key.replace('_', '-')}" for key in given)
+        raise InputError(f'{flags} both bring weights to start from: drop one of them.')
+    if name is None:
+        return None
+    path = Path(name)
+    if path.name == WEIGHTS_FILE and path.with_name(CONFIG_FILE).is_file():
+        name = str(path.parent)
+    elif path.is_file():
+        trained = _from_weights(name, config, preprocessing)
+        if trained:
+            return trained
+    elif config.initial_checkpoint and ':' not in name and not path.exists() and not is_registered(name):
+        raise InputError(
+            f"--initial-checkpoint '{name}' does not exist: give a file, a run folder, local-dir:FOLDER or "
+            'hf-hub:USER/NAME.')
+    trained = load_trained_model(name, pretrained=True)
+    own = with_trained_options(PreprocessingConfig(), trained)
+    options = dict(vars(own), **resolve_data_config(own, trained.model), img_size=None, in_chans=None)
+    del options['crop_mode']  # there is no such option
+    if preprocessing.img_size or preprocessing.input_size or preprocessing.in_chans:
+        options['input_size'] = None
+    fusion = trained.model.fusion
+    if fusion != 'none':
+        options['fusion_type'] = fusion  # the weights do not show it
+        if config.fusion_type not in (None, fusion):
+            raise InputError(
+                f"--fusion-type {config.fusion_type} differs from that of '{name}', {fusion}: leave it out.")
+    options = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in options.items() if value is not None}
+    return replace(trained, name=name, options=options)
+
+
+def start_from(model: Shike, start: TrainedModel, class_names: Sequence[str]) -> None:
+    """Load the weights of a trained model into a new one. Classifiers go by class name, if the classes are the same.
+
+    Args:
+        model: The new model.
+        start: The trained model.
+        class_names: The new model's classes in label order.
+    """
+    own, weights, names = model.state_dict(), start.model.state_dict(), start.class_names
+    head = {key: value for key, value in own.items() if key.startswith('classifier.')}
+    loaded = [key for key in weights if key.startswith('classifier.')]
+    differ = sorted(set(names or class_names) ^ set(class_names))
+    kept = not differ and all(key in weights and weights[key].shape == value.shape for key, value in head.items())
+    if not kept:
+        why = f"only one of the models has the class '{differ[0]}'" if differ else 'they have another shape'
+        _logger.warning(f"The classifiers of '{start.name}' are left out, since {why}: training begins with new ones.")
+        weights = {key: value for key, value in weights.items() if key not in loaded}
+        weights.update(head)
+    elif names:
+        places = [names.index(name) for name in class_names]
+        weights.update({key: weights[key][:, places] for key in loaded})
+    load_weights(model, weights, start.name)
+    scale = start.model.cosine_scale
+    if kept and scale != model.cosine_scale:
+        _logger.warning(
+            f"The classifiers of '{start.name}' were trained at a cosine scale of {scale:g} and go on at "
+            f'{model.cosine_scale:g}: give --cosine-scale {scale:g} to keep theirs.')

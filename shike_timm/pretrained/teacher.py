@@ -1,0 +1,59 @@
+"""A trained model as a teacher."""
+from typing import Sequence
+
+import torch
+from timm.task import DistillationTeacher
+
+from ..data import TrainingData
+from ..errors import InputError, one_line
+from .folder import read_config
+
+__all__ = ['load_teacher']
+
+
+def load_teacher(
+        name: str,
+        data: TrainingData,
+        input_size: Sequence[int],
+        device: torch.device,
+        held_out: bool = False,
+) -> DistillationTeacher:
+    """Load the trained model of `--kd-model-name`, of any architecture. Its logits come in the data's label order.
+
+    Args:
+        name: A registered name, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
+        data: The data to train on.
+        input_size: Channels, height and width of the images.
+        device: Device of the teacher.
+        held_out: Whether images of the training set are held out for evaluation. The teacher must not have seen them.
+    """
+    try:
+        teacher = DistillationTeacher(name, in_chans=input_size[0], device=device)
+        if input_size[0] == 1:  # the teacher may be for colour images
+            teacher.mean_kd, teacher.std_kd = (
+                value.mean(1, keepdim=True) for value in (teacher.mean_kd, teacher.std_kd))
+        with torch.no_grad():
+            num_classes = teacher(torch.zeros(1, *input_size, device=device)).shape[-1]
+        cfg = getattr(teacher.model, 'pretrained_cfg', {})
+        config = read_config(name, cfg.get('file')) if ':' in name or cfg.get('file') else {}
+    except Exception as error:  # a wrong name or damaged folder can make timm, torch or safetensors raise anything
+        raise InputError(f"--kd-model-name '{name}' cannot teach: {one_line(error)}.") from error
+    if num_classes != data.num_classes:
+        raise InputError(
+            f"--kd-model-name '{name}' knows {num_classes} classes, the data has {data.num_classes}: name a model that "
+            'was trained on the same.')
+    names, counts = list(cfg.get('label_names') or data.class_names), config.get('class_counts')
+    if names != data.class_names:
+        strays = [c for c, one in enumerate(names) if one not in data.class_names]
+        if strays:
+            raise InputError(
+                f"--kd-model-name '{name}' calls class {strays[0]} '{names[strays[0]]}', which the data does not have "
+                f"('{data.class_names[strays[0]]}' in its place): name a model that was trained on the same classes.")
+        places = torch.tensor([names.index(own) for own in data.class_names], device=device)
+        teacher.register_forward_hook(lambda module, images, logits: logits[:, places])
+        counts = counts and [counts[place] for place in places.tolist()]
+    if held_out and counts != list(data.class_counts):
+        raise InputError(
+            f"--kd-model-name '{name}' may have learnt from the images that --holdout keeps for evaluation: train the "
+            'teacher with the same --holdout.')
+    return teacher
