@@ -1,6 +1,6 @@
-"""The command `shike`: a list of the commands, each imported when it runs.
+"""The command `shike`. It lists the commands and imports the one that runs.
 
-It lies beside the package since that imports timm, to register models with it, which takes seconds.
+This file lies beside the package because importing the package takes seconds: it registers models with timm.
 """
 import importlib
 import sys
@@ -14,23 +14,22 @@ COMMANDS = {
     'report': 'draw a report of a run, or of saved logits, and compare several',
     'export': 'export a model to a file that runs without this package',
     'publish': 'publish a trained model and its card to the Hugging Face Hub',
-    'benchmark': 'time training and inference; without a data set, on noise',
 }
 
 
 def main() -> int:
-    """Run the command that the command line names, and give its exit status."""
+    """Run the command that the command line names. Returns the exit status."""
     name = sys.argv[1] if len(sys.argv) > 1 else ''
     if name in ('-h', '--help'):
         print('usage: shike COMMAND ...\n\nSHIKE, long-tailed visual recognition with timm.\n\ncommands:')
         for command, what in COMMANDS.items():
             print(f'  {command:20}{what}')
-        print("\n'shike COMMAND --help' tells the options of a command.")
+        print("\n'shike COMMAND --help' lists the options of a command.")
         return 0
     if name not in COMMANDS:
         print(f"shike: error: '{name}' is not a command, expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    sys.argv[:2] = [f'shike {name}']  # what --help and messages call it
+    sys.argv[:2] = [f'shike {name}']  # the name in help texts and messages
     return importlib.import_module(f"shike_timm.cli.{name.replace('-', '_')}").main()
 
 

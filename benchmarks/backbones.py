@@ -5,8 +5,8 @@ import argparse
 import torch
 
 import shike_timm
+from shike_timm.costs import count_flops
 from shike_timm.losses import representation_loss
-from shike_timm.measure import count_flops
 
 NAMES = [
     'resnet18', 'resnet34d', 'seresnet50', 'wide_resnet50_2', 'resnetv2_50', 'regnetx_008', 'regnety_016',

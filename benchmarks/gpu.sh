@@ -50,16 +50,16 @@ done
 python benchmarks/ratio.py --data-dir "$data" --device "$device" --workers 8 --num-turns "$rounds" \
     $steps --results-file "$out/ratio.json" | tee "$out/ratio.txt"
 for stage in 1 2; do
-    python benchmark.py --hparams hparams/cifar100_lt_if100.yaml --data-dir "$data" --device "$device" \
+    python benchmarks/benchmark.py --hparams hparams/cifar100_lt_if100.yaml --data-dir "$data" --device "$device" \
         --stage "$stage" --num-rounds "$rounds" $steps --results-file "$out/resnet32-$stage.json" |
         tee "$out/resnet32-$stage.txt"
 done
-python benchmark.py --model resnet50_shike --compare resnet50 --batch-size "${BATCH:-64}" --device "$device" --amp \
+python benchmarks/benchmark.py --model resnet50_shike --compare resnet50 --batch-size "${BATCH:-64}" --device "$device" --amp \
     --channels-last --num-rounds "$rounds" $steps --results-file "$out/resnet50.json" |
     tee "$out/resnet50.txt"
 for recipe in ${RECIPES-imagenet_lt_resnet50 imagenet_lt_resnext50 inat2018_resnet50 places_lt_resnet152}; do
     for bench in memory train; do
-        python benchmark.py --hparams "$recipe" --bench "$bench" --device "$device" --num-rounds "$rounds" $steps \
+        python benchmarks/benchmark.py --hparams "$recipe" --bench "$bench" --device "$device" --num-rounds "$rounds" $steps \
             --results-file "$out/$recipe-$bench.json" | tee "$out/$recipe-$bench.txt"
     done
 done

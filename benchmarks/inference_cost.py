@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import shike_timm
+from shike_timm.costs import inference_costs
 from shike_timm.devices import tune_device
-from shike_timm.measure import inference_costs
 
 FAMILIES = {
     # Name of the SHIKE model; the plain network of ResNet-32 is the trunk with one expert that fuses nothing.

@@ -13,7 +13,7 @@ import timm
 import torch
 
 import shike_timm  # noqa: F401
-from shike_timm.measure import seconds_per_call
+from shike_timm.costs import seconds_per_call
 from shike_timm.publishing.export import FILES, load_exported, save_exported
 
 

@@ -27,7 +27,7 @@ def measure(side, stage, args, file):
         command = [HERE / 'baseline.py', '--workers', args.workers, '--num-bench-iter', args.num_bench_iter]
     else:
         command = [
-            HERE.parent / 'benchmark.py', '--hparams', RECIPE, '--bench', 'train', '--num-rounds', '1', *SIDES[side]]
+            HERE / 'benchmark.py', '--hparams', RECIPE, '--bench', 'train', '--num-rounds', '1', *SIDES[side]]
     subprocess.run([sys.executable, *map(str, command), *common], check=True, stdout=subprocess.DEVNULL)
     result = json.loads(Path(file).read_text())
     return result if side == 'baseline' else dict(result['results'][0], dtype=result['dtype'])

@@ -43,13 +43,20 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-    """Run a script of the repository in this process; gives its exit status and what it printed."""
+    """Run a command of `shike`, or a script of the repository, in this process.
 
-    def run(script, *argv):
-        monkeypatch.setattr(sys, 'argv', [str(ROOT / script), *map(str, argv)])
+    Takes `'predict'` or `'predict.py'` for `shike predict`. A file of the repository, such as `'train.py'`, runs as a
+    script. Gives the exit status and what was printed to standard output and standard error.
+    """
+
+    def run(name, *argv):
+        script, argv = ROOT / name, [*map(str, argv)]
+        if not script.is_file():
+            script, argv = ROOT / 'shike_timm_cli.py', [name.removesuffix('.py').replace('_', '-'), *argv]
+        monkeypatch.setattr(sys, 'argv', [str(script), *argv])
         handlers = list(logging.root.handlers)
         try:
-            runpy.run_path(str(ROOT / script), run_name='__main__')
+            runpy.run_path(str(script), run_name='__main__')
         except SystemExit as stop:
             status = stop.code
         finally:

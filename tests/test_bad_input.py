@@ -28,7 +28,7 @@ def refused(run_script, tmp_path):
         assert status == 2, error
         assert str(value) in error
         lines = error.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith(f'{script}: error: ')
+        assert len(lines) == 1 and lines[0].startswith(f'shike {script}: error: ')
         assert not out
         assert snapshot(tmp_path) == before
         assert not list((tmp_path / 'out').iterdir())
@@ -68,20 +68,20 @@ def refused(run_script, tmp_path):
     ("'/nowhere' holds no run", ['--resume', '/nowhere']),
 ])
 def test_train_arguments(refused, tmp_path, value, argv):
-    refused(value, 'train.py', *TINY, '--output', tmp_path / 'out', *argv)
+    refused(value, 'train', *TINY, '--output', tmp_path / 'out', *argv)
 
 
 def test_hparams_files(refused, tmp_path):
     (tmp_path / 'bad.yaml').write_text('epoch: 3\n')
-    refused("unknown key 'epoch'", 'train.py', '--hparams', tmp_path / 'bad.yaml', '--output', tmp_path / 'out')
+    refused("unknown key 'epoch'", 'train', '--hparams', tmp_path / 'bad.yaml', '--output', tmp_path / 'out')
 
 
 def test_data_folders(refused, tmp_path, image_folder):
     data = ['--dataset', '', '--imb-factor', '100', '--data-dir', image_folder, '--output', tmp_path / 'out']
     (image_folder / 'train' / 'cat').rename(image_folder / 'train' / 'dog')
-    refused("Class 'cat'", 'train.py', *TINY, *data)
+    refused("Class 'cat'", 'train', *TINY, *data)
     (tmp_path / 'empty').mkdir()
-    refused(tmp_path / 'empty', 'train.py', *TINY, *data, '--data-dir', tmp_path / 'empty')
+    refused(tmp_path / 'empty', 'train', *TINY, *data, '--data-dir', tmp_path / 'empty')
 
 
 def test_damaged_cifar(refused, tmp_path, cifar_root):
@@ -91,7 +91,7 @@ def test_damaged_cifar(refused, tmp_path, cifar_root):
         (folder / name).symlink_to((cifar_root / 'cifar-100-python' / name).resolve())
     (folder / 'test').write_bytes(b'not the test images')
     refused(
-        folder / 'test', 'train.py', *TINY, '--dataset', 'cifar100_lt', '--data-dir', tmp_path,
+        folder / 'test', 'train', *TINY, '--dataset', 'cifar100_lt', '--data-dir', tmp_path,
         '--output', tmp_path / 'out')
 
 
@@ -109,27 +109,27 @@ def test_checkpoints(refused, tmp_path, tiny_run):
     legacy.write_bytes(pickle.dumps(Payload()))
     torch.save({'state_dict': {}}, bare)
     for path, value in ((truncated, 'truncated'), (pickled, 'pickled object'), (legacy, 'pickled object')):
-        for script in ('retrain_classifier.py', 'eval.py'):
-            extra = ['--output', tmp_path / 'out'] if script == 'retrain_classifier.py' else []
+        for script in ('retrain-classifier', 'eval'):
+            extra = ['--output', tmp_path / 'out'] if script == 'retrain-classifier' else []
             refused(f"'{path}' ", script, '--checkpoint', path, '--dataset', 'digits_lt', *extra)
             refused(value, script, '--checkpoint', path, '--dataset', 'digits_lt', *extra)
-    refused('bare.pth.tar', 'eval.py', '--checkpoint', bare, '--dataset', 'digits_lt')
-    refused('gone.pth.tar', 'eval.py', '--checkpoint', tmp_path / 'gone.pth.tar', '--dataset', 'digits_lt')
+    refused('bare.pth.tar', 'eval', '--checkpoint', bare, '--dataset', 'digits_lt')
+    refused('gone.pth.tar', 'eval', '--checkpoint', tmp_path / 'gone.pth.tar', '--dataset', 'digits_lt')
     refused(
-        "'experts.0.aligner.0.weight'", 'retrain_classifier.py', '--checkpoint', good, '--no-fusion',
+        "'experts.0.aligner.0.weight'", 'retrain-classifier', '--checkpoint', good, '--no-fusion',
         '--output', tmp_path / 'out')
     refused(
-        "residual differs from stage one's, product", 'retrain_classifier.py', '--checkpoint', good, '--fusion-type',
+        "residual differs from stage one's, product", 'retrain-classifier', '--checkpoint', good, '--fusion-type',
         'residual', '--output', tmp_path / 'out')
     refused(
-        'is of no class of the data', 'retrain_classifier.py', '--checkpoint', good, '--eval-metric', 'few',
+        'is of no class of the data', 'retrain-classifier', '--checkpoint', good, '--eval-metric', 'few',
         '--few-shot', '1', '--output', tmp_path / 'out')
 
 
 @pytest.mark.parametrize('options', [['--holdout', '0.1'], ['--holdout', '0.1', '--imb-factor', '10']])
 def test_holding_out_what_stage_one_has_seen(refused, tmp_path, tiny_run, options):
     refused(
-        'would evaluate on images that stage one was trained on', 'retrain_classifier.py', '--checkpoint', tiny_run,
+        'would evaluate on images that stage one was trained on', 'retrain-classifier', '--checkpoint', tiny_run,
         '--output', tmp_path / 'out', *options)
 
 
@@ -140,7 +140,7 @@ def test_teachers_that_do_not_fit(refused, tmp_path, tiny_run):
         return f'local-dir:{folder}'
 
     def check(value, name, *options):
-        refused(value, 'train.py', *TINY, '--output', tmp_path / 'out', '--kd-model-name', name, *options)
+        refused(value, 'train', *TINY, '--output', tmp_path / 'out', '--kd-model-name', name, *options)
 
     digits = [str(digit) for digit in range(10)]
     resnet = timm.create_model('resnet10t', num_classes=10)
@@ -162,7 +162,7 @@ def test_resuming_with_a_teacher(run_script, tmp_path, tiny_run, old):
         torch.save(checkpoint, path)
     before = snapshot(tmp_path)
     status, _, error = run_script(
-        'train.py', *TINY, '--resume', tmp_path / 'run', '--kd-model-name', f'local-dir:{tiny_run}/model')
+        'train', *TINY, '--resume', tmp_path / 'run', '--kd-model-name', f'local-dir:{tiny_run}/model')
     assert status == 2 and '--kd-model-name' in error and "differs from the resumed run's None" in error
     assert snapshot(tmp_path) == before
 
@@ -170,18 +170,18 @@ def test_resuming_with_a_teacher(run_script, tmp_path, tiny_run, old):
 def test_resuming_with_another_model(run_script, tmp_path, tiny_run):
     shutil.copytree(tiny_run / 'stage_one', tmp_path / 'run' / 'stage_one')
     before = snapshot(tmp_path)
-    status, _, error = run_script('train.py', *TINY, '--resume', tmp_path / 'run', '--num-experts', '2')
+    status, _, error = run_script('train', *TINY, '--resume', tmp_path / 'run', '--num-experts', '2')
     assert status == 2 and '--num-experts 2 differs' in error and len(error.strip().splitlines()) == 1
     assert snapshot(tmp_path) == before
 
 
 def test_output_folders(run_script, tmp_path, tiny_run):
     before = snapshot(tiny_run)
-    status, _, error = run_script('train.py', *TINY, '--output', tiny_run.parent)
+    status, _, error = run_script('train', *TINY, '--output', tiny_run.parent)
     assert status == 2 and f"'{tiny_run}' already holds a run" in error
     assert snapshot(tiny_run) == before
     (tmp_path / 'file').write_text('kept')
-    status, _, error = run_script('train.py', *TINY, '--output', tmp_path / 'file')
+    status, _, error = run_script('train', *TINY, '--output', tmp_path / 'file')
     assert status == 2 and f"'{tmp_path / 'file' / 'run'}' cannot be written" in error
     assert (tmp_path / 'file').read_text() == 'kept'
 
@@ -203,13 +203,13 @@ def test_eval_arguments(refused, value, argv, tmp_path):
         (tmp_path / 'config.json').write_text('{"architecture": "resnet32_shike", "pretrained_cfg": {}}')
         (tmp_path / 'pytorch_model.bin').write_bytes(pickle.dumps(Payload()))
         argv = ['--model', f'local-dir:{tmp_path}']
-    refused(value, 'eval.py', '--dataset', 'digits_lt', '--workers', '0', '--device', 'cpu', *argv)
+    refused(value, 'eval', '--dataset', 'digits_lt', '--workers', '0', '--device', 'cpu', *argv)
 
 
 def test_eval_of_a_pretrained_network_that_is_none_of_ours(refused, monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: create(name))  # nothing is downloaded
-    refused("model 'resnet18' is a ResNet", 'eval.py', '--model', 'resnet18', '--pretrained', '--dataset', 'digits_lt')
+    refused("model 'resnet18' is a ResNet", 'eval', '--model', 'resnet18', '--pretrained', '--dataset', 'digits_lt')
 
 
 def test_messages_of_others_become_one_line():
@@ -229,25 +229,24 @@ def test_an_average_comes_before_the_weights():
 
 def test_processes_that_nobody_starts(refused, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '4')
-    refused('4 processes are expected', 'train.py', *TINY, '--output', tmp_path / 'out')
-    refused('WORLD_SIZE is 4, but a benchmark is of one process', 'benchmark.py', *TINY)
+    refused('4 processes are expected', 'train', *TINY, '--output', tmp_path / 'out')
 
 
 def test_resuming_with_other_options(refused, tmp_path, tiny_run):
     tiny_run = shutil.copytree(tiny_run, tmp_path / 'run')
-    refused('--opt adamw differs', 'train.py', '--resume', tiny_run, '--opt', 'adamw')
-    refused('--weight-decay 0.0 differs', 'train.py', '--resume', tiny_run, '--weight-decay', '0')
+    refused('--opt adamw differs', 'train', '--resume', tiny_run, '--opt', 'adamw')
+    refused('--weight-decay 0.0 differs', 'train', '--resume', tiny_run, '--weight-decay', '0')
     text = tmp_path / 'text.pth.tar'
     text.write_text('aa: null')
-    refused('truncated or not a checkpoint', 'retrain_classifier.py', '--checkpoint', text)
-    refused('--crt-epochs 0', 'train.py', '--resume', tiny_run, '--crt-epochs', '0')
-    refused('is of stage one', 'train.py', '--resume', tiny_run / 'stage_one' / 'last.pth.tar')
+    refused('truncated or not a checkpoint', 'retrain-classifier', '--checkpoint', text)
+    refused('--crt-epochs 0', 'train', '--resume', tiny_run, '--crt-epochs', '0')
+    refused('is of stage one', 'train', '--resume', tiny_run / 'stage_one' / 'last.pth.tar')
     torch.save({'state_dict': {}}, tmp_path / 'weights.pth.tar')
-    refused('not in the stage_one or stage_two of a run', 'train.py', '--resume', tmp_path / 'weights.pth.tar')
+    refused('not in the stage_one or stage_two of a run', 'train', '--resume', tmp_path / 'weights.pth.tar')
     (tmp_path / 'stage_one').mkdir()
     (tmp_path / 'weights.pth.tar').rename(tmp_path / 'stage_one' / 'last.pth.tar')
-    refused('no state to resume from', 'train.py', *TINY, '--resume', tmp_path)
-    refused('--crt-epochs 0', 'retrain_classifier.py', '--checkpoint', tiny_run, '--crt-epochs', '0')
+    refused('no state to resume from', 'train', *TINY, '--resume', tmp_path)
+    refused('--crt-epochs 0', 'retrain-classifier', '--checkpoint', tiny_run, '--crt-epochs', '0')
 
 
 def test_a_killed_worker_of_any_command_is_one_sentence(monkeypatch, run_script):
@@ -255,5 +254,5 @@ def test_a_killed_worker_of_any_command_is_one_sentence(monkeypatch, run_script)
         raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')
 
     monkeypatch.setattr('shike_timm.cli.describe.describe_data', killed)
-    status, _, error = run_script('describe.py', '--data-dir', 'x')
+    status, _, error = run_script('describe', '--data-dir', 'x')
     assert status == 1 and 'A process that loads images is gone' in error and len(error.splitlines()) == 1

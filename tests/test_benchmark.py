@@ -1,5 +1,6 @@
-"""benchmark.py: what it counts is known, what it times adds up."""
+"""benchmarks/benchmark.py: it counts known work, and its times add up."""
 import json
+import sys
 import time
 
 import pytest
@@ -9,17 +10,14 @@ import torch._inductor.config
 from conftest import ROOT
 from torch import nn
 
-from shike_timm.cli.benchmark import (
-    _plain_run,
-    _shike_run,
-    benchmark,
-    format_report,
-    parse_benchmark_args,
-)
-from shike_timm.measure import count_flops, measure_ceilings, peak_memory, time_parts
+from shike_timm.costs import count_flops
 from shike_timm.training.build import resolve_autocast
 from shike_timm.training.engine import LoopConfig, train_step
 from shike_timm.training.tasks import RepresentationTask
+
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+from benchmark import _plain_run, _shike_run, benchmark, format_report, parse_benchmark_args  # noqa: E402
+from measure import measure_ceilings, peak_memory, time_parts  # noqa: E402
 
 QUICK = ['--device', 'cpu', '--num-warm-iter', '1', '--num-bench-iter', '1', '--num-rounds', '3', '--batch-size', '4']
 CPU = torch.device('cpu')
@@ -29,8 +27,7 @@ CPU = torch.device('cpu')
 def known_ceilings():
     """Ceilings that take no time to measure."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            'shike_timm.cli.benchmark.measure_ceilings', lambda *_: dict(matmul_gflops=100., copy_gb=10.))
+        patch.setattr('benchmark.measure_ceilings', lambda *_: dict(matmul_gflops=100., copy_gb=10.))
         yield
 
 
@@ -155,7 +152,7 @@ def test_parts_add_up_to_the_step():
 
 
 def test_ceilings_are_work_over_time(monkeypatch):
-    monkeypatch.setattr('shike_timm.measure.seconds_per_call', lambda *_: 0.25)
+    monkeypatch.setattr('measure.seconds_per_call', lambda *_: 0.25)
     assert measure_ceilings(CPU, torch.float32) == dict(
         matmul_gflops=round(2 * 512 ** 3 / 0.25e9, 1), copy_gb=round(2 * 4 * 2 ** 26 / 0.25e9, 1))
 
@@ -172,14 +169,14 @@ def test_ceilings_are_work_over_time(monkeypatch):
     (['--stage', '3'], '--stage is '),
 ])
 def test_bad_input(run_script, options, message):
-    status, _, err = run_script('benchmark.py', *QUICK, *options)
+    status, _, err = run_script('benchmarks/benchmark.py', *QUICK, *options)
     assert status == 2 and message in err and len(err.strip().splitlines()) == 1
 
 
 def test_compiling_needs_a_compiler(run_script, monkeypatch, tmp_path):
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
     with torch._inductor.config.patch({'cpp.cxx': (None, 'no-such-compiler')}):
-        status, _, err = run_script('benchmark.py', *QUICK, '--torchcompile')
+        status, _, err = run_script('benchmarks/benchmark.py', *QUICK, '--torchcompile')
     assert status == 2 and 'no-such-compiler' in err and len(err.strip().splitlines()) == 1
 
 
@@ -215,3 +212,9 @@ def test_a_gpu_that_emulates_bfloat16_is_told_of(monkeypatch, caplog, native):
     assert resolve_autocast(parse_benchmark_args(['--amp']), device) == torch.float16 and not caplog.text
     args = parse_benchmark_args(['--amp', '--amp-dtype', 'bfloat16'])
     assert resolve_autocast(args, device) == torch.bfloat16 and ('no known instructions' in caplog.text) != native
+
+
+def test_processes_are_refused(run_script, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    status, _, err = run_script('benchmarks/benchmark.py', *QUICK)
+    assert status == 2 and 'WORLD_SIZE is 4, but a benchmark is of one process' in err

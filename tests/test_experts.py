@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 
 import shike_timm  # noqa: F401
 from shike_timm.cli import eval as validation
-from shike_timm.measure import inference_costs
+from shike_timm.costs import inference_costs
 from shike_timm.metrics import METRICS
 from shike_timm.report.logits import load_logits
 

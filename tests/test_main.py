@@ -40,5 +40,13 @@ def test_memory_that_runs_out_is_one_sentence(tmp_path, run_script, monkeypatch)
         raise torch.OutOfMemoryError('CUDA out of memory.')
 
     monkeypatch.setattr(describe, 'find_dataset', fail)
-    status, _, told = run_script('describe.py', '--data-dir', tmp_path)
+    status, _, told = run_script('describe', '--data-dir', tmp_path)
     assert status == 1 and told.count('\n') == 1 and '--grad-accum-steps' in told
+
+
+@pytest.mark.parametrize('name', ['train', 'retrain_classifier', 'eval'])
+def test_scripts_of_the_clone_are_commands(run_script, name):
+    command = name.replace('_', '-')
+    for script, called in ((f'{name}.py', f'{name}.py'), (command, f'shike {command}')):
+        status, _, error = run_script(script, '--unknown')
+        assert status == 2 and error.startswith(f'{called}: error: ') and len(error.splitlines()) == 1

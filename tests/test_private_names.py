@@ -14,8 +14,6 @@ FOREIGN = [
     (AutoAugment, '_augmentation_space', 'data/augment/batch.py', 'AutoAugment in batches'),
     (torch.cpu, '_is_amx_tile_supported', 'devices.py', 'the data type of --amp on older releases of torch'),
     (torch.cpu, '_is_avx512_bf16_supported', 'devices.py', 'the same'),
-    (torch, '_subclasses', 'measure.py', 'the memory of a step that is not run'),
-    (torch.utils, '_python_dispatch', 'measure.py', 'peak memory on a CPU'),
     (CheckpointSaver, '_replace', 'checkpoints.py', 'that there is a `last` checkpoint at every moment'),
     (CheckpointSaver, '_save', 'checkpoints.py', 'the checkpoint before the first epoch'),
     (torch.Tensor, '_version', 'models/backbones/split.py', 'the refusal of backbones that overwrite what is shared'),

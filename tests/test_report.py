@@ -80,7 +80,7 @@ def plain_metrics(logits, targets, counts):
 def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_script):
     """Numbers of page, CSV and JSON agree, and NumPy finds the same in the saved logits."""
     status, out, err = run_script(
-        'eval.py', '--checkpoint', tiny_run / 'stage_two' / 'last.pth.tar', '--dataset', 'digits_lt', '--workers', '0',
+        'eval', '--checkpoint', tiny_run / 'stage_two' / 'last.pth.tar', '--dataset', 'digits_lt', '--workers', '0',
         '--device', 'cpu', '--results-file', tmp_path / 'results.json', '--save-logits', tmp_path / 'logits.npz',
         '--report', tmp_path / 'report')
     assert status == 0 and 'report.html' in out, err
@@ -123,7 +123,7 @@ def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_scrip
 def test_a_run_is_reported_with_its_first_stage(tiny_run, tmp_path, run_script):
     shutil.copytree(tiny_run, tmp_path / 'other')
     status, out, err = run_script(
-        'shike_timm_cli.py', 'report', tiny_run, tmp_path / 'other', '--output', tmp_path / 'report', '--workers', '0',
+        'report', tiny_run, tmp_path / 'other', '--output', tmp_path / 'report', '--workers', '0',
         '--device', 'cpu')
     assert status == 0, err
     text, _ = read_page(tmp_path / 'report')
@@ -162,9 +162,9 @@ def test_seeds_of_one_recipe(tmp_path, monkeypatch):
 
 def test_a_run_is_judged_on_the_images_that_it_set_aside(tmp_path, run_script):
     command = [*TINY, '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs', '0', '--val-per-class', '20']
-    assert run_script('train.py', *command, '--output', tmp_path)[0] == 0
+    assert run_script('train', *command, '--output', tmp_path)[0] == 0
     status, _, err = run_script(
-        'shike_timm_cli.py', 'report', tmp_path / 'run', '--output', tmp_path / 'report', '--workers', '0', '--device',
+        'report', tmp_path / 'run', '--output', tmp_path / 'report', '--workers', '0', '--device',
         'cpu')
     assert status == 0, err
     top1 = json.loads((tmp_path / 'run' / 'metrics.json').read_text())['stage_one']['top1']
@@ -323,7 +323,7 @@ def test_images_of_a_folder(image_folder, tmp_path, run_script, monkeypatch):
     monkeypatch.setattr('shike_timm.data.table.MAX_UNREADABLE', 0.5)
     (image_folder / 'validation' / 'ant' / '00.png').write_bytes(b'')  # has no logits and no place among paths
     status, _, err = run_script(
-        'eval.py', '--model', f'local-dir:{tmp_path}/model', '--data-dir', image_folder, '--workers', '0',
+        'eval', '--model', f'local-dir:{tmp_path}/model', '--data-dir', image_folder, '--workers', '0',
         '--no-check-images', '--device', 'cpu', '--many-shot', '20', '--few-shot', '10', '--save-logits',
         tmp_path / 'logits.npz', '--results-file', tmp_path / 'results.json')
     assert status == 0, err
@@ -366,7 +366,7 @@ def test_where_experts_look(image_folder, tmp_path, run_script, monkeypatch):
     (image_folder / 'train' / 'bee').rename(image_folder / 'train' / '<b>bee')
     (image_folder / 'validation' / 'bee').rename(image_folder / 'validation' / '<b>bee')
     command = [
-        'eval.py', '--model', f'local-dir:{tmp_path}/model', '--data-dir', image_folder, '--workers', '0', '--device',
+        'eval', '--model', f'local-dir:{tmp_path}/model', '--data-dir', image_folder, '--workers', '0', '--device',
         'cpu', '--report', tmp_path / 'report', '--cam', image_folder / 'validation' / 'ant']
     status, _, err = run_script(*command)
     assert status == 0, err
@@ -386,11 +386,11 @@ def test_where_experts_look(image_folder, tmp_path, run_script, monkeypatch):
 
 
 def test_maps_that_cannot_be_had(tmp_path, run_script, monkeypatch):
-    status, _, err = run_script('eval.py', '--model', 'resnet32_shike', '--dataset', 'digits_lt', '--cam', 'x.png')
+    status, _, err = run_script('eval', '--model', 'resnet32_shike', '--dataset', 'digits_lt', '--cam', 'x.png')
     assert status == 2 and 'add --report DIR' in err
     monkeypatch.setitem(sys.modules, 'pytorch_grad_cam', SimpleNamespace())
     save_logits(tmp_path / 'logits.npz', make_logits(COUNTS))
-    command = ['shike_timm_cli.py', 'report', tmp_path / 'logits.npz', '--cam', 'x.png', '--output', tmp_path / 'new']
+    command = ['report', tmp_path / 'logits.npz', '--cam', 'x.png', '--output', tmp_path / 'new']
     status, _, err = run_script(*command)
     assert status == 2 and '--cam needs a model' in err
     monkeypatch.setitem(sys.modules, 'pytorch_grad_cam', None)
@@ -413,16 +413,16 @@ def test_bad_files(tmp_path, run_script):
         with pytest.raises(InputError, match=message):
             load_logits(tmp_path / f'{name}.npz')
     (tmp_path / 'empty').mkdir()
-    status, _, err = run_script('shike_timm_cli.py', 'report', tmp_path / 'empty', '--output', tmp_path / 'report')
+    status, _, err = run_script('report', tmp_path / 'empty', '--output', tmp_path / 'report')
     assert status == 2 and 'holds no checkpoint' in err and not (tmp_path / 'report').exists()
-    status, _, err = run_script('shike_timm_cli.py', 'report', tmp_path / 'empty', '--output', tmp_path / 'text.npz')
+    status, _, err = run_script('report', tmp_path / 'empty', '--output', tmp_path / 'text.npz')
     assert status == 2 and 'is a file' in err
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch, run_script, tmp_path):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     status, _, err = run_script(
-        'eval.py', '--model', 'resnet32_shike', '--report', tmp_path / 'report', '--dataset', 'digits_lt')
+        'eval', '--model', 'resnet32_shike', '--report', tmp_path / 'report', '--dataset', 'digits_lt')
     assert status == 2 and "pip install 'shike-timm[report]'" in err and len(err.splitlines()) == 1
     assert parse_eval_args([]).report is None
 

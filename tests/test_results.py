@@ -242,7 +242,7 @@ def test_the_weights_of_the_package_give_the_figures_of_their_run(
         tmp_path, run_script, real_cifar_root, monkeypatch, tag):
     monkeypatch.setattr(socket.socket, 'connect', None)  # no network
     status, out, _ = run_script(
-        'eval.py', '--model', f'resnet32_shike.{tag}', '--pretrained', '--dataset', 'cifar100_lt', '--data-dir',
+        'eval', '--model', f'resnet32_shike.{tag}', '--pretrained', '--dataset', 'cifar100_lt', '--data-dir',
         real_cifar_root, '--workers', '0', '--device', 'cpu', '--results-file', tmp_path / 'results.json')
     assert status == 0 and 'ensemble' in out
     metrics = json.loads((tmp_path / 'results.json').read_text())

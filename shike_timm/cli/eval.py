@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import check_results_file, write_text
+from ..costs import inference_costs
 from ..data import create_eval_loader
 from ..data.config import CheckConfig, EvalDataConfig, PreprocessingConfig
 from ..devices import DeviceConfig, tune_device
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
-from ..measure import inference_costs
 from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_subsets, format_table, shot_numbers
 from ..models import Shike
 from ..options import HparamsConfig, option, parse

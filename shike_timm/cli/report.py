@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints import load_checkpoint
+from ..costs import count_flops
 from ..data import ImageSet, create_eval_loader
 from ..data.table import ImageTable
 from ..devices import DeviceConfig, resolve_device, tune_device
 from ..errors import InputError
-from ..measure import count_flops
 from ..metrics import MOST_EXPERTS, all_subsets, evaluate, shot_numbers
 from ..models import Shike
 from ..options import checked, option, parse

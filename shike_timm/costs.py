@@ -1,0 +1,89 @@
+"""What a model costs: parameters, floating-point operations and seconds."""
+import statistics
+import time
+from functools import partial
+from typing import Any, Callable, Dict, List
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work of a GPU."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def seconds_per_call(function: Callable[[], Any], device: torch.device, num_calls: int) -> float:
+    """Average seconds of a call, including the work that it leaves to the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(num_calls):
+        function()
+    synchronize(device)
+    return (time.perf_counter() - start) / num_calls
+
+
+def rates_by_turns(steps: Dict[Callable[[], Any], int], device: torch.device, num_rounds: int) -> List[List[float]]:
+    """Calls a second of each step in each round.
+
+    The steps take turns, so that all of them suffer alike when the machine slows down.
+
+    Args:
+        steps: The functions to call, and how many calls make a turn.
+        device: Device that does the work.
+        num_rounds: Turns of each step.
+    """
+    rounds = [
+        [1 / seconds_per_call(step, device, number) for step, number in steps.items()] for _ in range(num_rounds)]
+    return [list(rates) for rates in zip(*rounds)]
+
+
+@torch.inference_mode()
+def inference_costs(
+        models: Dict[str, nn.Module],
+        images: Tensor,
+        num_rounds: int = 5,
+        seconds_per_turn: float = 0.5,
+) -> Dict[str, Dict[str, float]]:
+    """Parameters, multiply-adds and throughput of models at inference.
+
+    Args:
+        models: Models in eval mode by name, on the device of the images.
+        images: A batch [B, C, H, W].
+        num_rounds: Turns of each model. The median counts.
+        seconds_per_turn: Approximate length of a turn, which has at least one batch.
+
+    Returns:
+        By name the `parameters`, the `gmacs` of one image (10^9 multiply-adds) and the `images_per_second`.
+    """
+    steps = [partial(model, images) for model in models.values()]
+    flops = [count_flops(step) for step in steps]  # also the first call, which is slow and not timed
+    turns = {step: max(round(seconds_per_turn / seconds_per_call(step, images.device, 1)), 1) for step in steps}
+    rates = rates_by_turns(turns, images.device, num_rounds)
+    return {
+        name: dict(
+            parameters=sum(p.numel() for p in model.parameters()),
+            gmacs=flops[i] / 2e9 / len(images),
+            images_per_second=len(images) * statistics.median(rates[i]),
+        )
+        for i, (name, model) in enumerate(models.items())
+    }
+
+
+def _conv_backward(grad_out: Any, x: Any, weight: Any, *args: Any, **_: Any) -> int:
+    """FLOPs of a convolution's backward, given the shapes: each gradient costs as much as the forward.
+
+    torch's own formula forgets that grouped convolutions divide the work on the weight's gradient by the groups.
+    """
+    *_, transposed, _, _, output_mask = args
+    return sum(output_mask[:2]) * conv_flop_count(x, weight, grad_out, transposed)
+
+
+def count_flops(step: Callable[[], Any]) -> int:
+    """Floating-point operations of the convolutions and matrix products of a step. A multiply-add counts as two."""
+    formulas = {torch.ops.aten.convolution_backward: _conv_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        step()
+    return counter.get_total_flops()
