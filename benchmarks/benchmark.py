@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 import numpy as np
 import timm
 import torch
-from timm.task import ClassificationTask, TrainingTask
+from timm.task import ClassificationTask
 from timm.utils import is_distributed_env
 from torch import Tensor
 
@@ -30,26 +30,13 @@ from shike_timm.data.in_memory import DeviceLoader  # noqa: E402
 from shike_timm.devices import resolve_device, tune_device  # noqa: E402
 from shike_timm.errors import InputError, one_line  # noqa: E402
 from shike_timm.models import Shike  # noqa: E402
+from shike_timm.models.create import check_model_name, create_model, resolve_data_config  # noqa: E402
 from shike_timm.options import option, parse  # noqa: E402
-from shike_timm.training.build import (  # noqa: E402
-    check_compiler,
-    check_model_name,
-    create_model,
-    create_optimizer,
-    resolve_autocast,
-    resolve_data_config,
-)
+from shike_timm.training.build import check_compiler, create_optimizer, image_channels, resolve_autocast  # noqa: E402
 from shike_timm.training.config import RunConfig  # noqa: E402
-from shike_timm.training.engine import train_step  # noqa: E402
-from shike_timm.training.methods import Stage, plan_stages  # noqa: E402
-from shike_timm.training.runs import (  # noqa: E402
-    Run,
-    compile_task,
-    create_loss_scaler,
-    create_task,
-    loop_config,
-    prepare,
-)
+from shike_timm.training.phases import Phase, plan_phases  # noqa: E402
+from shike_timm.training.runs import prepare  # noqa: E402
+from shike_timm.training.trainer import Trainer  # noqa: E402
 
 NUM_BENCH_ITER = 40  # steps of a round on noise
 
@@ -80,22 +67,22 @@ class Contestant:
     result: Dict[str, Any]
 
 
-# The parts of training that this script needs: a run, its stage, its task and one step.
+# The parts of training that this script needs: a trainer, its phase and one step.
 
-def _stage(config: BenchmarkConfig) -> Stage:
-    stages = plan_stages(config)
-    if config.stage > len(stages):
+def _phase(config: Any) -> Phase:
+    phases = plan_phases(config)
+    if config.stage > len(phases):
         raise InputError(
             f'--stage {config.stage} is left out by --method {config.method} without --crt-epochs: add some.')
-    return stages[config.stage - 1]
+    return phases[config.stage - 1]
 
 
-def _run_on_data(config: BenchmarkConfig) -> Run:
-    return prepare(config, [_stage(config)])
+def _on_data(config: BenchmarkConfig) -> Trainer:
+    return prepare(config, [_phase(config)], resolve_device(config.device))
 
 
-def _run_on_noise(config: BenchmarkConfig, model: Any, data_config: Dict[str, Any]) -> Run:
-    """A run of any model over one batch of noise."""
+def _on_noise(config: BenchmarkConfig, model: Any, data_config: Dict[str, Any]) -> Trainer:
+    """A trainer of any model over one batch of noise."""
     device = resolve_device(config.device)
     channels, height, width = data_config['input_size']
     rng = np.random.default_rng(config.seed)
@@ -105,126 +92,123 @@ def _run_on_noise(config: BenchmarkConfig, model: Any, data_config: Dict[str, An
     names = [str(c) for c in range(model.num_classes)]
     noise = in_memory_set(images, targets, names)
     data = TrainingData(noise, noise, [1] * model.num_classes, names)
-    return Run(config, device, resolve_autocast(config, device), data, data_config, model.to(device), loader, loader)
+    return Trainer(config, [_phase(config)], data, data_config, model.to(device), loader, loader, device)
 
 
-def _create_task(run: Run) -> TrainingTask:
-    if isinstance(run.model, Shike):
-        return create_task(run, _stage(run.args))
-    task = ClassificationTask(run.model, device=run.device, verbose=False)
-    task.to(memory_format=torch.channels_last if run.args.channels_last else torch.contiguous_format)
-    return task
+def _start(trainer: Trainer) -> None:
+    """Make task and optimizer. A plain model of timm has timm's own task."""
+    config: Any = trainer.config
+    if isinstance(trainer.model, Shike):
+        trainer.start(_phase(config))
+        return
+    task: Any = ClassificationTask(trainer.model, device=trainer.device, verbose=False)
+    task.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    trainer.task, trainer.optimizer = task, create_optimizer(config, _phase(config).lr, trainer.model)
 
 
-def _compile(run: Run, task: TrainingTask) -> bool:
-    stage = _stage(run.args) if isinstance(run.model, Shike) else plan_stages(run.args)[0]
-    return compile_task(task, run.args, stage)
-
-
-def _create_step(
-        run: Run,
-        task: TrainingTask,
-        batches: Iterator[Sequence[Tensor]],
-) -> Tuple[torch.optim.Optimizer, Callable[[], None]]:
-    optimizer = create_optimizer(run.args, _stage(run.args).lr, run.model)
-    scaler, config = create_loss_scaler(run), loop_config(run)
-    task.train()
-
-    def step() -> None:
-        images, target = next(batches)
-        train_step(task, images, target, optimizer, config, scaler)
-
-    return optimizer, step
+def _compile(trainer: Trainer) -> bool:
+    config: Any = trainer.config
+    compiled = bool(config.torchcompile) and not (isinstance(trainer.model, Shike) and trainer.phase.is_retraining)
+    if compiled:
+        trainer.task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
+    return compiled
 
 
 # What is timed.
 
-def _shike_run(config: BenchmarkConfig) -> Run:
+def _shike(config: BenchmarkConfig) -> Trainer:
     published = find_dataset(config.dataset).num_classes  # of a data set whose images need not be here
     if config.data_dir or config.dataset and not published:
-        return _run_on_data(config)
+        return _on_data(config)
     if config.kd_model_name:
         raise InputError(
             f"--kd-model-name '{config.kd_model_name}' teaches the classes of a data set: add --dataset or --data-dir.")
     known: Any = config.num_classes or published or timm.get_pretrained_cfg_value(config.model, 'num_classes')
-    model = create_model(config, known)
-    return _run_on_noise(config, model, resolve_data_config(config, model))
+    model = create_model(config, known, image_channels(config))
+    return _on_noise(config, model, resolve_data_config(config, model))
 
 
-def _plain_run(config: BenchmarkConfig, name: str, like: Run) -> Run:
+def _plain(config: BenchmarkConfig, name: str, like: Trainer) -> Trainer:
     """A plain model of timm on noise with the image size and classes of the SHIKE model."""
     channels = like.data_config['input_size'][0]
     try:
         model = timm.create_model(name, num_classes=like.data.num_classes, in_chans=channels)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"model '{name}' cannot be made: {one_line(error)}.") from error
-    return _run_on_noise(config, model, like.data_config)
+    return _on_noise(config, model, like.data_config)
 
 
-def _describe(step: Callable[[], Any], run: Run, held: Iterable[Tensor], **result: Any) -> Dict[str, Any]:
-    batch_size = run.args.batch_size
+def _describe(step: Callable[[], Any], trainer: Trainer, held: Iterable[Tensor], **result: Any) -> Dict[str, Any]:
+    batch_size = trainer.config.batch_size
     return dict(
         **result,
         batch_size=batch_size,
-        parameters=sum(p.numel() for p in run.model.parameters()),
+        parameters=sum(p.numel() for p in trainer.model.parameters()),
         gflops=count_flops(step) / batch_size / 1e9,
-        peak_memory_mb=round(peak_memory(step, run.device, held) / 2 ** 20, 1),
+        peak_memory_mb=round(peak_memory(step, trainer.device, held) / 2 ** 20, 1),
     )
 
 
 def _training_step(
-        run: Run,
+        trainer: Trainer,
         name: str,
-        task: TrainingTask,
         batches: Iterator[Sequence[Tensor]],
-) -> Tuple[torch.optim.Optimizer, Callable[[], None], Dict[str, Any]]:
-    """The optimizer of a task, a training step, and the costs of the step."""
-    optimizer, step = _create_step(run, task, batches)
+) -> Tuple[Callable[[], None], Dict[str, Any]]:
+    """A training step and its costs."""
+    task, config = trainer.task, trainer.config
+    task.train()
+
+    def step() -> None:
+        trainer.step(*next(batches))
+
     step()  # makes the state of the optimizer
     held = [*task.parameters(), *task.buffers()]
-    held += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    bench = f'train, stage {run.args.stage}' if isinstance(run.model, Shike) else 'train'
-    return optimizer, step, _describe(step, run, held, model=name, bench=bench)
+    held += [value for state in trainer.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    bench = f'train, stage {config.stage}' if isinstance(trainer.model, Shike) else 'train'
+    return step, _describe(step, trainer, held, model=name, bench=bench)
 
 
-def _memory(run: Run, name: str) -> Dict[str, Any]:
+def _memory(trainer: Trainer, name: str) -> Dict[str, Any]:
     """Costs of a training step that is not run. Half precision stands for whichever type the device has."""
-    run = replace(run, autocast=torch.bfloat16 if run.args.amp else None)
-    task = _create_task(run)
-    batch = next(iter(run.train_loader))
-    with on_paper(task) as blank:
-        return _training_step(run, name, task, repeat([blank(tensor) for tensor in batch]))[-1]
+    trainer.autocast = torch.bfloat16 if trainer.config.amp else None
+    _start(trainer)
+    batch = next(iter(trainer.train_loader))
+    with on_paper(trainer.task) as blank:
+        return _training_step(trainer, name, repeat([blank(tensor) for tensor in batch]))[-1]
 
 
-def _training(run: Run, name: str) -> Contestant:
-    config, task = run.args, _create_task(run)
-    optimizer, step, result = _training_step(run, name, task, chain.from_iterable(repeat(run.train_loader)))
-    result['compiled'] = _compile(run, task)
+def _training(trainer: Trainer, name: str) -> Contestant:
+    config: Any = trainer.config
+    loader = trainer.train_loader
+    _start(trainer)
+    step, result = _training_step(trainer, name, chain.from_iterable(repeat(loader)))
+    result['compiled'] = _compile(trainer)
     # Many batches are augmented at once, so a round on data is an epoch. Noise is one batch.
-    num_iter = config.num_bench_iter or (len(run.train_loader) if len(run.train_loader) > 1 else NUM_BENCH_ITER)
+    num_iter = config.num_bench_iter or (len(loader) if len(loader) > 1 else NUM_BENCH_ITER)
     for _ in range(config.num_warm_iter):
         step()
-    with time_parts(task, optimizer, run.device) as seconds:
+    with time_parts(trainer.task, trainer.optimizer, trainer.device) as seconds:
         for _ in range(num_iter):
             step()
     result['part_ms'] = {part: round(1000 * seconds[part] / num_iter, 3) for part in PARTS}
     return Contestant(step, num_iter, result)
 
 
-def _inference(run: Run, name: str) -> Contestant:
-    config = run.args
+def _inference(trainer: Trainer, name: str) -> Contestant:
+    config: Any = trainer.config
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model: Callable[[Tensor], Tensor] = run.model.eval().to(memory_format=memory_format)
-    images = next(iter(run.train_loader))[0].contiguous(memory_format=memory_format)
+    model: Callable[[Tensor], Tensor] = trainer.model.eval().to(memory_format=memory_format)
+    images = next(iter(trainer.train_loader))[0].contiguous(memory_format=memory_format)
 
     def step() -> None:
-        with torch.inference_mode(), torch.autocast(run.device.type, run.autocast, enabled=run.autocast is not None):
+        enabled = trainer.autocast is not None
+        with torch.inference_mode(), torch.autocast(trainer.device.type, trainer.autocast, enabled=enabled):
             model(images)
 
-    result = _describe(step, run, run.model.parameters(), model=name, bench='inference')
+    result = _describe(step, trainer, trainer.model.parameters(), model=name, bench='inference')
     result['compiled'] = bool(config.torchcompile)
     if config.torchcompile:
-        model = torch.compile(run.model, backend=config.torchcompile, mode=config.torchcompile_mode)
+        model = torch.compile(trainer.model, backend=config.torchcompile, mode=config.torchcompile_mode)
     for _ in range(config.num_warm_iter):
         step()
     return Contestant(step, config.num_bench_iter or NUM_BENCH_ITER, result)
@@ -239,10 +223,10 @@ def _write(config: BenchmarkConfig, report: Dict[str, Any]) -> Dict[str, Any]:
 def count_memory(config: BenchmarkConfig) -> Dict[str, Any]:
     """Memory of a training step that is neither run nor compiled, without what libraries set aside for themselves."""
     config = replace(config, device='cpu', amp_dtype='bfloat16')
-    run = _shike_run(config)
-    results = [_memory(run, config.model)]
-    results += [_memory(_plain_run(config, other, run), other) for other in config.compare]
-    size = ' x '.join(map(str, run.data_config['input_size'])) + (' in half precision' if config.amp else '')
+    trainer = _shike(config)
+    results = [_memory(trainer, config.model)]
+    results += [_memory(_plain(config, other, trainer), other) for other in config.compare]
+    size = ' x '.join(map(str, trainer.data_config['input_size'])) + (' in half precision' if config.amp else '')
     for r in results:
         print(
             f"{r['model']}, {r['bench']}, {r['batch_size']} images of {size}: "
@@ -273,9 +257,9 @@ def benchmark(config: BenchmarkConfig) -> Dict[str, Any]:
     contestants = []
     for name, kind in (('train', _training), ('inference', _inference)):
         if config.bench in (name, 'both'):
-            run = _shike_run(config)
-            contestants.append(kind(run, config.model))
-            contestants += [kind(_plain_run(config, other, run), other) for other in config.compare]
+            trainer = _shike(config)
+            contestants.append(kind(trainer, config.model))
+            contestants += [kind(_plain(config, other, trainer), other) for other in config.compare]
     ceilings = measure_ceilings(device, dtype)
     rounds = rates_by_turns({one.step: one.num_iter for one in contestants}, device, config.num_rounds)
     report = dict(

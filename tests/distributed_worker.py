@@ -13,6 +13,7 @@ from shike_timm.data import AugmentationConfig, create_eval_loader, create_train
 from shike_timm.data.datasets import in_memory_set
 from shike_timm.distributed import join_processes, rank, world_size
 from shike_timm.metrics import evaluate
+from shike_timm.models.create import create_model
 from shike_timm.training import runs, trainer
 
 CPU = torch.device('cpu')
@@ -58,7 +59,7 @@ def main(out, *argv):
     config = resolve_data_config(dict(input_size=(3, 8, 8), crop_pct=1., mean=(0.5,) * 3, std=(0.3,) * 3))
     few = in_memory_set(data.test.images[:101], data.test.targets[:101], data.class_names)
     torch.manual_seed(0)
-    model = runs.create_model(args, 10)
+    model = create_model(args, 10)
     seen['evaluations'] = [
         evaluate(model, create_eval_loader(few, config, 32, CPU, 0, on_device), data.class_counts, CPU, per_class=True)
         for on_device in (True, False)

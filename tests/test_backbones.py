@@ -18,7 +18,7 @@ from shike_timm.cli.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.losses import representation_loss
 from shike_timm.models.backbones.split import find_chain
-from shike_timm.training.build import create_model
+from shike_timm.models.create import create_model
 
 CONVOLUTIONAL = [
     'resnet18', 'resnetv2_50', 'regnetx_008', 'convnextv2_nano', 'efficientnet_b0', 'mobilenetv3_large_100',
@@ -126,7 +126,7 @@ def test_preprocessing_is_that_of_the_weights(monkeypatch):
         options = ['--model', name, *(['--backbone', backbone] if name == 'shike' else [])]
         args = parse_train_args([*options, '--pretrained-backbone', tag])
         for fresh in ways:
-            cfg = create_model(args, 5, fresh).pretrained_cfg
+            cfg = create_model(args, 5, fresh=fresh).pretrained_cfg
             for key in ('mean', 'std', 'crop_pct', 'interpolation', 'license'):
                 assert cfg[key] == getattr(wanted, key)
     assert 'license' not in create_model(parse_train_args(options), 5).pretrained_cfg

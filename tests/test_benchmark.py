@@ -12,11 +12,12 @@ from torch import nn
 
 from shike_timm.costs import count_flops
 from shike_timm.training.build import resolve_autocast
-from shike_timm.training.engine import LoopConfig, train_step
+from shike_timm.training.config import StepConfig
 from shike_timm.training.tasks import RepresentationTask
+from shike_timm.training.trainer import train_step
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
-from benchmark import _plain_run, _shike_run, benchmark, format_report, parse_benchmark_args  # noqa: E402
+from benchmark import _plain, _shike, benchmark, format_report, parse_benchmark_args  # noqa: E402
 from measure import measure_ceilings, peak_memory, time_parts  # noqa: E402
 
 QUICK = ['--device', 'cpu', '--num-warm-iter', '1', '--num-bench-iter', '1', '--num-rounds', '3', '--batch-size', '4']
@@ -87,14 +88,14 @@ def test_memory_of_a_step_that_is_not_run(report):
 ])
 def test_noise_has_the_size_that_is_asked_for(options, size):
     args = parse_benchmark_args([*QUICK, '--model', 'resnet32_shike', *options])
-    run = _shike_run(args)
-    for one in (run, _plain_run(args, 'resnet18', run)):
+    run = _shike(args)
+    for one in (run, _plain(args, 'resnet18', run)):
         images, _ = next(iter(one.train_loader))
         assert images.shape == (4, *size) and one.model(images).shape == (4, 100)
 
 
 def test_a_published_set_without_its_images_is_noise_with_its_classes():
-    run = _shike_run(parse_benchmark_args(['--hparams', 'inat2018_resnet50', '--img-size', '64', '--device', 'cpu']))
+    run = _shike(parse_benchmark_args(['--hparams', 'inat2018_resnet50', '--img-size', '64', '--device', 'cpu']))
     assert run.data_config['input_size'] == (3, 64, 64) and run.model.num_classes == 8142
     assert next(iter(run.train_loader))[0].shape == (64, 3, 64, 64)
 
@@ -137,7 +138,7 @@ def test_parts_add_up_to_the_step():
     task = RepresentationTask(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     images, target = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
-    config = LoopConfig()
+    config = StepConfig()
     start = time.perf_counter()
     with time_parts(task, optimizer, CPU) as seconds:
         for _ in range(3):

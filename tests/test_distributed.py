@@ -18,6 +18,7 @@ from shike_timm.checkpoints import load_checkpoint
 from shike_timm.cli.train import parse_train_args
 from shike_timm.data.sharding import EpochSampler
 from shike_timm.errors import InputError
+from shike_timm.models.create import create_model
 from shike_timm.training import runs
 from shike_timm.training.build import create_optimizer
 from shike_timm.training.phases import plan_phases
@@ -96,7 +97,7 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path):
     for num_parts in (1, 3):
         torch.manual_seed(0)
         args = parse_train_args([*TINY, '--opt', 'momentum'])
-        task = RepresentationTask(runs.create_model(args, 10)).eval()  # BatchNorm has statistics of each part else
+        task = RepresentationTask(create_model(args, 10)).eval()  # BatchNorm has statistics of each part else
         optimizer = create_optimizer(args, 0.001, task.get_eval_model())
         images, target = torch.randn(12, 3, 8, 8), torch.arange(12) % 10
         config = StepConfig(grad_accum_steps=num_parts)

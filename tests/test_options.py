@@ -17,8 +17,9 @@ from shike_timm.checkpoints import load_checkpoint
 from shike_timm.cli.retrain_classifier import parse_retrain_args
 from shike_timm.cli.train import parse_train_args
 from shike_timm.errors import InputError
+from shike_timm.models.create import create_model
 from shike_timm.options import check_values, complete, options, read_command_line
-from shike_timm.training.build import create_model, create_optimizer, create_schedule, mixup_options, resolve_autocast
+from shike_timm.training.build import create_optimizer, create_schedule, mixup_options, resolve_autocast
 from shike_timm.training.config import TrainConfig, card_options, changed_option
 from shike_timm.training.phases import plan_phases
 from shike_timm_cli import COMMANDS

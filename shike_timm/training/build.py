@@ -14,9 +14,6 @@ from ..data import DataRequest, ImageSet, TrainingData, create_eval_dataset, loa
 from ..data.config import PreprocessingConfig
 from ..devices import computes_bfloat16
 from ..errors import InputError, one_line
-from ..models import Shike, create
-from ..models.create import check_model_name as check_model_name
-from ..models.create import resolve_data_config as resolve_data_config
 from .config import LoopConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from .phases import Phase
 
@@ -82,11 +79,6 @@ def image_channels(args: PreprocessingConfig) -> int:
     if args.input_size and args.img_size:
         raise InputError(f'--input-size and --img-size {args.img_size} contradict each other: drop one of them.')
     return channels
-
-
-def create_model(args: RunConfig, num_classes: int, fresh: bool = False) -> Shike:
-    """`models.create.create_model` for the images that the arguments name."""
-    return create.create_model(args, num_classes, image_channels(args), fresh)
 
 
 def _takes_fused(args: OptimizerConfig) -> bool:
