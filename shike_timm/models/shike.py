@@ -19,8 +19,6 @@ from .classifiers import CLASSIFIERS, COSINE_SCALE
 from .experts import ALIGNERS, Expert, init_convolutions
 from .prior import Frequencies, Prior
 
-__all__ = ['Shike']
-
 FUSIONS = ('product', 'residual', 'none')
 
 
@@ -129,7 +127,7 @@ class Shike(nn.Module):
         # The stem is one of the feature levels in some networks only. The shared stages follow.
         *levels, last = net.feature_info
         self.num_stem_levels = len(levels) - len(net.stages)
-        self.experts = self._make_experts(net, levels, last, aligner, **dd)
+        self.experts = self._make_experts(net, aligner, **dd)
         modules = ['stem'] * self.num_stem_levels + [f'stages.{i}' for i in range(len(self.stages))]
         self.feature_info: List[Dict[str, Any]] = [dict(info, module=module) for info, module in zip(levels, modules)]
         self.feature_info.append(dict(last, num_chs=num_experts * last['num_chs'], module='experts'))
@@ -142,14 +140,8 @@ class Shike(nn.Module):
             self.set_training_prior(class_counts, classifier_prior)
             self.set_target_prior(target_prior)
 
-    def _make_experts(
-            self,
-            net: Backbone,
-            levels: Sequence[Dict[str, int]],
-            last: Dict[str, int],
-            aligner: str,
-            **dd: Any,
-    ) -> nn.ModuleList:
+    def _make_experts(self, net: Backbone, aligner: str, **dd: Any) -> nn.ModuleList:
+        *levels, last = net.feature_info
         residual, experts, aligners = self.fusion == 'residual', nn.ModuleList(), []
         for stage, depth in zip(net.last_stages, self.depths):
             align = None
@@ -239,11 +231,7 @@ class Shike(nn.Module):
         return self.classifier
 
     def reset_classifier(
-            self,
-            num_classes: int,
-            global_pool: Optional[str] = None,
-            cosine_scale: Optional[float] = None,
-    ) -> None:
+            self, num_classes: int, global_pool: Optional[str] = None, cosine_scale: Optional[float] = None) -> None:
         """Give every expert a new classifier with fresh weights and an unknown prior.
 
         Args:
@@ -383,11 +371,7 @@ class Shike(nn.Module):
         return [i % num_levels for i in indices]
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
+            self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
         """Drop what the chosen feature levels do not need.
 
         Args:
