@@ -30,6 +30,7 @@ def _without_numpy(value: Any) -> Any:
 
 
 def _resolve_depths(depths: Optional[Sequence[int]], num_experts: int, num_shared: int) -> Tuple[int, ...]:
+    """The shared stage that each expert fuses, counted from 1."""
     if depths is None:
         return tuple(m % num_shared + 1 for m in range(num_experts))
     depths = tuple(_without_numpy(depth) for depth in depths)
@@ -142,7 +143,7 @@ class Shike(nn.Module):
 
     def _make_experts(self, net: Backbone, aligner: str, **dd: Any) -> nn.ModuleList:
         *levels, last = net.feature_info
-        residual, experts, aligners = self.fusion == 'residual', nn.ModuleList(), []
+        residual, experts = self.fusion == 'residual', nn.ModuleList()
         for stage, depth in zip(net.last_stages, self.depths):
             align = None
             if self.fusion != 'none':
@@ -151,15 +152,15 @@ class Shike(nn.Module):
                 align = ALIGNERS[aligner](shallow['num_chs'], last['num_chs'], num_halvings, **dd)
                 if residual and isinstance(align[-1], nn.ReLU):
                     del align[-1]  # residual fusion starts at zero, where a ReLU lets no gradient through
-                aligners.append(align)
                 if net.initialised:
                     init_convolutions(align)
             experts.append(Expert(stage, depth, align, residual))
         if not net.initialised:
             for part in (self.stem, self.stages, experts):
                 init_convolutions(part)
-        for align in aligners if residual else ():
-            nn.init.zeros_([module for module in align if isinstance(module, nn.BatchNorm2d)][-1].weight)
+        for expert in experts if residual else ():
+            *_, norm = (module for module in expert.modules() if isinstance(module, nn.BatchNorm2d))  # the aligner's
+            nn.init.zeros_(norm.weight)
         return experts
 
     @torch.jit.ignore()
@@ -372,15 +373,9 @@ class Shike(nn.Module):
 
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
-        """Drop what the chosen feature levels do not need.
+        """Drop what the chosen feature levels do not need, and give these levels, counted from 0.
 
-        Args:
-            indices: Levels to keep, or how many of the last.
-            prune_norm: No effect: there is no norm after the last level.
-            prune_head: Drop the classifiers too.
-
-        Returns:
-            The levels kept, counted from 0.
+        Arguments are those of timm's models. There is no norm to prune.
         """
         levels = self._levels(indices)
         num_left = max(levels) + 1
@@ -430,15 +425,10 @@ class Shike(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Feature maps of chosen levels of `feature_info`.
+        """Feature maps of chosen levels of `feature_info` from images [B, in_chans, H, W].
 
-        Args:
-            x: Images [B, in_chans, H, W].
-            indices: Levels, or how many of the last; None for all.
-            norm: No effect: there is no norm after the last level.
-            stop_early: Leave out the experts if no chosen level needs them.
-            output_fmt: Only 'NCHW'.
-            intermediates_only: Return the list alone.
+        Arguments are those of timm's models. There is no norm after the last level. With `stop_early`, experts that no
+        chosen level needs are left out.
 
         Returns:
             The final features and the list of intermediate ones, or that list alone.

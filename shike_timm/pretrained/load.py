@@ -36,7 +36,7 @@ class TrainedModelConfig:
 
 @dataclass
 class TrainedModel:
-    """A trained model and what is known of its data. None is for what is not known."""
+    """A trained model, and what is known of its training. None stands for unknown."""
 
     name: str  # where it comes from, for messages
     model: Shike
@@ -44,7 +44,7 @@ class TrainedModel:
     class_names: Optional[List[str]] = None  # in label order
     shot_counts: Optional[List[int]] = None  # images of each class that make the shot divisions
     run_folder: Optional[str] = None  # of its training
-    options: Dict[str, Any] = field(default_factory=dict)  # it was trained with these, and a configuration takes over
+    options: Dict[str, Any] = field(default_factory=dict)  # of its training, where it needs them later
 
 
 def _from_name(name: str, pretrained: bool) -> TrainedModel:
