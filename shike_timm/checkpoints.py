@@ -15,11 +15,6 @@ from torch import Tensor, nn
 
 from .errors import DamagedError, InputError, one_line
 
-__all__ = [
-    'CONFIG_FILE', 'WEIGHTS_FILE', 'StageSaver', 'check_results_file', 'load_checkpoint', 'load_weights',
-    'model_weights', 'write_text',
-]
-
 WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'  # of a model folder in timm's local-dir format
 
 _AUTHORS_LAYOUT = re.compile(r'(module\.)?(layer3s|shallow_exps|rt_classifiers|classifiers)\.')
@@ -29,10 +24,6 @@ class StageSaver(CheckpointSaver):
     """timm's saver for one stage. It keeps the newest checkpoints, and replaces `last` in one step.
 
     `last` may be from the middle of an epoch. Its entry `saver` then says under `done` how far the epoch is.
-
-    Args:
-        folder: Folder of the stage's checkpoints.
-        **kwargs: Arguments of `timm.utils.CheckpointSaver`.
     """
 
     def __init__(self, folder: Union[str, Path], **kwargs: Any):
@@ -62,12 +53,7 @@ class StageSaver(CheckpointSaver):
         self.save_checkpoint(epoch)
 
     def save_last(self, epoch: int, done: Optional[Dict[str, Any]] = None) -> None:
-        """Save the state as `last` alone.
-
-        Args:
-            epoch: The last whole epoch; -1 before the first, so that there is always a checkpoint to resume from.
-            done: How far the next epoch is.
-        """
+        """Save the state as `last` alone, after a whole epoch (-1 before the first) and what is `done` of the next."""
         self.done = done or {}
         self._save_as('last', epoch)
         self.done = {}
@@ -94,13 +80,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
-    """Read a checkpoint file to the CPU: tensors and plain values only.
+    """Read a file of torch.save or safetensors to the CPU: tensors and plain values only.
 
-    Args:
-        path: A file of torch.save or safetensors.
-
-    Returns:
-        The checkpoint. The tensors of a safetensors file are under `state_dict`.
+    The tensors of a safetensors file are under `state_dict`.
     """
     path = Path(path)
     if not path.is_file():
@@ -125,12 +107,7 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
 
 
 def model_weights(checkpoint: Dict[str, Any], path: Union[str, Path]) -> Dict[str, Tensor]:
-    """The model's weights in a checkpoint. Like timm, prefer their moving average.
-
-    Args:
-        checkpoint: What `load_checkpoint` gives.
-        path: Its path, for messages.
-    """
+    """The model's weights in a checkpoint that was read from a path. Like timm, prefer their moving average."""
     keys = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
     weights = next((checkpoint[key] for key in keys if checkpoint.get(key) is not None), checkpoint)
     if not weights or not isinstance(weights, dict) or not all(
@@ -144,13 +121,7 @@ def model_weights(checkpoint: Dict[str, Any], path: Union[str, Path]) -> Dict[st
 
 
 def load_weights(model: nn.Module, weights: Dict[str, Tensor], path: Union[str, Path]) -> None:
-    """Load weights that must fit the model exactly. If they do not, the model stays as it is.
-
-    Args:
-        model: Model to load into.
-        weights: State dict.
-        path: Where the weights come from, for messages.
-    """
+    """Load weights from a path, which must fit the model exactly. If they do not, the model stays as it is."""
     own = model.state_dict()
     wrong = [name for name in own if name not in weights] + [name for name in weights if name not in own]
     wrong += [name for name in own if name in weights and own[name].shape != weights[name].shape]

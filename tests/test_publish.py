@@ -157,7 +157,8 @@ def test_the_code_on_the_card_runs(tiny_run, tmp_path, monkeypatch):
 def test_cards_of_other_runs(tiny_run):
     _, metrics, args = read_files(tiny_run)
     bare = tiny_card(tiny_run)
-    assert 'metrics of this model are not known' in bare.text and 'Recipe' not in bare.text and bare.data.eval_results is None
+    assert 'metrics of this model are not known' in bare.text and 'Recipe' not in bare.text
+    assert bare.data.eval_results is None
     assert yaml.safe_load(block(str(tiny_card(tiny_run, metrics, args)), 'yaml'))['crt_epochs'] == 2
     del metrics['stage_two']
     card = ModelCard(str(tiny_card(tiny_run, metrics, dict(args, dataset=''))))
@@ -198,7 +199,8 @@ def test_update_and_visibility(hub, run_copy, publish):
     assert status == 2 and f"'{NAME}' already holds files: add --update" in error and hub.files(NAME) == before
     hub.refusals['create'] = 403, 'This token is for one repository alone.'
     assert publish(run_copy, '--update') == (0, '') and hub.repos[NAME]['private']
-    assert b'metrics of this model are not known' in hub.files(NAME)['README.md'] and len(hub.repos[NAME]['commits']) == 3
+    assert b'metrics of this model are not known' in hub.files(NAME)['README.md']
+    assert len(hub.repos[NAME]['commits']) == 3
     hub.repos[NAME]['private'] = False
     status, error = publish(run_copy, '--update', '--private')
     assert status == 2 and 'exists and is public' in error and len(hub.repos[NAME]['commits']) == 3

@@ -1,6 +1,7 @@
 """Prediction for image files: for each file the most likely classes, with their probabilities."""
 import contextlib
 import csv
+import io
 import json
 import logging
 import sys
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoints import CONFIG_FILE, check_results_file
+from ..checkpoints import CONFIG_FILE, check_results_file, write_text
 from ..data.config import PreprocessingConfig
 from ..data.inputs import create_file_loader, find_images
 from ..devices import DeviceConfig, resolve_device, tune_device
@@ -141,11 +142,7 @@ def _predictions(logits: Tensor, predictor: _Predictor, config: RowsConfig) -> I
 
 @torch.inference_mode()
 def _predict_files(
-        predictor: _Predictor,
-        loader: Iterable[Any],
-        paths: List[str],
-        config: RowsConfig,
-) -> Iterator[Dict[str, Any]]:
+        predictor: _Predictor, loader: Iterable[Any], paths: List[str], config: RowsConfig) -> Iterator[Dict[str, Any]]:
     channels = predictor.data_config['input_size'][0]
     mean, std = (
         torch.tensor(predictor.data_config[key], device=predictor.device).expand(channels)[:, None, None] * 255
@@ -200,16 +197,10 @@ def _flat(prediction: Dict[str, Any], prefix: str = '') -> Dict[str, Any]:
 @contextlib.contextmanager
 def _output(path: Optional[str]) -> Iterator[Any]:
     """Standard output, or a file that appears when it is whole."""
-    if not path:
-        yield sys.stdout
-        return
-    temporary = Path(f'{path}.tmp')
-    try:
-        with temporary.open('w', encoding='utf-8', newline='') as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    file = io.StringIO() if path else sys.stdout
+    yield file
+    if path:
+        write_text(Path(path), file.getvalue())
 
 
 def predict(config: PredictConfig) -> None:

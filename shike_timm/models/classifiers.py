@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
-__all__ = ['CLASSIFIERS', 'COSINE_SCALE', 'CosineClassifier', 'LinearClassifier']
-
 COSINE_SCALE = 30.
 
 

@@ -10,8 +10,6 @@ from ..errors import InputError, nearest, one_line
 from .config import ModelConfig
 from .shike import Shike
 
-__all__ = ['check_model_name', 'create_model', 'is_registered', 'resolve_data_config']
-
 
 def is_registered(name: str) -> bool:
     """Whether a model is one of the registered names, with or without a tag."""
@@ -29,11 +27,7 @@ def check_model_name(name: str) -> None:
 def create_model(config: ModelConfig, num_classes: int, in_chans: int = 3, fresh: bool = False) -> Shike:
     """Create the SHIKE model that the options describe.
 
-    Args:
-        config: Options.
-        num_classes: Classes.
-        in_chans: Channels of the images.
-        fresh: Load the weights of `--pretrained-backbone`. Not needed if a checkpoint brings the weights.
+    A fresh one gets the weights of `--pretrained-backbone`. Otherwise a checkpoint brings the weights.
     """
     check_model_name(config.model)
     if bool(config.backbone) != (get_arch_name(config.model) == 'shike'):

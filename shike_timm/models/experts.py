@@ -5,17 +5,9 @@ from typing import Any, List, Optional
 import torch
 from torch import Tensor, nn
 
-__all__ = ['ALIGNERS', 'Expert', 'bottleneck_aligner', 'conv_aligner', 'init_convolutions']
-
 
 def _conv_norm(
-        in_chs: int,
-        out_chs: int,
-        kernel_size: int,
-        stride: int = 1,
-        groups: int = 1,
-        **dd: Any,
-) -> List[nn.Module]:
+        in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, groups: int = 1, **dd: Any) -> List[nn.Module]:
     conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False, **dd)
     return [conv, nn.BatchNorm2d(out_chs, **dd)]
 
@@ -23,14 +15,8 @@ def _conv_norm(
 def conv_aligner(in_chs: int, out_chs: int, num_halvings: int, **dd: Any) -> nn.Sequential:
     """The paper's aligner: a chain of strided 3x3 convolutions, each of which doubles the channels.
 
-    Args:
-        in_chs: Channels of the shared stage.
-        out_chs: Channels of the expert's own output. The last convolution gives them.
-        num_halvings: How often the resolution is halved. If 0, one convolution keeps it.
-        **dd: Device and data type of the parameters.
-
-    Returns:
-        Convolution, BatchNorm and ReLU for each link of the chain. The link at index 1 has no ReLU.
+    Each link has a convolution, a BatchNorm and a ReLU, except that the link at index 1 has no ReLU. If the resolution
+    is not halved, one convolution keeps it.
     """
     layers = []
     num_links = max(num_halvings, 1)
@@ -44,24 +30,12 @@ def conv_aligner(in_chs: int, out_chs: int, num_halvings: int, **dd: Any) -> nn.
 
 
 def bottleneck_aligner(
-        in_chs: int,
-        out_chs: int,
-        num_halvings: int,
-        width: int = 256,
-        depthwise: bool = False,
-        **dd: Any,
+        in_chs: int, out_chs: int, num_halvings: int, width: int = 256, depthwise: bool = False, **dd: Any,
 ) -> nn.Sequential:
     """A 1x1 convolution to `width` channels, strided 3x3 convolutions at that width, and a 1x1 convolution out.
 
-    It halves the parameters of a three-expert ResNet-50, compared with `conv_aligner`.
-
-    Args:
-        in_chs: Channels of the shared stage.
-        out_chs: Channels of the expert's own output.
-        num_halvings: How often the resolution is halved. If 0, one 3x3 convolution keeps it.
-        width: Channels inside.
-        depthwise: Make the 3x3 convolutions depthwise. In networks for mobile phones full ones cost more than the rest.
-        **dd: Device and data type of the parameters.
+    A three-expert ResNet-50 has half as many parameters as with `conv_aligner`. In networks for mobile phones, full
+    3x3 convolutions would cost more than all the rest, depthwise ones do not.
     """
     stride, groups = 2 if num_halvings else 1, width if depthwise else 1
     layers = _conv_norm(in_chs, width, 1, **dd) + [nn.ReLU(inplace=True)]
@@ -90,13 +64,7 @@ def init_convolutions(module: nn.Module) -> None:
 class Expert(nn.Module):
     """The private stages of an expert, and the aligner for the shared stage that it fuses (Eq. 3)."""
 
-    def __init__(
-            self,
-            stage: nn.Module,
-            depth: int,
-            aligner: Optional[nn.Module] = None,
-            residual: bool = False,
-    ):
+    def __init__(self, stage: nn.Module, depth: int, aligner: Optional[nn.Module] = None, residual: bool = False):
         super().__init__()
         self.stage = stage
         self.depth = depth

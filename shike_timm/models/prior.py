@@ -5,21 +5,13 @@ from typing import List, Optional, Sequence, Union
 import torch
 from torch import Tensor, nn
 
-__all__ = ['Frequencies', 'Prior']
-
 Frequencies = Union[None, str, Sequence[float]]  # 'uniform', 'train', or one positive number for each class
 
 
 class Prior(nn.Module):
     """Adds an offset to the logits in eval mode: the log of the target prior, minus the log of the classifiers' prior.
 
-    Args:
-        num_classes: Classes.
-
-    Attributes:
-        class_counts: Training images of each class, None if unknown.
-        classifier_prior: Prior that the classifiers were trained for: 'uniform', 'train', or None if unknown.
-        target_prior: Prior that the logits are to stand for, None for the logits as trained.
+    Arguments and attributes are as in `Shike.set_training_prior` and `Shike.set_target_prior`.
     """
 
     def __init__(self, num_classes: int):

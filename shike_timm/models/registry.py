@@ -21,8 +21,6 @@ from ..errors import InputError
 from .backbones import BackboneFn, cifar_resnet, preprocessing, timm_backbone
 from .shike import Shike
 
-__all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'PACKAGED_WEIGHTS', 'default_cfgs']
-
 PACKAGED_WEIGHTS = Path(__file__).parents[1] / 'weights'  # model folders, called NAME.TAG
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)

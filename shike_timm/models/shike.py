@@ -19,8 +19,6 @@ from .classifiers import CLASSIFIERS, COSINE_SCALE
 from .experts import ALIGNERS, Expert, init_convolutions
 from .prior import Frequencies, Prior
 
-__all__ = ['Shike']
-
 FUSIONS = ('product', 'residual', 'none')
 
 
@@ -32,6 +30,7 @@ def _without_numpy(value: Any) -> Any:
 
 
 def _resolve_depths(depths: Optional[Sequence[int]], num_experts: int, num_shared: int) -> Tuple[int, ...]:
+    """The shared stage that each expert fuses, counted from 1."""
     if depths is None:
         return tuple(m % num_shared + 1 for m in range(num_experts))
     depths = tuple(_without_numpy(depth) for depth in depths)
@@ -129,7 +128,7 @@ class Shike(nn.Module):
         # The stem is one of the feature levels in some networks only. The shared stages follow.
         *levels, last = net.feature_info
         self.num_stem_levels = len(levels) - len(net.stages)
-        self.experts = self._make_experts(net, levels, last, aligner, **dd)
+        self.experts = self._make_experts(net, aligner, **dd)
         modules = ['stem'] * self.num_stem_levels + [f'stages.{i}' for i in range(len(self.stages))]
         self.feature_info: List[Dict[str, Any]] = [dict(info, module=module) for info, module in zip(levels, modules)]
         self.feature_info.append(dict(last, num_chs=num_experts * last['num_chs'], module='experts'))
@@ -142,15 +141,9 @@ class Shike(nn.Module):
             self.set_training_prior(class_counts, classifier_prior)
             self.set_target_prior(target_prior)
 
-    def _make_experts(
-            self,
-            net: Backbone,
-            levels: Sequence[Dict[str, int]],
-            last: Dict[str, int],
-            aligner: str,
-            **dd: Any,
-    ) -> nn.ModuleList:
-        residual, experts, aligners = self.fusion == 'residual', nn.ModuleList(), []
+    def _make_experts(self, net: Backbone, aligner: str, **dd: Any) -> nn.ModuleList:
+        *levels, last = net.feature_info
+        residual, experts = self.fusion == 'residual', nn.ModuleList()
         for stage, depth in zip(net.last_stages, self.depths):
             align = None
             if self.fusion != 'none':
@@ -159,15 +152,15 @@ class Shike(nn.Module):
                 align = ALIGNERS[aligner](shallow['num_chs'], last['num_chs'], num_halvings, **dd)
                 if residual and isinstance(align[-1], nn.ReLU):
                     del align[-1]  # residual fusion starts at zero, where a ReLU lets no gradient through
-                aligners.append(align)
                 if net.initialised:
                     init_convolutions(align)
             experts.append(Expert(stage, depth, align, residual))
         if not net.initialised:
             for part in (self.stem, self.stages, experts):
                 init_convolutions(part)
-        for align in aligners if residual else ():
-            nn.init.zeros_([module for module in align if isinstance(module, nn.BatchNorm2d)][-1].weight)
+        for expert in experts if residual else ():
+            *_, norm = (module for module in expert.modules() if isinstance(module, nn.BatchNorm2d))  # the aligner's
+            nn.init.zeros_(norm.weight)
         return experts
 
     @torch.jit.ignore()
@@ -239,11 +232,7 @@ class Shike(nn.Module):
         return self.classifier
 
     def reset_classifier(
-            self,
-            num_classes: int,
-            global_pool: Optional[str] = None,
-            cosine_scale: Optional[float] = None,
-    ) -> None:
+            self, num_classes: int, global_pool: Optional[str] = None, cosine_scale: Optional[float] = None) -> None:
         """Give every expert a new classifier with fresh weights and an unknown prior.
 
         Args:
@@ -383,20 +372,10 @@ class Shike(nn.Module):
         return [i % num_levels for i in indices]
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
-        """Drop what the chosen feature levels do not need.
+            self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
+        """Drop what the chosen feature levels do not need, and give these levels, counted from 0.
 
-        Args:
-            indices: Levels to keep, or how many of the last.
-            prune_norm: No effect: there is no norm after the last level.
-            prune_head: Drop the classifiers too.
-
-        Returns:
-            The levels kept, counted from 0.
+        Arguments are those of timm's models. There is no norm to prune.
         """
         levels = self._levels(indices)
         num_left = max(levels) + 1
@@ -446,15 +425,10 @@ class Shike(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Feature maps of chosen levels of `feature_info`.
+        """Feature maps of chosen levels of `feature_info` from images [B, in_chans, H, W].
 
-        Args:
-            x: Images [B, in_chans, H, W].
-            indices: Levels, or how many of the last; None for all.
-            norm: No effect: there is no norm after the last level.
-            stop_early: Leave out the experts if no chosen level needs them.
-            output_fmt: Only 'NCHW'.
-            intermediates_only: Return the list alone.
+        Arguments are those of timm's models. There is no norm after the last level. With `stop_early`, experts that no
+        chosen level needs are left out.
 
         Returns:
             The final features and the list of intermediate ones, or that list alone.

@@ -14,8 +14,6 @@ from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from ..errors import InputError
 from ..models import Shike
 
-__all__ = ['export_model', 'find_model', 'read_config']
-
 
 def find_model(path: str) -> Path:
     """The model folder of a run folder, or the model folder itself."""
@@ -48,15 +46,15 @@ def export_model(
         class_counts: Optional[Sequence[int]] = None,
         **facts: Any,
 ) -> None:
-    """Write a model folder, which timm loads as `local-dir:FOLDER`.
+    """Write a model folder, which timm loads as `local-dir:FOLDER`. An existing folder is replaced as a whole.
 
     Args:
         model: Model made by `timm.create_model`.
-        folder: Folder to write. If it exists, it is replaced as a whole.
+        folder: Folder to write.
         data_config: Preprocessing, as `timm.data.resolve_data_config` gives it.
-        class_names: Names of the classes in label order, if known.
-        class_counts: Training images of each class, if known.
-        **facts: More about the data for the configuration. Empty values are left out.
+        class_names: Names of the classes in label order.
+        class_counts: Training images of each class.
+        **facts: More for `config.json`. Empty values are left out.
     """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + '.tmp')

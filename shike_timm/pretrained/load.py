@@ -17,11 +17,6 @@ from ..models.create import create_model, is_registered
 from ..options import Config, checked, option
 from .folder import find_model, read_config
 
-__all__ = [
-    'TrainedModel', 'TrainedModelConfig', 'from_checkpoint', 'load_trained_model', 'set_target_prior',
-    'with_trained_options',
-]
-
 
 @dataclass(frozen=True)
 class TrainedModelConfig:
@@ -41,26 +36,15 @@ class TrainedModelConfig:
 
 @dataclass
 class TrainedModel:
-    """A trained model and what is known of its data.
+    """A trained model, and what is known of its training. None stands for unknown."""
 
-    Attributes:
-        name: Where it comes from, for messages.
-        model: The model.
-        class_counts: Training images of each class, None if unknown.
-        class_names: Names of the classes in label order, None if unknown.
-        shot_counts: Images of each class that make the shot divisions, None if unknown.
-        run_folder: Run folder of its training, None if unknown.
-        options: Options that it was trained with and that its configuration does not have: of preprocessing and, if
-            training starts from it, of the model.
-    """
-
-    name: str
+    name: str  # where it comes from, for messages
     model: Shike
-    class_counts: Optional[List[int]] = None
-    class_names: Optional[List[str]] = None
-    shot_counts: Optional[List[int]] = None
-    run_folder: Optional[str] = None
-    options: Dict[str, Any] = field(default_factory=dict)
+    class_counts: Optional[List[int]] = None  # training images of each class
+    class_names: Optional[List[str]] = None  # in label order
+    shot_counts: Optional[List[int]] = None  # images of each class that make the shot divisions
+    run_folder: Optional[str] = None  # of its training
+    options: Dict[str, Any] = field(default_factory=dict)  # of its training, where it needs them later
 
 
 def _from_name(name: str, pretrained: bool) -> TrainedModel:
@@ -144,12 +128,9 @@ def with_trained_options(config: Config, trained: TrainedModel) -> Config:
 
 
 def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:
-    """Set the prior that `--target-prior` names.
+    """Set the prior that `--target-prior` names: 'uniform', 'train', a JSON file, or None for the model's own.
 
-    Args:
-        trained: The model.
-        prior: 'uniform', 'train', or a JSON file. It holds numbers in label order, as a list or as timm's class
-            statistics, or numbers by class name. None leaves the model as it is.
+    The file holds numbers in label order, as a list or as timm's class statistics, or numbers by class name.
     """
     if prior is None:
         return

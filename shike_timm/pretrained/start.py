@@ -12,8 +12,6 @@ from ..models.config import ModelConfig
 from ..models.create import create_model, is_registered, resolve_data_config
 from .load import TrainedModel, load_trained_model, with_trained_options
 
-__all__ = ['load_start', 'start_from']
-
 _logger = logging.getLogger(__name__)
 
 
@@ -74,13 +72,7 @@ def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optio
 
 
 def start_from(model: Shike, start: TrainedModel, class_names: Sequence[str]) -> None:
-    """Load the weights of a trained model into a new one. Classifiers go by class name, if the classes are the same.
-
-    Args:
-        model: The new model.
-        start: The trained model.
-        class_names: The new model's classes in label order.
-    """
+    """Load the weights of a trained model into a new one. Classifiers go by class name, if the classes are the same."""
     own, weights, names = model.state_dict(), start.model.state_dict(), start.class_names
     head = {key: value for key, value in own.items() if key.startswith('classifier.')}
     loaded = [key for key in weights if key.startswith('classifier.')]

@@ -8,24 +8,14 @@ from ..data import TrainingData
 from ..errors import InputError, one_line
 from .folder import read_config
 
-__all__ = ['load_teacher']
-
 
 def load_teacher(
-        name: str,
-        data: TrainingData,
-        input_size: Sequence[int],
-        device: torch.device,
-        held_out: bool = False,
+        name: str, data: TrainingData, input_size: Sequence[int], device: torch.device, held_out: bool = False,
 ) -> DistillationTeacher:
     """Load the trained model of `--kd-model-name`, of any architecture. Its logits come in the data's label order.
 
-    Args:
-        name: A registered name, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
-        data: The data to train on.
-        input_size: Channels, height and width of the images.
-        device: Device of the teacher.
-        held_out: Whether images of the training set are held out for evaluation. The teacher must not have seen them.
+    `input_size` is channels, height and width. With `held_out`, the teacher must not have seen the images that are
+    held out of the training set for evaluation.
     """
     try:
         teacher = DistillationTeacher(name, in_chans=input_size[0], device=device)

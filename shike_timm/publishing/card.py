@@ -14,8 +14,6 @@ from ..models import Shike
 from ..options import checked, options
 from ..training.config import TeacherConfig, card_options
 
-__all__ = ['METRIC_NAMES', 'model_card']
-
 TEMPLATE = Path(__file__).with_name('card.md.jinja')
 METRIC_NAMES = {
     'top1': 'Top-1 accuracy',
@@ -116,7 +114,7 @@ def model_card(
         load_as: Optional[str] = None,
         with_report: bool = False,
 ) -> ModelCard:
-    """Make the card of a model.
+    """The card of a model, with the ensemble's accuracies after the last stage as model-index.
 
     Args:
         repo_id: Name on the Hub, `USER/NAME`.
@@ -124,12 +122,9 @@ def model_card(
         config: Its `config.json`.
         metrics: The run's `metrics.json`: results by stage.
         args: The run's `args.yaml`. The card does not show its folders.
-        license: License of the weights. By default that of the pretrained weights they started from, if any.
+        license: License of the weights, by default that of the pretrained weights they started from.
         load_as: Name to load the model by, if it is not on the Hub.
         with_report: Whether figures and table of a report lie beside the card.
-
-    Returns:
-        The card. Its model-index has the ensemble's accuracies after the last stage.
     """
     metrics, args, counts = metrics or {}, dict(args or {}), config.get('class_counts')
     if args.get('dataset'):

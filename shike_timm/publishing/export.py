@@ -14,8 +14,6 @@ from ..checkpoints import CONFIG_FILE
 from ..errors import InputError, one_line
 from ..pretrained.folder import export_model
 
-__all__ = ['FILES', 'check_packages', 'find_place', 'load_exported', 'save_exported']
-
 FILES = {'onnx': 'model.onnx', 'torchscript': 'model.torchscript.pt', 'torch-export': 'model.pt2'}
 
 _TRACED_BATCH = 2  # torch.export would take a batch size of 1 for a constant
@@ -79,14 +77,9 @@ def _write(model: nn.Module, images: Tensor, path: Path, format: str, opset: Opt
 
 
 def load_exported(path: Union[str, Path], format: str) -> Callable[[Tensor], Tensor]:
-    """Load an exported model to the CPU.
+    """An exported file as a function on the CPU from images [B, C, H, W] to logits [B, num_classes].
 
-    Args:
-        path: The file.
-        format: A key of `FILES`.
-
-    Returns:
-        A function from images [B, C, H, W] to logits [B, num_classes]. onnxruntime uses as many threads as torch.
+    onnxruntime uses as many threads as torch.
     """
     if format == 'onnx':
         import onnxruntime
@@ -141,7 +134,7 @@ def save_exported(
         format: A key of `FILES`.
         data_config: Preprocessing, as `timm.data.resolve_data_config` gives it. Its `input_size` is exported.
         opset: Version of ONNX's operators, torch's choice by default.
-        **facts: Class names, class counts and more for the configuration, as in `export_model`.
+        **facts: Class names, class counts and more for `config.json`, as in `export_model`.
 
     Returns:
         The largest difference found, relative to the largest logit.

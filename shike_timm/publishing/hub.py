@@ -19,8 +19,6 @@ from ..pretrained.folder import find_model
 from ..pretrained.load import load_trained_model
 from .card import model_card
 
-__all__ = ['PublishConfig', 'PublishError', 'find_report', 'publish', 'read_run']
-
 REPORT_TABLE = 'classes.csv'
 REPORT_FILES = ('class_counts.png', 'class_accuracy.png', REPORT_TABLE)
 
@@ -60,18 +58,10 @@ def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
 
 
 def find_report(
-        folder: Optional[str],
-        model_folder: Path,
-        config: Dict[str, Any],
-        result: Dict[str, Any],
-) -> List[Path]:
-    """The files of a report that go along with a card, checked to be of the model.
+        folder: Optional[str], model_folder: Path, config: Dict[str, Any], result: Dict[str, Any]) -> List[Path]:
+    """The files of a report that go along with a card. Their classes and top-1 must be those of the model.
 
-    Args:
-        folder: Folder of the report. None for `report` in the run folder, if it exists.
-        model_folder: Folder of the model.
-        config: The model's `config.json`.
-        result: The model's metrics, empty if unknown.
+    `folder` None stands for `report` in the run folder, if it exists.
     """
     if folder is None:
         report = model_folder.resolve().parent / 'report'

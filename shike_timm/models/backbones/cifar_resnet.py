@@ -7,8 +7,6 @@ from torch import nn
 
 from .backbone import Backbone
 
-__all__ = ['cifar_resnet']
-
 
 def cifar_resnet(
         blocks_per_stage: int,
@@ -21,14 +19,8 @@ def cifar_resnet(
 ) -> Backbone:
     """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem, and three stages of n basic blocks with 16, 32 and 64 channels.
 
-    Args:
-        blocks_per_stage: Blocks n of each stage.
-        num_experts: Experts, each with last stages of its own.
-        in_chans: Channels of the images.
-        drop_path_rate: Stochastic depth rate of the last block. It grows linearly from 0. None is 0.
-        output_stride: Only 32. It leaves the strides as they are.
-        private_stages: How many of the last stages each expert has for itself, 1 or 2.
-        **dd: Device and data type of the parameters.
+    Each expert has 1 or 2 of the last stages for itself. The stochastic depth rate grows linearly to `drop_path_rate`
+    at the last block.
     """
     if output_stride != 32:
         raise ValueError(f'output_stride of the CIFAR ResNet cannot be changed, got {output_stride}: leave it out.')

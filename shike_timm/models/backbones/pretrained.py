@@ -7,8 +7,6 @@ import timm
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor
 
-__all__ = ['Source', 'preprocessing', 'pretrained_options']
-
 Source = Union[bool, str, Path]  # True for timm's default weights, the tag of others, or a file in timm's layout
 
 _PREPROCESSING = ('input_size', 'pool_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')

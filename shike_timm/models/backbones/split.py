@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from .backbone import Backbone
 from .pretrained import Source, pretrained_options
 
-__all__ = ['find_chain', 'pretrained_parts', 'timm_backbone']
-
 _MIN_REDUCTION = 4  # of a stage; the modules at a higher resolution are the stem
 
 
@@ -49,12 +47,7 @@ class _Call:
 def find_chain(net: Any, name: str, in_chans: int) -> List[str]:
     """Names of the modules in `net.forward_features`, a chain: each is called on the output of the one before.
 
-    A ValueError says why, if the network is no such chain of convolutional feature maps.
-
-    Args:
-        net: A timm model on the meta device.
-        name: Its name, for messages.
-        in_chans: Channels of the images.
+    `net` is a timm model on the meta device. A ValueError says why, if it is no such chain of feature maps.
     """
     levels = [info['module'] for info in getattr(net, 'feature_info', None) or []]
     if not hasattr(net, 'forward_features') or len(levels) < 2:
@@ -91,11 +84,7 @@ def find_chain(net: Any, name: str, in_chans: int) -> List[str]:
 
 
 def _find_parts(
-        net: Any,
-        name: str,
-        in_chans: int,
-        private_stages: int,
-) -> Tuple[List[List[str]], List[Dict[str, Any]]]:
+        net: Any, name: str, in_chans: int, private_stages: int) -> Tuple[List[List[str]], List[Dict[str, Any]]]:
     """Names of the modules of stem, shared and private stages, and the feature levels at their ends.
 
     The end of the stem may be no feature level.
@@ -147,14 +136,7 @@ def timm_backbone(
 ) -> Backbone:
     """A convolutional network of timm, cut at the feature levels that timm knows of it.
 
-    Args:
-        name: Name of timm's model, with or without a tag.
-        num_experts: Experts, each with private stages and initial values of its own.
-        in_chans: Channels of the images.
-        drop_path_rate: Stochastic depth rate, if the network has one. None for its own rate.
-        output_stride: Input over output resolution, if the network can be dilated.
-        private_stages: How many of the last stages each expert has for itself.
-        **dd: Device and data type of the parameters.
+    The private stages of each expert have initial values of their own. Arguments are as in `Shike`.
     """
     if not timm.is_model(name.split('.')[0]):
         raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
