@@ -2,6 +2,7 @@
 import argparse
 import ast
 import copy
+import re
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import (
@@ -25,6 +26,7 @@ from typing import (
 from .errors import InputError, nearest
 from .recipes import read_hparams
 
+_OPENS = re.compile(r'pipe:|\w://')  # WebDataset runs the first as a command
 _KINDS = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', dict: 'names with values'}
 
 if TYPE_CHECKING:
@@ -255,6 +257,23 @@ def check_values(config: Type[Any], values: Mapping[Any, Any], source: str) -> D
     return checked
 
 
+def check_file_values(
+        config: Type[Any],
+        values: Mapping[Any, Any],
+        source: str,
+        given: Mapping[str, Any],
+) -> Dict[str, Any]:
+    """As `check_values`, for a file that a stranger may have written. A value that opens something must be `given`."""
+    result = check_values(config, values, source)
+    for name, value in result.items():
+        for item in _items(value):
+            if isinstance(item, str) and _OPENS.search(item) and name not in given:
+                raise InputError(
+                    f"{source}: '{name}' is '{item}', but a file may not start a process or open an address: give "
+                    f'{options(config)[name].flag} on the command line.')
+    return result
+
+
 def _override(values: Dict[str, Any], later: Dict[str, Any]) -> None:
     """Update values; a learning rate also replaces an earlier `lr_base`."""
     for name in ('lr', 'crt_lr'):
@@ -276,7 +295,7 @@ def complete(config: Type[Config], given: Dict[str, Any], saved: Optional[Dict[s
         source = f"hparams file '{path}'"
         if 'hparams' in read:
             raise InputError(f"{source} has an unknown key 'hparams'.")
-        _override(values, check_values(config, read, source))
+        _override(values, check_file_values(config, read, source, given))
     _override(values, given)
     return checked(config, values)
 

@@ -373,3 +373,22 @@ def test_saved_arguments_are_hparams(tiny_run):
     saved = yaml.safe_load((tiny_run / 'args.yaml').read_text())
     assert saved['dataset'] == 'digits_lt'
     assert {key: value for key, value in vars(args).items() if key not in ('hparams', 'resume')} == saved
+
+
+@pytest.mark.parametrize('value', ['pipe:touch ran', 'a.tar::pipe:touch ran', 'http://127.0.0.1/{0..1}.tar', 's3://x/y'])
+def test_a_file_starts_no_process_and_opens_no_address(tmp_path, tiny_run, value):
+    """What a stranger hands over, an hparams file or a run, names no such split; the command line may."""
+    path = write(tmp_path, yaml.safe_dump(dict(dataset='wds/x', val_split=value)))
+    with pytest.raises(InputError, match=f"'val_split' is '{re.escape(value)}', but a file may not .*--val-split"):
+        parse_train_args(['--hparams', path])
+    for argv in (['--hparams', path, '--val-split', value], ['--val-split', value]):
+        assert parse_train_args(argv).val_split == value
+    checkpoint = load_checkpoint(tiny_run / 'stage_one' / 'last.pth.tar')
+    vars(checkpoint['args']).update(dataset='wds/x', val_split=value)
+    (tmp_path / 'run' / 'stage_one').mkdir(parents=True)
+    torch.save(checkpoint, tmp_path / 'run' / 'stage_one' / 'last.pth.tar')
+    (tmp_path / 'run' / 'args.yaml').write_text(yaml.safe_dump(dict(dataset='wds/x', val_split=value)))
+    for parse, argv in ((parse_retrain_args, ['--checkpoint', str(tmp_path / 'run')]),
+                        (parse_train_args, ['--resume', str(tmp_path / 'run')])):
+        with pytest.raises(InputError, match='but a file may not'):
+            parse(argv)

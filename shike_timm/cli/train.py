@@ -2,7 +2,7 @@
 import os
 from typing import Any, Dict, Optional, Sequence
 
-from ..options import check_values, checked, complete, read_command_line
+from ..options import check_file_values, checked, complete, read_command_line
 from ..recipes import read_hparams
 from ..training.config import TrainConfig, run_folder
 from ..training.runs import train
@@ -15,7 +15,7 @@ def complete_train_args(given: Dict[str, Any]) -> TrainConfig:
     path, saved = os.path.join(folder or '', 'args.yaml'), {}
     if folder and os.path.isfile(path):
         for file, values in read_hparams(path).items():
-            saved.update(check_values(TrainConfig, values, f"hparams file '{file}'"))
+            saved.update(check_file_values(TrainConfig, values, f"hparams file '{file}'", given))
     return complete(TrainConfig, given, saved=saved)
 
 
