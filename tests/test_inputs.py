@@ -150,7 +150,7 @@ def test_a_teacher_of_another_order_is_heard_right(make_images, tmp_path):
     own, other = (load_teacher(f'local-dir:{tmp_path}/{i}', data, (3, 32, 32), CPU)(images) for i in range(2))
     assert torch.equal(other, own[:, [1, 2, 0]]) and not torch.equal(other, own)
     trained = load_trained_model(f'local-dir:{tmp_path}/0')
-    assert trained.data_args == dict(exif=True, pixel_range=[0, 9])
+    assert trained.options == dict(exif=True, pixel_range=[0, 9])
 
 
 @pytest.mark.parametrize('channels, mean', [(1, (0.25,)), (3, (0.1, 0.2, 0.45))])

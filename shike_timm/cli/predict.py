@@ -79,7 +79,7 @@ def _onnx_file(config: RowsConfig) -> Optional[Path]:
     return next((file for file in files if file.suffix == '.onnx' and file.is_file()), None)
 
 
-def _load_onnx(config: RowsConfig, path: Path) -> _Predictor:
+def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
     for name in ('checkpoint', 'experts', 'target_prior', 'img_size'):
         if getattr(config, name) is not None:
             flag = name.replace('_', '-')
@@ -105,10 +105,10 @@ def _load_onnx(config: RowsConfig, path: Path) -> _Predictor:
         saved.get('label_names'), decoding)
 
 
-def _load(config: RowsConfig) -> _Predictor:
+def _make_predictor(config: RowsConfig) -> _Predictor:
     onnx = _onnx_file(config)
     if onnx is not None:
-        return _load_onnx(config, onnx)
+        return _onnx_predictor(config, onnx)
     device = resolve_device(config.device)
     tune_device(device)
     trained = load_trained_model(config.model, config.checkpoint, True, config.experts)
@@ -159,9 +159,9 @@ def _predict_files(
             yield {'filename': name, 'error': None, **(dict(error=error) if error else next(found))}
 
 
-def _start(config: RowsConfig) -> Tuple[_Predictor, Iterator[Dict[str, Any]]]:
+def _prepare(config: RowsConfig) -> Tuple[_Predictor, Iterator[Dict[str, Any]]]:
     paths = find_images(config.inputs)
-    predictor = _load(config)
+    predictor = _make_predictor(config)
     loader = create_file_loader(
         paths, predictor.data_config, config.batch_size, min(config.workers, len(paths)),
         pin_memory=predictor.device.type == 'cuda', **predictor.decoding)
@@ -177,7 +177,7 @@ def predict_rows(config: RowsConfig) -> Iterator[Dict[str, Any]]:
         class first; `index` if asked for; `experts`, a list with the same of each expert, if asked for; and `error`,
         None, or what is wrong with the file. Then the others are missing.
     """
-    return _start(config)[1]
+    return _prepare(config)[1]
 
 
 def _flat(prediction: Dict[str, Any], prefix: str = '') -> Dict[str, Any]:
@@ -206,7 +206,7 @@ def _output(path: Optional[str]) -> Iterator[Any]:
 def predict(config: PredictConfig) -> None:
     """Write the predictions for image files."""
     check_results_file(config.results_file)
-    predictor, rows = _start(config)
+    predictor, rows = _prepare(config)
     num_files = num_errors = 0
     start = time.perf_counter()
     with _output(config.results_file) as file:

@@ -12,9 +12,9 @@ COSINE_SCALE = 30.
 
 def _normalize(x: Tensor) -> Tensor:
     # Not F.normalize: its Expand stops ONNX's shape inference.
-    if not torch.jit.is_scripting() and torch.compiler.is_exporting():
-        # onnxruntime's preprocessing for quantization does not know ReduceL2.
-        return x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_exporting():  # onnxruntime's preprocessing for quantization does not know ReduceL2
+            return x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
