@@ -47,7 +47,7 @@ def train(**options: Any) -> Dict[str, Any]:
 
 
 def evaluate(**options: Any) -> Dict[str, Any]:
-    """Evaluate as `eval.py` does, with its options as keyword arguments.
+    """Evaluate as `shike eval` does, with its options as keyword arguments.
 
     Returns:
         The metrics of `shike_timm.metrics.evaluate`, `per_class` with `names` and `class_counts`.
@@ -57,7 +57,7 @@ def evaluate(**options: Any) -> Dict[str, Any]:
     """
     from shike_timm.options import check_values, complete
 
-    from .cli.eval import EvalConfig, evaluate_model
+    from .report.evaluate import EvalConfig, evaluate_model
     return evaluate_model(complete(EvalConfig, check_values(EvalConfig, options, 'evaluate()')))
 
 

@@ -72,12 +72,12 @@ def inference_costs(
     }
 
 
-def _conv_backward(grad_out: Any, x: Any, weight: Any, *args: Any, **_: Any) -> int:
+def _conv_backward(grad_out: Any, x: Any, weight: Any, *others: Any, **_: Any) -> int:
     """FLOPs of a convolution's backward, given the shapes: each gradient costs as much as the forward.
 
     torch's own formula forgets that grouped convolutions divide the work on the weight's gradient by the groups.
     """
-    *_, transposed, _, _, output_mask = args
+    transposed, output_mask = others[4], others[7]
     return sum(output_mask[:2]) * conv_flop_count(x, weight, grad_out, transposed)
 
 

@@ -1,4 +1,4 @@
-"""What is measured of a model: accuracy on many-, medium- and few-shot classes, of the ensemble and each expert."""
+"""Accuracy on many-, medium- and few-shot classes: of the ensemble, of each expert and of subsets of the experts."""
 import itertools
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -14,14 +14,9 @@ from .distributed import world_size
 from .errors import InputError
 from .options import option
 
-__all__ = [
-    'METRICS', 'SHOTS', 'ExpertEvaluator', 'all_subsets', 'balanced_over', 'evaluate', 'format_subsets', 'format_table',
-    'shot_divisions', 'shot_numbers',
-]
-
 SHOTS = ('many', 'medium', 'few')
 METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
-MOST_EXPERTS = 4  # of which a report tries every choice
+MOST_EXPERTS = 4  # reports try every subset of up to so many experts
 NUM_BINS = 15  # of the calibration error
 
 
@@ -29,41 +24,40 @@ NUM_BINS = 15  # of the calibration error
 class ShotConfig:
     """Shot divisions."""
 
-    many_shot: int = option(100, 'a class with more training images is one of many', low=0, card='changed')
-    few_shot: int = option(20, 'a class with fewer training images is one of few', low=0, card='changed')
+    many_shot: int = option(100, 'classes with more training images than this are many-shot', low=0, card='changed')
+    few_shot: int = option(20, 'classes with fewer training images than this are few-shot', low=0, card='changed')
 
 
 def shot_divisions(class_counts: Sequence[int], shots: ShotConfig = ShotConfig()) -> Dict[str, Tensor]:
-    """Masks [C] of the classes with many training images (over `many_shot`), few (under `few_shot`), or between."""
+    """Masks [C] of the many-, medium- and few-shot classes, by the training images of each class [C]."""
     counts = torch.as_tensor(class_counts)
     many, few = counts > shots.many_shot, counts < shots.few_shot
     return {'many': many, 'medium': ~many & ~few, 'few': few & ~many}
 
 
 def shot_numbers(class_counts: Sequence[int], shots: ShotConfig = ShotConfig()) -> np.ndarray:
-    """Place in `SHOTS` of each class's division [C]; arguments as for `shot_divisions`."""
+    """The shot division of each class [C], as its place in `SHOTS`."""
     divisions = shot_divisions(class_counts, shots)
     return torch.stack([divisions[shot] for shot in SHOTS]).int().argmax(0).numpy()
 
 
 def all_subsets(num_experts: int) -> List[Tuple[int, ...]]:
-    """Every choice of experts, the smallest first."""
+    """Every subset of the experts, the smallest first."""
     numbers = range(num_experts)
     return [subset for size in numbers for subset in itertools.combinations(numbers, size + 1)]
 
 
 class ExpertEvaluator(ClassificationEvaluator):
-    """timm's evaluator for the logits of experts: metrics of the ensemble, of each expert and of choices of them.
+    """timm's evaluator for expert logits: metrics of the ensemble, of each expert and of subsets of the experts.
 
-    All it keeps are sums of fixed size, on the device: no batch waits for the host, and processes can add theirs up.
+    It keeps only sums of fixed size on the device. So no batch waits for the host, and processes can add up their sums.
 
     Args:
-        num_experts: Experts M.
-        class_counts: Images of each class [C] that make the shot divisions.
+        num_experts: Number of experts M.
+        shots: Shot division of each class [C], as `shot_numbers` gives them.
         device: Device of the logits.
-        subsets: Choices of experts to judge as ensembles of their own.
-        max_samples: Images to count at most, the rest being what a distributed sampler pads with.
-        shots: Borders of the shot divisions.
+        subsets: Subsets of the experts to evaluate as ensembles.
+        max_samples: Count at most so many images. The rest is the padding of a distributed sampler.
     """
 
     metric_names = METRICS
@@ -71,29 +65,27 @@ class ExpertEvaluator(ClassificationEvaluator):
     def __init__(
             self,
             num_experts: int,
-            class_counts: Sequence[int],
+            shots: Sequence[int],
             device: Optional[torch.device] = None,
             *,
             subsets: Sequence[Sequence[int]] = (),
             max_samples: Optional[int] = None,
-            shots: ShotConfig = ShotConfig(),
     ):
-        self.shots = shots
         self.num_experts = num_experts
-        self.class_counts = class_counts
+        self.shots = torch.as_tensor(shots)
         self.subsets = [torch.tensor(subset, device=device) for subset in subsets]
         self.bin_edges = torch.linspace(0, 1, NUM_BINS + 1, device=device)
         super().__init__(device, max_samples=max_samples)
 
     def reset(self) -> None:
         self.num_samples = 0
-        num_classes, num_outputs = len(self.class_counts), 1 + self.num_experts + len(self.subsets)
+        num_classes, num_outputs = len(self.shots), 1 + self.num_experts + len(self.subsets)
         self.total = torch.zeros(num_classes, dtype=torch.int64, device=self.device)
         self.top1 = torch.zeros(num_classes, num_outputs, dtype=torch.int64, device=self.device)
         self.top5 = torch.zeros_like(self.top1)
         dtype = torch.float32 if self.device.type == 'mps' else torch.float64
         self.loss_sum = torch.zeros(num_classes, num_outputs, dtype=dtype, device=self.device)
-        # Of each bin the sum of confidence less right answers; a confidence of exactly 1 has a bin to itself.
+        # For each bin the sum of confidence minus correct answers. A confidence of exactly 1 has its own bin.
         self.overconfidence = torch.zeros(NUM_BINS + 1, num_outputs, dtype=dtype, device=self.device)
 
     @torch.no_grad()
@@ -103,8 +95,8 @@ class ExpertEvaluator(ClassificationEvaluator):
             num_left = max(self.max_samples - self.num_samples, 0)
             output, target = output[:num_left], target[:num_left]
         self.num_samples += len(target)
-        chosen = [output.index_select(1, subset).mean(1, keepdim=True) for subset in self.subsets]
-        logits = torch.cat([output.mean(1, keepdim=True), output, *chosen], dim=1).float()
+        ensembles = [output.index_select(1, subset).mean(1, keepdim=True) for subset in self.subsets]
+        logits = torch.cat([output.mean(1, keepdim=True), output, *ensembles], dim=1).float()
         index = target[:, None].expand(logits.shape[:2])
         loss = F.cross_entropy(logits.transpose(1, 2), index, reduction='none').to(self.loss_sum.dtype)
         hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == target[:, None, None]
@@ -117,27 +109,26 @@ class ExpertEvaluator(ClassificationEvaluator):
         self.overconfidence.scatter_add_(0, bins, confidence.to(loss.dtype) - hits[..., 0].to(loss.dtype))
 
     def summary(self) -> Dict[str, Any]:
-        """What `compute` gives of this process alone."""
+        """The metrics of this process alone."""
         return self.compute()
 
     def compute(self, distributed: bool = False) -> Dict[str, Any]:
-        """Metrics of all images counted.
+        """Metrics of all images so far. All but the loss are in percent with two decimals.
 
         Args:
             distributed: Add up the sums of all processes first.
 
         Returns:
-            Of the ensemble the mean cross-entropy `loss`, the share of images right, `top1` and `top5`, the accuracy
-            averaged over the classes with test images, `balanced`, of which there are `balanced_classes`, and over
-            those of each shot division, None for a division without test images, and the expected calibration error
-            `ece` (15 bins, Guo et al., ICML 2017, and one of confidences of 1, as torchmetrics has it); all but the
-            loss are in percent, to two decimals. The same under `experts` of each expert and, if there are subsets,
-            under `subsets` of each, with its `experts`. Under `per_class` are lists over the classes: their test
-            images, `total`, the ensemble's accuracy, `top1`, None without test images, and under `experts` that of
-            each.
+            Metrics of the ensemble: the mean cross-entropy `loss`; `top1` and `top5`; `balanced`, the accuracy averaged
+            over the `balanced_classes` classes with test images; `many`, `medium` and `few`, averaged over the classes
+            of a division and None without test images; the expected calibration error `ece` (15 bins, Guo et al., ICML
+            2017, and one for confidences of 1, as torchmetrics has it). `experts` lists the same for each expert,
+            `subsets` for each subset with its `experts`, if there are any. `per_class` has lists over the classes: the
+            number of test images `total`, the accuracy `top1` of the ensemble (None without test images), and under
+            `experts` that of each expert.
 
         Raises:
-            InputError: If a logit was not a number.
+            InputError: If a logit is not finite.
         """
         sums = [one.clone() for one in (self.total, self.top1, self.top5, self.loss_sum, self.overconfidence)]
         if distributed:
@@ -146,28 +137,25 @@ class ExpertEvaluator(ClassificationEvaluator):
         total, top1, top5, loss_sum, overconfidence = (one.cpu().double() for one in sums)
         if loss_sum.isnan().any():
             raise InputError(
-                'The model gives logits that are not finite, which are no answers: its weights are damaged, or the '
-                'images are not what it expects; use another checkpoint.')
-        num_images = max(int(total.sum()), 1)
+                'The model gives logits that are not finite, so its weights are damaged or the images are not what it '
+                'expects: use another checkpoint.')
+        seen, num_images = total > 0, max(int(total.sum()), 1)
         accuracy = 100 * top1 / total[:, None].clamp(min=1)
-        divisions = dict(balanced=total >= 0, **shot_divisions(self.class_counts, self.shots))
+        groups = {'balanced': seen, **{shot: seen & (self.shots == number) for number, shot in enumerate(SHOTS)}}
         results, per_class = [], []
         for k in range(accuracy.shape[1]):
-            result: Dict[str, Any] = dict(
+            results.append(dict(
                 loss=round(float(loss_sum[:, k].sum()) / num_images, 4),
                 top1=round(100 * float(top1[:, k].sum()) / num_images, 2),
                 top5=round(100 * float(top5[:, k].sum()) / num_images, 2),
-            )
-            for name, mask in divisions.items():
-                mask = mask & (total > 0)
-                result[name] = round(float(accuracy[mask, k].mean()), 2) if mask.any() else None
-            result['ece'] = round(100 * float(overconfidence[:, k].abs().sum()) / num_images, 2)
-            results.append(result)
+                **{name: round(float(accuracy[mask, k].mean()), 2) if mask.any() else None
+                   for name, mask in groups.items()},
+                ece=round(100 * float(overconfidence[:, k].abs().sum()) / num_images, 2),
+            ))
             per_class.append([
                 round(share, 2) if count else None for share, count in zip(accuracy[:, k].tolist(), total.tolist())])
         last = self.num_experts + 1
-        metrics: Dict[str, Any] = dict(
-            results[0], balanced_classes=int((total > 0).sum()), experts=results[1:last])
+        metrics: Dict[str, Any] = dict(results[0], balanced_classes=int(seen.sum()), experts=results[1:last])
         if self.subsets:
             metrics['subsets'] = [
                 dict(one, experts=subset.tolist()) for subset, one in zip(self.subsets, results[last:])]
@@ -187,29 +175,30 @@ def evaluate(
         shots: ShotConfig = ShotConfig(),
         kept: Optional[List[Tuple[Tensor, Tensor]]] = None,
 ) -> Dict[str, Any]:
-    """Evaluate a SHIKE model in float32, on what all processes have of the images, each counted once.
+    """Evaluate a SHIKE model in float32 on the images of all processes. Each image counts once.
 
     Args:
         model: A model with `num_experts` and `forward_experts`.
         loader: Gives batches of images [B, in_chans, H, W] and class indices [B] on `device`.
-        class_counts: Images of each class that make the shot divisions.
+        class_counts: Training images of each class [C], which make the shot divisions.
         device: Device of the model.
-        subsets: Choices of experts to judge as ensembles of their own.
+        subsets: Subsets of the experts to evaluate as ensembles.
         flip: Average the logits with those of the mirrored images.
-        per_class: Also tell the accuracy on each class, under `per_class`.
+        per_class: Also give the accuracy of each class, as `per_class`.
         shots: Borders of the shot divisions.
-        kept: Gets the expert logits [B, M, C] and class indices [B] of each batch, on the CPU.
+        kept: List to append the expert logits [B, M, C] and class indices [B] of each batch to, on the CPU.
 
     Returns:
-        What `ExpertEvaluator.compute` gives.
+        What `ExpertEvaluator.compute` returns.
     """
     was_training = model.training
     model.eval()
-    evaluator = ExpertEvaluator(model.num_experts, class_counts, device, subsets=subsets, shots=shots)
+    divisions = shot_numbers(class_counts, shots).tolist()
+    evaluator = ExpertEvaluator(model.num_experts, divisions, device, subsets=subsets)
     for images, target in loader:
         if not len(target):
-            continue  # none of the batch could be read
-        # One layout whatever the model's own, so that the same weights always give the same figures.
+            continue  # no image of the batch could be read
+        # Always the same layout, so that the same weights always give the same metrics.
         images = images.contiguous(memory_format=torch.channels_last)
         logits = model.forward_experts(images)
         if flip:
@@ -225,44 +214,26 @@ def evaluate(
 
 
 def balanced_over(metrics: Dict[str, Any], num_classes: int) -> str:
-    """Over how many classes the balanced accuracy is the mean, in words."""
+    """A sentence that says how many classes the balanced accuracy averages."""
     return f"balanced is the mean over {metrics['balanced_classes']} of {num_classes} classes, those with images here."
 
 
 def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
-    """A text table of metrics, a row for each expert and the ensemble of each stage.
-
-    Args:
-        stages: Results of `evaluate` by the name of the stage.
-    """
+    """A text table of what `evaluate` returned for each stage. Experts and ensembles have a row each."""
     rows: List[Sequence[Any]] = [('', *METRICS)]
     for stage, result in stages.items():
-        for m, expert in enumerate(result['experts']):
-            rows.append((f'{stage} expert {m}'.strip(), *(expert.get(key) for key in METRICS)))
-        rows.append((f'{stage} ensemble'.strip(), *(result.get(key) for key in METRICS)))
-        if 'plain' in result:
-            rows.append((f'{stage} not averaged', *(result['plain'].get(key) for key in METRICS)))
+        named = [(f'expert {m}', expert) for m, expert in enumerate(result['experts'])] + [('ensemble', result)]
+        named += [('not averaged', result['plain'])] if 'plain' in result else []
+        rows += [(f'{stage} {name}'.strip(), *(one.get(key) for key in METRICS)) for name, one in named]
     return _format_rows(rows)
 
 
 def format_subsets(subsets: Sequence[Dict[str, Any]]) -> str:
-    """A text table of accuracy against cost, a row for each choice of experts.
-
-    Args:
-        subsets: `subsets` of what `evaluate` returns, each with its `parameters`, `gmacs` and `images_per_second`.
-    """
-    shares = METRICS[1:]
-    rows = [('experts', *shares, 'params M', 'GMACs', 'img/s')]
-    rows += [
-        (
-            ' '.join(map(str, one['experts'])),
-            *(one[key] for key in shares),
-            one['parameters'] / 1e6,
-            f"{one['gmacs']:.4f}",
-            f"{one['images_per_second']:.0f}",
-        )
-        for one in subsets
-    ]
+    """A text table of accuracy and cost: `subsets` of what `evaluate` returns, each with its inference costs."""
+    rows: List[Sequence[Any]] = [('experts', *METRICS[1:], 'params M', 'GMACs', 'img/s')]
+    for one in subsets:
+        costs = one['parameters'] / 1e6, f"{one['gmacs']:.4f}", f"{one['images_per_second']:.0f}"
+        rows.append((' '.join(map(str, one['experts'])), *(one[key] for key in METRICS[1:]), *costs))
     return _format_rows(rows)
 
 

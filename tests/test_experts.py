@@ -10,9 +10,9 @@ import torch
 from timm.models import save_for_hf
 
 import shike_timm  # noqa: F401
-from shike_timm.cli import eval as validation
 from shike_timm.costs import inference_costs
 from shike_timm.metrics import METRICS
+from shike_timm.report import collect
 from shike_timm.report.logits import load_logits
 
 
@@ -84,11 +84,11 @@ def evaluate(run_script, tiny_run, results, *options):
 
 def test_eval_tells_accuracy_against_cost(tmp_path, run_script, tiny_run, monkeypatch):
     monkeypatch.setattr(
-        validation, 'inference_costs', partial(inference_costs, num_rounds=1, seconds_per_turn=0.01))
+        collect, 'inference_costs', partial(inference_costs, num_rounds=1, seconds_per_turn=0.01))
     status, out, err, metrics = evaluate(run_script, tiny_run, tmp_path / 'results.json', '--expert-subsets')
     assert status == 0, err
     counts = metrics['per_class']['class_counts']
-    assert f'told by the {max(counts)} to {min(counts)} training images a class of the model' in err
+    assert f'by the {max(counts)} to {min(counts)} training images a class of the model' in err
     subsets = {tuple(one['experts']): one for one in metrics['subsets']}
     assert list(subsets) == [s for size in (1, 2, 3) for s in itertools.combinations(range(3), size)]
     shares = METRICS[1:]
@@ -108,10 +108,10 @@ def test_eval_tells_accuracy_against_cost(tmp_path, run_script, tiny_run, monkey
 
 
 def test_flips_cost_twice_as_much(monkeypatch):
-    monkeypatch.setattr(validation, 'inference_costs', lambda models, images: {
+    monkeypatch.setattr(collect, 'inference_costs', lambda models, images: {
         name: dict(parameters=1, gmacs=3., images_per_second=8.) for name in models})
     subsets = [dict(experts=[0]), dict(experts=[0, 1])]
-    validation._add_costs(subsets, timm.create_model('resnet32_shike'), torch.zeros(1, 3, 32, 32), flip=True)
+    collect.add_costs(subsets, timm.create_model('resnet32_shike'), torch.zeros(1, 3, 32, 32), passes=2)
     assert [(one['gmacs'], one['images_per_second']) for one in subsets] == [(6., 4.)] * 2
 
 

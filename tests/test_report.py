@@ -47,8 +47,8 @@ COUNTS = [500, 300, 150, 90, 60, 30, 15, 10, 6, 3]
 
 
 @pytest.fixture(scope='module')
-def judged():
-    return analysis.judge(make_logits(COUNTS))
+def analyzed():
+    return analysis.analyze(make_logits(COUNTS))
 
 
 def read_page(folder):
@@ -94,8 +94,8 @@ def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_scrip
     for told, output in zip((results, *results['experts']), outputs):
         for key, value in plain_metrics(output, saved.targets, saved.class_counts).items():
             assert told[key] == pytest.approx(value, abs=0.0051 if key != 'ece' else 0.1), key
-    judged = analysis.judge(saved).metrics
-    assert judged.items() <= {**results, 'per_class': judged['per_class']}.items()
+    analyzed = analysis.analyze(saved).metrics
+    assert analyzed.items() <= {**results, 'per_class': analyzed['per_class']}.items()
 
     text, table = read_page(tmp_path / 'report')
     cells = re.findall(r'<td>([^<]*)</td>', re.search(r'<table id="metrics">.*?</table>', text, re.S)[0])
@@ -113,7 +113,7 @@ def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_scrip
             per_class['top1'][c], *(expert[c] for expert in per_class['experts'])]
         interval = stats.binomtest(round(row[4] * row[3] / 100), row[3]).proportion_ci(method='wilson')
         assert row[5:7] == pytest.approx([100 * interval.low, 100 * interval.high], abs=0.0051)
-    for name in figures.FIGURES:
+    for name in figures.DRAWINGS:
         assert (tmp_path / 'report' / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
         assert (tmp_path / 'report' / f'{name}.svg').read_text(encoding='utf-8').startswith('<?xml')
     assert 'class="missing"' not in text and text.count('src="data:image/png;base64') >= 4 and 'mathdefault' not in text
@@ -134,16 +134,16 @@ def test_a_run_is_reported_with_its_first_stage(tiny_run, tmp_path, run_script):
 
 
 def make_run(folder, seed, num_images=600, lr=0.1):
-    """A judged model of a run of a seed, its logits made by another."""
+    """A analyzed model of a run of a seed, its logits made by another."""
     folder.mkdir()
     (folder / 'args.yaml').write_text(f'seed: {seed}\nlr: {lr}\nexperiment: {folder.name}\n')
     made_by = sum(map(ord, folder.name))
-    return analysis.judge(make_logits(COUNTS, num_images, seed=made_by, name=folder.name, run=folder))
+    return analysis.analyze(make_logits(COUNTS, num_images, seed=made_by, name=folder.name, run=folder))
 
 
 def test_seeds_of_one_recipe(tmp_path, monkeypatch):
-    """Mean and deviation are of runs that differ in their seed and were judged on the same images."""
-    monkeypatch.setattr(page, 'FIGURES', {})  # which take seconds
+    """Mean and deviation are of runs that differ in their seed and were analyzed on the same images."""
+    monkeypatch.setattr(page, 'DRAWINGS', {})  # which take seconds
     runs = [make_run(tmp_path / f'run{seed}', seed) for seed in range(3)]
     ((group, values),) = page.seed_groups([*runs, make_run(tmp_path / 'faster', 3, lr=0.2)])
     assert group == runs and set(values) == set(METRICS)
@@ -156,11 +156,11 @@ def test_seeds_of_one_recipe(tmp_path, monkeypatch):
 
     assert not page.seed_groups([*runs, make_run(tmp_path / 'again', 2)])
     assert not page.seed_groups([*runs, make_run(tmp_path / 'elsewhere', 3, num_images=500)])
-    flipped = analysis.judge(make_logits(COUNTS, seed=9, name='flipped', run=runs[0].saved.run))
+    flipped = analysis.analyze(make_logits(COUNTS, seed=9, name='flipped', run=runs[0].saved.run))
     assert not page.seed_groups([runs[0], flipped]) and not page.seed_groups(runs[:1])
 
 
-def test_a_run_is_judged_on_the_images_that_it_set_aside(tmp_path, run_script):
+def test_a_run_is_evaluated_on_the_images_that_it_set_aside(tmp_path, run_script):
     command = [*TINY, '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs', '0', '--val-per-class', '20']
     assert run_script('train', *command, '--output', tmp_path)[0] == 0
     status, _, err = run_script(
@@ -172,27 +172,27 @@ def test_a_run_is_judged_on_the_images_that_it_set_aside(tmp_path, run_script):
     assert f'<b>{top1:.2f}</b>' in text and '200 test images' in text
 
 
-def test_intervals_are_those_of_scipy(judged):
-    other = analysis.judge(make_logits(COUNTS, seed=1))
-    by_class = [judged.right[judged.saved.targets == c, 0].astype(float) for c in range(10)]
+def test_intervals_are_those_of_scipy(analyzed):
+    other = analysis.analyze(make_logits(COUNTS, seed=1))
+    by_class = [analyzed.right[analyzed.saved.targets == c, 0].astype(float) for c in range(10)]
     few = by_class[6:]
 
     def mean_over_classes(*samples, axis):
         return np.mean([sample.mean(axis) for sample in samples], axis=0)
 
     result = stats.bootstrap(few, mean_over_classes, method='percentile', n_resamples=4000, random_state=0)
-    assert judged.intervals['few'] == pytest.approx(100 * np.array(result.confidence_interval), abs=0.6)
+    assert analyzed.intervals['few'] == pytest.approx(100 * np.array(result.confidence_interval), abs=0.6)
     gain = [
-        (other.right[:, 0].astype(float) - judged.right[:, 0])[judged.saved.targets == c] for c in range(6, 10)]
+        (other.right[:, 0].astype(float) - analyzed.right[:, 0])[analyzed.saved.targets == c] for c in range(6, 10)]
     result = stats.bootstrap(gain, mean_over_classes, method='percentile', n_resamples=4000, random_state=0)
-    tests = analysis.paired_test(judged, other)
+    tests = analysis.paired_test(analyzed, other)
     assert tests['few'].interval == pytest.approx(100 * np.array(result.confidence_interval), abs=0.8)
-    assert tests['few'].difference == pytest.approx(other.metrics['few'] - judged.metrics['few'], abs=0.011)
+    assert tests['few'].difference == pytest.approx(other.metrics['few'] - analyzed.metrics['few'], abs=0.011)
     assert sum(tests['top1'].classes) == 10 and tests['top1'].classes[0] == sum(
-        np.greater(other.right_by_class[:, 0], judged.right_by_class[:, 0]))
+        np.greater(other.right_by_class[:, 0], analyzed.right_by_class[:, 0]))
     assert all(
-        interval[0] <= judged.metrics[name] <= interval[1] for name, interval in judged.intervals.items())
-    only = [int((a.right[:, 0] & ~b.right[:, 0]).sum()) for a, b in ((other, judged), (judged, other))]
+        interval[0] <= analyzed.metrics[name] <= interval[1] for name, interval in analyzed.intervals.items())
+    only = [int((a.right[:, 0] & ~b.right[:, 0]).sum()) for a, b in ((other, analyzed), (analyzed, other))]
     assert tests['top1'].p_value == stats.binomtest(only[0], sum(only)).pvalue
 
 
@@ -237,16 +237,16 @@ def test_numbers_counted_by_hand():
     saved = make_logits([200, 5], 6, 1)
     saved.targets = np.array([0, 0, 0, 0, 1, 1])
     saved.logits = 2 * np.eye(2, dtype=np.float32)[[0, 0, 0, 1, 0, 0]][:, None]
-    judged = analysis.judge(saved)
-    assert judged.most_confused == [(1, 1), (0, 2)]
-    (confusion,) = analysis.tail_confusions(judged)
+    analyzed = analysis.analyze(saved)
+    assert analyzed.most_confused == [(1, 1), (0, 2)]
+    (confusion,) = analysis.tail_confusions(analyzed)
     assert confusion == analysis.Confusion(1, 0, 2, 100., [4, 5])
     sure = 1 / (1 + np.exp(-2))
-    assert judged.hardest_negative == pytest.approx([1 - sure] * 3 + [sure] * 3)
-    count, right, confidence = judged.reliability()
+    assert analyzed.hardest_negative == pytest.approx([1 - sure] * 3 + [sure] * 3)
+    count, right, confidence = analyzed.reliability()
     assert count.sum() == 6 and right[int(sure * 15)] == 3 and confidence[int(sure * 15)] == pytest.approx(sure)
-    assert judged.coverage()[1] == pytest.approx([1, 1, 1, 3 / 4, 3 / 5, 3 / 6])
-    plain, told = judged.prior_shift()
+    assert analyzed.coverage()[1] == pytest.approx([1, 1, 1, 3 / 4, 3 / 5, 3 / 6])
+    plain, told = analyzed.prior_shift()
     assert plain[[0, -1]] == pytest.approx([0.375, 0.75 * 200 / 205])
     assert told[-1] == pytest.approx(200 / 205)  # log 40 beats a margin of 2
 
@@ -256,7 +256,7 @@ def test_shares_of_best_experts():
     saved = make_logits([200, 200], 200, 2)
     saved.logits[:] = 5 * np.eye(2, dtype=np.float32)[saved.targets][:, None]
     saved.logits[saved.targets == 0, 0] *= -1
-    shares, chance = analysis.best_expert_shares(analysis.judge(saved))
+    shares, chance = analysis.best_expert_shares(analysis.analyze(saved))
     assert shares['many'].tolist() == [0.25, 0.75] and list(shares) == ['many']
     assert chance['many'] == (0.25, 0.75)  # each class is one's or both's
 
@@ -270,7 +270,7 @@ def test_shares_of_best_experts():
 def test_what_is_missing_is_said(tmp_path, saved, sentences):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        one = analysis.judge(make_logits(**saved))
+        one = analysis.analyze(make_logits(**saved))
         page.write_report(tmp_path, [one])
     text, table = read_page(tmp_path)
     found = re.findall(r'<p class="missing">(.*?)</p>', text)
@@ -282,7 +282,7 @@ def test_what_is_missing_is_said(tmp_path, saved, sentences):
 
 def test_hostile_names_are_text(tmp_path):
     names = HOSTILE[:]
-    models = [analysis.judge(make_logits(COUNTS, names=names, seed=seed, name=name))
+    models = [analysis.analyze(make_logits(COUNTS, names=names, seed=seed, name=name))
               for seed, name in enumerate(['<b>one', 'two'])]
     page.write_report(tmp_path, models)
     text, table = read_page(tmp_path)
@@ -302,7 +302,7 @@ def large_page(request, tmp_path_factory):
     saved = make_logits(
         counts, len(counts), 2, HOSTILE + [f'class {c}' for c in range(len(counts) - len(HOSTILE))])
     folder, start = tmp_path_factory.mktemp('large'), time.process_time()
-    page.write_report(folder, [analysis.judge(saved)])
+    page.write_report(folder, [analysis.analyze(saved)])
     return folder, counts, time.process_time() - start
 
 
@@ -311,8 +311,8 @@ def test_many_classes(large_page):
     assert seconds < 60 and (folder / 'report.html').stat().st_size < 10e6
 
 
-def test_other_images_are_not_paired(tmp_path, judged):
-    page.write_report(tmp_path, [judged, analysis.judge(make_logits(COUNTS, 500))])
+def test_other_images_are_not_paired(tmp_path, analyzed):
+    page.write_report(tmp_path, [analyzed, analysis.analyze(make_logits(COUNTS, 500))])
     assert 'They did not see the same images' in (tmp_path / 'report.html').read_text()
 
 
@@ -328,9 +328,9 @@ def test_images_of_a_folder(image_folder, tmp_path, run_script, monkeypatch):
         tmp_path / 'logits.npz', '--results-file', tmp_path / 'results.json')
     assert status == 0, err
     saved = load_logits(tmp_path / 'logits.npz')
-    told, judged = json.loads((tmp_path / 'results.json').read_text()), analysis.judge(saved)
+    told, analyzed = json.loads((tmp_path / 'results.json').read_text()), analysis.analyze(saved)
     assert [SHOTS[shot] for shot in saved.shots] == ['many', 'medium', 'few']  # of 24, 12 and 6 images
-    assert all(judged.metrics[key] == told[key] for key in METRICS)
+    assert all(analyzed.metrics[key] == told[key] for key in METRICS)
     folders = [path.split('/')[-2] for path in saved.paths]
     assert [['ant', 'bee', 'cat'][target] for target in saved.targets] == folders
     assert saved.paths[0].endswith('ant/0.png') and saved.image(0).size == (10, 12)
@@ -359,7 +359,7 @@ def test_maps_are_those_of_a_linear_classifier():
 
 def test_where_experts_look(image_folder, tmp_path, run_script, monkeypatch):
     pytest.importorskip('pytorch_grad_cam')
-    monkeypatch.setattr(page, 'FIGURES', {})  # which take seconds
+    monkeypatch.setattr(page, 'DRAWINGS', {})  # which take seconds
     model = timm.create_model('resnet32_shike', num_classes=3, in_chans=1)
     config = dict(timm.data.resolve_model_data_config(model), input_size=(1, 31, 21), mean=(0.5,), std=(0.5,))
     export_model(model, tmp_path / 'model', config, ['ant', '<b>bee', 'cat'], [24, 12, 6])
@@ -371,7 +371,7 @@ def test_where_experts_look(image_folder, tmp_path, run_script, monkeypatch):
     status, _, err = run_script(*command)
     assert status == 0, err
     text, _ = read_page(tmp_path / 'report')
-    table = re.search(r'<table id="looks">.*?</table>', text, re.S)[0]
+    table = re.search(r'<table id="cams">.*?</table>', text, re.S)[0]
     assert table.count('<tr>') == 1 + 4 and table.count('<img') == 4 * (1 + 3) and '<b>' not in table
     predicted = shike_timm.predict(
         [str(image_folder / 'validation' / 'ant')], model=f'local-dir:{tmp_path}/model', device='cpu', per_expert=True,
@@ -408,8 +408,8 @@ def test_bad_files(tmp_path, run_script):
     save_logits(tmp_path / 'lengths.npz', saved)
     np.savez(tmp_path / 'other.npz', a=1)
     for name, message in (
-            ('text', 'is damaged or not what'), ('targets', 'outside its 10 classes'), ('lengths', 'do not fit'),
-            ('other', 'is damaged or not what'), ('nowhere', 'does not exist')):
+            ('text', 'is damaged or not a file of'), ('targets', 'outside its 10 classes'), ('lengths', 'do not fit'),
+            ('other', 'is damaged or not a file of'), ('nowhere', 'does not exist')):
         with pytest.raises(InputError, match=message):
             load_logits(tmp_path / f'{name}.npz')
     (tmp_path / 'empty').mkdir()

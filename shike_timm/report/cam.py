@@ -1,5 +1,6 @@
-"""Where each expert looks: class activation maps of images that somebody names, by the grad-cam library."""
+"""Class activation maps: where each expert looks in given images, by the grad-cam library."""
 import os
+from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
@@ -10,10 +11,18 @@ from torch import Tensor, nn
 from ..data.inputs import create_file_loader, find_images
 from ..errors import InputError
 from ..models import Shike
+from ..options import option
 
-__all__ = ['expert_maps', 'look_at']
+BATCH_SIZE = 32
 
-BATCH = 32
+
+@dataclass(frozen=True)
+class CamConfig:
+    """Class activation maps."""
+
+    cam: Optional[List[str]] = option(
+        None, 'images, folders or patterns. The report shows where each expert looks in these images', 'IMAGE',
+        nargs='+')
 
 
 class _OneExpert(nn.Module):
@@ -29,12 +38,12 @@ class _OneExpert(nn.Module):
 
 
 def expert_maps(model: Shike, images: Tensor, classes: Sequence[int]) -> np.ndarray:
-    """Grad-CAM of each expert's fused features for a class of each image.
+    """Grad-CAM of each expert's fused features, for one class of each image.
 
     Args:
-        model: The model; its gradients are left empty.
-        images: Normalised images [B, C, H, W] on its device.
-        classes: A class of each image [B].
+        model: The model. Its gradients are cleared.
+        images: Normalized images [B, C, H, W] on its device.
+        classes: The class of each image [B].
 
     Returns:
         Maps [B, M, H, W] from 0 to 1.
@@ -52,41 +61,34 @@ def expert_maps(model: Shike, images: Tensor, classes: Sequence[int]) -> np.ndar
     return np.stack(maps, axis=1)
 
 
-def _overlay(image: np.ndarray, heat: np.ndarray) -> Image.Image:
-    from pytorch_grad_cam.utils.image import show_cam_on_image  # pyright: ignore[reportMissingImports]
-    return Image.fromarray(show_cam_on_image(image.astype(np.float32) / 255, heat, use_rgb=True))
-
-
-def look_at(
+def draw_cams(
         model: Shike,
         names: Sequence[str],
         data_config: Dict[str, Any],
         class_names: Optional[Sequence[str]] = None,
         **decoding: Any,
 ) -> List[Dict[str, Any]]:
-    """What a page shows of images by name: each as the model sees it, and where each expert looks.
+    """Maps of each expert for the class that the ensemble predicts.
 
     Args:
         model: The model.
         names: Files, folders and patterns.
-        data_config: What `timm.data.resolve_data_config` gives.
+        data_config: What `timm.data.resolve_data_config` returns.
         class_names: Names of the classes.
-        **decoding: How files are decoded, as for `create_file_loader`.
+        **decoding: Arguments of `create_file_loader` about decoding.
 
     Returns:
-        A row an image: its `name`, the `image`, the class that the ensemble says, `said`, the `share` that it gives
-        it, and of the `experts` their `image` with the map on it and the `share` that each gives this class.
-
-    Raises:
-        InputError: If there is no image, or one cannot be read.
+        One row an image: its file `name`, the `image` as the model sees it, the predicted class `label` and its
+        probability `prob`, and of the `experts` the `image` with the map on it and the `prob` of the same class.
     """
+    from pytorch_grad_cam.utils.image import show_cam_on_image  # pyright: ignore[reportMissingImports]
     paths, rows = find_images(names), []
     device = next(model.parameters()).device
     mean, std = (
         torch.tensor(data_config[key], device=device).expand(model.in_chans)[:, None, None] * 255
         for key in ('mean', 'std'))
     model.eval()
-    for pixels, errors in create_file_loader(paths, data_config, BATCH, 0, **decoding):
+    for pixels, errors in create_file_loader(paths, data_config, BATCH_SIZE, 0, **decoding):
         for path, error in zip(paths[len(rows):], errors):
             if error:
                 raise InputError(f"--cam: image '{path}' cannot be read ({error}): leave it out.")
@@ -94,15 +96,15 @@ def look_at(
         images = (pixels.to(device, torch.float32) - mean) / std
         with torch.no_grad():
             logits = model.forward_experts(images).float()
-        said = logits.mean(1).argmax(-1)
-        shares = torch.cat([logits.mean(1, keepdim=True), logits], dim=1).softmax(-1)
-        shares = shares[torch.arange(len(said)), :, said].tolist()
-        maps = expert_maps(model, images, said.tolist())
-        for image, heats, c, (share, *own) in zip(pixels.permute(0, 2, 3, 1).numpy(), maps, said.tolist(), shares):
-            image = np.broadcast_to(image, (*image.shape[:2], 3))
+        classes = logits.mean(1).argmax(-1)
+        probs = torch.cat([logits.mean(1, keepdim=True), logits], dim=1).softmax(-1)
+        probs = probs[torch.arange(len(classes)), :, classes].tolist()
+        maps = expert_maps(model, images, classes.tolist())
+        for image, heats, c, (prob, *own) in zip(pixels.permute(0, 2, 3, 1).numpy(), maps, classes.tolist(), probs):
+            image = np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+            drawn = [show_cam_on_image(image.astype(np.float32) / 255, heat, use_rgb=True) for heat in heats]
             rows.append(dict(
                 name=os.path.basename(paths[len(rows)]).encode('utf-8', 'replace').decode(),
-                image=Image.fromarray(np.ascontiguousarray(image)), said=class_names[c] if class_names else str(c),
-                share=share, experts=[
-                    dict(image=_overlay(image, heat), share=one) for heat, one in zip(heats, own)]))
+                image=Image.fromarray(image), label=class_names[c] if class_names else str(c), prob=prob,
+                experts=[dict(image=Image.fromarray(one), prob=p) for one, p in zip(drawn, own)]))
     return rows

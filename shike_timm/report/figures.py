@@ -1,7 +1,7 @@
 """The figures of a report, drawn with matplotlib.
 
-Each function takes a `Judged` model, most a second one too, and gives a figure, or raises `Missing` with a sentence
-that says why there is nothing to draw.
+Each takes the `Analysis` of a model and of a second one or None, and returns a figure. If there is nothing to draw, it
+raises `Missing` with a sentence that says why.
 """
 import warnings
 from pathlib import Path
@@ -14,15 +14,13 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from ..metrics import SHOTS, all_subsets
 from ..training.tasks import TERMS
-from .analysis import Judged, best_expert_shares, read_curves, tail_confusions, trend, wilson
+from .analysis import Analysis, best_expert_shares, read_curves, tail_confusions, trend, wilson
 
-__all__ = ['FIGURES', 'Drawing', 'Missing', 'compare_models', 'draw', 'draw_curves', 'save', 'shorten', 'write_curves']
-
-INK, PAPER = '#1f2329', '#ffffff'  # what a page in the dark replaces
+INK, PAPER = '#1f2329', '#ffffff'  # replaced in a page, which may be dark
 COLORS = ('#3987d6', '#e0861a', '#23a079', '#c766a0', '#8b78d9', '#b09b1f', '#d4563f', '#5fa8b8')
 NEUTRAL = '#8c929b'
 WIDTH = 5.0
-MANY_POINTS = 1000  # from which on points are drawn as pixels, so that a file stays small
+MANY_POINTS = 1000  # more points than this are drawn as pixels, which keeps files small
 STYLE: Dict[Any, Any] = {
     'axes.axisbelow': True, 'axes.edgecolor': INK, 'axes.facecolor': 'none', 'axes.grid': True, 'axes.labelcolor': INK,
     'axes.spines.right': False, 'axes.spines.top': False, 'axes.titlelocation': 'left', 'axes.titlesize': 10,
@@ -33,11 +31,11 @@ STYLE: Dict[Any, Any] = {
 
 
 class Missing(Exception):
-    """There is nothing to draw; the message is a sentence that says why."""
+    """There is nothing to draw. The message is a sentence that says why."""
 
 
 def shorten(name: str, length: int = 24) -> str:
-    """A class name that fits on a line of a figure."""
+    """A class name that fits into a line of a figure."""
     name = ' '.join(''.join(char if char.isprintable() else ' ' for char in name).split())
     return name if len(name) <= length else name[:length - 1] + '…'
 
@@ -48,7 +46,7 @@ def _figure(height: float, rows: int = 1, **kwargs: Any) -> Tuple[Figure, Any]:
 
 
 def _log_scale(axes: Any, scale: str = 'log') -> None:
-    """A log scale with plain numbers, the ones between where it spans less than a decade."""
+    """A log scale with plain numbers. Less than a decade also gets minor ones."""
     axes.set_yscale(scale)
     axes.yaxis.set_major_formatter('{x:g}')
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
@@ -59,9 +57,9 @@ def _legend(axes: Any, columns: int = 3, **kwargs: Any) -> None:
                 columnspacing=1.2, **kwargs)
 
 
-def _shade_shots(axes: Any, judged: Judged) -> None:
-    """Shade the shot divisions along the classes in order, and name them."""
-    shots = judged.saved.shots
+def _shade_shots(axes: Any, analysis: Analysis) -> None:
+    """Shade and name the shot divisions along the ordered classes."""
+    shots = analysis.saved.shots
     sizes = np.bincount(shots, minlength=len(SHOTS))
     start = -0.5
     for shot, size, alpha in zip(SHOTS, sizes, (0.12, 0.07, 0.03)):
@@ -75,10 +73,10 @@ def _shade_shots(axes: Any, judged: Judged) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
-def class_counts(judged: Judged, other: Optional[Judged]) -> Figure:
-    counts = judged.saved.class_counts[judged.order]
+def class_counts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
+    counts = analysis.saved.class_counts[analysis.order]
     figure, axes = _figure(3)
-    _shade_shots(axes, judged)
+    _shade_shots(axes, analysis)
     axes.step(np.arange(len(counts)), counts, where='mid', color=COLORS[0])
     _log_scale(axes, 'symlog' if counts.min() < 1 else 'log')
     axes.set_ylim(top=counts.max() * 2.2)
@@ -86,9 +84,9 @@ def class_counts(judged: Judged, other: Optional[Judged]) -> Figure:
     return figure
 
 
-def _best_expert(judged: Judged) -> np.ndarray:
-    """The best expert of each class [C], -1 where several are."""
-    counts = judged.right_by_class[:, 1:]
+def _best_expert(analysis: Analysis) -> np.ndarray:
+    """The best expert of each class [C], -1 where several tie."""
+    counts = analysis.right_by_class[:, 1:]
     best = counts == counts.max(1, keepdims=True)
     return np.where(best.sum(1) == 1, best.argmax(1), -1)
 
@@ -100,21 +98,21 @@ def _draw_trend(axes: Any, values: np.ndarray, color: str, label: Optional[str] 
         axes.plot(points, mean, color=color, label=label)
 
 
-def class_accuracy(judged: Judged, other: Optional[Judged]) -> Figure:
-    accuracy = 100 * judged.accuracy[judged.order]
+def class_accuracy(analysis: Analysis, other: Optional[Analysis]) -> Figure:
+    accuracy = 100 * analysis.accuracy[analysis.order]
     many = len(accuracy) > MANY_POINTS
     size = dict(s=3 if many else 16, linewidth=0, rasterized=many, alpha=0.5 if many else 0.9)
     figure, (top, bottom) = _figure(5.6, 2, sharex=True, sharey=True)
     ranks = np.arange(len(accuracy))
     for axes in (top, bottom):
-        _shade_shots(axes, judged)
+        _shade_shots(axes, analysis)
         axes.set(ylabel='accuracy in %', ylim=(-2, 112), yticks=range(0, 101, 20))
     top.scatter(ranks, accuracy[:, 0], color=NEUTRAL, label='ensemble', **size)
     _draw_trend(top, accuracy[:, 0], INK)
     _legend(top)
-    best = _best_expert(judged)[judged.order]
+    best = _best_expert(analysis)[analysis.order]
     highest = accuracy[:, 1:].max(1)
-    for expert in range(-1, judged.saved.num_experts):
+    for expert in range(-1, analysis.saved.num_experts):
         mine = best == expert
         label = 'several' if expert < 0 else f'expert {expert}'
         color = NEUTRAL if expert < 0 else COLORS[expert % len(COLORS)]
@@ -126,12 +124,12 @@ def class_accuracy(judged: Judged, other: Optional[Judged]) -> Figure:
     return figure
 
 
-def best_experts(judged: Judged, other: Optional[Judged]) -> Figure:
-    if judged.saved.num_experts == 1:
-        raise Missing('This model has one expert: it is the best at every class.')
-    shares, chance = best_expert_shares(judged)
+def best_experts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
+    if analysis.saved.num_experts == 1:
+        raise Missing('This model has one expert, which is the best at every class.')
+    shares, chance = best_expert_shares(analysis)
     figure, axes = _figure(3)
-    num_experts = judged.saved.num_experts
+    num_experts = analysis.saved.num_experts
     width = 0.8 / num_experts
     for i, shot in enumerate(shares):
         low, high = (100 * bound for bound in chance[shot])
@@ -143,19 +141,19 @@ def best_experts(judged: Judged, other: Optional[Judged]) -> Figure:
             axes.errorbar(
                 x, (low + high) / 2, (high - low) / 2, color=INK, linewidth=1.2, capsize=5, fmt='none',
                 label='chance' if not i and m == num_experts - 1 else None)
-    axes.set_xticks(range(len(shares)), [f'{shot} ({judged.shots[shot].sum()})' for shot in shares])
+    axes.set_xticks(range(len(shares)), [f'{shot} ({analysis.shots[shot].sum()})' for shot in shares])
     axes.set(ylabel='share of classes in %')
     axes.grid(axis='x', visible=False)
     _legend(axes, 4)
     return figure
 
 
-def hardest_negatives(judged: Judged, other: Optional[Judged]) -> Figure:
-    shots = [shot for shot in SHOTS if judged.shots[shot].any()]
+def hardest_negatives(analysis: Analysis, other: Optional[Analysis]) -> Figure:
+    shots = [shot for shot in SHOTS if analysis.shots[shot].any()]
     figure, axes = _figure(1.1 + 1.5 * len(shots), len(shots), sharex=True, sharey=True, squeeze=False)
     edges = np.linspace(0, 1, 21)
     for ax, shot in zip(axes[:, 0], shots):
-        for one, fill in ((judged, True), (other, False)):
+        for one, fill in ((analysis, True), (other, False)):
             if one is not None and (mask := one.shots[shot][one.saved.targets]).any():
                 values = one.hardest_negative[mask]
                 heights = 100 * np.histogram(values, edges)[0] / len(values)
@@ -172,8 +170,8 @@ def hardest_negatives(judged: Judged, other: Optional[Judged]) -> Figure:
     return figure
 
 
-def _shot_bars(axes: Any, models: Sequence[Tuple[str, Judged]]) -> None:
-    """Accuracy by shot with 95 % intervals, a bar for each model."""
+def _shot_bars(axes: Any, models: Sequence[Tuple[str, Analysis]]) -> None:
+    """Accuracy by shot division with 95 % intervals, a bar for each model."""
     names = {'balanced': 'all', **{shot: shot for shot in SHOTS if any(one.shots[shot].any() for _, one in models)}}
     width = 0.8 / len(models)
     for k, (label, one) in enumerate(models):
@@ -190,41 +188,41 @@ def _shot_bars(axes: Any, models: Sequence[Tuple[str, Judged]]) -> None:
     _legend(axes, 1)
 
 
-def compare_models(models: Sequence[Judged]) -> Figure:
-    """Accuracy of several models overall and by shot, with 95 % intervals."""
+def compare_models(models: Sequence[Analysis]) -> Figure:
+    """Accuracy of several models, overall and by shot division, with 95 % intervals."""
     figure, axes = _figure(3 + 0.15 * len(models))
     _shot_bars(axes, [(shorten(one.saved.name, 48), one) for one in models])
     return figure
 
 
-def stages_and_experts(judged: Judged, other: Optional[Judged]) -> Figure:
+def stages_and_experts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     figure, (top, bottom) = _figure(6, 2)
     if other is None:
-        _shot_bars(top, [(f'{shorten(judged.saved.name)}, no stage one or second model at hand', judged)])
+        _shot_bars(top, [(f'{shorten(analysis.saved.name)}, without stage one or a second model', analysis)])
     else:
-        _shot_bars(top, [(shorten(one.saved.name, 32), one) for one in (other, judged)])
-    subsets = all_subsets(judged.saved.num_experts)
-    costs = {tuple(one['experts']): one['gmacs'] for one in judged.saved.costs}
+        _shot_bars(top, [(shorten(one.saved.name, 32), one) for one in (other, analysis)])
+    subsets = all_subsets(analysis.saved.num_experts)
+    costs = {tuple(one['experts']): one['gmacs'] for one in analysis.saved.costs}
     known = all(subset in costs for subset in subsets)
-    if judged.subset_top1:
-        best = {len(subset): subset for _, subset in sorted(zip(judged.subset_top1, subsets))}
-        for subset, top1 in zip(subsets, judged.subset_top1):
+    if analysis.subset_top1:
+        best = {len(subset): subset for _, subset in sorted(zip(analysis.subset_top1, subsets))}
+        for subset, top1 in zip(subsets, analysis.subset_top1):
             x = costs[subset] if known else len(subset)
             bottom.plot(x, top1, 'o', color=COLORS[len(subset) - 1])
-            if best[len(subset)] == subset:  # the others' would lie on each other
+            if best[len(subset)] == subset:  # other labels would overlap
                 bottom.annotate(
                     ' '.join(map(str, subset)), (x, top1), xytext=(0, 6), textcoords='offset points', ha='center')
         bottom.margins(x=0.15, y=0.15)
     else:
-        bottom.set_title('too many experts to try every choice of them')
+        bottom.set_title('too many experts to try every subset')
     bottom.set(xlabel='GMACs an image' if known else 'experts kept (costs were not measured)', ylabel='top-1 in %')
     if not known:
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def reliability(judged: Judged, other: Optional[Judged]) -> Figure:
-    count, right, confidence = judged.reliability()
+def reliability(analysis: Analysis, other: Optional[Analysis]) -> Figure:
+    count, right, confidence = analysis.reliability()
     seen = count > 0
     count, right, confidence, edges = count[seen], right[seen], confidence[seen], np.linspace(0, 1, len(count) + 1)
     low, high = wilson(right, count)
@@ -234,55 +232,55 @@ def reliability(judged: Judged, other: Optional[Judged]) -> Figure:
     top.plot(confidence, 100 * right / count, 'o-', color=COLORS[0], markersize=4, label='ensemble')
     top.fill_between(confidence, 100 * low, 100 * high, color=COLORS[0], alpha=0.2, linewidth=0)
     top.set(ylabel='accuracy in %', xlim=(0, 1), ylim=(0, 100))
-    top.set_title(f"calibration error {judged.metrics['ece']:.2f} %", loc='right')
+    top.set_title(f"calibration error {analysis.metrics['ece']:.2f} %", loc='right')
     top.legend(loc='upper left')
     bars.bar(edges[:-1][seen], count, edges[1], align='edge', color=COLORS[0], alpha=0.6)
     bars.set(xlabel='probability of the predicted class', ylabel='images', xlim=(0, 1))
-    kept, accuracy = judged.coverage()
+    kept, accuracy = analysis.coverage()
     chosen = np.unique(np.linspace(min(len(kept) - 1, len(kept) // 50), len(kept) - 1, 200).astype(int))
     bottom.plot(100 * kept[chosen], 100 * accuracy[chosen], color=COLORS[2])
-    bottom.set(xlabel='images kept in %, the surest first', ylabel='accuracy in %', xlim=(0, 100))
+    bottom.set(xlabel='images kept in %, most confident first', ylabel='accuracy in %', xlim=(0, 100))
     return figure
 
 
-def confusions(judged: Judged, other: Optional[Judged]) -> Figure:
-    if not judged.shots['few'].any():
+def confusions(analysis: Analysis, other: Optional[Analysis]) -> Figure:
+    if not analysis.shots['few'].any():
         raise Missing('There is no few-shot class with test images.')
-    found = tail_confusions(judged)
+    found = tail_confusions(analysis)
     if not found:
         raise Missing('No image of a few-shot class is taken for another class.')
     figure, axes = _figure(1.2 + 0.3 * len(found))
-    names = judged.saved.class_names
+    names = analysis.saved.class_names
     axes.barh(range(len(found)), [one.cost for one in found], color=COLORS[6], alpha=0.85)
     axes.set_yticks(
         range(len(found)), [f'{shorten(names[one.true])} → {shorten(names[one.predicted])}' for one in found])
     axes.margins(y=0.01)
     axes.invert_yaxis()
-    axes.set_xlabel('points of few-shot accuracy lost', loc='right')  # the axes are narrow beside long names
+    axes.set_xlabel('points of few-shot accuracy lost', loc='right')  # long names leave the axes little room
     axes.grid(axis='y', visible=False)
     return figure
 
 
-def prior_shift(judged: Judged, other: Optional[Judged]) -> Figure:
-    plain, told = judged.prior_shift()
+def prior_shift(analysis: Analysis, other: Optional[Analysis]) -> Figure:
+    plain, adjusted = analysis.prior_shift()
     figure, axes = _figure(3)
-    axes.plot(judged.tilts, 100 * plain, color=COLORS[0], label='as it is')
-    axes.plot(judged.tilts, 100 * told, color=COLORS[1], linestyle='--', label='told the prior')
+    axes.plot(analysis.tilts, 100 * plain, color=COLORS[0], label='as it is')
+    axes.plot(analysis.tilts, 100 * adjusted, color=COLORS[1], linestyle='--', label='prior added')
     axes.set(
-        xlabel='prior of the world: from uniform (0) to that of training (1)', ylabel='expected top-1 in %',
+        xlabel='class frequencies: from uniform (0) to those of training (1)', ylabel='expected top-1 in %',
         xlim=(0, 1))
     _legend(axes)
     return figure
 
 
-def learning_curves(judged: Judged, other: Optional[Judged]) -> Figure:
-    if judged.saved.run is None:
+def learning_curves(analysis: Analysis, other: Optional[Analysis]) -> Figure:
+    if analysis.saved.run is None:
         raise Missing('There is no run folder with a summary.csv beside this model.')
-    return draw_curves(read_curves(judged.saved.run))
+    return draw_curves(read_curves(analysis.saved.run))
 
 
 def draw_curves(curves: Dict[str, List[Optional[float]]]) -> Figure:
-    """Loss, its terms and the accuracies of a run, from what `read_curves` gives."""
+    """Loss, its terms and the accuracies of a run, from what `read_curves` returns."""
     if not curves:
         raise Missing('The summary.csv of the run has no epoch yet.')
     terms = [f'train_{term}' for term in TERMS if any(curves.get(f'train_{term}', ()))]
@@ -314,52 +312,52 @@ class Drawing(NamedTuple):
     Attributes:
         function: Draws it.
         title: Its heading.
-        caption: How to read it.
+        caption: What it shows and how to read it.
     """
 
-    function: Callable[[Judged, Optional[Judged]], Figure]
+    function: Callable[[Analysis, Optional[Analysis]], Figure]
     title: str
     caption: str
 
 
-FIGURES = {
+DRAWINGS = {
     'class_counts': Drawing(
         class_counts, 'How many training images the classes have',
-        'Shaded as the evaluation divides them: many-shot classes have more than 100 and few-shot ones fewer than 20, '
-        'unless --many-shot or --few-shot said otherwise.'),
+        'The shades are the shot divisions of the evaluation. By default many-shot classes have more than 100 training '
+        'images and few-shot classes fewer than 20.'),
     'class_accuracy': Drawing(
         class_accuracy, 'Accuracy along the tail',
-        'A point is a class. Above the ensemble; below the best single expert, in the colour of that expert. The line '
-        'is a moving average with its 95 % band. The best of several looks better than any one is, by chance alone.'),
+        'Each point is a class. Top: the ensemble. Bottom: the best single expert, in the colour of that expert. The '
+        'line is a moving average with its 95 % band. The best of several looks better than each is, by chance alone.'),
     'best_experts': Drawing(
         best_experts, 'Which expert is best at how many classes',
-        'Experts that tie share a class. The bracket is where 95 % of the shares would lie if the experts were '
-        'equally good: what is inside says nothing about an expert.'),
+        'Experts that tie share a class. If the experts were equally good, 95 % of the shares would lie inside the '
+        'bracket. A share inside it says nothing about an expert.'),
     'hardest_negatives': Drawing(
         hardest_negatives, 'How probable the hardest wrong class is',
-        'Of each test image the largest probability of a class that it is not: less to the right is better.'),
+        'The largest probability that each test image gives to a wrong class. Less on the right is better.'),
     'stages_and_experts': Drawing(
         stages_and_experts, 'Stages, experts and cost',
-        'Above the accuracy by shot with 95 % intervals; below each choice of experts, of which the best of a size has '
-        'its numbers.'),
+        'Top: accuracy by shot division with 95 % intervals. Bottom: every subset of the experts. The best of each '
+        'size has a label.'),
     'reliability': Drawing(
         reliability, 'Whether its probabilities can be trusted',
-        'Below the dotted line the model is surer than it is right. The last curve tells the accuracy when the least '
-        'sure images are set aside for a person to look at.'),
+        'Below the dotted line the model is more confident than it is accurate. The last curve shows the accuracy when '
+        'a person looks at the least confident images instead.'),
     'confusions': Drawing(
         confusions, 'The confusions that cost the tail most',
-        'A few-shot class and what it is taken for: more images of these two classes would help most.'),
+        'A few-shot class → the class that it is taken for. More images of these two classes would help most.'),
     'prior_shift': Drawing(
-        prior_shift, 'In a world that is as long-tailed as the training set',
-        'Test images weighted as if classes came with the training frequencies to a power. Told the prior, the '
-        'logarithm of the same is added to the logits, which is right for a model whose classifiers are balanced.'),
+        prior_shift, 'If classes in use are as long-tailed as the training set',
+        'Test images are weighted as if classes had their training frequencies to a power. For the dashed line the '
+        'logarithm of these is added to the logits, which is right for a model with balanced classifiers.'),
     'learning_curves': Drawing(
-        learning_curves, 'Learning curves', 'Of both stages in a row; new classifiers begin where the loss jumps.'),
+        learning_curves, 'Learning curves', 'Both stages in a row. The loss jumps where new classifiers begin.'),
 }
 
 
 def draw(function: Callable[..., Figure], *args: Any) -> Tuple[Figure, Optional[str]]:
-    """Draw a figure in the report's style; where there is nothing to draw, one that says so, and the sentence."""
+    """Draw a figure in the style of the report. If there is nothing to draw, it shows a sentence, returned too."""
     with matplotlib.rc_context(STYLE):
         try:
             return function(*args), None
@@ -370,12 +368,12 @@ def draw(function: Callable[..., Figure], *args: Any) -> Tuple[Figure, Optional[
 
 
 def save(figure: Figure, stem: Path, salt: str) -> str:
-    """Write a figure as STEM.svg and STEM.png, and give the SVG for a page, in the page's own colours."""
+    """Write a figure as STEM.svg and STEM.png. Returns the SVG in the colours of the page."""
     style: Dict[Any, Any] = {**STYLE, 'svg.hashsalt': salt}
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')  # of a name in another script; the SVG has it as text
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # in PNGs of names in other scripts; SVGs hold text
         figure.savefig(f'{stem}.png')
-        figure.set_layout_engine('none')  # it has its layout now
+        figure.set_layout_engine('none')  # the layout is done
         figure.savefig(f'{stem}.svg', metadata={'Date': None})
     with open(f'{stem}.svg', encoding='utf-8') as file:
         text = file.read()
@@ -383,7 +381,7 @@ def save(figure: Figure, stem: Path, salt: str) -> str:
 
 
 def write_curves(run: Path) -> None:
-    """Draw the learning curves of a run folder into it, as `curves.png`."""
+    """Draw the learning curves of a run folder as its `curves.png`."""
     figure, _ = draw(draw_curves, read_curves(run))
     with matplotlib.rc_context(STYLE):
         figure.savefig(run / 'curves.png')

@@ -1,36 +1,34 @@
-"""Saved logits: what a model said of each image of an evaluation split, and what is known of the classes."""
+"""Saved logits of an evaluation split, with what a report needs to know of its images and classes."""
 import json
 import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import numpy as np
 from PIL import Image
 
 from ..errors import InputError
 
-__all__ = ['SavedLogits', 'load_logits', 'save_logits']
-
 _ARRAYS = ('logits', 'targets', 'paths', 'class_names', 'class_counts', 'shots', 'costs')
 
 
 @dataclass
 class SavedLogits:
-    """What a model said of an evaluation split.
+    """Logits of an evaluation split.
 
     Attributes:
         logits: Expert logits [N, M, C], float32.
         targets: Class indices [N].
-        paths: Where each image lies, or its index in the data set [N].
+        paths: Path of each image, or its index in the data set [N].
         class_names: Names of the classes in label order [C].
         class_counts: Training images of each class [C].
         shots: Shot division of each class [C], as its place in `shike_timm.metrics.SHOTS`.
-        costs: Choices of `experts` with their `gmacs`, as `eval.py --expert-subsets` tells them; may be empty.
-        name: What to call the model.
-        run: Its run folder, None where there is none.
-        open_image: Gives the PIL image of an index, by its path if None.
+        costs: Subsets of the `experts` with their `gmacs`. May be empty.
+        name: Name of the model.
+        run: Its run folder, None if there is none.
+        open_image: Opens the image of an index. None opens it by its path.
     """
 
     logits: np.ndarray
@@ -46,7 +44,7 @@ class SavedLogits:
 
     def __post_init__(self):
         self.class_counts = np.asarray(self.class_counts, dtype=np.int64)
-        # A folder's name may hold bytes that are no text.
+        # Names of files and folders may hold bytes that are not text.
         self.class_names = [str(one).encode('utf-8', 'replace').decode() for one in self.class_names]
         self.paths = [str(one).encode('utf-8', 'replace').decode() for one in self.paths]
 
@@ -59,7 +57,7 @@ class SavedLogits:
         return self.logits.shape[2]
 
     def image(self, index: int) -> Optional[Image.Image]:
-        """The image of an index, None where it cannot be had."""
+        """The image of an index, None if it cannot be opened."""
         if self.open_image is not None:
             return self.open_image(index)
         try:
@@ -69,50 +67,39 @@ class SavedLogits:
 
 
 def save_logits(path: Union[str, Path], saved: SavedLogits) -> None:
-    """Write logits [N, M, C] and what belongs to them as an npz file, in one step."""
+    """Write an npz file in one step."""
     path = Path(path)
+    arrays = {key: getattr(saved, key) for key in _ARRAYS}
+    arrays.update(
+        paths=np.array(saved.paths, dtype=str), class_names=np.array(saved.class_names, dtype=str),
+        costs=json.dumps(saved.costs))
     temporary = path.with_name(path.name + '.tmp')
     with temporary.open('wb') as file:
-        np.savez(
-            file,
-            logits=saved.logits,
-            targets=saved.targets,
-            paths=np.array(saved.paths, dtype=str),
-            class_names=np.array(saved.class_names, dtype=str),
-            class_counts=saved.class_counts,
-            shots=saved.shots,
-            costs=json.dumps(saved.costs),
-        )
+        np.savez(file, **arrays)
     temporary.replace(path)
 
 
-def _check_shapes(path: Path, logits: np.ndarray, targets: np.ndarray, by_image: Sequence, by_class: Sequence) -> None:
-    shape = logits.shape
-    if len(shape) != 3 or not all(shape):
-        raise InputError(f"'{path}' has logits of shape {shape}, expected [images, experts, classes]: save them again.")
-    if {len(one) for one in (targets, *by_image)} != {shape[0]} or {len(one) for one in by_class} != {shape[2]}:
-        raise InputError(f"'{path}' has arrays that do not fit its logits of shape {shape}: save them again.")
-    if targets.min() < 0 or targets.max() >= shape[2]:
-        raise InputError(f"'{path}' has targets outside its {shape[2]} classes: save them again.")
-
-
 def load_logits(path: Union[str, Path]) -> SavedLogits:
-    """Read what `save_logits` wrote.
-
-    Raises:
-        InputError: If it is missing, damaged, or something else.
-    """
+    """Read what `save_logits` wrote."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"'{path}' does not exist: give a run folder, or what eval.py --save-logits wrote.")
+        raise InputError(f"'{path}' does not exist: give a run folder, or a file of shike eval --save-logits.")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in _ARRAYS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"'{path}' is damaged or not what eval.py --save-logits writes: save it again.") from error
-    logits, targets, paths, names, counts, shots = (arrays[key] for key in _ARRAYS[:-1])
-    _check_shapes(path, logits, targets, [paths], [names, counts, shots])
+        raise InputError(
+            f"'{path}' is damaged or not a file of shike eval --save-logits: save the logits again.") from error
+    logits, targets, paths, names, counts, shots, costs = arrays.values()
+    shape, problem = logits.shape, None
+    if len(shape) != 3 or not all(shape):
+        problem = f'logits of shape {shape}, expected [images, experts, classes]'
+    elif {len(targets), len(paths)} != {shape[0]} or {len(names), len(counts), len(shots)} != {shape[2]}:
+        problem = f'arrays that do not fit its logits of shape {shape}'
+    elif targets.min() < 0 or targets.max() >= shape[2]:
+        problem = f'targets outside its {shape[2]} classes'
+    if problem:
+        raise InputError(f"'{path}' has {problem}: save the logits again.")
     run = path.parent if (path.parent / 'summary.csv').exists() else None
     return SavedLogits(
-        logits, targets, paths.tolist(), names.tolist(), counts, shots, json.loads(str(arrays['costs'])), path.stem,
-        run)
+        logits, targets, paths.tolist(), names.tolist(), counts, shots, json.loads(str(costs)), path.stem, run)

@@ -3,12 +3,13 @@ import argparse
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..checkpoints import load_checkpoint
 from ..data import TrainingData
 from ..distributed import world_size
 from ..errors import DamagedError, InputError
+from ..options import check_file_values, checked, options
 from .config import TrainConfig, changed_option
 from .phases import PHASES
 
@@ -24,6 +25,16 @@ def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     """The values that a checkpoint was trained with, empty if it has none."""
     saved = checkpoint.get('args')
     return vars(saved) if isinstance(saved, argparse.Namespace) else {}
+
+
+def saved_config(checkpoint: Dict[str, Any], path: Path, given: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that a checkpoint was trained with, for a command that is given some options anew.
+
+    Options that an older version did not have get their defaults.
+    """
+    saved, known = saved_args(checkpoint), options(TrainConfig)
+    values = {name: value for name, value in saved.items() if name in known}
+    return checked(TrainConfig, check_file_values(TrainConfig, values, f"checkpoint '{path}'", given))
 
 
 def _resume_points(config: TrainConfig, folder: Path) -> List[Tuple[int, Path]]:

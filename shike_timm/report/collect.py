@@ -1,0 +1,102 @@
+"""What evaluations hand to a report: logits, images, classes and the costs of experts."""
+import copy
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..costs import count_flops, inference_costs
+from ..data import ImageSet
+from ..data.table import ImageTable
+from ..errors import InputError
+from ..metrics import MOST_EXPERTS, ShotConfig, all_subsets, shot_numbers
+from ..models import Shike
+from ..pretrained.load import TrainedModel
+from .logits import SavedLogits
+
+
+def check_report(folder: str, cam: Optional[Sequence[str]] = None) -> None:
+    """Check that a report can be drawn and written to a folder, with maps of the images `cam` if there are any."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
+        if cam:
+            import pytorch_grad_cam  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError(f"A report needs {error.name}: pip install 'shike-timm[report]'.") from error
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise InputError(f"The report cannot go to '{folder}', which is a file: give the name of a folder.")
+
+
+def _images(data: ImageSet, number: int) -> Tuple[List[str], Optional[Callable[[int], Image.Image]]]:
+    """Paths (or indices) of the readable images in order, and a function that opens one of them."""
+    table, images = data.dataset, data.images
+    if isinstance(table, ImageTable):
+        read = (~table.unreadable).nonzero()[:, 0].tolist()
+        root = os.path.abspath(table.files.root)
+        return [os.path.join(root, table.filename(i)) for i in read], lambda i: table.read(read[i])
+    paths = [str(i) for i in range(number)]  # a stream may be shorter than it says
+    return paths, None if images is None else lambda i: Image.fromarray(images[i])
+
+
+def collect(
+        trained: TrainedModel,
+        data: ImageSet,
+        kept: Sequence[Tuple[Tensor, Tensor]],
+        shots: ShotConfig,
+        **fields: Any,
+) -> SavedLogits:
+    """Join the logits of an evaluation with what is known of its images and classes.
+
+    Args:
+        trained: The model, with its class counts.
+        data: The evaluation split.
+        kept: The batches that `shike_timm.metrics.evaluate` kept.
+        shots: Borders of the shot divisions.
+        **fields: Other fields of `SavedLogits`.
+    """
+    logits, targets = (torch.cat(one).numpy() for one in zip(*kept))
+    names = trained.class_names or data.class_names or [str(c) for c in range(logits.shape[2])]
+    paths, open_image = _images(data, len(targets))
+    counts = np.array(trained.class_counts)
+    divisions = shot_numbers(trained.shot_counts or counts.tolist(), shots)
+    return SavedLogits(logits, targets, paths, names, counts, divisions, open_image=open_image, **fields)
+
+
+def _reduced_models(model: Shike) -> Iterator[Tuple[Tuple[int, ...], Shike]]:
+    """Every subset of the experts, with a copy of the model that has only these."""
+    for subset in all_subsets(model.num_experts):
+        reduced = copy.deepcopy(model).eval()
+        reduced.set_experts(subset)
+        yield subset, reduced
+
+
+@torch.inference_mode()
+def count_gmacs(model: Shike, image: Tensor, passes: int = 1) -> List[Dict[str, Any]]:
+    """GMACs of every subset of up to four experts.
+
+    Args:
+        model: The model.
+        image: An image [1, in_chans, H, W].
+        passes: How often the model sees each image: 2 with `--flip`.
+    """
+    if model.num_experts > MOST_EXPERTS:
+        return []
+    return [
+        dict(experts=list(subset), gmacs=passes * count_flops(partial(reduced, image)) / 2e9)
+        for subset, reduced in _reduced_models(model)]
+
+
+def add_costs(subsets: List[Dict[str, Any]], model: Shike, images: Tensor, passes: int = 1) -> None:
+    """Add parameters, GMACs and images a second to the metrics of each subset. Arguments as for `count_gmacs`."""
+    images = images[:16] if images.device.type == 'cpu' else images  # on a CPU large batches are slow and no faster
+    costs = inference_costs({' '.join(map(str, subset)): reduced for subset, reduced in _reduced_models(model)}, images)
+    for one in subsets:
+        cost = costs[' '.join(map(str, one['experts']))]
+        one.update(cost, gmacs=passes * cost['gmacs'], images_per_second=cost['images_per_second'] / passes)

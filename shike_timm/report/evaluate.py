@@ -1,0 +1,171 @@
+"""The work of `shike eval`: evaluate a trained model, print tables, write files and a report."""
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+
+from ..checkpoints import check_results_file, write_text
+from ..data import ImageSet, create_eval_loader
+from ..data.config import CheckConfig, EvalDataConfig, PreprocessingConfig
+from ..devices import DeviceConfig, tune_device
+from ..distributed import join_processes, rank, world_size
+from ..errors import InputError
+from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_subsets, format_table
+from ..options import HparamsConfig, option
+from ..models.create import resolve_data_config
+from ..pretrained.load import (
+    TrainedModel,
+    TrainedModelConfig,
+    load_trained_model,
+    set_target_prior,
+    with_trained_options,
+)
+from ..training.build import load_data, load_eval_data
+from .cam import CamConfig, draw_cams
+from .collect import add_costs, check_report, collect, count_gmacs
+from .logits import SavedLogits, save_logits
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation."""
+
+    expert_subsets: bool = option(False, 'also measure accuracy and cost of every subset of the experts')
+    flip: bool = option(False, 'average the logits with those of the mirrored images, at twice the cost')
+    batch_size: int = option(256, 'images of a batch', low=1, flags=('-b',))
+    results_file: Optional[str] = option(None, 'JSON file to write the metrics to', 'FILE')
+    save_logits: Optional[str] = option(
+        None, 'npz file to write the logits of each expert to, with targets, paths and classes', 'FILE')
+    report: Optional[str] = option(
+        None, 'folder to write a report to: report.html, its figures and a table of the classes', 'DIR')
+
+
+@dataclass(frozen=True)
+class EvalConfig(
+        TrainedModelConfig, EvaluationConfig, CamConfig, EvalDataConfig, CheckConfig, PreprocessingConfig, ShotConfig,
+        DeviceConfig, HparamsConfig,
+):
+    """All options of shike eval."""
+
+
+def _check(config: EvalConfig) -> None:
+    check_results_file(config.results_file)
+    check_results_file(config.save_logits, 'save-logits')
+    if config.cam and not config.report:
+        raise InputError('--cam shows in a report where experts look: add --report DIR.')
+    if config.report:
+        check_report(config.report, config.cam)
+    if config.experts and config.expert_subsets:
+        raise InputError('--expert-subsets evaluates every subset of experts, --experts one: leave one of them out.')
+
+
+def _load_split(config: EvalConfig, trained: TrainedModel) -> ImageSet:
+    """The evaluation split. If the model does not know its class counts, it gets those of the data."""
+    counts = trained.class_counts
+    if counts is None:
+        data = load_data(config)
+        split, counts = data.test, data.class_counts
+        trained.class_names, trained.shot_counts = data.class_names, data.shot_counts
+    else:
+        split = load_eval_data(config, trained.class_names, trained.model.in_chans, trained.run_folder)
+    num_classes = len(split.class_names or counts)
+    if len({num_classes, len(counts), trained.model.num_classes}) > 1:
+        raise InputError(
+            f'The model has {trained.model.num_classes} classes, but the data {num_classes}: choose other data.')
+    trained.class_counts = counts
+    if trained.model.class_counts is None:
+        trained.model.set_training_prior(counts, trained.model.classifier_prior)
+    return split
+
+
+def _log_split(split: ImageSet, counts: Sequence[int], origin: str) -> None:
+    left_out = f" Left out: {'; '.join(split.notes)}." if split.notes else ''
+    _logger.info(
+        f"Evaluation: {len(split.dataset)} images, {split.source or 'a split of its own'}.{left_out} Classes are "
+        f'many-, medium- or few-shot by the {max(counts)} to {min(counts)} training images a class of {origin}.')
+
+
+def _log_long_tail(metrics: Dict[str, Any]) -> None:
+    sizes = [size for size in metrics['per_class']['total'] if size]
+    if max(sizes) > 2 * min(sizes):
+        _logger.info(
+            f'The evaluation set is itself long-tailed, with {min(sizes)} to {max(sizes)} images a class. For top1, '
+            'which counts images, use --target-prior train if classes are as frequent as in training, or a FILE of '
+            'their frequencies. For balanced, which counts classes, use --target-prior uniform.')
+
+
+def _write_results(config: EvalConfig, metrics: Dict[str, Any]) -> None:
+    if config.results_file:
+        write_text(Path(config.results_file), json.dumps(metrics, indent=2) + '\n')
+
+
+def _write_report(folder: str, saved: SavedLogits, cams: Any) -> None:
+    from .analysis import analyze
+    from .page import write_report
+    print(f'Report: {write_report(Path(folder), [analyze(saved)], cams=cams)}')
+
+
+def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
+    """Evaluate a trained model in float32. Several processes share the images; the first one prints and writes.
+
+    Returns:
+        The metrics of `shike_timm.metrics.evaluate`. `per_class` also has the `names` of the classes (None if they are
+        unknown) and their training images `class_counts`. With `--expert-subsets` each subset has its costs.
+
+    Raises:
+        InputError: If anything given cannot work.
+    """
+    _check(config)
+    device = join_processes(config.device)
+    if world_size() > 1 and (config.save_logits or config.report):
+        raise InputError('--save-logits and --report take all images in one process: leave torchrun out.')
+    tune_device(device)
+    trained = load_trained_model(config.model, config.checkpoint, True, config.experts)  # as timm's validate.py
+    config = with_trained_options(config, trained)
+    origin = 'this data' if trained.class_counts is None else 'the model'
+    model, split = trained.model, _load_split(config, trained)
+    names, counts = trained.class_names, trained.class_counts
+    assert counts is not None  # as the model has them by now
+    shot_counts = trained.shot_counts or counts
+    set_target_prior(trained, config.target_prior)
+    data_config = resolve_data_config(config, model)
+    model.to(device)
+    cams = config.cam and draw_cams(
+        model, config.cam, data_config, names, exif=config.exif, pixel_range=config.pixel_range)
+    loader = create_eval_loader(split, data_config, config.batch_size, device, config.workers)
+    _log_split(split, shot_counts, origin)
+    subsets = all_subsets(model.num_experts) if config.expert_subsets else ()
+    kept = [] if config.save_logits or config.report else None
+    metrics = evaluate(
+        model, loader, shot_counts, device, subsets, config.flip, per_class=True, shots=config, kept=kept)
+    metrics.update(per_class=dict(names=names, class_counts=counts, **metrics['per_class']))
+    if rank():
+        return metrics
+
+    print(format_table({'': metrics}), flush=True)
+    _logger.info(balanced_over(metrics, len(counts)))
+    _log_long_tail(metrics)
+    _write_results(config, metrics)
+    passes = 2 if config.flip else 1
+    if subsets:
+        images = next(iter(loader))[0].contiguous(memory_format=torch.channels_last)
+        add_costs(metrics['subsets'], model, images, passes)
+        print(f"\n{format_subsets(metrics['subsets'])}")
+        _write_results(config, metrics)
+    if kept:
+        run = Path(trained.run_folder or '')
+        is_run = bool(trained.run_folder) and (run / 'summary.csv').exists()  # a model folder may lie anywhere
+        name = Path(config.checkpoint).stem if config.checkpoint else str(config.model)
+        saved = collect(
+            trained, split, kept, config, name=run.name if is_run else name, run=run if is_run else None,
+            costs=metrics.get('subsets') or count_gmacs(model, next(iter(loader))[0][:1], passes))
+        if config.save_logits:
+            save_logits(config.save_logits, saved)
+        if config.report:
+            _write_report(config.report, saved, cams or ())
+    return metrics

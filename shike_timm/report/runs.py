@@ -1,0 +1,99 @@
+"""The work of `shike report`: a report of runs and files of saved logits."""
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from torch import Tensor
+
+from ..checkpoints import load_checkpoint
+from ..data import create_eval_loader
+from ..devices import DeviceConfig, resolve_device, tune_device
+from ..errors import InputError
+from ..metrics import evaluate
+from ..models.create import resolve_data_config
+from ..options import option
+from ..pretrained.load import load_trained_model
+from ..training.build import load_data, load_eval_data
+from ..training.phases import PHASES
+from ..training.resume import saved_config
+from .cam import CamConfig, draw_cams
+from .collect import check_report, collect, count_gmacs
+from .logits import SavedLogits, load_logits
+
+
+@dataclass(frozen=True)
+class ReportOutputConfig:
+    """Report."""
+
+    runs: List[str] = option(
+        None, 'run folders, which are evaluated on the data of the run, or files of shike eval --save-logits. The '
+        'report describes the first in detail and compares the others with it', 'RUN|FILE.npz', nargs='+',
+        required=True, positional=True)
+    output: str = option('report', 'folder to write report.html, its figures and the table of the classes to', 'DIR')
+    data_dir: Optional[str] = option(None, 'folder of the data, if it has moved since the runs', 'DIR')
+    batch_size: int = option(256, 'images of a batch', low=1, flags=('-b',))
+
+
+@dataclass(frozen=True)
+class ReportConfig(ReportOutputConfig, CamConfig, DeviceConfig):
+    """All options of shike report."""
+
+
+def evaluate_run(
+        run: Path,
+        config: ReportConfig,
+        cam: Optional[Sequence[str]] = None,
+) -> Tuple[List[SavedLogits], List[Dict[str, Any]]]:
+    """Evaluate the stages of a run on its own evaluation split.
+
+    Returns:
+        The logits of each stage with a checkpoint, the last stage first, and what `draw_cams` returns for the last
+        stage and the images `cam`.
+    """
+    checkpoints = [run / phase / 'last.pth.tar' for phase in PHASES if (run / phase / 'last.pth.tar').exists()]
+    if not checkpoints:
+        raise InputError(f"'{run}' holds no checkpoint of a run: give a run folder of shike train.")
+    device = resolve_device(config.device)
+    tune_device(device)
+    saved: List[SavedLogits] = []
+    data, cams = None, []
+    for path in reversed(checkpoints):
+        trained = load_trained_model(checkpoint=str(path))
+        model, names = trained.model.to(device), trained.class_names
+        assert trained.class_counts is not None  # checkpoints of runs have them
+        given = dict(data_dir=config.data_dir) if config.data_dir else {}
+        run_config = replace(saved_config(load_checkpoint(path), path, given), **given)
+        if data is None and (run_config.holdout or run_config.val_per_class):  # not on the test split
+            data = load_data(run_config, names, trained.run_folder).test
+        data = data or load_eval_data(run_config, names, model.in_chans, trained.run_folder)
+        data_config = resolve_data_config(run_config, model)
+        if cam and not saved:
+            cams = draw_cams(
+                model, cam, data_config, names, exif=run_config.exif, pixel_range=run_config.pixel_range)
+        loader = create_eval_loader(data, data_config, config.batch_size, device, config.workers)
+        kept: List[Tuple[Tensor, Tensor]] = []
+        evaluate(model, loader, trained.class_counts, device, kept=kept)
+        name = run.name if not saved else f"{run.name}, {path.parent.name.replace('_', ' ')}"
+        costs = [] if saved else count_gmacs(model, next(iter(loader))[0][:1])
+        saved.append(collect(trained, data, kept, run_config, name=name, run=run, costs=costs))
+    return saved, cams
+
+
+def make_report(config: ReportConfig) -> Path:
+    """Write the report of runs and files. Returns the path of the page."""
+    check_report(config.output, config.cam)
+    if config.cam and not Path(config.runs[0]).is_dir():
+        raise InputError(f"--cam needs a model, which '{config.runs[0]}' lacks: give a run folder, or use shike eval.")
+    from .analysis import analyze
+    from .page import write_report
+    models, earlier, cams = [], None, []
+    for number, path in enumerate(map(Path, config.runs)):
+        saved, drawn = evaluate_run(path.absolute(), config, None if number else config.cam) if path.is_dir() else (
+            [load_logits(path)], [])
+        cams += drawn
+        models.append(analyze(saved[0]))
+        if not number and len(saved) > 1:
+            earlier = analyze(saved[1])
+    page = write_report(Path(config.output), models, earlier, cams)
+    print(f'Report: {page}')
+    return page
