@@ -122,7 +122,7 @@ def test_checkpoints(refused, tmp_path, tiny_run):
         "residual differs from stage one's, product", 'retrain-classifier', '--checkpoint', good, '--fusion-type',
         'residual', '--output', tmp_path / 'out')
     refused(
-        'is of no class of the data', 'retrain-classifier', '--checkpoint', good, '--eval-metric', 'few',
+        'No class of the evaluation data is in the division of', 'retrain-classifier', '--checkpoint', good, '--eval-metric', 'few',
         '--few-shot', '1', '--output', tmp_path / 'out')
 
 

@@ -14,8 +14,8 @@ from ..devices import DeviceConfig, tune_device
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_subsets, format_table
-from ..options import HparamsConfig, option
 from ..models.create import resolve_data_config
+from ..options import HparamsConfig, option
 from ..pretrained.load import (
     TrainedModel,
     TrainedModelConfig,
