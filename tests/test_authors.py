@@ -213,6 +213,17 @@ def test_other_numbers_of_classes_and_experts(tmp_path, images):
     assert (logits - authors_logits(weights, images, 'classifiers', num_classes=7, num_experts=2)).abs().max() <= 1e-5
 
 
+def test_a_model_folder_from_before_the_tool_loads(tmp_path, weights, images):
+    converting.convert(save(tmp_path, weights), tmp_path / 'model')
+    before = load_trained_model(str(tmp_path / 'model')).model.eval()
+    config = json.loads((tmp_path / 'model' / 'config.json').read_text())
+    config['model_args']['authors_classifiers'] = 'rt_classifiers'
+    (tmp_path / 'model' / 'config.json').write_text(json.dumps(config))
+    model = load_trained_model(str(tmp_path / 'model')).model.eval()
+    with torch.inference_mode():
+        assert torch.equal(model(images), before(images)) and 'authors_classifiers' not in model._model_args
+
+
 @pytest.mark.parametrize('prefix', ['', 'module.'])
 def test_a_checkpoint_that_is_not_converted_yet_is_refused(tmp_path, weights, run_script, prefix):
     path = save(tmp_path, weights, prefix)

@@ -80,7 +80,7 @@ def test_a_checkpoint_is_what_predicts_beside_an_export(tiny_run, folder, run_sc
     status, out, error = run_script(*command, good(folder)[0])
     assert status == 0 and out.count('\n') == 2, error
     status, _, error = run_script(*command, '--model', 'model.onnx', good(folder)[0])
-    assert status == 2 and "--checkpoint cannot be had with 'model.onnx'" in error
+    assert status == 2 and "--checkpoint does not go with 'model.onnx'" in error
 
 
 def test_a_folder_that_is_linked_into_itself_is_read_once(folder, tmp_path):
@@ -145,7 +145,7 @@ def test_every_kind_of_model(tiny_run, image_folder, tmp_path):
     torch.testing.assert_close(adjusted - plain, (counts / counts.sum()).log(), atol=1e-4, rtol=0)
     for wrong, message in ((dict(experts=[0]), '--experts'), (dict(target_prior='train'), '--target-prior'),
                            (dict(per_expert=True), '--per-expert'), (dict(device='cuda'), '--device cuda')):
-        with pytest.raises(ValueError, match=f'{message} cannot be had with'):
+        with pytest.raises(ValueError, match=f'{message} does not go with'):
             shike_timm.predict(images, model=str(tmp_path / 'onnx'), **wrong)
 
 

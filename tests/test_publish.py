@@ -215,7 +215,7 @@ def test_license(hub, run_copy, publish):
         assert publish(run_copy, *argv) == (0, '')
         assert ModelCard(hub.files(NAME)['README.md'].decode()).data.license == expected
     status, error = publish(run_copy, '--license', 'Free', repo_id='tester/other')
-    assert status == 2 and 'see that --license is one of' in error and 'tester/other' not in hub.repos
+    assert status == 2 and 'check that --license is one of' in error and 'tester/other' not in hub.repos
 
 
 def write_tables(folder, config, top1):
@@ -252,7 +252,7 @@ def test_a_report_goes_along(hub, run_copy, tmp_path, publish):
 @pytest.mark.parametrize('route, refusal, expected, sentence', [
     ('create', (401, 'Invalid username or password.'), 2, 'The Hub refused the token (401: Invalid username'),
     ('create', (403, 'No rights'), 2, f"does not let this token write to '{NAME}' (403: No rights)"),
-    ('info', (404, 'Repository not found', 'RepoNotFound'), 2, f"'{NAME}' is taken, or not to be seen"),
+    ('info', (404, 'Repository not found', 'RepoNotFound'), 2, f"'{NAME}' is taken, or this token cannot see it"),
     ('lfs_batch', (403, 'Private storage limit reached.'), 2, 'storage limit reached): choose'),
     ('validate', (500, ''), 1, 'failed (500: Internal Server Error): look at http://'),
     ('create', (429, 'Slow down'), 1, 'failed (429: Slow down): look at http://'),

@@ -83,10 +83,10 @@ def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
     for name in ('checkpoint', 'experts', 'target_prior', 'img_size'):
         if getattr(config, name) is not None:
             flag = name.replace('_', '-')
-            raise InputError(f"--{flag} cannot be had with '{path}', whose graph is fixed: give it to shike export.")
+            raise InputError(f"--{flag} does not go with '{path}', whose graph is fixed: give it to shike export.")
     if config.per_expert or config.device not in (None, 'cpu'):
         wrong = '--per-expert' if config.per_expert else f'--device {config.device}'
-        raise InputError(f"{wrong} cannot be had with '{path}', which gives averages on the CPU: leave it out.")
+        raise InputError(f"{wrong} does not go with '{path}', which gives averages on the CPU: leave it out.")
     try:
         saved = json.loads(path.with_name(CONFIG_FILE).read_text(encoding='utf-8'))
         run = load_exported(path, 'onnx')

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from ..errors import InputError
 from .backbones import BackboneFn, cifar_resnet, preprocessing, timm_backbone
-from .shike import Shike
+from .shike import OLD_ARGUMENTS, Shike
 
 PACKAGED_WEIGHTS = Path(__file__).parents[1] / 'weights'  # model folders, called NAME.TAG
 
@@ -91,8 +91,8 @@ def _create_shike(
         kwargs['pretrained_cfg_overlay'] = {'file': None, **overlay}
     if pretrained:
         _check_published(variant, kwargs)
-    if pretrained_model_args:
-        kwargs.pop('pretrained_backbone', None)  # old model folders have this argument
+    for name in OLD_ARGUMENTS if pretrained_model_args else ():
+        kwargs.pop(name, None)
     model = build_model_with_cfg(
         Shike,
         variant,

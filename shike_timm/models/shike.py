@@ -20,6 +20,8 @@ from .experts import ALIGNERS, Expert, init_convolutions
 from .prior import Frequencies, Prior
 
 FUSIONS = ('product', 'residual', 'none')
+# Arguments in old model folders. The first may name a file in a user's private folder.
+OLD_ARGUMENTS = ('pretrained_backbone', 'authors_classifiers')
 
 
 def _without_numpy(value: Any) -> Any:
@@ -332,8 +334,7 @@ class Shike(nn.Module):
 
     @_model_args.setter
     def _model_args(self, made_with: Dict[str, Any]) -> None:
-        # A saved model does not need the backbone's weights, which may lie in a user's private folder.
-        self._made_with = {name: value for name, value in made_with.items() if name != 'pretrained_backbone'}
+        self._made_with = {name: value for name, value in made_with.items() if name not in OLD_ARGUMENTS}
 
     def set_experts(self, experts: Sequence[int]) -> None:
         """Keep some of the experts and drop the others for good. This trades accuracy for speed.

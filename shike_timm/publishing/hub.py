@@ -92,7 +92,7 @@ def find_report(
 
 
 def _check_repo_id(repo_id: str) -> None:
-    problem = None if repo_id.count('/') == 1 else 'it has not the form USER/NAME'
+    problem = None if repo_id.count('/') == 1 else 'it does not have the form USER/NAME'
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -115,7 +115,7 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> Exception:
         401: f"The Hub refused the token ({reason}): give one that may write by 'hf auth login --force' or HF_TOKEN.",
         403: f"The Hub does not let this token write to '{repo_id}' ({reason}): choose a --repo-id of your own, "
              'a token that may write there, or free some storage.',
-        404: f"'{repo_id}' is taken, or not to be seen with this token ({reason}): choose another --repo-id.",
+        404: f"'{repo_id}' is taken, or this token cannot see it ({reason}): choose another --repo-id.",
     }
     if status in known:
         return InputError(known[status])
@@ -130,7 +130,7 @@ def _prepare_repo(api: HfApi, config: PublishConfig, card: ModelCard) -> Optiona
         card.validate()  # before the repository is made
     except ValueError as error:
         raise InputError(
-            f'The Hub does not take the metadata of the card ({one_line(error)}): see that --license is one of its '
+            f'The Hub does not accept the metadata of the card ({one_line(error)}): check that --license is one of its '
             'identifiers, such as mit.') from error
     api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)  # None: the organisation's default
     info = api.model_info(config.repo_id)
@@ -157,7 +157,7 @@ def publish(config: PublishConfig) -> str:
         config.repo_id, model, model_config, metrics, run_args, config.license, with_report=bool(report))
     if not re.fullmatch('[!-~]+', get_token() or ''):  # an error about other characters would show the token
         raise InputError(
-            "There is no token for the Hub, or not one that can be: log in with 'hf auth login --force', or set "
+            "There is no token for the Hub, or it is not valid: log in with 'hf auth login --force', or set "
             'HF_TOKEN.')
 
     hub_logging.set_verbosity_error()  # do not log every attempt
