@@ -121,9 +121,9 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     analysis, other = models[0], earlier or (models[1] if len(models) > 1 else None)
     figures = []
-    for name, drawing in DRAWINGS.items():
-        figure, missing = draw(drawing.function, analysis, other)
-        figures.append((name, drawing, Markup(save(figure, folder / name, name)), missing))
+    for name, (function, title, caption) in DRAWINGS.items():
+        figure, missing = draw(function, analysis, other)
+        figures.append((name, title, caption, Markup(save(figure, folder / name, name)), missing))
     comparison = None
     if len(models) > 1:
         figure, _ = draw(compare_models, models)
