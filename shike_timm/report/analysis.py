@@ -182,27 +182,19 @@ def mean_intervals(
         Intervals of `top1`, the mean over images, `balanced`, the mean over classes, and the mean over the classes of
         each division. None for a division without classes. Each contains the mean itself.
     """
-    total = outcomes.sum(1)
-    weights = {'top1': total, 'balanced': total > 0, **shots}
-    return {
-        name: _mean_interval(outcomes, np.asarray(values), weight / weight.sum(), shots) if weight.any() else None
-        for name, weight in weights.items()
-    }
-
-
-def _mean_interval(
-        outcomes: np.ndarray,
-        values: np.ndarray,
-        weight: np.ndarray,
-        shots: Dict[str, np.ndarray],
-) -> Tuple[float, float]:
-    rng = np.random.default_rng(0)
-    drawn = sum(
-        weight[mask].sum() * _draw_means(outcomes[mask], values, weight[mask] / weight[mask].sum(), rng)
-        for mask in shots.values() if weight[mask].any())
-    mean = weight @ (outcomes @ values / np.maximum(outcomes.sum(1), 1))
-    low, high = np.percentile(drawn, _TAILS)
-    return 100 * float(min(low, mean)), 100 * float(max(high, mean))
+    total, value = outcomes.sum(1), np.asarray(values)
+    means = outcomes @ value / np.maximum(total, 1)
+    intervals: Dict[str, Optional[Tuple[float, float]]] = {}
+    for name, weight in {'top1': total, 'balanced': total > 0, **shots}.items():
+        intervals[name] = None
+        if weight.any():
+            weight, rng = weight / weight.sum(), np.random.default_rng(0)
+            drawn = sum(
+                weight[mask].sum() * _draw_means(outcomes[mask], value, weight[mask] / weight[mask].sum(), rng)
+                for mask in shots.values() if weight[mask].any())
+            low, high = np.percentile(drawn, _TAILS)
+            intervals[name] = 100 * float(min(low, weight @ means)), 100 * float(max(high, weight @ means))
+    return intervals
 
 
 def _draw_means(outcomes: np.ndarray, values: np.ndarray, weight: np.ndarray, rng: np.random.Generator) -> np.ndarray:
