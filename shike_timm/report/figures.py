@@ -165,7 +165,7 @@ def hardest_negatives(analysis: Analysis, other: Optional[Analysis]) -> Figure:
         ax.set_ylabel('images in %')
         ax.set_title(f'{shot}-shot')
         ax.legend(loc='upper right')
-    axes[0, 0].set_ylim(top=600)  # with room for legends
+    axes[0, 0].set_ylim(top=600)  # leaves room for legends
     axes[-1, 0].set_xlabel('probability of the hardest negative class')
     return figure
 
