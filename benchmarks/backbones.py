@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Timm networks as SHIKE backbones: parameters, multiply-adds and the loss of one training step, or the refusal."""
+"""Timm networks as SHIKE backbones: parameters, multiply-adds and the loss of one training step, or why not."""
 import argparse
 
 import torch

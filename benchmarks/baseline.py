@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What everything here is measured against: SHIKE in a plain PyTorch loop on CIFAR-100-LT, as its authors wrote theirs.
+"""The baseline of all comparisons: SHIKE in a plain PyTorch loop on CIFAR-100-LT, like that of its authors.
 
 float32, contiguous layout, nothing compiled; Pillow transforms in DataLoader workers; the losses pair by pair and
 expert by expert; the loss read on the host each step; an evaluation after each epoch. The model is the registered one.

@@ -20,7 +20,7 @@ CONFIG = dict(input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def megabytes(pid: int) -> float:
-    """Memory of a process, of what it shares its part."""
+    """Memory of a process, with its share of what several processes use."""
     lines = Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith('Pss:')) / 1024
 

@@ -123,7 +123,7 @@ class _LiveTensors(TorchDispatchMode):
 
 
 def peak_memory(step: Callable[[], Any], device: torch.device, held: Iterable[Tensor] = ()) -> int:
-    """Most bytes that a step's tensors take at once.
+    """Most bytes that the tensors of a step take at once.
 
     Args:
         step: Runs one step, not compiled.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whether onnxruntime says of CIFAR-100's test images what torch says, by top-1 class and by logits."""
+"""Compare onnxruntime with torch on CIFAR-100's test images, by top-1 class and by logits."""
 import argparse
 import tempfile
 from pathlib import Path

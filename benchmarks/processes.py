@@ -22,7 +22,7 @@ NUM_IMAGES = 1152  # nine batches of 128
 
 
 def rate(num_processes: int) -> float:
-    """Images a second of as many processes, which share two threads and batches of 128."""
+    """Images a second of so many processes. They share two threads and batches of 128."""
     command = [sys.executable, *(['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node',
                                   str(num_processes)] if num_processes > 1 else []), 'train.py']
     with tempfile.TemporaryDirectory() as output:

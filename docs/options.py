@@ -8,7 +8,7 @@ from shike_timm.options import Option, groups, title
 from shike_timm_cli import COMMANDS
 
 PAGE = Path(__file__).with_suffix('.md')
-GIVEN_TO = 'train'  # whose runs are resumed and whose models have cards
+RESUMABLE = 'train'  # its runs can be resumed and its models have cards
 
 
 def _value(option: Option) -> str:
@@ -33,7 +33,7 @@ def _row(option: Option, training: bool) -> str:
 
 
 def _config(command: str) -> Type[Any]:
-    """The configuration of a command, which its module names after itself."""
+    """The configuration class of a command."""
     module = importlib.import_module(f"shike_timm.cli.{command.replace('-', '_')}")
     return module.CONFIG
 
@@ -47,19 +47,20 @@ def page() -> str:
         for group, members in own.items():
             found.setdefault(group, members)
         commands.append(f"| `shike {name}` | {what} | {', '.join(map(title, own))} |")
-    training = groups(_config(GIVEN_TO))
+    training = groups(_config(RESUMABLE))
     lines = [
         '# Options', '',
-        'Made by `python docs/options.py` from the declarations. In hparams files and in Python a name has underscores '
-        'and no `--`. What is on or off has a flag with `--no-` as well, and is off unless the text says otherwise. On '
-        'the card of a published model an option stands always, where it was changed, or (blank) never.', '',
+        '`python docs/options.py` makes this page from the declarations. In hparams files and in Python names have '
+        'underscores and no `--`. An option that is on or off also has a flag with `--no-`, and is off unless the text '
+        'says otherwise. The card of a published model shows an option always, if changed, or (blank) never.', '',
         '| command | what it does | options |', '|---|---|---|', *commands,
     ]
     for group, members in found.items():
-        told = group in training
-        header = ['option', 'value', 'default', 'meaning', *(['may change on resume', 'on the card'] if told else [])]
+        resumable = group in training
+        header = ['option', 'value', 'default', 'meaning']
+        header += ['may change on resume', 'on the card'] if resumable else []
         lines += ['', f'## {title(group)}', '', '| ' + ' | '.join(header) + ' |', '|---' * len(header) + '|']
-        lines += [_row(option, told) for option in members]
+        lines += [_row(option, resumable) for option in members]
     return '\n'.join(lines) + '\n'
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run experiments of runs.yaml and record each in runs.csv, with its log; one begun before is resumed."""
+"""Run experiments of runs.yaml, or resume them, and record each in runs.csv with its log."""
 import argparse
 import csv
 import gzip
@@ -23,14 +23,14 @@ COLUMNS = (
 
 
 def device_name() -> str:
-    """The GPU's name, or what torch makes of the CPU."""
+    """The name of the GPU, or the CPU's instructions and threads as torch sees them."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f'CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
 
 
 def commit() -> str:
-    """The commit that is checked out, with a + where code differs from it."""
+    """The commit that is checked out, with a + if the code differs from it."""
     git = ['git', '-C', str(RESULTS.parent)]
     name = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True).stdout
     apart = (':!results', ':!docs', ':!*.md')
@@ -40,7 +40,7 @@ def commit() -> str:
 
 
 def note_start(folder: Path, revision: str) -> Dict[str, Any]:
-    """What a run was started with, kept beside its folder: the device, and the commits of its start and resumptions."""
+    """The device of a run, and the commits that started or resumed it. Kept in a file beside the run folder."""
     path = Path(f'{folder}.json')
     started = json.loads(path.read_text()) if path.exists() else dict(device=device_name(), commits=[])
     if revision not in started['commits']:
@@ -59,7 +59,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def to_row(name: str, options: str, folder: Path, started: Dict[str, Any]) -> Dict[str, Any]:
-    """A finished run as a row of runs.csv: percent after the last epoch of its stages, minutes of training."""
+    """A finished run as a row of runs.csv: metrics after the last epoch of each stage, and minutes of training."""
     metrics = json.loads((folder / 'metrics.json').read_text())
     *before, last = metrics.values()
     one = before[0] if before else {}
@@ -78,7 +78,7 @@ def to_row(name: str, options: str, folder: Path, started: Dict[str, Any]) -> Di
 
 
 def record(row: Dict[str, Any], log: str, results: Path) -> None:
-    """Put a row into runs.csv, in place of an older one of that name, and its log beside it."""
+    """Write a row into runs.csv, where it replaces an older one of that name, and its log."""
     rows = [old for old in read_rows(results) if old['name'] != row['name']] + [row]
     (results / 'logs').mkdir(exist_ok=True)
     (results / row['log']).write_bytes(gzip.compress(log.encode(), mtime=0))
@@ -89,7 +89,7 @@ def record(row: Dict[str, Any], log: str, results: Path) -> None:
 
 
 def read_rows(results: Path = RESULTS) -> List[Dict[str, str]]:
-    """Rows of runs.csv, none where there is no such file."""
+    """The rows of runs.csv. None if there is no such file."""
     if not (results / 'runs.csv').exists():
         return []
     with (results / 'runs.csv').open(newline='') as file:
@@ -97,7 +97,7 @@ def read_rows(results: Path = RESULTS) -> List[Dict[str, str]]:
 
 
 def read_log(path: Path, args: argparse.Namespace) -> str:
-    """A run's log, with names in place of this machine's folders."""
+    """The log of a run. Names replace the folders of this machine."""
     log = path.read_text()
     folders = {args.output: 'OUTPUT', args.data_dir: 'DATA', str(RESULTS.parent): '.', sys.prefix: 'PYTHON'}
     for folder, name in folders.items():
@@ -106,9 +106,9 @@ def read_log(path: Path, args: argparse.Namespace) -> str:
 
 
 def run(name: str, options: str, args: argparse.Namespace) -> int:
-    """Run or resume a script with its output in NAME.log, unless it is finished, and give its exit status.
+    """Start or resume a run that is not finished, with its output in NAME.log. Returns the exit status.
 
-    The script is retrain_classifier.py where the options name a checkpoint, whose runs train.py resumes, or train.py.
+    Options with a checkpoint are for retrain_classifier.py, whose runs train.py resumes. All others are for train.py.
     """
     folder = Path(args.output, name)
     if is_finished(folder):
@@ -134,12 +134,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('names', nargs='+', metavar='NAME', help='runs of runs.yaml')
     parser.add_argument('--data-dir', metavar='DIR', help='folder of the data')
     parser.add_argument('--output', default='output/results', metavar='DIR', help='folder of run folders and logs')
-    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time, which share the device')
-    parser.add_argument('--commit', help='commit to record, if it is not the one that is checked out')
+    parser.add_argument('--jobs', type=int, default=1, metavar='N', help='runs at a time. They share the device')
+    parser.add_argument('--commit', help='commit to record instead of the one that is checked out')
     parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='folder of runs.yaml and runs.csv')
     parser.add_argument(
         '--options', nargs=argparse.REMAINDER, default=[], metavar='OPTION',
-        help='last: further options of train.py, which are recorded too')
+        help='further options of the script, which are recorded too. Must come last')
     args = parser.parse_args(argv)
     args.output = str(Path(args.output).absolute())
     args.data_dir = args.data_dir and str(Path(args.data_dir).absolute())

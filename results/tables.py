@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the tables in README.md and docs/results.md from runs.csv and what eval.py wrote of the package's weights."""
+"""Make the tables of README.md and docs/results.md from runs.csv and shike eval's results on the package's weights."""
 import argparse
 import json
 import re
@@ -36,7 +36,7 @@ def _short(rows: Rows) -> Rows:
     return [(what, [f'{name}_short' for name in names], paper) for what, names, paper in rows]
 
 
-# What each table is and, for its rows, what they are, their runs in runs.csv, and the paper's top-1.
+# The title and rows of each table: name of a row, its runs in runs.csv, and the paper's top-1.
 TABLES: Dict[str, Tuple[str, Rows]] = {
     'recipes': ('', [
         ('CIFAR-100-LT (100), 180 + 20 epochs', ['if100_seed0', 'if100_seed1', 'if100_seed2'], '56.3'),
@@ -139,7 +139,7 @@ COLUMNS = {
 
 
 def _cell(rows: Sequence[Dict[str, str]], key: str) -> str:
-    """Mean and standard deviation over seeds; nothing where a figure of one is missing."""
+    """Mean and standard deviation over seeds. Empty if a value is missing."""
     values = [float(row[key]) for row in rows if row[key]]
     if len(values) < len(rows):
         return ''
@@ -149,7 +149,7 @@ def _cell(rows: Sequence[Dict[str, str]], key: str) -> str:
 
 
 def _markdown(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, '' without rows."""
+    """A Markdown table. '' without rows."""
     if not rows:
         return ''
     lines = ['| ' + ' | '.join(cells) + ' |' for cells in (header, *rows)]
@@ -157,7 +157,7 @@ def _markdown(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def make_runs_table(name: str, results: Path) -> str:
-    """The table of those runs that are recorded; a comparison only from two rows on."""
+    """The table of the recorded runs. Comparisons need two rows."""
     recorded = {row['name']: row for row in read_rows(results)}
     caption, table_rows = TABLES[name]
     left_out = {'minutes'} if name != 'recipes' else set()
@@ -176,7 +176,7 @@ def make_runs_table(name: str, results: Path) -> str:
 
 
 def make_weights_table(results: Path) -> str:
-    """The table of the package's weights, a row for every choice of experts, with and without flips."""
+    """The table of the package's weights, with and without flips. Every subset of the experts has a row."""
     paths = [results / f'{name}.json' for name in ('pretrained', 'pretrained_flip')]
     if not all(path.exists() for path in paths):
         return ''
@@ -196,7 +196,7 @@ def make_weights_table(results: Path) -> str:
 
 
 def fill(text: str, results: Path) -> str:
-    """Text with the tables between `<!-- results NAME -->` and `<!-- end -->` made anew."""
+    """The text with new tables between `<!-- results NAME -->` and `<!-- end -->`."""
     def table(match: re.Match) -> str:
         made = make_weights_table(results) if match[2] == 'weights' else make_runs_table(match[2], results)
         return f'{match[1]}\n{made}\n{match[3]}'

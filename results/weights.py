@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put a finished run's model and card into the package, as the weights of one of its names."""
+"""Copy the model and card of a finished run into the package, as the weights of a registered name."""
 import argparse
 import json
 import shutil
@@ -21,7 +21,7 @@ from shike_timm.publishing.hub import read_run
 
 
 def place(run: str, name: str, weights: Path) -> None:
-    """Copy a run's model into `weights/NAME.TAG`, if that name makes the very same network."""
+    """Copy the model of a run into `weights/NAME.TAG`, if that name makes the same network."""
     registered, _, tag = name.partition('.')
     if registered not in default_cfgs or tag not in default_cfgs[registered].cfgs:
         raise InputError(f"'{name}' is not a registered name and tag.")
@@ -60,7 +60,7 @@ def place(run: str, name: str, weights: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('run', metavar='RUN', help='run folder of train.py')
+    parser.add_argument('run', metavar='RUN', help='run folder of shike train')
     parser.add_argument('name', metavar='NAME.TAG', help='registered name and tag')
     parser.add_argument('--weights', type=Path, default=PACKAGED_WEIGHTS, metavar='DIR', help='folder of the package')
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What every script does around its work: logging, one-sentence errors, exit status."""
+"""What every command does around its work: logging, errors of one sentence, exit status."""
 import logging
 import sys
 import time
@@ -14,49 +14,45 @@ from ..errors import InputError
 from ..training.signals import Interrupted
 from ..training.trainer import NonFiniteError
 
-__all__ = ['run_script']
-
 
 def run_script(main: Callable[[], Any]) -> int:
-    """Run a script's work and give its exit status.
+    """Run the work of a command.
 
     Returns:
-        0 when done, 1 when training stopped being finite, memory ran out or the system failed, 2 for bad input, 128
-        plus the signal when stopped by one.
+        The exit status: 0 for success, 1 if training stopped being finite, memory ran out or the system failed, 2 for
+        bad input, 128 plus the signal that stopped the command.
     """
     setup_default_logging()
-    for name in ('timm', 'httpx', 'httpx2'):  # the last two tell of every request to the Hub
+    for name in ('timm', 'httpx', 'httpx2'):  # the last two log every request to the Hub
         logging.getLogger(name).setLevel(logging.WARNING)
     name = Path(sys.argv[0]).name
+
+    def fail(status: int, message: object) -> int:
+        print(f'{name}: {message}', file=sys.stderr)
+        return status
+
     try:
         main()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     except InputError as error:
-        time.sleep(10 if rank() else 0)  # torchrun ends this process meanwhile if the first one says the same
-        print(f'{name}: error: {error}', file=sys.stderr)
-        return 2
+        time.sleep(10 if rank() else 0)  # if the first process says the same, torchrun ends this one meanwhile
+        return fail(2, f'error: {error}')
     except NonFiniteError as error:
-        print(f'{name}: {error}', file=sys.stderr)
-        return 1
+        return fail(1, error)
     except torch.OutOfMemoryError:
-        print(
-            f'{name}: error: The memory of the device is too small: choose a smaller --batch-size, in training with as '
-            'many --grad-accum-steps more, --amp or --grad-checkpointing.', file=sys.stderr)
-        return 1
+        return fail(
+            1, 'error: The memory of the device is too small: choose a smaller --batch-size, in training with as many '
+            '--grad-accum-steps more, --amp or --grad-checkpointing.')
     except KeyboardInterrupt:
         return 130
     except Interrupted as stop:
-        print(f'{name}: stopped by signal {stop.signum}', file=sys.stderr)
-        return 128 + stop.signum
+        return fail(128 + stop.signum, f'stopped by signal {stop.signum}')
     except RuntimeError as error:
         if 'DataLoader worker' not in str(error):
             raise
-        print(
-            f'{name}: error: A process that loads images is gone, perhaps for want of memory: choose fewer --workers.',
-            file=sys.stderr)
-        return 1
+        return fail(
+            1, 'error: A process that loads images is gone, perhaps for lack of memory: choose fewer --workers.')
     except OSError as error:
-        print(f'{name}: error: {error}', file=sys.stderr)
-        return 1
+        return fail(1, f'error: {error}')
     return 0

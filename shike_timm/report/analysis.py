@@ -41,27 +41,16 @@ def wilson(right: np.ndarray, total: np.ndarray) -> Tuple[np.ndarray, np.ndarray
 
 @dataclass
 class Analysis:
-    """The numbers of saved logits. Output 0 is the ensemble, output 1 + m is expert m.
-
-    Attributes:
-        saved: The logits.
-        metrics: What `ExpertEvaluator` computes.
-        predictions: Predicted classes [N, 1 + M].
-        confidence: Probability that the ensemble gives the predicted class [N].
-        hardest_negative: Largest probability that the ensemble gives a wrong class [N].
-        subset_top1: Top-1 in percent of every subset of the experts, in the order of `all_subsets`.
-        tilted: Accuracy of the ensemble [T, C] by class, with the training prior to the power of each of `tilts` added.
-    """
+    """The numbers of saved logits. Output 0 is the ensemble, output 1 + m is expert m."""
 
     saved: SavedLogits
-    metrics: Dict[str, Any]
-    predictions: np.ndarray
-    confidence: np.ndarray
-    hardest_negative: np.ndarray
-    subset_top1: List[float]
-    tilted: np.ndarray
-
-    tilts = _TILTS
+    metrics: Dict[str, Any]  # of `ExpertEvaluator`
+    predictions: np.ndarray  # predicted classes [N, 1 + M]
+    confidence: np.ndarray  # probability that the ensemble gives the predicted class [N]
+    hardest_negative: np.ndarray  # largest probability that the ensemble gives a wrong class [N]
+    subset_top1: List[float]  # top-1 in percent of every subset of the experts, in the order of `all_subsets`
+    tilted: np.ndarray  # accuracy of the ensemble by class [T, C], with a power of the training prior added
+    tilts = _TILTS  # the powers [T]
 
     @cached_property
     def right(self) -> np.ndarray:
@@ -193,27 +182,19 @@ def mean_intervals(
         Intervals of `top1`, the mean over images, `balanced`, the mean over classes, and the mean over the classes of
         each division. None for a division without classes. Each contains the mean itself.
     """
-    total = outcomes.sum(1)
-    weights = {'top1': total, 'balanced': total > 0, **shots}
-    return {
-        name: _mean_interval(outcomes, np.asarray(values), weight / weight.sum(), shots) if weight.any() else None
-        for name, weight in weights.items()
-    }
-
-
-def _mean_interval(
-        outcomes: np.ndarray,
-        values: np.ndarray,
-        weight: np.ndarray,
-        shots: Dict[str, np.ndarray],
-) -> Tuple[float, float]:
-    rng = np.random.default_rng(0)
-    drawn = sum(
-        weight[mask].sum() * _draw_means(outcomes[mask], values, weight[mask] / weight[mask].sum(), rng)
-        for mask in shots.values() if weight[mask].any())
-    mean = weight @ (outcomes @ values / np.maximum(outcomes.sum(1), 1))
-    low, high = np.percentile(drawn, _TAILS)
-    return 100 * float(min(low, mean)), 100 * float(max(high, mean))
+    total, value = outcomes.sum(1), np.asarray(values)
+    means = outcomes @ value / np.maximum(total, 1)
+    intervals: Dict[str, Optional[Tuple[float, float]]] = {}
+    for name, weight in {'top1': total, 'balanced': total > 0, **shots}.items():
+        intervals[name] = None
+        if weight.any():
+            weight, rng = weight / weight.sum(), np.random.default_rng(0)
+            drawn = sum(
+                weight[mask].sum() * _draw_means(outcomes[mask], value, weight[mask] / weight[mask].sum(), rng)
+                for mask in shots.values() if weight[mask].any())
+            low, high = np.percentile(drawn, _TAILS)
+            intervals[name] = 100 * float(min(low, weight @ means)), 100 * float(max(high, weight @ means))
+    return intervals
 
 
 def _draw_means(outcomes: np.ndarray, values: np.ndarray, weight: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -239,19 +220,12 @@ def same_images(a: SavedLogits, b: SavedLogits) -> bool:
 
 
 class PairedTest(NamedTuple):
-    """Comparison of two models on a group of classes.
+    """Comparison of two models on a group of classes."""
 
-    Attributes:
-        difference: Accuracy of the second model minus that of the first, in percent.
-        interval: Its 95 % interval.
-        p_value: McNemar's exact test on the images that only one model has right.
-        classes: Number of classes where the second model is better, equal and worse.
-    """
-
-    difference: float
-    interval: Tuple[float, float]
-    p_value: float
-    classes: Tuple[int, int, int]
+    difference: float  # accuracy of the second model minus that of the first, in percent
+    interval: Tuple[float, float]  # its 95 % interval
+    p_value: float  # of McNemar's exact test on the images that only one model has right
+    classes: Tuple[int, int, int]  # number of classes where the second model is better, equal and worse
 
 
 def paired_test(first: Analysis, second: Analysis) -> Dict[str, Optional[PairedTest]]:
@@ -323,21 +297,13 @@ def trend(values: np.ndarray, num_points: int = 200) -> Tuple[np.ndarray, np.nda
 
 
 class Confusion(NamedTuple):
-    """A class that the ensemble takes for another.
-
-    Attributes:
-        true: The class.
-        predicted: The other class.
-        count: How often.
-        cost: Points of few-shot accuracy that this costs.
-        images: Indices of the first few such images.
-    """
+    """A class that the ensemble takes for another."""
 
     true: int
     predicted: int
     count: int
-    cost: float
-    images: List[int]
+    cost: float  # points of few-shot accuracy
+    images: List[int]  # indices of the first few
 
 
 def tail_confusions(analysis: Analysis, limit: int = 15) -> List[Confusion]:

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.inputs import create_file_loader, find_images
 from ..errors import InputError
@@ -23,18 +23,6 @@ class CamConfig:
     cam: Optional[List[str]] = option(
         None, 'images, folders or patterns. The report shows where each expert looks in these images', 'IMAGE',
         nargs='+')
-
-
-class _OneExpert(nn.Module):
-    """The logits [B, classes] of one expert."""
-
-    def __init__(self, model: Shike, expert: int):
-        super().__init__()
-        self.model = model
-        self.expert = expert
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.forward_experts(images)[:, self.expert]
 
 
 def expert_maps(model: Shike, images: Tensor, classes: Sequence[int]) -> np.ndarray:
@@ -54,8 +42,8 @@ def expert_maps(model: Shike, images: Tensor, classes: Sequence[int]) -> np.ndar
     )
     targets: List[Any] = [ClassifierOutputTarget(one) for one in classes]
     maps = []
-    for m, expert in enumerate(model.experts):
-        with GradCAM(_OneExpert(model, m), [expert]) as cam:
+    for expert in model.experts:  # the mean over experts has their gradients, scaled, and maps have no scale
+        with GradCAM(model, [expert]) as cam:
             maps.append(cam(images, targets))
     model.zero_grad()
     return np.stack(maps, axis=1)

@@ -5,7 +5,7 @@ raises `Missing` with a sentence that says why.
 """
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import matplotlib
 import numpy as np
@@ -91,11 +91,11 @@ def _best_expert(analysis: Analysis) -> np.ndarray:
     return np.where(best.sum(1) == 1, best.argmax(1), -1)
 
 
-def _draw_trend(axes: Any, values: np.ndarray, color: str, label: Optional[str] = None) -> None:
+def _draw_trend(axes: Any, values: np.ndarray) -> None:
     if np.sum(~np.isnan(values)) >= 20:
         points, mean, half = trend(values)
-        axes.fill_between(points, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
-        axes.plot(points, mean, color=color, label=label)
+        axes.fill_between(points, mean - half, mean + half, color=INK, alpha=0.2, linewidth=0)
+        axes.plot(points, mean, color=INK)
 
 
 def class_accuracy(analysis: Analysis, other: Optional[Analysis]) -> Figure:
@@ -108,7 +108,7 @@ def class_accuracy(analysis: Analysis, other: Optional[Analysis]) -> Figure:
         _shade_shots(axes, analysis)
         axes.set(ylabel='accuracy in %', ylim=(-2, 112), yticks=range(0, 101, 20))
     top.scatter(ranks, accuracy[:, 0], color=NEUTRAL, label='ensemble', **size)
-    _draw_trend(top, accuracy[:, 0], INK)
+    _draw_trend(top, accuracy[:, 0])
     _legend(top)
     best = _best_expert(analysis)[analysis.order]
     highest = accuracy[:, 1:].max(1)
@@ -118,7 +118,7 @@ def class_accuracy(analysis: Analysis, other: Optional[Analysis]) -> Figure:
         color = NEUTRAL if expert < 0 else COLORS[expert % len(COLORS)]
         if mine.any():
             bottom.scatter(ranks[mine], highest[mine], color=color, label=label, **size)
-    _draw_trend(bottom, highest, INK)
+    _draw_trend(bottom, highest)
     _legend(bottom, 4, title='best single expert', title_fontsize=9, alignment='left')
     bottom.set_xlabel('classes, most training images first')
     return figure
@@ -165,7 +165,7 @@ def hardest_negatives(analysis: Analysis, other: Optional[Analysis]) -> Figure:
         ax.set_ylabel('images in %')
         ax.set_title(f'{shot}-shot')
         ax.legend(loc='upper right')
-    axes[0, 0].set_ylim(top=600)  # with room for legends
+    axes[0, 0].set_ylim(top=600)  # leaves room for legends
     axes[-1, 0].set_xlabel('probability of the hardest negative class')
     return figure
 
@@ -306,52 +306,39 @@ def draw_curves(curves: Dict[str, List[Optional[float]]]) -> Figure:
     return figure
 
 
-class Drawing(NamedTuple):
-    """A figure of the page.
-
-    Attributes:
-        function: Draws it.
-        title: Its heading.
-        caption: What it shows and how to read it.
-    """
-
-    function: Callable[[Analysis, Optional[Analysis]], Figure]
-    title: str
-    caption: str
-
-
-DRAWINGS = {
-    'class_counts': Drawing(
+# Each figure of the page by name: its function, title and caption.
+DRAWINGS: Dict[str, Tuple[Callable[..., Figure], str, str]] = {
+    'class_counts': (
         class_counts, 'How many training images the classes have',
         'The shades are the shot divisions of the evaluation. By default many-shot classes have more than 100 training '
         'images and few-shot classes fewer than 20.'),
-    'class_accuracy': Drawing(
+    'class_accuracy': (
         class_accuracy, 'Accuracy along the tail',
         'Each point is a class. Top: the ensemble. Bottom: the best single expert, in the colour of that expert. The '
         'line is a moving average with its 95 % band. The best of several looks better than each is, by chance alone.'),
-    'best_experts': Drawing(
+    'best_experts': (
         best_experts, 'Which expert is best at how many classes',
         'Experts that tie share a class. If the experts were equally good, 95 % of the shares would lie inside the '
         'bracket. A share inside it says nothing about an expert.'),
-    'hardest_negatives': Drawing(
+    'hardest_negatives': (
         hardest_negatives, 'How probable the hardest wrong class is',
         'The largest probability that each test image gives to a wrong class. Less on the right is better.'),
-    'stages_and_experts': Drawing(
+    'stages_and_experts': (
         stages_and_experts, 'Stages, experts and cost',
         'Top: accuracy by shot division with 95 % intervals. Bottom: every subset of the experts. The best of each '
         'size has a label.'),
-    'reliability': Drawing(
+    'reliability': (
         reliability, 'Whether its probabilities can be trusted',
         'Below the dotted line the model is more confident than it is accurate. The last curve shows the accuracy when '
         'a person looks at the least confident images instead.'),
-    'confusions': Drawing(
+    'confusions': (
         confusions, 'The confusions that cost the tail most',
         'A few-shot class → the class that it is taken for. More images of these two classes would help most.'),
-    'prior_shift': Drawing(
+    'prior_shift': (
         prior_shift, 'If classes in use are as long-tailed as the training set',
         'Test images are weighted as if classes had their training frequencies to a power. For the dashed line the '
         'logarithm of these is added to the logits, which is right for a model with balanced classifiers.'),
-    'learning_curves': Drawing(
+    'learning_curves': (
         learning_curves, 'Learning curves', 'Both stages in a row. The loss jumps where new classifiers begin.'),
 }
 

@@ -16,31 +16,18 @@ _ARRAYS = ('logits', 'targets', 'paths', 'class_names', 'class_counts', 'shots',
 
 @dataclass
 class SavedLogits:
-    """Logits of an evaluation split.
+    """Logits of an evaluation split."""
 
-    Attributes:
-        logits: Expert logits [N, M, C], float32.
-        targets: Class indices [N].
-        paths: Path of each image, or its index in the data set [N].
-        class_names: Names of the classes in label order [C].
-        class_counts: Training images of each class [C].
-        shots: Shot division of each class [C], as its place in `shike_timm.metrics.SHOTS`.
-        costs: Subsets of the `experts` with their `gmacs`. May be empty.
-        name: Name of the model.
-        run: Its run folder, None if there is none.
-        open_image: Opens the image of an index. None opens it by its path.
-    """
-
-    logits: np.ndarray
-    targets: np.ndarray
-    paths: List[str]
-    class_names: List[str]
-    class_counts: np.ndarray
-    shots: np.ndarray
-    costs: List[Dict[str, Any]] = field(default_factory=list)
+    logits: np.ndarray  # of each expert [N, M, C], float32
+    targets: np.ndarray  # class indices [N]
+    paths: List[str]  # path of each image, or its index in the data set [N]
+    class_names: List[str]  # in label order [C]
+    class_counts: np.ndarray  # training images of each class [C]
+    shots: np.ndarray  # shot division of each class [C], as its place in `shike_timm.metrics.SHOTS`
+    costs: List[Dict[str, Any]] = field(default_factory=list)  # subsets of `experts` with their `gmacs`, if known
     name: str = 'model'
-    run: Optional[Path] = None
-    open_image: Optional[Callable[[int], Image.Image]] = None
+    run: Optional[Path] = None  # the run folder of the model
+    open_image: Optional[Callable[[int], Image.Image]] = None  # opens the image of an index, by its path if None
 
     def __post_init__(self):
         self.class_counts = np.asarray(self.class_counts, dtype=np.int64)

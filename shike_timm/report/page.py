@@ -49,18 +49,6 @@ def _data_uri(image: Image.Image, size: int = THUMBNAIL) -> str:
     return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 
-def _confusion_rows(analysis: Analysis) -> List[Dict[str, Any]]:
-    names, counts = analysis.saved.class_names, analysis.saved.class_counts
-    rows = []
-    for one in tail_confusions(analysis):
-        images = [analysis.saved.image(index) for index in one.images]
-        rows.append(dict(
-            true=names[one.true], predicted=names[one.predicted], count=one.count, total=int(analysis.total[one.true]),
-            cost=one.cost, true_count=int(counts[one.true]), predicted_count=int(counts[one.predicted]),
-            images=[_data_uri(image) for image in images if image is not None]))
-    return rows
-
-
 def _are_seeds(models: Sequence[Analysis], seeds: Sequence[Any]) -> bool:
     first, *others = [one.saved for one in models]
     return len(set(seeds)) == len(seeds) > 1 and all(
@@ -121,9 +109,9 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     analysis, other = models[0], earlier or (models[1] if len(models) > 1 else None)
     figures = []
-    for name, drawing in DRAWINGS.items():
-        figure, missing = draw(drawing.function, analysis, other)
-        figures.append((name, drawing, Markup(save(figure, folder / name, name)), missing))
+    for name, (function, title, caption) in DRAWINGS.items():
+        figure, missing = draw(function, analysis, other)
+        figures.append((name, title, caption, Markup(save(figure, folder / name, name)), missing))
     comparison = None
     if len(models) > 1:
         figure, _ = draw(compare_models, models)
@@ -134,11 +122,11 @@ def write_report(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined)
-    environment.filters.update(shorten=shorten, data_uri=_data_uri)
+    environment.filters.update(shorten=shorten, data_uri=_data_uri, open=analysis.saved.image)
     text = environment.get_template('page.html').render(
         version=__version__, analysis=analysis, saved=analysis.saved, models=models, metrics=METRICS, shares=SHARES,
         figures=figures, comparison=comparison, pairs=[_compare(*pair) for pair in combinations(models, 2)],
-        seeds=seed_groups(models), confusions=_confusion_rows(analysis), cams=cams, map_size=MAP,
+        seeds=seed_groups(models), confusions=tail_confusions(analysis), cams=cams, map_size=MAP,
         table=dict(header=header, rows=rows))
     write_text(folder / 'report.html', text)
     return folder / 'report.html'
