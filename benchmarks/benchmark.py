@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from measure import PARTS, measure_ceilings, on_paper, peak_memory, time_parts  # noqa: E402
 
-from shike_timm.checkpoints import check_results_file, write_text  # noqa: E402
 from shike_timm.cli.script import run_script  # noqa: E402
 from shike_timm.costs import count_flops, rates_by_turns  # noqa: E402
 from shike_timm.data import TrainingData, find_dataset  # noqa: E402
@@ -29,6 +28,7 @@ from shike_timm.data.datasets import in_memory_set  # noqa: E402
 from shike_timm.data.in_memory import DeviceLoader  # noqa: E402
 from shike_timm.devices import resolve_device, tune_device  # noqa: E402
 from shike_timm.errors import InputError, one_line  # noqa: E402
+from shike_timm.files import check_results_file, write_text  # noqa: E402
 from shike_timm.models import Shike  # noqa: E402
 from shike_timm.models.create import check_model_name, create_model, resolve_data_config  # noqa: E402
 from shike_timm.options import option, parse  # noqa: E402

@@ -1,4 +1,4 @@
-"""Checkpoints and other files: written whole or not at all, read without unpickling."""
+"""Checkpoints: written whole or not at all, read without unpickling."""
 import argparse
 import os
 import pickle
@@ -62,21 +62,6 @@ class StageSaver(CheckpointSaver):
         temporary, kept = (os.path.join(self.checkpoint_dir, f'{one}{self.extension}') for one in ('tmp', name))
         self._save(temporary, epoch)
         self._replace(temporary, kept)
-
-
-def check_results_file(path: Optional[str], option: str = 'results-file') -> None:
-    """Check that a results file can be written, before the work begins."""
-    if path and Path(path).is_dir():
-        raise InputError(f"{option} '{path}' is a folder: give the name of a file.")
-    if path and not Path(path).absolute().parent.is_dir():
-        raise InputError(f"{option} '{path}' is in a folder that does not exist: make it first.")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step, so that a reader never sees half of it."""
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    temporary.replace(path)
 
 
 def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:

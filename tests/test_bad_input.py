@@ -122,8 +122,8 @@ def test_checkpoints(refused, tmp_path, tiny_run):
         "residual differs from stage one's, product", 'retrain-classifier', '--checkpoint', good, '--fusion-type',
         'residual', '--output', tmp_path / 'out')
     refused(
-        'No class of the evaluation data is in the division of', 'retrain-classifier', '--checkpoint', good, '--eval-metric', 'few',
-        '--few-shot', '1', '--output', tmp_path / 'out')
+        'No class of the evaluation data is in the division of', 'retrain-classifier', '--checkpoint', good,
+        '--eval-metric', 'few', '--few-shot', '1', '--output', tmp_path / 'out')
 
 
 @pytest.mark.parametrize('options', [['--holdout', '0.1'], ['--holdout', '0.1', '--imb-factor', '10']])

@@ -1,7 +1,5 @@
 """Prediction for image files: for each file the most likely classes, with their probabilities."""
-import contextlib
 import csv
-import io
 import json
 import logging
 import sys
@@ -16,11 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoints import CONFIG_FILE, check_results_file, write_text
+from ..checkpoints import CONFIG_FILE
 from ..data.config import PreprocessingConfig
 from ..data.inputs import create_file_loader, find_images
 from ..devices import DeviceConfig, resolve_device, tune_device
 from ..errors import InputError, one_line
+from ..files import check_results_file, write_whole
 from ..models.create import resolve_data_config
 from ..options import HparamsConfig, option, parse
 from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_trained_options
@@ -194,22 +193,13 @@ def _flat(prediction: Dict[str, Any], prefix: str = '') -> Dict[str, Any]:
     return flat
 
 
-@contextlib.contextmanager
-def _output(path: Optional[str]) -> Iterator[Any]:
-    """Standard output, or a file that appears when it is whole."""
-    file = io.StringIO() if path else sys.stdout
-    yield file
-    if path:
-        write_text(Path(path), file.getvalue())
-
-
 def predict(config: PredictConfig) -> None:
     """Write the predictions for image files."""
     check_results_file(config.results_file)
     predictor, rows = _prepare(config)
     num_files = num_errors = 0
     start = time.perf_counter()
-    with _output(config.results_file) as file:
+    with write_whole(config.results_file or '-') as file:
         example = next(_predictions(torch.zeros(1, predictor.num_experts, predictor.num_classes), predictor, config))
         table = csv.DictWriter(file, ['filename', *_flat(example), 'error'], lineterminator='\n')
         if config.results_format == 'csv':

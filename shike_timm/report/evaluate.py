@@ -7,12 +7,12 @@ from typing import Any, Dict, Optional, Sequence
 
 import torch
 
-from ..checkpoints import check_results_file, write_text
 from ..data import ImageSet, create_eval_loader
 from ..data.config import CheckConfig, EvalDataConfig, PreprocessingConfig
 from ..devices import DeviceConfig, tune_device
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
+from ..files import check_results_file, write_text
 from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_subsets, format_table
 from ..models.create import resolve_data_config
 from ..options import HparamsConfig, option

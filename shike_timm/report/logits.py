@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
+from ..files import write_whole
 
 _ARRAYS = ('logits', 'targets', 'paths', 'class_names', 'class_counts', 'shots', 'costs')
 
@@ -55,15 +56,12 @@ class SavedLogits:
 
 def save_logits(path: Union[str, Path], saved: SavedLogits) -> None:
     """Write an npz file in one step."""
-    path = Path(path)
     arrays = {key: getattr(saved, key) for key in _ARRAYS}
     arrays.update(
         paths=np.array(saved.paths, dtype=str), class_names=np.array(saved.class_names, dtype=str),
         costs=json.dumps(saved.costs))
-    temporary = path.with_name(path.name + '.tmp')
-    with temporary.open('wb') as file:
+    with write_whole(path, 'wb') as file:
         np.savez(file, **arrays)
-    temporary.replace(path)
 
 
 def load_logits(path: Union[str, Path]) -> SavedLogits:

@@ -13,7 +13,7 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from ..checkpoints import write_text
+from ..files import write_text
 from ..metrics import METRICS, SHOTS
 from ..training.config import card_options
 from ..version import __version__

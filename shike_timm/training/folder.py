@@ -6,8 +6,8 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from ..checkpoints import write_text
 from ..errors import InputError
+from ..files import write_text
 from .config import RunConfig
 
 LOCK = '.lock'

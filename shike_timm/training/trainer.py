@@ -24,10 +24,11 @@ from timm.utils.summary import trim_summary
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoints import StageSaver, write_text
+from ..checkpoints import StageSaver
 from ..data import TrainingData, set_mixup, set_stream_epoch
 from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
 from ..errors import one_line
+from ..files import write_text
 from ..metrics import METRICS, balanced_over, evaluate, format_table
 from ..models import Shike
 from ..pretrained.folder import export_model
