@@ -1,8 +1,6 @@
 """The numbers of a report, computed from saved logits."""
-import csv
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -317,10 +315,3 @@ def tail_confusions(analysis: Analysis, limit: int = 15) -> List[Confusion]:
         images = (analysis.saved.targets == true) & (analysis.predictions[:, 0] == predicted)
         rows.append(Confusion(true, predicted, count, cost, np.flatnonzero(images)[:4].tolist()))
     return rows
-
-
-def read_curves(run: Path) -> Dict[str, List[Optional[float]]]:
-    """The columns of a run's `summary.csv`. None where an epoch has no value."""
-    with (run / 'summary.csv').open(newline='') as file:
-        rows = list(csv.DictReader(file))
-    return {key: [float(row[key]) if row[key] else None for row in rows] for key in (rows[0] if rows else ())}

@@ -3,58 +3,22 @@
 Each takes the `Analysis` of a model and of a second one or None, and returns a figure. If there is nothing to draw, it
 raises `Missing` with a sentence that says why.
 """
-import warnings
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from ..metrics import SHOTS, all_subsets
-from ..training.tasks import TERMS
-from .analysis import Analysis, best_expert_shares, read_curves, tail_confusions, trend, wilson
+from ..plotting import COLORS, INK, NEUTRAL, WIDTH, Missing, add_legend, log_scale, new_figure
+from ..training.curves import draw_curves, read_curves
+from .analysis import Analysis, best_expert_shares, tail_confusions, trend, wilson
 
-INK, PAPER = '#1f2329', '#ffffff'  # replaced in a page, which may be dark
-COLORS = ('#3987d6', '#e0861a', '#23a079', '#c766a0', '#8b78d9', '#b09b1f', '#d4563f', '#5fa8b8')
-NEUTRAL = '#8c929b'
-WIDTH = 5.0
 MANY_POINTS = 1000  # more points than this are drawn as pixels, which keeps files small
-STYLE: Dict[Any, Any] = {
-    'axes.axisbelow': True, 'axes.edgecolor': INK, 'axes.facecolor': 'none', 'axes.grid': True, 'axes.labelcolor': INK,
-    'axes.spines.right': False, 'axes.spines.top': False, 'axes.titlelocation': 'left', 'axes.titlesize': 10,
-    'figure.facecolor': PAPER, 'figure.constrained_layout.use': True, 'font.size': 10, 'grid.alpha': 0.18,
-    'grid.color': INK, 'grid.linewidth': 0.6, 'legend.fontsize': 9, 'legend.frameon': False, 'savefig.dpi': 160,
-    'svg.fonttype': 'none', 'text.color': INK, 'text.parse_math': False, 'xtick.color': INK, 'ytick.color': INK,
-}
-
-
-class Missing(Exception):
-    """There is nothing to draw. The message is a sentence that says why."""
-
-
 def shorten(name: str, length: int = 24) -> str:
     """A class name that fits into a line of a figure."""
     name = ' '.join(''.join(char if char.isprintable() else ' ' for char in name).split())
     return name if len(name) <= length else name[:length - 1] + '…'
-
-
-def _figure(height: float, rows: int = 1, **kwargs: Any) -> Tuple[Figure, Any]:
-    figure = Figure(figsize=(WIDTH, height))
-    return figure, figure.subplots(rows, 1, **kwargs)
-
-
-def _log_scale(axes: Any, scale: str = 'log') -> None:
-    """A log scale with plain numbers. Less than a decade also gets minor ones."""
-    axes.set_yscale(scale)
-    axes.yaxis.set_major_formatter('{x:g}')
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
-
-
-def _legend(axes: Any, columns: int = 3, **kwargs: Any) -> None:
-    axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, handlelength=1.2,
-                columnspacing=1.2, **kwargs)
 
 
 def _shade_shots(axes: Any, analysis: Analysis) -> None:
@@ -75,10 +39,10 @@ def _shade_shots(axes: Any, analysis: Analysis) -> None:
 
 def class_counts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     counts = analysis.saved.class_counts[analysis.order]
-    figure, axes = _figure(3)
+    figure, axes = new_figure(3)
     _shade_shots(axes, analysis)
     axes.step(np.arange(len(counts)), counts, where='mid', color=COLORS[0])
-    _log_scale(axes, 'symlog' if counts.min() < 1 else 'log')
+    log_scale(axes, 'symlog' if counts.min() < 1 else 'log')
     axes.set_ylim(top=counts.max() * 2.2)
     axes.set(xlabel='classes, most training images first', ylabel='training images')
     return figure
@@ -102,14 +66,14 @@ def class_accuracy(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     accuracy = 100 * analysis.accuracy[analysis.order]
     many = len(accuracy) > MANY_POINTS
     size = dict(s=3 if many else 16, linewidth=0, rasterized=many, alpha=0.5 if many else 0.9)
-    figure, (top, bottom) = _figure(5.6, 2, sharex=True, sharey=True)
+    figure, (top, bottom) = new_figure(5.6, 2, sharex=True, sharey=True)
     ranks = np.arange(len(accuracy))
     for axes in (top, bottom):
         _shade_shots(axes, analysis)
         axes.set(ylabel='accuracy in %', ylim=(-2, 112), yticks=range(0, 101, 20))
     top.scatter(ranks, accuracy[:, 0], color=NEUTRAL, label='ensemble', **size)
     _draw_trend(top, accuracy[:, 0])
-    _legend(top)
+    add_legend(top)
     best = _best_expert(analysis)[analysis.order]
     highest = accuracy[:, 1:].max(1)
     for expert in range(-1, analysis.saved.num_experts):
@@ -119,7 +83,7 @@ def class_accuracy(analysis: Analysis, other: Optional[Analysis]) -> Figure:
         if mine.any():
             bottom.scatter(ranks[mine], highest[mine], color=color, label=label, **size)
     _draw_trend(bottom, highest)
-    _legend(bottom, 4, title='best single expert', title_fontsize=9, alignment='left')
+    add_legend(bottom, 4, title='best single expert', title_fontsize=9, alignment='left')
     bottom.set_xlabel('classes, most training images first')
     return figure
 
@@ -128,7 +92,7 @@ def best_experts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     if analysis.saved.num_experts == 1:
         raise Missing('This model has one expert, which is the best at every class.')
     shares, chance = best_expert_shares(analysis)
-    figure, axes = _figure(3)
+    figure, axes = new_figure(3)
     num_experts = analysis.saved.num_experts
     width = 0.8 / num_experts
     for i, shot in enumerate(shares):
@@ -144,13 +108,13 @@ def best_experts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     axes.set_xticks(range(len(shares)), [f'{shot} ({analysis.shots[shot].sum()})' for shot in shares])
     axes.set(ylabel='share of classes in %')
     axes.grid(axis='x', visible=False)
-    _legend(axes, 4)
+    add_legend(axes, 4)
     return figure
 
 
 def hardest_negatives(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     shots = [shot for shot in SHOTS if analysis.shots[shot].any()]
-    figure, axes = _figure(1.1 + 1.5 * len(shots), len(shots), sharex=True, sharey=True, squeeze=False)
+    figure, axes = new_figure(1.1 + 1.5 * len(shots), len(shots), sharex=True, sharey=True, squeeze=False)
     edges = np.linspace(0, 1, 21)
     for ax, shot in zip(axes[:, 0], shots):
         for one, fill in ((analysis, True), (other, False)):
@@ -161,7 +125,7 @@ def hardest_negatives(analysis: Analysis, other: Optional[Analysis]) -> Figure:
                 ax.stairs(
                     heights, edges, fill=fill, color=color, alpha=0.6 if fill else 1, linewidth=1.6,
                     label=f'{shorten(one.saved.name)}, mean {values.mean():.3f}')
-        _log_scale(ax)
+        log_scale(ax)
         ax.set_ylabel('images in %')
         ax.set_title(f'{shot}-shot')
         ax.legend(loc='upper right')
@@ -185,18 +149,18 @@ def _shot_bars(axes: Any, models: Sequence[Tuple[str, Analysis]]) -> None:
     axes.set_xticks(range(len(names)), names.values())
     axes.set_ylabel('accuracy in %')
     axes.grid(axis='x', visible=False)
-    _legend(axes, 1)
+    add_legend(axes, 1)
 
 
 def compare_models(models: Sequence[Analysis]) -> Figure:
     """Accuracy of several models, overall and by shot division, with 95 % intervals."""
-    figure, axes = _figure(3 + 0.15 * len(models))
+    figure, axes = new_figure(3 + 0.15 * len(models))
     _shot_bars(axes, [(shorten(one.saved.name, 48), one) for one in models])
     return figure
 
 
 def stages_and_experts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
-    figure, (top, bottom) = _figure(6, 2)
+    figure, (top, bottom) = new_figure(6, 2)
     if other is None:
         _shot_bars(top, [(f'{shorten(analysis.saved.name)}, without stage one or a second model', analysis)])
     else:
@@ -249,7 +213,7 @@ def confusions(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     found = tail_confusions(analysis)
     if not found:
         raise Missing('No image of a few-shot class is taken for another class.')
-    figure, axes = _figure(1.2 + 0.3 * len(found))
+    figure, axes = new_figure(1.2 + 0.3 * len(found))
     names = analysis.saved.class_names
     axes.barh(range(len(found)), [one.cost for one in found], color=COLORS[6], alpha=0.85)
     axes.set_yticks(
@@ -263,13 +227,13 @@ def confusions(analysis: Analysis, other: Optional[Analysis]) -> Figure:
 
 def prior_shift(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     plain, adjusted = analysis.prior_shift()
-    figure, axes = _figure(3)
+    figure, axes = new_figure(3)
     axes.plot(analysis.tilts, 100 * plain, color=COLORS[0], label='as it is')
     axes.plot(analysis.tilts, 100 * adjusted, color=COLORS[1], linestyle='--', label='prior added')
     axes.set(
         xlabel='class frequencies: from uniform (0) to those of training (1)', ylabel='expected top-1 in %',
         xlim=(0, 1))
-    _legend(axes)
+    add_legend(axes)
     return figure
 
 
@@ -277,33 +241,6 @@ def learning_curves(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     if analysis.saved.run is None:
         raise Missing('There is no run folder with a summary.csv beside this model.')
     return draw_curves(read_curves(analysis.saved.run))
-
-
-def draw_curves(curves: Dict[str, List[Optional[float]]]) -> Figure:
-    """Loss, its terms and the accuracies of a run, from what `read_curves` returns."""
-    if not curves:
-        raise Missing('The summary.csv of the run has no epoch yet.')
-    terms = [f'train_{term}' for term in TERMS if any(curves.get(f'train_{term}', ()))]
-    figure, axes = _figure(6 if terms else 4.6, 3 if terms else 2, sharex=True)
-
-    def lines(ax: Any, keys: Dict[str, str], ylabel: str) -> None:
-        for k, (key, label) in enumerate(keys.items()):
-            found = [(epoch, value) for epoch, value in enumerate(curves.get(key, ())) if value is not None]
-            if found:
-                ax.plot(
-                    *zip(*found), color=COLORS[k % len(COLORS)], label=label,
-                    marker='.' if len(found) < 40 else None)
-        ax.set_ylabel(ylabel)
-        _legend(ax, 5)
-
-    lines(axes[0], {'train_loss': 'training', 'eval_loss': 'evaluation'}, 'loss')
-    if terms:
-        lines(axes[1], {term: term.removeprefix('train_') for term in terms}, 'terms, unweighted')
-        _log_scale(axes[1])
-    lines(axes[-1], {'eval_top1': 'top-1', **{f'eval_{shot}': shot for shot in SHOTS}}, 'accuracy in %')
-    axes[-1].set_xlabel('epoch')
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
 
 
 # Each figure of the page by name: its function, title and caption.
@@ -341,34 +278,3 @@ DRAWINGS: Dict[str, Tuple[Callable[..., Figure], str, str]] = {
     'learning_curves': (
         learning_curves, 'Learning curves', 'Both stages in a row. The loss jumps where new classifiers begin.'),
 }
-
-
-def draw(function: Callable[..., Figure], *args: Any) -> Tuple[Figure, Optional[str]]:
-    """Draw a figure in the style of the report. If there is nothing to draw, it shows a sentence, returned too."""
-    with matplotlib.rc_context(STYLE):
-        try:
-            return function(*args), None
-        except Missing as missing:
-            figure = Figure(figsize=(WIDTH, 1))
-            figure.text(0.5, 0.5, str(missing), ha='center', va='center', wrap=True)
-            return figure, str(missing)
-
-
-def save(figure: Figure, stem: Path, salt: str) -> str:
-    """Write a figure as STEM.svg and STEM.png. Returns the SVG in the colours of the page."""
-    style: Dict[Any, Any] = {**STYLE, 'svg.hashsalt': salt}
-    with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')  # in PNGs of names in other scripts; SVGs hold text
-        figure.savefig(f'{stem}.png')
-        figure.set_layout_engine('none')  # the layout is done
-        figure.savefig(f'{stem}.svg', metadata={'Date': None})
-    with open(f'{stem}.svg', encoding='utf-8') as file:
-        text = file.read()
-    return text[text.index('<svg'):].replace(INK, 'currentColor').replace(PAPER, 'none')
-
-
-def write_curves(run: Path) -> None:
-    """Draw the learning curves of a run folder as its `curves.png`."""
-    figure, _ = draw(draw_curves, read_curves(run))
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(run / 'curves.png')

@@ -15,10 +15,11 @@ from PIL import Image
 
 from ..files import write_text
 from ..metrics import METRICS, SHOTS
+from ..plotting import draw, save
 from ..training.config import card_options
 from ..version import __version__
 from .analysis import Analysis, paired_test, same_images, tail_confusions, wilson
-from .figures import DRAWINGS, compare_models, draw, save, shorten
+from .figures import DRAWINGS, compare_models, shorten
 
 THUMBNAIL, MAP = 56, 224  # largest side of images, in pixels
 SHARES = ('top1', 'balanced', *SHOTS)

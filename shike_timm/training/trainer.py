@@ -476,7 +476,7 @@ class Trainer:
             self.model, self.folder / 'model', self.data_config, data.class_names, data.class_counts,
             shot_counts=data.shot_counts, exif=config.exif, pixel_range=config.pixel_range)
         if find_spec('matplotlib') is not None:  # an extra
-            from ..report.figures import write_curves
+            from .curves import write_curves
             write_curves(self.folder)
 
     @contextmanager

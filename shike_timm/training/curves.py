@@ -1,0 +1,53 @@
+"""The learning curves of a run."""
+import csv
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..metrics import SHOTS
+from ..plotting import COLORS, STYLE, Missing, add_legend, draw, log_scale, new_figure
+from .tasks import TERMS
+
+
+def read_curves(run: Path) -> Dict[str, List[Optional[float]]]:
+    """The columns of a run's `summary.csv`. None where an epoch has no value."""
+    with (run / 'summary.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    return {key: [float(row[key]) if row[key] else None for row in rows] for key in (rows[0] if rows else ())}
+
+
+def draw_curves(curves: Dict[str, List[Optional[float]]]) -> Figure:
+    """Loss, its terms and the accuracies of a run, from what `read_curves` returns."""
+    if not curves:
+        raise Missing('The summary.csv of the run has no epoch yet.')
+    terms = [f'train_{term}' for term in TERMS if any(curves.get(f'train_{term}', ()))]
+    figure, axes = new_figure(6 if terms else 4.6, 3 if terms else 2, sharex=True)
+
+    def lines(ax: Any, keys: Dict[str, str], ylabel: str) -> None:
+        for k, (key, label) in enumerate(keys.items()):
+            found = [(epoch, value) for epoch, value in enumerate(curves.get(key, ())) if value is not None]
+            if found:
+                ax.plot(
+                    *zip(*found), color=COLORS[k % len(COLORS)], label=label,
+                    marker='.' if len(found) < 40 else None)
+        ax.set_ylabel(ylabel)
+        add_legend(ax, 5)
+
+    lines(axes[0], {'train_loss': 'training', 'eval_loss': 'evaluation'}, 'loss')
+    if terms:
+        lines(axes[1], {term: term.removeprefix('train_') for term in terms}, 'terms, unweighted')
+        log_scale(axes[1])
+    lines(axes[-1], {'eval_top1': 'top-1', **{f'eval_{shot}': shot for shot in SHOTS}}, 'accuracy in %')
+    axes[-1].set_xlabel('epoch')
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def write_curves(run: Path) -> None:
+    """Draw the learning curves of a run folder as its `curves.png`."""
+    figure, _ = draw(draw_curves, read_curves(run))
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(run / 'curves.png')
