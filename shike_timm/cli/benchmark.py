@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..checkpoints import check_results_file, write_text
 from ..data import TrainingData, find_dataset
-from ..data.datasets import in_memory_set
-from ..data.in_memory import DeviceLoader
+from ..data.dataset import in_memory_set
+from ..data.device_loader import DeviceLoader
 from ..devices import resolve_device, tune_device
 from ..errors import InputError, one_line
 from ..measure import PARTS, count_flops, measure_ceilings, on_paper, peak_memory, rates_by_turns, time_parts

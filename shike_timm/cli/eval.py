@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import check_results_file, write_text
-from ..data import create_eval_loader
+from ..data import SourceConfig, create_eval_loader, load_eval_data, load_training_data
 from ..data.config import CheckConfig, EvalDataConfig, PreprocessingConfig
 from ..devices import DeviceConfig, tune_device
 from ..distributed import join_processes, rank, world_size
@@ -19,10 +19,10 @@ from ..errors import InputError
 from ..measure import inference_costs
 from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_subsets, format_table, shot_numbers
 from ..models import Shike
-from ..options import HparamsConfig, option, parse
+from ..options import HparamsConfig, checked, option, parse
 from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_data_args
 from ..report.logits import save_logits
-from ..training.build import load_data, load_eval_data, resolve_data_config
+from ..training.build import resolve_data_config
 from .report import CamConfig, check_report, collect, count_costs
 from .script import run_script
 
@@ -100,11 +100,13 @@ def evaluate_model(args: EvalConfig) -> Dict[str, Any]:
     args = with_data_args(args, trained)
     model, counts, names = trained.model, trained.class_counts, trained.class_names
     shot_counts, origin = trained.shot_counts, 'the model'
+    source = checked(SourceConfig, vars(args))
     if counts is None:
-        data, origin = load_data(args), 'this data'
+        data, origin = load_training_data(source, workers=args.workers, batch_size=args.batch_size), 'this data'
         dataset, counts, names, shot_counts = data.test, data.class_counts, data.class_names, data.shot_counts
     else:
-        dataset = load_eval_data(args, names, model.in_chans, trained.run_folder)
+        dataset = load_eval_data(
+            source, names, model.in_chans, trained.run_folder, args.workers, args.batch_size)
     assert shot_counts is not None  # known where `counts` are
     num_classes = len(dataset.class_names or counts)
     if len({num_classes, len(counts), model.num_classes}) > 1:
@@ -121,9 +123,9 @@ def evaluate_model(args: EvalConfig) -> Dict[str, Any]:
     loader = create_eval_loader(dataset, data_config, args.batch_size, device, args.workers)
     subsets = all_subsets(model.num_experts) if args.expert_subsets else ()
     left_out = f" Left out: {'; '.join(dataset.notes)}." if dataset.notes else ''
-    source = dataset.source or 'a split of its own'
+    origin_words = dataset.origin or 'a split of its own'
     _logger.info(
-        f'Evaluation: {len(dataset.dataset)} images, {source}.{left_out} Many, medium and few are told by the '
+        f'Evaluation: {len(dataset)} images, {origin_words}.{left_out} Many, medium and few are told by the '
         f'{max(shot_counts)} to {min(shot_counts)} training images a class of {origin}.')
     kept = [] if args.save_logits or args.report else None
     metrics = evaluate(

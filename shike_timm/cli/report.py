@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints import load_checkpoint
-from ..data import ImageSet, create_eval_loader
-from ..data.table import ImageTable
+from ..data import ImageSet, create_eval_loader, load_eval_data
+from ..data.dataset import AnySet
 from ..devices import DeviceConfig, resolve_device, tune_device
 from ..errors import InputError
 from ..measure import count_flops
@@ -22,7 +22,7 @@ from ..models import Shike
 from ..options import checked, option, parse
 from ..pretrained.load import TrainedModel, load_trained_model
 from ..report.logits import SavedLogits, load_logits
-from ..training.build import load_data, load_eval_data, resolve_data_config
+from ..training.build import load_data, resolve_data_config
 from ..training.config import TrainConfig
 from ..training.methods import STAGES
 from .script import run_script
@@ -77,20 +77,18 @@ def check_report(folder: str, cam: Optional[Sequence[str]] = None) -> None:
         raise InputError(f"'{folder}', where the report is to go, is a file: give the name of a folder.")
 
 
-def _images(data: ImageSet, number: int) -> Tuple[List[str], Optional[Callable[[int], Image.Image]]]:
+def _images(data: AnySet, number: int) -> Tuple[List[str], Optional[Callable[[int], Image.Image]]]:
     """Paths, or else indices, of the images that could be read, in order, and what opens one of them."""
-    table, images = data.dataset, data.images
-    if isinstance(table, ImageTable):
-        read = (~table.unreadable).nonzero()[:, 0].tolist()
-        root = os.path.abspath(table.files.root)
-        return [os.path.join(root, table.filename(i)) for i in read], lambda i: table.read(read[i])
-    paths = [str(i) for i in range(number)]  # a stream need not be as long as it says
-    return paths, None if images is None else lambda i: Image.fromarray(images[i])
+    if not isinstance(data, ImageSet):
+        return [str(i) for i in range(number)], None  # a stream need not be as long as it says
+    read = (~data.unreadable).nonzero()[:, 0].tolist()
+    root = os.path.abspath(data.source.root) if data.has_paths else ''
+    return [os.path.join(root, data.filename(i)) for i in read], lambda i: data.read(read[i])
 
 
 def collect(
         trained: TrainedModel,
-        data: ImageSet,
+        data: AnySet,
         kept: Sequence[Tuple[Tensor, Tensor]],
         shots: np.ndarray,
         **fields: Any,
@@ -151,7 +149,10 @@ def _evaluate_run(
         run_args = replace(run_args, data_dir=args.data_dir or run_args.data_dir)
         if data is None and (run_args.holdout or run_args.val_per_class):  # or else the test split would be looked at
             data = load_data(run_args, trained.class_names, trained.run_folder).test
-        data = data or load_eval_data(run_args, trained.class_names, trained.model.in_chans, trained.run_folder)
+        if data is None:
+            data = load_eval_data(
+                run_args, trained.class_names, trained.model.in_chans, trained.run_folder, run_args.workers,
+                run_args.batch_size, run_args.seed)
         data_config = resolve_data_config(run_args, trained.model)
         trained.model.to(device)
         if cam and not saved:

@@ -6,7 +6,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import find_dataset
-from ..data.images import MODES
+from ..data.decode import MODES
 from ..metrics import METRICS, ShotConfig, shot_divisions
 from ..models import Shike
 from ..options import options

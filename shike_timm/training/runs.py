@@ -19,7 +19,6 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import NativeScaler
 from torch import nn
-from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -38,7 +37,6 @@ from .build import (
     create_optimizer,
     create_schedule,
     load_data,
-    mixup_options,
     resolve_autocast,
     resolve_data_config,
 )
@@ -119,7 +117,7 @@ def prepare(
     model = create_model(args, data.num_classes, fresh).to(device)
     if start is not None:
         start_from(model, start, data.class_names)
-    if args.recovery_interval and isinstance(data.train.dataset, IterableDataset):
+    if args.recovery_interval and data.train.is_stream:
         raise InputError('--recovery-interval saves the middle of an epoch, where no stream can begin: leave it out.')
     if args.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):
         raise InputError('--batch-size 1 leaves BatchNorm nothing to average over: choose a larger one.')
@@ -129,10 +127,9 @@ def prepare(
     if any(stage.compiled for stage in stages):
         check_compiler(args.torchcompile, args.torchcompile_mode, device)
     data_config = resolve_data_config(args, model)
-    mixup = mixup_options(args, data.num_classes, stages)
+    why_not_mixed = next((stage.indices_only for stage in stages if stage.indices_only), None)
     train_loader = create_train_loader(
-        data.train, data_config, args.batch_size, device, args, args.workers, mixup, args.device_data,
-        args.grad_accum_steps)
+        data.train, data_config, args, args, device, args.workers, data.num_classes, why_not_mixed)
     test_loader = create_eval_loader(
         data.test, data_config, args.validation_batch_size or args.batch_size, device, args.workers, args.device_data)
     teacher = None
@@ -328,7 +325,7 @@ def _run_stages(
     with stop_signals() as stop, tracking(run.args, folder) as track, _progress_bar(num_steps) as progress:
         on_primary(_create_run_folder, folder, run.args, stages[0])
         _logger.info(run.data.describe())
-        on_primary(run.data.write_sides, folder)
+        on_primary(run.data.write_split_lists, folder)
         try:
             for stage in stages:
                 parts = parts or _make_parts(run, stage)
