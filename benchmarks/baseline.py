@@ -20,7 +20,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import shike_timm  # noqa: E402, F401
-from shike_timm.data import load_training_data  # noqa: E402
+from shike_timm.data import SourceConfig, load_training_data  # noqa: E402
 from shike_timm.models.registry import CIFAR_MEAN, CIFAR_STD  # noqa: E402
 
 
@@ -99,8 +99,8 @@ def main():
     device = torch.device(args.device)
 
     normalize = [transforms.ToTensor(), transforms.Normalize(CIFAR_MEAN, CIFAR_STD)]
-    data = load_training_data('cifar100_lt', args.data_dir)
-    train_set, test_set = data.train.dataset, data.test.dataset
+    data = load_training_data(SourceConfig(dataset='cifar100_lt', data_dir=args.data_dir))
+    train_set, test_set = data.train, data.test
     train_set.transform = transforms.Compose([
         transforms.RandomCrop(32, padding=4),
         transforms.RandomHorizontalFlip(),

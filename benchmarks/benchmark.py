@@ -24,15 +24,16 @@ from measure import PARTS, measure_ceilings, on_paper, peak_memory, time_parts  
 from shike_timm.cli.script import run_script  # noqa: E402
 from shike_timm.costs import count_flops, rates_by_turns  # noqa: E402
 from shike_timm.data import TrainingData, find_dataset  # noqa: E402
-from shike_timm.data.datasets import in_memory_set  # noqa: E402
-from shike_timm.data.in_memory import DeviceLoader  # noqa: E402
+from shike_timm.data.dataset import in_memory_set  # noqa: E402
+from shike_timm.data.decode import image_channels  # noqa: E402
+from shike_timm.data.device_loader import DeviceLoader  # noqa: E402
 from shike_timm.devices import resolve_device, tune_device  # noqa: E402
 from shike_timm.errors import InputError, one_line  # noqa: E402
 from shike_timm.files import check_results_file, write_text  # noqa: E402
 from shike_timm.models import Shike  # noqa: E402
 from shike_timm.models.create import check_model_name, create_model, resolve_data_config  # noqa: E402
 from shike_timm.options import option, parse  # noqa: E402
-from shike_timm.training.build import check_compiler, create_optimizer, image_channels, resolve_autocast  # noqa: E402
+from shike_timm.training.build import check_compiler, create_optimizer, resolve_autocast  # noqa: E402
 from shike_timm.training.config import RunConfig  # noqa: E402
 from shike_timm.training.phases import Phase, plan_phases  # noqa: E402
 from shike_timm.training.runs import prepare  # noqa: E402

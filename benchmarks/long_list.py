@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from shike_timm.data import Augmentation, create_train_loader, load_training_data
-from shike_timm.data.files import FolderFiles
+from shike_timm.data import AugmentationConfig, LoaderConfig, SourceConfig, create_train_loader, load_training_data
+from shike_timm.data.sources.files import FolderImages
 
 CONFIG = dict(input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -28,7 +28,7 @@ def megabytes(pid: int) -> float:
 def measure(entries: int, workers: int) -> None:
     content = io.BytesIO()
     Image.new('RGB', (80, 60), 'gray').save(content, 'JPEG')
-    FolderFiles.open = lambda self, row: Image.open(io.BytesIO(content.getvalue()))
+    FolderImages.open = lambda self, row: Image.open(io.BytesIO(content.getvalue()))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'list.txt')
         with path.open('w') as file:
@@ -39,15 +39,16 @@ def measure(entries: int, workers: int) -> None:
         first.parent.mkdir(parents=True)
         first.touch()
         start = time.perf_counter()
-        data = load_training_data('', folder, train_list=str(path), check_images=False)
+        data = load_training_data(SourceConfig(data_dir=folder, train_list=str(path), check_images=False))
         read = time.perf_counter() - start
-        loader = create_train_loader(data.train, CONFIG, 64, torch.device('cpu'), Augmentation(), workers)
+        loader = create_train_loader(
+            data.train, CONFIG, LoaderConfig(batch_size=64), AugmentationConfig(), torch.device('cpu'), workers)
         batches = iter(loader)
         next(batches)
         begun = time.perf_counter() - start
         for _ in range(2 * workers):  # until each worker has given some
             next(batches)
-        pids = [worker.pid for worker in loader.loader.loader._iterator._workers]
+        pids = [worker.pid for worker in loader.loader._iterator._workers]
         own, theirs = megabytes(os.getpid()), [megabytes(pid) for pid in pids]
         print(
             f'{entries} entries: {read:.1f} s to the data, {begun:.1f} s to the first batch; main {own:.0f} MB, '

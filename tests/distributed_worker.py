@@ -9,8 +9,15 @@ from timm.data import resolve_data_config
 from torch.distributed.nn.functional import all_reduce
 
 from shike_timm.cli.train import parse_train_args
-from shike_timm.data import AugmentationConfig, create_eval_loader, create_train_loader, load_training_data
-from shike_timm.data.datasets import in_memory_set
+from shike_timm.data import (
+    AugmentationConfig,
+    LoaderConfig,
+    SourceConfig,
+    create_eval_loader,
+    create_train_loader,
+    in_memory_set,
+    load_training_data,
+)
 from shike_timm.distributed import join_processes, rank, world_size
 from shike_timm.metrics import evaluate
 from shike_timm.models.create import create_model
@@ -55,7 +62,7 @@ def main(out, *argv):
         torch.nn.BatchNorm2d.forward = synchronised
     seen = dict(losses=losses, metrics=runs.train(args))
 
-    data = load_training_data('digits_lt')
+    data = load_training_data(SourceConfig(dataset='digits_lt'))
     config = resolve_data_config(dict(input_size=(3, 8, 8), crop_pct=1., mean=(0.5,) * 3, std=(0.3,) * 3))
     few = in_memory_set(data.test.images[:101], data.test.targets[:101], data.class_names)
     torch.manual_seed(0)
@@ -69,8 +76,8 @@ def main(out, *argv):
     seen['images'] = []
     for on_device in (True, False):
         loader = create_train_loader(
-            numbered, config, 8, CPU, AugmentationConfig(train_crop_mode='pad', color_jitter=0.), 0,
-            device_data=on_device)
+            numbered, config, LoaderConfig(batch_size=8, device_data=on_device),
+            AugmentationConfig(train_crop_mode='pad', color_jitter=0.), CPU, 0)
         loader.sampler.set_epoch(5, 0, len(loader))
         batches = [(target.tolist(), images.double().sum((1, 2, 3)).tolist()) for images, target in loader]
         everybody = [None] * world_size()

@@ -2,7 +2,7 @@
 import torch
 from timm.data import resolve_data_config
 
-from shike_timm.data import load_training_data
+from shike_timm.data import SourceConfig, load_eval_data, load_training_data
 
 CPU = torch.device('cpu')
 # The smallest run on images of one's own.
@@ -13,16 +13,31 @@ RUN = [
 ]
 
 
+CONTEXT = ('class_names', 'in_chans', 'run_folder', 'batch_size')  # what a configuration does not have
+
+
+def load_named(name, root=None, **options):
+    """Training data by the name of its set."""
+    context = {key: options.pop(key) for key in CONTEXT if key in options and key != 'in_chans'}
+    return load_training_data(SourceConfig(dataset=name, data_dir=root and str(root), **options), **context)
+
+
+def load_evaluation(name, root=None, **options):
+    """An evaluation split by the name of its set."""
+    context = {key: options.pop(key) for key in CONTEXT if key in options}
+    return load_eval_data(SourceConfig(dataset=name, data_dir=root and str(root), **options), **context)
+
+
 def load(root, **options):
-    return load_training_data('', str(root), **options)
+    return load_named('', root, **options)
 
 
 def names_of(data):
-    return [data.dataset.filename(i) for i in range(len(data.dataset))]
+    return data.filenames()
 
 
 def labels_of(data):
-    return {data.dataset.filename(i): data.class_names[target] for i, target in enumerate(data.dataset.targets)}
+    return {data.filename(i): data.class_names[target] for i, target in enumerate(data.targets)}
 
 
 def loader_config():

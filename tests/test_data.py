@@ -9,21 +9,25 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from image_data import load_evaluation, load_named
 from PIL import Image
 from timm.data import IterableImageDataset, resolve_data_config
 from torchvision import transforms
 
 from shike_timm.data import (
     AugmentationConfig,
-    create_eval_dataset,
+    DataSource,
+    LoaderConfig,
+    StreamSet,
     create_eval_loader,
     create_train_loader,
-    load_training_data,
+    in_memory_set,
+    register_dataset,
     set_stream_epoch,
 )
 from shike_timm.data.augment.transforms import Cutout, create_train_transform
-from shike_timm.data.datasets import DATASETS, DatasetEntry, ImageSet, in_memory_set, register_dataset
-from shike_timm.data.long_tail import long_tailed_counts, long_tailed_indices
+from shike_timm.data.registry import DATASETS
+from shike_timm.data.sources.long_tailed import long_tailed_counts, long_tailed_indices
 from shike_timm.errors import InputError
 from shike_timm.metrics import ShotConfig, shot_divisions
 
@@ -32,10 +36,10 @@ CPU = torch.device('cpu')
 
 @pytest.mark.parametrize('imb_factor, total, smallest', [(100, 10_847, 5), (50, 12_608, 10)])
 def test_cifar100_lt_is_the_published_subset(cifar_root, imb_factor, total, smallest):
-    data = load_training_data('cifar100_lt', str(cifar_root), imb_factor=imb_factor)
-    assert len(data.train.dataset) == sum(data.class_counts) == total
+    data = load_named('cifar100_lt', str(cifar_root), imb_factor=imb_factor)
+    assert len(data.train) == sum(data.class_counts) == total
     assert data.class_counts[0] == 500 and data.class_counts[-1] == smallest
-    assert len(data.test.dataset) == 10_000
+    assert len(data.test) == 10_000
     assert data.class_names[0] == 'apple'
     if imb_factor == 100:
         sizes = [int(mask.sum()) for mask in shot_divisions(data.class_counts).values()]
@@ -49,8 +53,8 @@ def test_cifar100_lt_is_the_published_subset(cifar_root, imb_factor, total, smal
 
 
 def test_a_share_of_each_class_is_held_out(cifar_root):
-    whole = load_training_data('digits_lt', imb_factor=20)
-    data = load_training_data('digits_lt', imb_factor=20, holdout=0.1)
+    whole = load_named('digits_lt', imb_factor=20)
+    data = load_named('digits_lt', imb_factor=20, holdout=0.1)
     held = np.array(data.test.class_counts)
     assert held.tolist() == [math.ceil(count / 10) for count in whole.class_counts]
     assert (held + data.class_counts).tolist() == whole.class_counts
@@ -58,26 +62,26 @@ def test_a_share_of_each_class_is_held_out(cifar_root):
         images = [part.images[part.targets == c] for part in (whole.train, data.train, data.test)]
         assert np.array_equal(images[0], np.concatenate(images[1:]))
     with pytest.raises(InputError, match='holdout 0.9 leaves class 8 with no training image of 8'):
-        load_training_data('digits_lt', imb_factor=20, holdout=0.9)
+        load_named('digits_lt', imb_factor=20, holdout=0.9)
     assert data.shot_counts == whole.class_counts
-    torch_set = load_training_data('torch/cifar100', str(cifar_root), holdout=0.1)
+    torch_set = load_named('torch/cifar100', str(cifar_root), holdout=0.1)
     assert torch_set.class_counts == [450] * 100 and torch_set.test.class_counts == [50] * 100
 
 
 def test_a_balanced_set_is_held_out_before_the_cut(cifar_root):
-    whole = load_training_data('torch/cifar100', str(cifar_root)).train
-    data = load_training_data('cifar100_lt', str(cifar_root), val_per_class=50)
+    whole = load_named('torch/cifar100', str(cifar_root)).train
+    data = load_named('cifar100_lt', str(cifar_root), val_per_class=50)
     assert data.class_counts[0] == 450 and data.class_counts[-1] == 4 and data.test.class_counts == [50] * 100
     for c in (0, 99):
         images = whole.images[whole.targets == c]
         assert np.array_equal(data.test.images[data.test.targets == c], images[-50:])
         assert np.array_equal(data.train.images[data.train.targets == c], images[:data.class_counts[c]])
     with pytest.raises(InputError, match='val-per-class 124 leaves class 8 with no training image of 124'):
-        load_training_data('digits_lt', val_per_class=124)
+        load_named('digits_lt', val_per_class=124)
     with pytest.raises(InputError, match='holdout 0.1 and val-per-class 5 contradict'):
-        load_training_data('digits_lt', val_per_class=5, holdout=0.1)
+        load_named('digits_lt', val_per_class=5, holdout=0.1)
     with pytest.raises(InputError, match="val-per-class 5 needs one of the .* not 'torch/cifar100'"):
-        load_training_data('torch/cifar100', val_per_class=5)
+        load_named('torch/cifar100', val_per_class=5)
 
 
 def test_cifar10_lt_counts():
@@ -98,7 +102,7 @@ def test_a_seeded_subset_is_that_of_ldam_drw():
         np.random.shuffle(positions)
         kept += positions[:count].tolist()
     assert long_tailed_indices(targets, (50, 20, 5), seed=7).tolist() == sorted(kept)
-    first, seeded = (load_training_data('digits_lt', imb_factor=20, imb_seed=seed) for seed in (None, 0))
+    first, seeded = (load_named('digits_lt', imb_factor=20, imb_seed=seed) for seed in (None, 0))
     assert first.class_counts == seeded.class_counts
     assert not np.array_equal(first.train.images, seeded.train.images)
 
@@ -125,7 +129,7 @@ def test_bad_profiles(arguments, message):
 
 
 def test_digits_test_split_is_fixed_and_balanced():
-    one, other = (load_training_data('digits_lt', imb_factor=factor) for factor in (10, 60))
+    one, other = (load_named('digits_lt', imb_factor=factor) for factor in (10, 60))
     assert one.test.class_counts == [50] * 10
     assert np.array_equal(one.test.images, other.test.images)
     assert other.class_counts == [124, 78, 49, 31, 20, 12, 8, 5, 3, 2]
@@ -135,18 +139,18 @@ def test_digits_test_split_is_fixed_and_balanced():
 
 
 def test_folder(image_folder):
-    data = load_training_data('', str(image_folder))
+    data = load_named('', str(image_folder))
     assert data.class_counts == [24, 12, 6] and data.class_names == ['ant', 'bee', 'cat']
-    assert len(data.test.dataset) == 12
+    assert len(data.test) == 12
 
 
 def test_folder_classes_of_the_evaluation_split_follow_training(image_folder):
     shutil.rmtree(image_folder / 'validation' / 'ant')
-    data = load_training_data('', str(image_folder))
-    assert [target for _, target in data.test.dataset] == [1] * 4 + [2] * 4
+    data = load_named('', str(image_folder))
+    assert [target for _, target in data.test] == [1] * 4 + [2] * 4
     assert data.test.class_names == data.class_names
-    alone = create_eval_dataset('', str(image_folder), class_names=['cat', 'dog', 'bee'])
-    assert [target for _, target in alone.dataset] == [2] * 4 + [0] * 4
+    alone = load_evaluation('', str(image_folder), class_names=['cat', 'dog', 'bee'])
+    assert [target for _, target in alone] == [2] * 4 + [0] * 4
 
 
 def test_folders_are_scanned_once(image_folder, monkeypatch):
@@ -158,7 +162,7 @@ def test_folders_are_scanned_once(image_folder, monkeypatch):
 
     plain = os.scandir
     monkeypatch.setattr(os, 'scandir', scandir)
-    load_training_data('', str(image_folder))
+    load_named('', str(image_folder))
     leaves = [folder for folder in map(str, image_folder.glob('*/*'))]
     assert len(leaves) == 6 and all(listed[folder] == 1 for folder in leaves)
 
@@ -167,9 +171,9 @@ def test_an_archive_can_be_evaluated_on_alone(image_folder, tmp_path):
     path = str(tmp_path / 'images.tar')
     with tarfile.open(path, 'w') as tar:
         tar.add(image_folder / 'validation', '')
-    alone = create_eval_dataset('', path, class_names=['cat', 'bee', 'ant'])
-    assert [alone.dataset[i][1] for i in (0, 11)] == [2, 0]
-    data = load_training_data('', path)  # parted by the rule, as a folder is
+    alone = load_evaluation('', path, class_names=['cat', 'bee', 'ant'])
+    assert [alone[i][1] for i in (0, 11)] == [2, 0]
+    data = load_named('', path)  # parted by the rule, as a folder is
     assert data.class_counts == [3, 3, 3] and data.test.class_counts == [1, 1, 1]
 
 
@@ -194,7 +198,7 @@ def test_what_a_library_raises_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(timm.data, 'create_dataset', broken)
     with pytest.raises(InputError, match="The train split of 'hfds/x' cannot be read: the shards have other columns"):
-        load_training_data('hfds/x')
+        load_named('hfds/x')
 
 
 class Noise(Stream):
@@ -211,8 +215,8 @@ def test_workers_of_a_stream_draw_from_its_seed():
 
     def make():
         config = resolve_data_config({'input_size': (3, 8, 8)})
-        data = ImageSet(IterableImageDataset(None, reader=Noise()))
-        return create_train_loader(data, config, 8, CPU, AugmentationConfig(no_aug=True), 1)
+        return create_train_loader(
+            StreamSet(Noise()), config, LoaderConfig(batch_size=8), AugmentationConfig(no_aug=True), CPU, 1)
 
     one = make()
     first, second = epoch(one, 5), epoch(one, 6)
@@ -222,15 +226,16 @@ def test_workers_of_a_stream_draw_from_its_seed():
 def test_counts_come_from_a_file_where_labels_are_not_listed(image_folder, tmp_path, monkeypatch):
     stats = tmp_path / 'stats.json'
     stats.write_text('{"pos_counts": [10, 6, 4], "num_samples": 20}')
-    assert load_training_data('', str(image_folder), class_stats=str(stats)).class_counts == [10, 6, 4]
+    assert load_named('', str(image_folder), class_stats=str(stats)).class_counts == [10, 6, 4]
     monkeypatch.setattr(
         timm.data, 'create_dataset', lambda name, **kwargs: IterableImageDataset(None, reader=Stream()))
     with pytest.raises(InputError, match="dataset 'wds/x' does not list its labels"):
-        load_training_data('wds/x')
-    data = load_training_data('wds/x', class_stats=str(stats))
+        load_named('wds/x')
+    data = load_named('wds/x', class_stats=str(stats))
     assert data.class_counts == [10, 6, 4] and data.class_names == ['0', '1', '2']
     config = dict(resolve_data_config(dict(img_size=8)), mean=(0.,) * 3, std=(1.,) * 3)
-    batches = list(create_train_loader(data.train, config, 8, CPU, AugmentationConfig(), 0))
+    batches = list(create_train_loader(
+        data.train, config, LoaderConfig(batch_size=8), AugmentationConfig(), CPU, 0))
     assert [target.tolist() for _, target in batches] == [[0, 1, 2, 0, 1, 2, 0, 1], [2, 0, 1, 2, 0, 1, 2, 0]]
     assert sum(len(images) for images, _ in create_eval_loader(data.test, config, 8, CPU, 0)) == 20
     for text, message in (
@@ -238,30 +243,34 @@ def test_counts_come_from_a_file_where_labels_are_not_listed(image_folder, tmp_p
             ('{"pos_counts": [10, 0, 4], "num_samples": 20}', "Class '1' has no training image")):
         stats.write_text(text)
         with pytest.raises(InputError, match=message):
-            load_training_data('wds/x', class_stats=str(stats))
+            load_named('wds/x', class_stats=str(stats))
     with pytest.raises(InputError, match="not for 'digits_lt'"):
-        load_training_data('digits_lt', class_stats=str(stats))
+        load_named('digits_lt', class_stats=str(stats))
     stats.write_text('{"pos_counts": [10, 10], "num_samples": 20}')
     monkeypatch.undo()
     with pytest.raises(InputError, match='counts 2 classes, but 3 have names'):
-        load_training_data('', str(image_folder), class_stats=str(stats))
+        load_named('', str(image_folder), class_stats=str(stats))
 
 
 def test_a_data_set_is_an_entry(monkeypatch):
-    def load(request):
-        return in_memory_set(np.zeros((3, 4, 4, 3), np.uint8), [0, 1, 1], ['a', 'b'])
+    monkeypatch.setattr('shike_timm.data.registry.DATASETS', dict(DATASETS))
 
-    monkeypatch.setattr('shike_timm.data.datasets.DATASETS', dict(DATASETS))
-    register_dataset(DatasetEntry('mine', lambda request: (load(request), None), load))
-    data = load_training_data('mine')
+    @register_dataset('mine')
+    class Mine(DataSource):
+        def train(self, class_names=None):
+            return in_memory_set(np.zeros((3, 4, 4, 3), np.uint8), [0, 1, 1], ['a', 'b'])
+
+        evaluation = train
+
+    data = load_named('mine')
     assert data.class_counts == [1, 2] and data.class_names == ['a', 'b']
-    assert data.test.dataset[2][1] == 1 and data.test.dataset[0][0].size == (4, 4)
+    assert data.test[2][1] == 1 and data.test[0][0].size == (4, 4)
     with pytest.raises(ValueError, match='mine'):
-        register_dataset(DatasetEntry('mine', load, load))
+        register_dataset('mine')(Mine)
 
 
 def test_torchvision_dataset(cifar_root):
-    data = load_training_data('torch/cifar100', str(cifar_root))
+    data = load_named('torch/cifar100', str(cifar_root))
     assert data.class_counts == [500] * 100 and len(data.class_names) == 100
 
 
@@ -273,42 +282,42 @@ def test_torchvision_dataset(cifar_root):
 def test_bad_folders(image_folder, change, message):
     change(image_folder)
     with pytest.raises(InputError, match=message):
-        load_training_data('', str(image_folder))
+        load_named('', str(image_folder))
 
 
 def test_empty_folder(tmp_path):
     (tmp_path / 'train').mkdir()
     with pytest.raises(InputError, match='holds no images'):
-        load_training_data('', str(tmp_path))
+        load_named('', str(tmp_path))
 
 
 def test_unknown_names(image_folder):
     with pytest.raises(InputError, match="dataset 'cifar_lt' is unknown"):
-        load_training_data('cifar_lt')
+        load_named('cifar_lt')
     with pytest.raises(InputError, match="dataset 'foo/bar' is unknown"):
-        load_training_data('foo/bar', str(image_folder))
+        load_named('foo/bar', str(image_folder))
     with pytest.raises(InputError, match="named for dataset 'torch/cifar100'"):
-        load_training_data('torch/cifar100')
+        load_named('torch/cifar100')
     with pytest.raises(InputError, match='No folder of data was named'):
-        load_training_data('')
+        load_named('')
     with pytest.raises(InputError, match="Class 'ant' .* not among the 2 of training"):
-        create_eval_dataset('', str(image_folder), class_names=['bee', 'cat'])
+        load_evaluation('', str(image_folder), class_names=['bee', 'cat'])
 
 
 def test_cifar_errors_name_the_file(cifar_root, tmp_path):
     with pytest.raises(InputError, match="has no folder 'cifar-100-python'"):
-        load_training_data('cifar100_lt', str(tmp_path))
+        load_named('cifar100_lt', str(tmp_path))
     folder = tmp_path / 'cifar-100-python'
     shutil.copytree(cifar_root / 'cifar-100-python', folder)
     with (folder / 'test').open('r+b') as file:
         file.seek(1000)
         file.write(b'x')
     with pytest.raises(InputError, match="cifar-100-python/test' is damaged"):
-        load_training_data('cifar100_lt', str(tmp_path))
+        load_named('cifar100_lt', str(tmp_path))
     (folder / 'meta').unlink()
     (folder / 'test').unlink()
     with pytest.raises(InputError, match="lacks the file '.*test'"):
-        load_training_data('cifar100_lt', str(tmp_path))
+        load_named('cifar100_lt', str(tmp_path))
 
 
 def test_cutout():
@@ -365,10 +374,11 @@ def test_colours_are_jittered_before_a_policy_where_that_is_asked_for():
 
 
 def test_loaders(image_folder):
-    data = load_training_data('', str(image_folder))
+    data = load_named('', str(image_folder))
     config = dict(resolve_data_config(dict(img_size=16)), mean=(0., 0., 0.), std=(1., 1., 1.))
     erasing = AugmentationConfig(reprob=1., remode='const', color_jitter=0.)
-    loader = create_train_loader(data.train, config, 16, CPU, erasing, 0)
+    batches_of_16 = LoaderConfig(batch_size=16)
+    loader = create_train_loader(data.train, config, batches_of_16, erasing, CPU, 0)
     batches = list(loader)
     assert len(batches) == 2
     assert batches[0][0].shape == (16, 3, 16, 16) and batches[0][1].dtype == torch.int64
@@ -376,11 +386,10 @@ def test_loaders(image_folder):
     total = sum(len(images) for images, _ in create_eval_loader(data.test, config, 5, CPU, 0))
     assert total == 12
     mixed = create_train_loader(
-        data.train, config, 16, CPU, AugmentationConfig(), 0,
-        mixup=dict(mixup_alpha=1., num_classes=3, label_smoothing=0.))
+        data.train, config, batches_of_16, AugmentationConfig(mixup=1.), CPU, 0, num_classes=3)
     _, target = next(iter(mixed))
     assert target.shape == (16, 3) and torch.allclose(target.sum(1), torch.ones(16))
     with pytest.raises(InputError, match='batch-size 64 exceeds the 42'):
-        create_train_loader(data.train, config, 64, CPU, AugmentationConfig(), 0)
+        create_train_loader(data.train, config, LoaderConfig(batch_size=64), AugmentationConfig(), CPU, 0)
     with pytest.raises(InputError, match="aa 'nonsense' is not a policy"):
-        create_train_loader(data.train, config, 16, CPU, AugmentationConfig(aa='nonsense'), 0)
+        create_train_loader(data.train, config, batches_of_16, AugmentationConfig(aa='nonsense'), CPU, 0)

@@ -1,18 +1,17 @@
 """describe.py: every defect of a folder is named, and its counts are right."""
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from timm.loss import load_class_stats
 
 import shike_timm
 from shike_timm.cli.describe import _label_gaps, describe_data, parse_describe_args
-from shike_timm.data.datasets import ImageSet, in_memory_set
-from shike_timm.data.survey import alike, survey
+from shike_timm.data import in_memory_set
+from shike_timm.data.dataset import ImageSet, ImageSource, StreamSet
+from shike_timm.data.inspect import find_similar, inspect_images
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def test_groups_and_numbers(image_folder, tmp_path):
     assert load_class_stats(str(tmp_path / 'stats.json'))[0].tolist() == [24, 12, 6]
 
 
-def test_images_that_look_alike(tmp_path, monkeypatch, run_script):
+def test_images_that_look_find_similar(tmp_path, monkeypatch, run_script):
     pytest.importorskip('imagehash')
     rng = np.random.default_rng(0)
     for i in range(6):
@@ -106,7 +105,7 @@ def test_images_that_look_alike(tmp_path, monkeypatch, run_script):
 
 def test_hashes_within_a_few_bits():
     looks = [0, 0, 0b111, 2 ** 63, 0b1111, (1 << 40) - 1, 2 ** 64 - 1, 2 ** 64 - 2]
-    assert sorted(map(sorted, alike(looks))) == [[0, 1, 2, 3, 4], [6, 7]]  # the fifth by way of the third
+    assert sorted(map(sorted, find_similar(looks))) == [[0, 1, 2, 3, 4], [6, 7]]  # the fifth by way of the third
 
 
 def test_one_split_and_sets_in_memory(image_folder, run_script):
@@ -137,22 +136,19 @@ def test_sets_of_other_kinds(tmp_path):
     for i, image in enumerate(images):
         image.save(tmp_path / f'{i}.png')
 
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return zip(images, (1, 0, 1))
+    class Files(ImageSource):
+        def open(self, row):
+            return Image.open(tmp_path / f'{row}.png')
 
-    class Table(list):
-        rows, targets = [2, 1, 0], [1, 0, 1]
-        files = SimpleNamespace(open=lambda row: Image.open(tmp_path / f'{row}.png'))
+    class Made(ImageSource):  # as torchvision's
+        def open(self, row):
+            return images[row]
 
-    class Made(Table):  # as torchvision's
-        files = SimpleNamespace(open=lambda row: images[row])
-
-    listed = list(zip(images, (1, 0, 1)))
+    rows = np.array([2, 1, 0])
     for data in (
-            ImageSet(listed), ImageSet(Stream()), in_memory_set(pixels, [1, 0, 1], 'ab'), ImageSet(Table('abc')),
-            ImageSet(Made('abc'))):
-        seen = survey(data)
+            StreamSet(list(zip(images, (1, 0, 1)))), in_memory_set(pixels, [1, 0, 1], 'ab'),
+            ImageSet(Files(), [1, 0, 1], 'ab', rows=rows), ImageSet(Made(), [1, 0, 1], 'ab', rows=rows)):
+        seen = inspect_images(data)
         assert [one.target for one in seen] == [1, 0, 1] and {one.mode for one in seen} == {'RGB'}
         assert seen[0].digest == seen[2].digest != seen[1].digest and seen[0].size == (4, 4)
 

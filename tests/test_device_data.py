@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from image_data import load_named
 from PIL import Image
 from scipy.stats import chisquare
 from timm.data import resolve_data_config
@@ -12,11 +13,16 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Interpolation
 from torchvision.transforms import functional as tvf
 from torchvision.transforms.autoaugment import _apply_op
 
-from shike_timm.data import AugmentationConfig, create_eval_loader, create_train_loader, load_training_data
-from shike_timm.data.augment.batch import augment_batch, auto_augment, batch_gap, crop, cutout
+from shike_timm.data import (
+    AugmentationConfig,
+    LoaderConfig,
+    create_eval_loader,
+    create_train_loader,
+    in_memory_set,
+)
+from shike_timm.data.augment.batch import augment_batch, auto_augment, crop, cutout, why_not_batched
 from shike_timm.data.augment.transforms import Cutout
-from shike_timm.data.datasets import in_memory_set
-from shike_timm.data.in_memory import AUGMENTED_AT_ONCE, DeviceLoader
+from shike_timm.data.device_loader import AUGMENTED_AT_ONCE, DeviceLoader
 from shike_timm.errors import InputError
 
 CPU = torch.device('cpu')
@@ -27,7 +33,7 @@ UNLIKELY = 1e-6
 
 @pytest.fixture(scope='module')
 def cifar(cifar_root):
-    return load_training_data('cifar100_lt', str(cifar_root))
+    return load_named('cifar100_lt', str(cifar_root))
 
 
 @pytest.fixture
@@ -124,14 +130,14 @@ def test_evaluation_batches_equal_the_workers(cifar):
 
 
 def test_digits_equal_the_workers():
-    data = load_training_data('digits_lt')
+    data = load_named('digits_lt')
     config = dict(CIFAR, input_size=(3, 8, 8))
     here, workers = (create_eval_loader(data.test, config, 500, CPU, 0, device_data=wish) for wish in (True, False))
     assert torch.equal(next(iter(here))[0], next(iter(workers))[0])
 
 
 def test_training_batches_hold_every_image_once(cifar):
-    loader = create_train_loader(cifar.train, CIFAR, 128, CPU, AugmentationConfig(no_aug=True), 0)
+    loader = create_train_loader(cifar.train, CIFAR, LoaderConfig(), AugmentationConfig(no_aug=True), CPU, 0)
     assert isinstance(loader, DeviceLoader) and len(loader) == 84
     torch.manual_seed(0)
     first, second = ([(images, target) for images, target in loader] for _ in range(2))
@@ -148,42 +154,44 @@ def test_training_batches_hold_every_image_once(cifar):
 
 
 def test_augmentation_depends_on_the_seed_alone_and_rounds_join(cifar, monkeypatch):
-    loader = create_train_loader(cifar.train, CIFAR, 100, CPU, AugmentationConfig(**RECIPE), 0)
+    loader = create_train_loader(
+        cifar.train, CIFAR, LoaderConfig(batch_size=100), AugmentationConfig(**RECIPE), CPU, 0)
     torch.manual_seed(5)
     first = torch.cat([images for images, _ in loader])
     torch.manual_seed(5)
     assert torch.equal(first, torch.cat([images for images, _ in loader]))
     assert len(first) == 10_800 < AUGMENTED_AT_ONCE
-    monkeypatch.setattr('shike_timm.data.in_memory.AUGMENTED_AT_ONCE', 950)
+    monkeypatch.setattr('shike_timm.data.device_loader.AUGMENTED_AT_ONCE', 950)
     assert [len(images) for images, _ in loader] == [100] * 108
 
-    plain = create_train_loader(cifar.train, CIFAR, 100, CPU, AugmentationConfig(no_aug=True), 0)
+    plain = create_train_loader(
+        cifar.train, CIFAR, LoaderConfig(batch_size=100), AugmentationConfig(no_aug=True), CPU, 0)
     epochs = []
     for at_once in (950, 16384):
-        monkeypatch.setattr('shike_timm.data.in_memory.AUGMENTED_AT_ONCE', at_once)
+        monkeypatch.setattr('shike_timm.data.device_loader.AUGMENTED_AT_ONCE', at_once)
         torch.manual_seed(5)
         epochs.append(torch.cat([images for images, _ in plain]))
     assert torch.equal(*epochs)
 
 
 def test_workers_take_what_has_no_batched_form(cifar, image_folder):
-    folder = load_training_data('', str(image_folder))
+    folder = load_named('', str(image_folder))
     assert not isinstance(create_eval_loader(folder.test, CIFAR, 4, CPU, 0), DeviceLoader)
-    for options, mixup, reason in (
-            (dict(), None, '--train-crop-mode rrc works on one image'),
-            (dict(train_crop_mode='pad', color_jitter=0.4), None, '--color-jitter 0.4'),
-            (dict(RECIPE, aa='rand-m9-mstd0.5'), None, '--aa rand-m9-mstd0.5'),
-            (dict(RECIPE, reprob=0.5), None, '--reprob 0.5'),
-            (RECIPE, dict(mixup_alpha=1., num_classes=100), '--mixup or --cutmix')):
-        arguments = cifar.train, CIFAR, 16, CPU, AugmentationConfig(**options), 0, mixup
-        assert not isinstance(create_train_loader(*arguments), DeviceLoader)
+    batches, on_device = (LoaderConfig(batch_size=16, device_data=wish) for wish in (None, True))
+    for options, reason in (
+            (dict(), '--train-crop-mode rrc works on one image'),
+            (dict(train_crop_mode='pad', color_jitter=0.4), '--color-jitter 0.4'),
+            (dict(RECIPE, aa='rand-m9-mstd0.5'), '--aa rand-m9-mstd0.5'),
+            (dict(RECIPE, reprob=0.5), '--reprob 0.5'),
+            (dict(RECIPE, mixup=1.), '--mixup or --cutmix')):
+        more = AugmentationConfig(**options), CPU, 0, 100
+        assert not isinstance(create_train_loader(cifar.train, CIFAR, batches, *more), DeviceLoader)
         with pytest.raises(InputError, match=f'--device-data cannot be had with this data set: {reason}'):
-            create_train_loader(*arguments, device_data=True)
-    assert batch_gap(AugmentationConfig(**RECIPE), torch.device('mps')) == '--aa cifar10'  # for want of float64
+            create_train_loader(cifar.train, CIFAR, on_device, *more)
+    assert why_not_batched(AugmentationConfig(**RECIPE), torch.device('mps')) == '--aa cifar10'  # for want of float64
     with pytest.raises(InputError, match='its images are 32x32, not 64x64'):
         create_train_loader(
-            cifar.train, dict(CIFAR, input_size=(3, 64, 64)), 16, CPU, AugmentationConfig(no_aug=True), 0,
-            device_data=True)
+            cifar.train, dict(CIFAR, input_size=(3, 64, 64)), on_device, AugmentationConfig(no_aug=True), CPU, 0)
     with pytest.raises(InputError, match='its images are not in memory'):
         create_eval_loader(folder.test, CIFAR, 4, CPU, 0, device_data=True)
     with pytest.raises(InputError, match='--crop-pct is 0.9, not 1'):

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY
 from shike_timm import distributed
 from shike_timm.checkpoints import load_checkpoint
 from shike_timm.cli.train import parse_train_args
-from shike_timm.data.sharding import EpochSampler
+from shike_timm.data.sampler import EpochSampler
 from shike_timm.errors import InputError
 from shike_timm.models.create import create_model
 from shike_timm.training import runs

@@ -5,12 +5,11 @@ import shutil
 from collections import Counter
 
 import pytest
-from image_data import labels_of, load, names_of
+from image_data import labels_of, load, load_evaluation, names_of
 from PIL import Image
 
-from shike_timm.data import create_eval_dataset
-from shike_timm.data.datasets import natural_order
-from shike_timm.data.files import Names
+from shike_timm.data.class_names import natural_order
+from shike_timm.data.dataset import Names
 from shike_timm.errors import InputError
 
 
@@ -82,10 +81,10 @@ def test_two_readings_are_refused_and_a_model_decides(make_images):
     root = make_images({'wolf/site1': 2, 'wolf/site2': 2, 'bear/site1': 2})
     with pytest.raises(InputError, match="may be of class '.*', one of 2, .* one of 3: .*depth 1 or .*depth 2"):
         load(root)
-    one = create_eval_dataset('', str(root), class_names=['wolf', 'bear'])
+    one = load_evaluation('', str(root), class_names=['wolf', 'bear'])
     assert Counter(labels_of(one).values()) == {'wolf': 4, 'bear': 2}
-    two = create_eval_dataset('', str(root), class_names=['bear/site1', 'wolf/site1', 'wolf/site2'])
-    assert Counter(two.dataset.targets.tolist()) == {0: 2, 1: 2, 2: 2}
+    two = load_evaluation('', str(root), class_names=['bear/site1', 'wolf/site1', 'wolf/site2'])
+    assert Counter(two.targets.tolist()) == {0: 2, 1: 2, 2: 2}
 
 
 def test_defects_are_named_once(make_images, caplog):
@@ -120,7 +119,7 @@ def test_classes_with_odd_names(make_images, tmp_path):
     names = [*map(str, range(1, 13)), 'a, b', 'it\'s "it"', 'naïve', 'nai\u0308f']
     data = load(make_images({f'train/{name}': 2 for name in names}))
     assert data.class_names[:12] == [str(i) for i in range(1, 13)] and 'naïf' in data.class_names
-    data.write_sides(tmp_path)
+    data.write_split_lists(tmp_path)
     with (tmp_path / 'validation.csv').open(newline='') as file:
         assert {row['label'] for row in csv.DictReader(file)} == set(data.class_names)
     again = load(make_images(), val_list=str(tmp_path / 'validation.csv'))

@@ -7,8 +7,8 @@ import torch
 from image_data import CPU, load, loader_config
 from PIL import Image
 
-from shike_timm.data import AugmentationConfig, create_eval_loader, create_train_loader
-from shike_timm.data.images import ImageDecoder
+from shike_timm.data import AugmentationConfig, LoaderConfig, create_eval_loader, create_train_loader
+from shike_timm.data.decode import ImageDecoder
 
 
 @pytest.mark.parametrize('values, kind, options, expected', [
@@ -64,9 +64,10 @@ def test_images_that_break_later(make_images, caplog):
     loader = create_eval_loader(data.test, loader_config(), 64, CPU, 0)
     targets = torch.cat([target for _, target in loader])
     assert torch.bincount(targets).tolist() == [130, 129] and caplog.text.count('is skipped') == 1
-    loader = create_train_loader(data.train, loader_config(), 240, CPU, AugmentationConfig(), 2)
+    loader = create_train_loader(
+        data.train, loader_config(), LoaderConfig(batch_size=240), AugmentationConfig(), CPU, 2)
     assert torch.bincount(next(iter(loader))[1]).tolist() == [120, 120]  # another ant in its place
-    assert data.train.dataset.unreadable.sum() == 1
+    assert data.train.unreadable.sum() == 1
     for i in range(20, 23):
         (root / f'train/ant/{i}.png').write_bytes(b'')
     with pytest.raises(OSError, match='of 240 images cannot be read any more'):

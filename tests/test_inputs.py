@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from image_data import CPU, RUN, load
+from image_data import CPU, RUN, load, load_evaluation
 from PIL import Image
 
-from shike_timm.data import create_eval_dataset
 from shike_timm.pretrained.folder import export_model
 from shike_timm.pretrained.load import load_trained_model
 from shike_timm.pretrained.teacher import load_teacher
@@ -99,8 +98,8 @@ def test_a_run_keeps_the_lists_of_both_sides(run_script, coloured, tmp_path, cap
     assert status == 0, error
     shutil.copytree(moved, tmp_path / 'parent' / 'photos')
     shutil.rmtree(tmp_path / 'parent' / 'photos' / '1')
-    options = dict(class_names=[str(c) for c in range(1, 13)], sides=str(run))
-    assert len(create_eval_dataset('', str(tmp_path / 'parent'), **options).dataset) == 38
+    options = dict(class_names=[str(c) for c in range(1, 13)], run_folder=str(run))
+    assert len(load_evaluation('', str(tmp_path / 'parent'), **options)) == 38
     assert f"22 images of '{tmp_path / 'parent'}' have the folder and the name" in caplog.text
     again = next((tmp_path / 'again').iterdir())
     assert {row['path'] for row in csv.DictReader((again / 'validation.csv').open())} == held

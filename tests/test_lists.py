@@ -7,9 +7,8 @@ import unicodedata
 
 import numpy as np
 import pytest
-from image_data import labels_of, load, names_of
+from image_data import labels_of, load, load_evaluation, load_named, names_of
 
-from shike_timm.data import create_eval_dataset, load_training_data
 from shike_timm.errors import InputError
 
 
@@ -41,18 +40,18 @@ def test_sources_agree(make_images, tmp_path):
         load(root, train_list=str(tmp_path / 'list.txt')),
         load(root, train_list=str(tmp_path / 'list.csv'), target_key='kind'),
         load(root, train_list=str(tmp_path / 'list.tsv'), target_key='kind'),
-        load_training_data('torch/image_folder', str(root)),
+        load_named('torch/image_folder', str(root)),
     ]
     for other in others:
         assert other.class_names == ['bear', 'fox', 'wolf'] and other.class_counts == plain.class_counts == [4, 2, 7]
         for one, same in zip((plain.train, plain.test), (other.train, other.test)):
             assert [name.removeprefix('wrapped/') for name in names_of(same)] == names_of(one)
-            assert all(np.array_equal(one.dataset[i][0], same.dataset[i][0]) for i in range(len(one.dataset)))
+            assert all(np.array_equal(one[i][0], same[i][0]) for i in range(len(one)))
     coco = load(root, train_list=str(tmp_path / 'coco.json'))
     assert coco.class_names == classes and sorted(names_of(coco.test)) == sorted(names_of(plain.test))
     assert labels_of(coco.train) == labels_of(plain.train)
     nested = load(tmp_path / 'nested.tar', class_depth=2)
-    assert nested.class_counts == [4, 2, 7] and nested.train.dataset[5][0].size == (5, 6)
+    assert nested.class_counts == [4, 2, 7] and nested.train[5][0].size == (5, 6)
 
 
 @pytest.mark.parametrize('name, text, message', [
@@ -80,7 +79,7 @@ def test_lists(make_images, tmp_path):
     test.write_text('a/3.png 10\n')
     data = load(root, train_list=str(train), val_list=str(test))
     assert data.class_names == ['3', '10'] and data.class_counts == [2, 1]
-    assert [target for _, target in data.test.dataset] == [1] and '1 repeated entries' in data.describe()
+    assert [target for _, target in data.test] == [1] and '1 repeated entries' in data.describe()
     (tmp_path / 'spelled.txt').write_text(f'./a/0.png a\n{root}/a//1.png a\na/1.png a\n')
     with pytest.raises(InputError, match='single class'):
         load(root, val_list=str(tmp_path / 'spelled.txt'))
@@ -100,16 +99,16 @@ def test_lists(make_images, tmp_path):
     with pytest.raises(InputError, match='imb-factor 50.0 is for the .*_lt data sets'):
         load(root, imb_factor=50.)
     with pytest.raises(InputError, match="group-key 'a' is not for 'digits_lt'"):
-        load_training_data('digits_lt', group_key='a')
-    for ask in (load_training_data, create_eval_dataset):
+        load_named('digits_lt', group_key='a')
+    for ask in (load_named, load_evaluation):
         with pytest.raises(InputError, match="dataset 'digits_lt' is none"):
             ask('digits_lt', val_list=str(train))
     with pytest.raises(InputError, match='imb-seed 0 is for the .*_lt data sets'):
         load(root, imb_seed=0)
     with pytest.raises(InputError, match="val-split 'other' is not for 'digits_lt', whose splits are fixed"):
-        load_training_data('digits_lt', val_split='other')
+        load_named('digits_lt', val_split='other')
     # What a model carries to other data is no fault, nor is a split by the name it has.
-    assert load_training_data('digits_lt', exif=True, val_split='test').class_counts
+    assert load_named('digits_lt', exif=True, val_split='test').class_counts
     with pytest.raises(InputError, match="target-key 'kind' is for lists"):
         load(root, target_key='kind')
     with pytest.raises(InputError, match='train-num-samples 5 is for streams'):
@@ -131,7 +130,7 @@ def test_a_class_map_names_and_orders(make_images, tmp_path):
     (tmp_path / 'numbers.txt').write_text('3\n1\n')
     numbered = load(make_images({'0': 4, '1': 4, '3': 4}), class_map=str(tmp_path / 'numbers.txt'))
     assert numbered.class_counts == [4 - 1, 4 - 1] and {
-        numbered.train.dataset.filename(i)[0] for i in range(6)} == {'1', '3'}  # and no 0 as the first class
+        numbered.train.filename(i)[0] for i in range(6)} == {'1', '3'}  # and no 0 as the first class
     (tmp_path / 'map.txt').write_text('cat\nant\ncat\n')
     with pytest.raises(InputError, match='repetitions'):
         load(root, class_map=str(tmp_path / 'map.txt'))
@@ -140,29 +139,29 @@ def test_a_class_map_names_and_orders(make_images, tmp_path):
 def test_the_list_of_a_run_is_kept_to(make_images, tmp_path):
     root = make_images({'ant': 10, 'bee': 10})
     data = load(root)
-    data.write_sides(tmp_path)
+    data.write_split_lists(tmp_path)
     held = names_of(data.test)
     make_images(*(f'ant/new{i}.png' for i in range(5)))
-    again = load(root, sides=str(tmp_path))
+    again = load(root, run_folder=str(tmp_path))
     assert names_of(again.test) == held and names_of(again.train) == names_of(data.train)
     assert '5 images that the run does not list' in again.describe()
-    alone = create_eval_dataset('', str(root), class_names=data.class_names, sides=str(tmp_path))
+    alone = load_evaluation('', str(root), class_names=data.class_names, run_folder=str(tmp_path))
     assert names_of(alone) == held
     other = make_images().parent / 'other'
     shutil.copytree(root / 'bee', other / 'bee')
-    assert len(create_eval_dataset('', str(other), class_names=data.class_names, sides=str(tmp_path)).dataset) == 10
+    assert len(load_evaluation('', str(other), class_names=data.class_names, run_folder=str(tmp_path))) == 10
 
 
 def test_a_run_of_lists_is_not_evaluated_on_what_it_was_trained_on(make_images, tmp_path, caplog):
     root = make_images({'ant': 12, 'bee': 12})
     (tmp_path / 'val.csv').write_text('path,label\nant/0.png,ant\nbee/1.png,bee\n')
     data = load(root, val_list=str(tmp_path / 'val.csv'))
-    data.write_sides(tmp_path)
-    alone = create_eval_dataset('', str(root), class_names=data.class_names, sides=str(tmp_path))
+    data.write_split_lists(tmp_path)
+    alone = load_evaluation('', str(root), class_names=data.class_names, run_folder=str(tmp_path))
     assert labels_of(alone) == {'ant/0.png': 'ant', 'bee/1.png': 'bee'}
     (tmp_path / 'other.txt').write_text('bee/2.png bee\nbee/1.png bee\n')
-    options = dict(class_names=data.class_names, sides=str(tmp_path))
-    for ask in (load_training_data, create_eval_dataset):
+    options = dict(class_names=data.class_names, run_folder=str(tmp_path))
+    for ask in (load_named, load_evaluation):
         caplog.clear()
         ask('', str(root), val_list=str(tmp_path / 'val.csv'), **options)
         assert not caplog.text
@@ -171,7 +170,7 @@ def test_a_run_of_lists_is_not_evaluated_on_what_it_was_trained_on(make_images, 
     for name in labels_of(alone):
         (root / name).unlink()
     with pytest.raises(InputError, match='None of the images .* validation.csv is in the data'):
-        create_eval_dataset('', str(root), **options)
+        load_evaluation('', str(root), **options)
 
 
 def test_labels_of_a_run_are_not_taken_from_folders(make_images, tmp_path):
@@ -180,11 +179,11 @@ def test_labels_of_a_run_are_not_taken_from_folders(make_images, tmp_path):
     corrected = {name: ('bee', 'ant')[i % 2] for i, name in enumerate(names)}
     (tmp_path / 'all.txt').write_text(''.join(f'{name} {label}\n' for name, label in corrected.items()))
     data = load(root, train_list=str(tmp_path / 'all.txt'), holdout=0.5)
-    data.write_sides(tmp_path)
-    options = dict(class_names=data.class_names, sides=str(tmp_path))
+    data.write_split_lists(tmp_path)
+    options = dict(class_names=data.class_names, run_folder=str(tmp_path))
     with pytest.raises(InputError, match='is of class .* here and of .* --val-list .*validation.csv'):
-        create_eval_dataset('', str(root), **options)
-    listed = create_eval_dataset('', str(root), val_list=str(tmp_path / 'validation.csv'), **options)
+        load_evaluation('', str(root), **options)
+    listed = load_evaluation('', str(root), val_list=str(tmp_path / 'validation.csv'), **options)
     assert labels_of(listed) == labels_of(data.test)
 
 
@@ -199,7 +198,7 @@ def test_a_species_folder_less_its_validation_list(make_images, tmp_path):
     (tmp_path / 'val.txt').write_text('all/Aves/12/0.png 12\nall/Fungi/4/2.png 4\n')
     data = load(root, val_list=str(tmp_path / 'val.txt'), class_depth=2)
     assert data.class_names == ['3', '4', '12'] and data.class_counts == [3, 2, 2]
-    assert data.test.dataset.targets.tolist() == [1, 2]
+    assert data.test.targets.tolist() == [1, 2]
 
 
 def test_an_image_of_two_categories_is_refused(make_images, tmp_path):

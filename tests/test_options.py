@@ -16,10 +16,11 @@ import shike_timm
 from shike_timm.checkpoints import load_checkpoint
 from shike_timm.cli.retrain_classifier import parse_retrain_args
 from shike_timm.cli.train import parse_train_args
+from shike_timm.data.loaders import mixup_options
 from shike_timm.errors import InputError
 from shike_timm.models.create import create_model
 from shike_timm.options import check_values, complete, options, read_command_line
-from shike_timm.training.build import create_optimizer, create_schedule, mixup_options, resolve_autocast
+from shike_timm.training.build import create_optimizer, create_schedule, resolve_autocast
 from shike_timm.training.config import TrainConfig, card_options, changed_option
 from shike_timm.training.phases import plan_phases
 from shike_timm_cli import COMMANDS
@@ -341,14 +342,16 @@ def test_autocast_defaults(caplog):
 
 def test_mixup_needs_soft_targets():
     args = parse_train_args(['--cutmix', '1', '--mixup-mode', 'pair', '--alpha', '0'])
-    assert mixup_options(args, 10, plan_phases(args))['cutmix_alpha'] == 1
-    assert mixup_options(parse_train_args([]), 10, []) is None
+    assert mixup_options(args, args, 10, plan_phases(args)[0].indices_only)['cutmix_alpha'] == 1
+    assert mixup_options(parse_train_args([]), parse_train_args([]), 10) is None
     args = parse_train_args(['--mixup', '0.2'])
-    assert mixup_options(args, 10, plan_phases(args)[1:])['num_classes'] == 10  # balanced softmax takes soft targets
+    one, two = plan_phases(args)
+    assert mixup_options(args, args, 10, two.indices_only)['num_classes'] == 10  # balanced softmax takes soft targets
     with pytest.raises(InputError, match='--mixup 0.2 mixes labels'):
-        mixup_options(args, 10, plan_phases(args))
+        mixup_options(args, args, 10, one.indices_only)
     with pytest.raises(InputError, match='--batch-size 3 is odd'):
-        mixup_options(parse_train_args(['--mixup', '0.2', '--alpha', '0', '--batch-size', '3']), 10, [])
+        odd = parse_train_args(['--mixup', '0.2', '--alpha', '0', '--batch-size', '3'])
+        mixup_options(odd, odd, 10)
 
 
 def test_retraining_on_other_data_takes_no_option_of_the_data_before(tmp_path, tiny_run):

@@ -14,7 +14,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 import shike_timm
 from shike_timm.cli.export import export, parse_export_args
-from shike_timm.data.inputs import find_images
+from shike_timm.data.image_files import find_images
 
 BAD = {'empty.png': b'', 'page.jpg': b'<html></html>', 'cut.png': None}
 

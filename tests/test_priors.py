@@ -11,10 +11,9 @@ from conftest import TINY
 import shike_timm  # noqa: F401
 from shike_timm.cli.export import export, parse_export_args
 from shike_timm.cli.train import parse_train_args
-from shike_timm.data import create_eval_dataset
-from shike_timm.data.datasets import in_memory_set
+from shike_timm.data import SourceConfig, in_memory_set, load_eval_data
 from shike_timm.data.loaders import create_eval_loader
-from shike_timm.data.long_tail import long_tailed_counts, long_tailed_indices
+from shike_timm.data.sources.long_tailed import long_tailed_counts, long_tailed_indices
 from shike_timm.metrics import evaluate
 from shike_timm.pretrained.folder import export_model
 from shike_timm.pretrained.load import load_trained_model
@@ -186,7 +185,7 @@ def test_a_long_tailed_evaluation_set_is_told(image_folder, tmp_path, run_script
 @pytest.mark.slow
 def test_images_drawn_with_other_frequencies(real_cifar_root):
     """CIFAR-100 test images as frequent as in training, or the other way round: as is, and with that prior."""
-    whole = create_eval_dataset('cifar100_lt', str(real_cifar_root))
+    whole = load_eval_data(SourceConfig(dataset='cifar100_lt', data_dir=str(real_cifar_root)))
     model = timm.create_model('resnet32_shike', pretrained=True)
     config, device = timm.data.resolve_model_data_config(model), torch.device('cpu')
     top1 = []

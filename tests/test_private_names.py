@@ -17,7 +17,8 @@ FOREIGN = [
     (CheckpointSaver, '_replace', 'checkpoints.py', 'that there is a `last` checkpoint at every moment'),
     (CheckpointSaver, '_save', 'checkpoints.py', 'the checkpoint before the first epoch'),
     (torch.Tensor, '_version', 'models/backbones/split.py', 'the refusal of backbones that overwrite what is shared'),
-    (Dataset.from_dict({}), '_fingerprint', 'data/timm_sets.py', 'that images of a changed data set are checked anew'),
+    (Dataset.from_dict({}), '_fingerprint', 'data/sources/huggingface.py',
+     'that images of a changed data set are checked anew'),
     (timm.create_model('test_resnet'), '_model_args', 'models/shike.py', 'that fewer experts are saved as such'),
 ]
 

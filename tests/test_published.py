@@ -6,11 +6,13 @@ import pytest
 import timm
 import torch
 from conftest import REAL_DATA
+from image_data import load_evaluation, load_named
 from PIL import Image
 
 from shike_timm.cli.describe import describe_data, parse_describe_args
 from shike_timm.cli.train import parse_train_args
-from shike_timm.data import create_eval_dataset, load_training_data, published
+from shike_timm.data import find_dataset
+from shike_timm.data.sources import published
 from shike_timm.errors import InputError
 from shike_timm.metrics import shot_divisions
 from shike_timm.training.runs import train
@@ -71,22 +73,22 @@ LAYOUTS = {
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_layouts(make, layout, caplog):
     root, name = LAYOUTS[layout](make), layout.split()[0]
-    data = load_training_data(name, str(root))
+    data = load_named(name, str(root))
     assert data.class_counts == list(COUNTS) and data.class_names == [str(c) for c in range(len(COUNTS))]
     assert data.test.class_counts == [1] * len(COUNTS)
     for part in (data.train, data.test):  # the label is that of the path
-        for i, target in enumerate(part.dataset.targets):
-            path = part.dataset.filename(i)
+        for i, target in enumerate(part.targets):
+            path = part.filename(i)
             assert name == 'imagenet_lt' and IDS[target] in path or f'/{target}/' in path or (
                 f'place{target}/' in path or path.endswith(f'_{target:08d}.JPEG'))
-        assert all(item is not None for item in part.dataset)
-    title = published.PUBLISHED[name].title
+        assert all(item is not None for item in part)
+    title = find_dataset(name).title
     assert caplog.text.count(f'is not the published list of {title}') == (1 if name == 'inat2018' else 2)
     told = describe_data(parse_describe_args(['--dataset', name, '--data-dir', str(root), '--workers', '0']))
     assert told['train']['images'] == sum(COUNTS) and told['evaluation']['images'] == len(COUNTS)
-    assert len(create_eval_dataset(name, str(root)).dataset) == len(COUNTS)
-    held = load_training_data(name, str(root), holdout=0.3)
-    assert sum(held.class_counts) + len(held.test.dataset) == sum(COUNTS)
+    assert len(load_evaluation(name, str(root))) == len(COUNTS)
+    held = load_named(name, str(root), holdout=0.3)
+    assert sum(held.class_counts) + len(held.test) == sum(COUNTS)
 
 
 def test_lists_are_given_or_found(make, tmp_path):
@@ -97,20 +99,20 @@ def test_lists_are_given_or_found(make, tmp_path):
             ({}, "holds no 'Places_LT_train.txt'.* --train-list"),
             (dict(train_list=str(tmp_path / 'train')), "holds no 'Places_LT_test.txt'.* --val-list")):
         with pytest.raises(InputError, match=message):
-            load_training_data('places_lt', str(root), **options)
+            load_named('places_lt', str(root), **options)
     options = dict(train_list=str(tmp_path / 'train'), val_list=str(tmp_path / 'test'))
-    assert load_training_data('places_lt', str(root), **options).class_counts == list(COUNTS)
-    assert len(create_eval_dataset('places_lt', str(root), val_list=options['val_list']).dataset) == len(COUNTS)
+    assert load_named('places_lt', str(root), **options).class_counts == list(COUNTS)
+    assert len(load_evaluation('places_lt', str(root), val_list=options['val_list'])) == len(COUNTS)
     (tmp_path / 'some').write_text('train/place0/00000000.jpg 0\n')
     with pytest.raises(InputError, match='share images'):
-        load_training_data('places_lt', str(root), train_list=options['train_list'], val_list=str(tmp_path / 'some'))
+        load_named('places_lt', str(root), train_list=options['train_list'], val_list=str(tmp_path / 'some'))
     (root / 'lists').mkdir()
     for name in ('train', 'test'):
         (tmp_path / name).rename(root / 'lists' / f'Places_LT_{name}.txt')
-    assert load_training_data('places_lt', str(root)).class_counts == list(COUNTS)
+    assert load_named('places_lt', str(root)).class_counts == list(COUNTS)
     for options, message in (((None,), 'No folder of data was named'), (('/nowhere',), "'/nowhere' does not exist")):
         with pytest.raises(InputError, match=message):
-            load_training_data('places_lt', *options)
+            load_named('places_lt', *options)
 
 
 @pytest.fixture
@@ -132,10 +134,10 @@ def touch(root, path):
 def test_places_lt_is_the_published_one(splits, tmp_path, caplog):
     for path in ('train/airfield/00004851.jpg', 'val/airfield/Places365_val_00003597.jpg'):
         touch(tmp_path, path)
-    data = load_training_data(
+    data = load_named(
         'places_lt', str(tmp_path), check_images=False, train_list=str(splits / 'Places_LT_train.txt'),
         val_list=str(splits / 'Places_LT_test.txt'))
-    assert (sum(data.class_counts), data.num_classes, len(data.test.dataset)) == (62_500, 365, 36_500)
+    assert (sum(data.class_counts), data.num_classes, len(data.test)) == (62_500, 365, 36_500)
     assert (max(data.class_counts), min(data.class_counts)) == (4980, 5)
     assert shots(data.class_counts) == [131, 163, 71]
     assert data.test.class_counts == [100] * 365 and 'not the published' not in caplog.text
@@ -148,7 +150,7 @@ def test_imagenet_lt_counts(splits, tmp_path, caplog):
         f'train/{c}/{i}.JPEG {c}\n' for c, count in enumerate(counts) for i in range(count)))
     for path in ('train/0/0.JPEG', 'val/n01440764/ILSVRC2012_val_00029930.JPEG'):
         touch(tmp_path, path)
-    data = load_training_data(
+    data = load_named(
         'imagenet_lt', str(tmp_path), train_list=str(tmp_path / 'train.txt'),
         val_list=str(splits / 'ImageNet_LT_test.txt'), check_images=False)
     assert data.class_counts == counts and shots(counts) == [385, 479, 136]
@@ -170,19 +172,19 @@ def test_inat2018_is_derived(splits, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(published, 'list_folder', lambda *args: folders)
     touch(tmp_path, listed[0])
     options = dict(val_list=str(splits / 'iNaturalist18_val.txt'), check_images=False)
-    data = load_training_data('inat2018', str(tmp_path), **options)
+    data = load_named('inat2018', str(tmp_path), **options)
     assert data.class_names == [str(c) for c in range(8142)]
     assert data.class_counts == counts and sum(counts) == 437_513 and (max(counts), min(counts)) == (1000, 2)
     assert shots(counts) == [842, 4076, 3224]
     assert data.test.class_counts == [3] * 8142 and 'not the published' not in caplog.text
-    assert published.counts_digest(counts) == published.PUBLISHED['inat2018'].whole_counts[1]
+    assert published.counts_digest(counts) == find_dataset('inat2018').whole_counts[1]
 
 
 def test_an_incomplete_inat2018_is_told(make, monkeypatch):
     root = inat2018(make)
-    monkeypatch.setattr(published, '_is', lambda path, digest: True)  # the published list
+    monkeypatch.setattr(published, '_has_digest', lambda path, digest: True)  # the published list
     with pytest.raises(InputError, match='has 32 images of 11 classes to train on, expected the 437513 .* complete it'):
-        load_training_data('inat2018', str(root))
+        load_named('inat2018', str(root))
 
 
 TINY = [

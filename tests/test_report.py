@@ -320,7 +320,7 @@ def test_images_of_a_folder(image_folder, tmp_path, run_script, monkeypatch):
     model = timm.create_model('resnet32_shike', num_classes=3)
     config = timm.data.resolve_model_data_config(model)
     export_model(model, tmp_path / 'model', dict(config, input_size=(3, 16, 16)), ['ant', 'bee', 'cat'], [24, 12, 6])
-    monkeypatch.setattr('shike_timm.data.table.MAX_UNREADABLE', 0.5)
+    monkeypatch.setattr('shike_timm.data.dataset.MAX_UNREADABLE', 0.5)
     (image_folder / 'validation' / 'ant' / '00.png').write_bytes(b'')  # has no logits and no place among paths
     status, _, err = run_script(
         'eval', '--model', f'local-dir:{tmp_path}/model', '--data-dir', image_folder, '--workers', '0',

@@ -16,7 +16,7 @@ from PIL import Image
 
 from shike_timm.cli import retrain_classifier
 from shike_timm.cli.train import parse_train_args
-from shike_timm.data import load_training_data
+from shike_timm.data import SourceConfig, load_training_data
 from shike_timm.errors import InputError
 from shike_timm.models import Shike
 from shike_timm.models.registry import PACKAGED_WEIGHTS
@@ -210,7 +210,8 @@ def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run, script, run_s
 
 def test_the_distilled_recipe_finds_a_teacher_of_its_classes(cifar_root):
     args = parse_train_args(['--hparams', str(ROOT / 'hparams' / 'cifar100_lt_if100_distilled.yaml')])
-    data = load_training_data(args.dataset, str(cifar_root), imb_factor=args.imb_factor)
+    data = load_training_data(
+        SourceConfig(dataset=args.dataset, data_dir=str(cifar_root), imb_factor=args.imb_factor))
     teacher = load_teacher(args.kd_model_name, data, (3, 32, 32), torch.device('cpu'))
     assert isinstance(teacher.model, Shike) and not teacher.model.training
 

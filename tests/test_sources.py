@@ -7,22 +7,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from image_data import CPU, RUN, labels_of, load, loader_config, names_of
+from image_data import CPU, RUN, labels_of, load, load_evaluation, load_named, loader_config, names_of
 from torchvision.datasets import QMNIST, ImageNet, INaturalist
 
-from shike_timm.data import (
-    AugmentationConfig,
-    DataRequest,
-    create_eval_dataset,
-    create_train_loader,
-    load_training_data,
-)
-from shike_timm.data.datasets import find_dataset
+from shike_timm.data import AugmentationConfig, LoaderConfig, SourceConfig, create_train_loader, find_dataset
 from shike_timm.errors import InputError
 
 
 def by_class(data):
-    return sorted((data.class_names[target], image.tobytes()) for image, target in data.dataset)
+    return sorted((data.class_names[target], image.tobytes()) for image, target in data)
 
 
 def test_hugging_face_data_sets(make_images, tmp_path, monkeypatch):
@@ -51,17 +44,17 @@ def test_hugging_face_data_sets(make_images, tmp_path, monkeypatch):
     pq.write_table(table.slice(0, 4), tmp_path / 'test' / 'test-0.parquet')
 
     def load_hub(folder, **options):
-        return load_training_data(f'hfds/{tmp_path / folder}', str(tmp_path / 'cache'), input_key='photo', **options)
+        return load_named(f'hfds/{tmp_path / folder}', str(tmp_path / 'cache'), input_key='photo', **options)
 
     for key, order in (('text', ['bear', 'fox', 'wolf']), ('index', names)):
         data = load_hub('train', target_key=key)
         assert data.class_names == order and by_class(data.test) == by_class(plain.test)
         assert by_class(data.train) == by_class(plain.train)
     data = load_hub('train', target_key='text', holdout=0.2)
-    data.write_sides(tmp_path)  # a run's lists are kept to where there is one split alone
-    held = create_eval_dataset(
+    data.write_split_lists(tmp_path)  # a run's lists are kept to where there is one split alone
+    held = load_evaluation(
         f'hfds/{tmp_path / "train"}', str(tmp_path / 'cache'), input_key='photo', target_key='text',
-        class_names=data.class_names, sides=str(tmp_path))
+        class_names=data.class_names, run_folder=str(tmp_path))
     assert names_of(held) == names_of(data.test)
     assert load_hub('test', target_key='text').test.class_counts == [0, 0, 4]  # which has a split to evaluate on
     grouped = load_hub('train', target_key='text', group_key='burst', holdout=0.3)
@@ -87,19 +80,19 @@ def test_web_data_sets(make_images, tmp_path, run_script, monkeypatch):
     stats.write_text(json.dumps(dict(pos_counts=[9, 3, 5], num_samples=17, class_names=names)))
 
     def stream(split):  # what is no file here is read as it comes
-        return dict(root='', train_split=f'pipe:cat {tmp_path}/train-0.tar', val_split=f'pipe:cat {tmp_path}/{split}')
+        return dict(train_split=f'pipe:cat {tmp_path}/train-0.tar', val_split=f'pipe:cat {tmp_path}/{split}')
 
-    data = load_training_data(
+    data = load_named(
         'wds/x', train_num_samples=17, batch_size=4, in_chans=1, class_stats=str(stats), **stream('val-0.tar|17'))
     assert data.class_counts == [9, 3, 5] and data.class_names == names
-    image, target = next(iter(data.test.dataset))
+    image, target = next(iter(data.test))
     assert image.mode == 'L' and target == 2
     split = f'pipe:cat {tmp_path}/val-0.tar|17'
-    alone = create_eval_dataset('wds/x', '', split, class_names=sorted(names), class_stats=str(stats))
-    assert [target for _, target in alone.dataset] == [0] * 5 + [1] * 3 + [2] * 9
+    alone = load_evaluation('wds/x', '', val_split=split, class_names=sorted(names), class_stats=str(stats))
+    assert [target for _, target in alone] == [0] * 5 + [1] * 3 + [2] * 9
     (tmp_path / 'map.txt').write_text('W\nF\nB\n')
-    named = create_eval_dataset('wds/x', '', split, class_map=str(tmp_path / 'map.txt'))
-    assert named.class_names == ['W', 'F', 'B'] and next(iter(named.dataset))[1] == 2
+    named = load_evaluation('wds/x', '', val_split=split, class_map=str(tmp_path / 'map.txt'))
+    assert named.class_names == ['W', 'F', 'B'] and next(iter(named))[1] == 2
     told, set_epoch = [], timm.data.IterableImageDataset.set_epoch
     monkeypatch.setattr(
         timm.data.IterableImageDataset, 'set_epoch', lambda self, count: told.append(count) or set_epoch(self, count))
@@ -111,7 +104,7 @@ def test_web_data_sets(make_images, tmp_path, run_script, monkeypatch):
     status, _, error = run_script('train.py', *argv, '--recovery-interval', '1')
     assert status == 2 and '--recovery-interval saves the middle of an epoch' in error
     with pytest.raises(InputError, match='is a stream'):
-        load_training_data('wds/x', train_num_samples=17, holdout=0.1, class_stats=str(stats), **stream('val-0.tar|17'))
+        load_named('wds/x', train_num_samples=17, holdout=0.1, class_stats=str(stats), **stream('val-0.tar|17'))
 
 
 def test_shards_that_are_files_are_as_good_as_a_folder(make_images, tmp_path, caplog):
@@ -134,20 +127,20 @@ def test_shards_that_are_files_are_as_good_as_a_folder(make_images, tmp_path, ca
     stats.write_text(json.dumps(dict(pos_counts=plain.shot_counts, num_samples=17, class_names=names)))
     shards = dict(train_split='part-{0..1}.tar', holdout=0.2)
     for options in (dict(class_stats=str(stats)), dict(target_key='kind')):
-        data = load_training_data('wds/x', str(tmp_path), **shards, **options)
+        data = load_named('wds/x', str(tmp_path), **shards, **options)
         assert data.class_names == names and names_of(data.test) == names_of(plain.test)
         assert 'class-stats' not in caplog.text
         assert names_of(data.train) == names_of(plain.train)
-        assert all(np.array_equal(data.train.dataset[i][0], plain.train.dataset[i][0]) for i in range(13))
-    bare = load_training_data('wds/x', str(tmp_path), **shards)
+        assert all(np.array_equal(data.train[i][0], plain.train[i][0]) for i in range(13))
+    bare = load_named('wds/x', str(tmp_path), **shards)
     assert bare.class_names == ['0', '1', '2'] and bare.class_counts == data.class_counts
     stats.write_text(json.dumps(dict(pos_counts=[1, 2, 3], num_samples=6)))
-    assert load_training_data('wds/x', str(tmp_path), **shards, class_stats=str(stats)).shot_counts == [1, 2, 3]
+    assert load_named('wds/x', str(tmp_path), **shards, class_stats=str(stats)).shot_counts == [1, 2, 3]
     assert 'counts 6 images, but' in caplog.text
     with pytest.raises(InputError, match='hold no images'):
-        load_training_data('wds/x', str(tmp_path), **shards, input_key='jpg')
+        load_named('wds/x', str(tmp_path), **shards, input_key='jpg')
     with pytest.raises(InputError, match="part-0.tar' cannot be read: 'species'"):
-        load_training_data('wds/x', str(tmp_path), **shards, target_key='species')
+        load_named('wds/x', str(tmp_path), **shards, target_key='species')
 
 
 def test_torchvision_sets_of_one_channel(tmp_path, caplog):
@@ -159,15 +152,16 @@ def test_torchvision_sets_of_one_channel(tmp_path, caplog):
         for kind, array in (('images-idx3', images), ('labels-idx1', labels)):
             head = np.array([0x0800 + array.ndim, *array.shape], dtype='>u4').tobytes()
             (folder / f'{split}-{kind}-ubyte').write_bytes(head + array.tobytes())
-    data = load_training_data('torch/mnist', str(tmp_path))
+    data = load_named('torch/mnist', str(tmp_path))
     assert data.class_counts == [4] * 10 and data.test.class_counts == [2] * 10
     assert all(np.asarray(image).shape == (28, 28, 3) and np.all(np.asarray(image) == target)
-               for image, target in data.test.dataset)
-    assert load_training_data('torch/mnist', str(tmp_path), holdout=0.25).test.class_counts == [1] * 10
-    images, _ = next(iter(create_train_loader(data.train, loader_config(), 8, CPU, AugmentationConfig(), 0)))
+               for image, target in data.test)
+    assert load_named('torch/mnist', str(tmp_path), holdout=0.25).test.class_counts == [1] * 10
+    images, _ = next(iter(create_train_loader(
+        data.train, loader_config(), LoaderConfig(batch_size=8), AugmentationConfig(), CPU, 0)))
     assert images.shape == (8, 3, 8, 8)
-    load_training_data('torch/mnist', str(tmp_path), holdout=0.25).write_sides(tmp_path)
-    create_eval_dataset('torch/mnist', str(tmp_path), sides=str(tmp_path))
+    load_named('torch/mnist', str(tmp_path), holdout=0.25).write_split_lists(tmp_path)
+    load_evaluation('torch/mnist', str(tmp_path), run_folder=str(tmp_path))
     assert 'was trained on' not in caplog.text  # where both splits number their images
 
 
@@ -184,5 +178,5 @@ def test_labels_of_other_torchvision_sets(kind, of_kind, expected, monkeypatch):
     dataset = object.__new__(kind)
     vars(dataset).update(of_kind)
     monkeypatch.setattr('timm.data.create_dataset', lambda *args, **options: dataset)
-    data = find_dataset('torch/x').load_eval(DataRequest('torch/x', '.'))
+    data = find_dataset('torch/x')(SourceConfig(dataset='torch/x', data_dir='.')).evaluation()
     assert labels_of(data) == {f'{i:08d}': label for i, label in enumerate(expected)}

@@ -14,8 +14,8 @@ from torchvision import transforms
 
 from shike_timm.checkpoints import StageSaver, load_checkpoint
 from shike_timm.cli.train import parse_train_args
-from shike_timm.data import AugmentationConfig, load_training_data, set_mixup
-from shike_timm.data.augment.batch import batch_gap
+from shike_timm.data import AugmentationConfig, SourceConfig, load_training_data, set_mixup
+from shike_timm.data.augment.batch import why_not_batched
 from shike_timm.data.augment.transforms import create_train_transform
 from shike_timm.losses import balanced_softmax, expert_cross_entropy, focal, logit_adjusted, representation_loss
 from shike_timm.metrics import METRICS
@@ -85,7 +85,8 @@ def test_probabilities_of_colour_and_blur(policy):
     assert applied == {transforms.ColorJitter: 0.25, transforms.GaussianBlur: 0.5}
     assert not any(isinstance(part, transforms.ColorJitter) for part in parts.transforms)
     for name in ('grayscale_prob', 'gaussian_blur_prob'):
-        gap = batch_gap(AugmentationConfig(train_crop_mode='pad', color_jitter=0., **{name: 0.5}), torch.device('cpu'))
+        options = AugmentationConfig(train_crop_mode='pad', color_jitter=0., **{name: 0.5})
+        gap = why_not_batched(options, torch.device('cpu'))
         assert gap == f"--{name.replace('_', '-')} 0.5"
 
 
@@ -93,11 +94,11 @@ def test_what_reaches_the_loader(run_of):
     run = run_of('--reprob', '0.5', '--remode', 'rand', '--recount', '3', '--train-interpolation', 'bicubic')
     erasing = run.train_loader.random_erasing
     assert (erasing.probability, erasing.rand_color, erasing.per_pixel, erasing.max_count) == (0.5, True, False, 3)
-    assert 'bicubic' in repr(run.data.train.dataset.transform)
+    assert 'bicubic' in repr(run.data.train.transform)
     assert len(next(iter(run.eval_loader))[1]) == 8  # -vb is the batch size by default
     mixed = run_of(
         '--mixup', '0.4', '--cutmix', '1', '--mixup-prob', '0.75', '--mixup-switch-prob', '0.25', '--alpha', '0')
-    collate = mixed.train_loader.loader.loader.collate_fn
+    collate = mixed.train_loader.loader.collate_fn
     assert (collate.mix_prob, collate.switch_prob, collate.mixup_alpha, collate.cutmix_alpha) == (0.75, 0.25, 0.4, 1.)
 
 
@@ -139,10 +140,11 @@ def test_lengths_of_streams(tmp_path):
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     (tmp_path / 'stats.json').write_text(json.dumps(dict(pos_counts=[4, 4], num_samples=8)))
-    data = load_training_data(
-        'wds/x', '', train_split=f'pipe:cat {tmp_path}/x-0.tar', val_split=f'pipe:cat {tmp_path}/x-0.tar',
-        train_num_samples=8, val_num_samples=6, class_stats=str(tmp_path / 'stats.json'))
-    assert (len(data.train.dataset), len(data.test.dataset)) == (8, 6)
+    data = load_training_data(SourceConfig(
+        dataset='wds/x', data_dir='', train_split=f'pipe:cat {tmp_path}/x-0.tar',
+        val_split=f'pipe:cat {tmp_path}/x-0.tar',
+        train_num_samples=8, val_num_samples=6, class_stats=str(tmp_path / 'stats.json')))
+    assert (len(data.train), len(data.test)) == (8, 6)
 
 
 def test_an_average_warms_up_and_both_weights_are_told(tmp_path, caplog):

@@ -2,31 +2,26 @@
 import importlib.util
 import json
 from collections import Counter, defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
 from statistics import median
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
-
-from ..checkpoints import check_results_file, write_text
-from ..data import find_dataset
+from ..data import SourceConfig
 from ..data.config import DataConfig
-from ..data.datasets import DataRequest, ImageSet
+from ..data.dataset import AnySet
 from ..data.holdout import hold_out_share
-from ..data.survey import Seen, alike, survey
-from ..data.training import check_request
+from ..data.inspect import Inspected, find_similar, inspect_images
+from ..data.load import open_dataset
 from ..errors import InputError
+from ..files import check_results_file, write_text
 from ..metrics import ShotConfig, shot_divisions
-from ..options import HparamsConfig, option, parse
+from ..options import HparamsConfig, checked, option, parse
 from .script import run_script
 
 MAX_LISTED = 10  # lines of a kind in the text; the JSON has all
-
-_ASKED = {field.name for field in fields(DataRequest)} - {
-    'name', 'root', 'class_names', 'class_stats', 'batch_size', 'check_images'}
 
 @dataclass(frozen=True)
 class DescribeConfig(DataConfig, ShotConfig, HparamsConfig):
@@ -41,31 +36,28 @@ class DescribeConfig(DataConfig, ShotConfig, HparamsConfig):
     workers: int = option(4, 'processes that read images', low=0, flags=('-j',))
 
 
-def _load(args: DescribeConfig) -> Tuple[ImageSet, Optional[ImageSet], Optional[str]]:
+def _load(config: DescribeConfig) -> Tuple[AnySet, Optional[AnySet], Optional[str]]:
     """The training set, the evaluation split, and why there is none."""
-    asked = {name: value for name, value in vars(args).items() if name in _ASKED}
-    request = DataRequest(args.dataset, args.data_dir, download=args.dataset_download, **asked)
-    entry = find_dataset(args.dataset)
-    check_request(request, entry)
-    train, test = entry.load_train(request)
-    if args.holdout and test is None:
-        return (*hold_out_share(train, args.holdout, args.dataset or str(args.data_dir)), None)
-    if test is not None or train.is_whole:
-        return train, test, None if test is not None else 'the data set has one split'
+    source_config = replace(checked(SourceConfig, vars(config)), class_stats=None)  # here a file to write
+    source = open_dataset(source_config)
+    train = source.train()
+    if config.holdout:
+        name = config.dataset or str(config.data_dir)
+        return (*hold_out_share(train, config.holdout, name, source.has_imb_factor), None)
     try:
-        test = entry.load_eval(request)
+        test = source.evaluation(train.class_names)
     except InputError as error:
+        if not source.has_uncertain_splits:
+            raise
         return train, None, str(error)
-    if test is None or test.is_training:
-        return train, None, 'the data set has one split'
-    return train, test, None
+    return train, test, 'the data set has one split' if test is None else None
 
 
 def _three(values: Sequence[int]) -> List[int]:
     return [min(values), round(median(values)), max(values)]
 
 
-def _describe_split(data: ImageSet, seen: List[Seen]) -> Dict[str, Any]:
+def _describe_split(data: AnySet, seen: List[Inspected]) -> Dict[str, Any]:
     labels = [one.target for one in seen]
     names = list(data.class_names or map(str, range(max(labels, default=-1) + 1)))
     counts = Counter(labels)
@@ -92,7 +84,7 @@ def _describe_split(data: ImageSet, seen: List[Seen]) -> Dict[str, Any]:
     return told
 
 
-Found = Tuple[str, str, Seen]  # an image's split and class
+Found = Tuple[str, str, Inspected]  # an image's split and class
 
 
 def _equal(found: List[Found]) -> List[List[Found]]:
@@ -106,7 +98,7 @@ def _equal(found: List[Found]) -> List[List[Found]]:
 def _similar(found: List[Found]) -> List[List[Found]]:
     """Groups of images that look alike, some of which are not equal."""
     hashed = [(one, one[2].look) for one in found if one[2].look is not None]
-    groups = ([hashed[i][0] for i in group] for group in alike([look for _, look in hashed]))
+    groups = ([hashed[i][0] for i in group] for group in find_similar([look for _, look in hashed]))
     return [group for group in groups if len({one.digest for _, _, one in group}) > 1]
 
 
@@ -131,17 +123,14 @@ def _label_gaps(names: Sequence[str]) -> List[int]:
     return sorted(set(range(min(numbers), max(numbers))) - numbers)
 
 
-def _group_leaks(sets: Dict[str, Tuple[ImageSet, List[Seen]]]) -> List[Dict[str, str]]:
+def _group_leaks(sets: Dict[str, Tuple[AnySet, List[Inspected]]]) -> List[Dict[str, str]]:
     """Groups of `--group-key` with images in both splits, an image of each."""
-    tables = [data.dataset for data, _ in sets.values()]
-    if len(tables) < 2 or any(getattr(table, 'groups', None) is None for table in tables):
-        return []
-    shared = np.intersect1d(tables[0].groups, tables[1].groups)
-    orders = [np.argsort(table.groups, kind='stable') for table in tables]
-    firsts = [np.searchsorted(table.groups, shared, sorter=order) for table, order in zip(tables, orders)]
-    return [
-        {split: table.filename(int(order[first])) for split, table, order, first in zip(sets, tables, orders, pair)}
-        for pair in zip(*firsts)]
+    firsts: List[Dict[int, str]] = []  # the first image of each group, in each split
+    for data, found in sets.values():
+        groups = [] if data.groups is None else data.groups.tolist()
+        firsts.append({group: one.name for group, one in zip(reversed(groups), reversed(found))})
+    shared = set(firsts[0]).intersection(*firsts[1:]) if len(firsts) > 1 else ()
+    return [{split: first[group] for split, first in zip(sets, firsts)} for group in sorted(shared)]
 
 
 def _is_perceptual(wanted: Optional[bool]) -> bool:
@@ -176,9 +165,9 @@ def describe_data(args: DescribeConfig) -> Dict[str, Any]:
         raise InputError(f"--class-stats '{args.class_stats}' exists: choose another file, or remove it.")
     perceptual = _is_perceptual(args.perceptual)
     train, test, reason = _load(args)
-    sets = {'train': (train, survey(train, args.workers, perceptual))}
+    sets = {'train': (train, inspect_images(train, args.workers, perceptual))}
     if test is not None:
-        sets['evaluation'] = (test, survey(test, args.workers, perceptual))
+        sets['evaluation'] = (test, inspect_images(test, args.workers, perceptual))
     told: Dict[str, Any] = {split: _describe_split(*one) for split, one in sets.items()}
     counts = {split: {name: count for name, count in told[split]['class_counts'].items() if count} for split in sets}
     whole = [  # with what is held out, as a training run tells its shots

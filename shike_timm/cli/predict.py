@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..checkpoints import CONFIG_FILE
 from ..data.config import PreprocessingConfig
-from ..data.inputs import create_file_loader, find_images
+from ..data.image_files import create_file_loader, find_images
 from ..devices import DeviceConfig, resolve_device, tune_device
 from ..errors import InputError, one_line
 from ..files import check_results_file, write_whole

@@ -91,6 +91,11 @@ class PreprocessingConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig(DataConfig, CheckConfig, PreprocessingConfig):
+    """The data of a run or an evaluation, and how its images are read."""
+
+
+@dataclass(frozen=True)
 class LoaderConfig:
     """Batches."""
 

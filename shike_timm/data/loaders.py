@@ -1,27 +1,28 @@
-"""Loaders over image sets: timm's, or from the device's memory."""
+"""Loaders over sets of images: timm's, or from the memory of the device."""
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import timm.data
 import torch
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..distributed import rank, world_size
 from ..errors import InputError
 from .augment import AugmentationConfig
-from .augment.batch import batch_gap
+from .augment.batch import why_not_batched
 from .augment.transforms import create_train_transform
-from .datasets import ImageSet
-from .in_memory import DeviceLoader, device_data_gap
-from .sharding import EpochSampler, SeededDataset
-from .table import CheckedLoader, ImageTable, readable_collate
+from .config import LoaderConfig
+from .dataset import AnySet, StreamSet
+from .device_loader import DeviceLoader, why_not_on_device
+from .sampler import EpochSampler, SeededDataset
 
 __all__ = ['create_eval_loader', 'create_train_loader', 'set_mixup', 'set_stream_epoch']
 
 
 class _Mixup(timm.data.FastCollateMixup):
-    """timm's mixing in collation, which can be switched off for workers that run already."""
+    """timm's mixing in collation. It can be switched off while workers run."""
 
     def __init__(self, **options: Any):
         self._enabled = torch.ones(1, dtype=torch.bool).share_memory_()
@@ -36,74 +37,86 @@ class _Mixup(timm.data.FastCollateMixup):
         self._enabled.fill_(enabled)
 
 
+class WorkerLoader(PrefetchLoader):
+    """timm's loader, which stops if too many images of its set turn out to be unreadable."""
+
+    def __init__(self, data: AnySet, loader: DataLoader, **options: Any):
+        super().__init__(loader, **options)
+        self.data = data
+
+    def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
+        for batch in super().__iter__():
+            self.data.check_readable()
+            yield batch
+        self.data.check_readable()
+
+
+Loader = Union[DeviceLoader, WorkerLoader]
+
+
 def set_mixup(loader: Any, enabled: bool) -> None:
-    """Switch the mixing of images on or off, in a loader that `create_train_loader` made with `mixup`."""
-    (loader.loader if isinstance(loader, CheckedLoader) else loader).mixup_enabled = enabled
+    """Switch the mixing of images on or off, in a loader that `create_train_loader` made."""
+    loader.mixup_enabled = enabled
 
 
 def set_stream_epoch(loader: Any, epoch: int, seed: int) -> None:
-    """Say which epoch of a stream comes and what workers draw from, in a loader that `create_train_loader` made."""
-    loader.dataset.set_epoch(epoch)  # or each epoch would have the first one's order
+    """Set the epoch of a stream and the seed of its workers, in a loader that `create_train_loader` made."""
+    loader.dataset.set_epoch(epoch)  # otherwise each epoch would have the order of the first
     loader.loader.generator.manual_seed(seed)
 
 
-def _create_device_loader(
-        data: ImageSet,
-        data_config: Dict[str, Any],
-        batch_size: int,
-        device: torch.device,
-        gap: Optional[str],
-        device_data: Optional[bool],
-        augmentation: Optional[AugmentationConfig] = None,
-        sampler: Optional[EpochSampler] = None,
-) -> Optional[DeviceLoader]:
-    """A loader over the data on the device, or None where that is not wanted or, unless asked for, not possible."""
-    if device_data and gap:
-        raise InputError(f'--device-data cannot be had with this data set: {gap}; leave it out.')
-    if device_data is False or gap:
-        return None
-    assert data.images is not None and data.targets is not None  # or there were a gap
-    return DeviceLoader(
-        data.images, data.targets, data_config['mean'], data_config['std'], batch_size, device, augmentation, sampler)
+def _collate_readable(channels: int, batch: List[Optional[Tuple[Any, int]]]) -> Tuple[Tensor, Tensor]:
+    """timm's collation of the images that could be read. So a batch may be smaller, or empty."""
+    readable = [item for item in batch if item is not None]
+    if readable:
+        return fast_collate(readable)
+    return torch.zeros(0, channels, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
 
 
-def _refuse_shared_streams(data: ImageSet) -> None:
-    if world_size() > 1 and isinstance(data.dataset, IterableDataset):
+def _is_on_device(device_data: Optional[bool], why_not: Optional[str]) -> bool:
+    """Whether the data lies on the device, as asked for, or else if nothing speaks against it."""
+    if device_data and why_not:
+        raise InputError(f'--device-data cannot be had with this data set: {why_not}; leave it out.')
+    return device_data is not False and not why_not
+
+
+def _refuse_shared_streams(data: AnySet) -> None:
+    if data.is_stream and world_size() > 1:
         raise InputError('A stream of images cannot be shared out among processes exactly: use files, or one process.')
 
 
 def _create_worker_loader(
-        data: ImageSet,
+        data: AnySet,
         data_config: Dict[str, Any],
         batch_size: int,
         device: torch.device,
         num_workers: int,
-        transform: Callable,
-        sampler: Union[None, EpochSampler, range],
+        transform: Any,
+        sampler: Union[EpochSampler, range],
         collate: Callable,
         **erasing: Any,
-) -> Union[PrefetchLoader, CheckedLoader]:
-    """timm's prefetching loader over what a sampler gives, in training with seeds; over a stream as it comes."""
-    dataset, is_training = data.dataset, isinstance(sampler, EpochSampler)
-    dataset.transform = transform
-    is_stream = isinstance(dataset, IterableDataset)
-    if is_stream:
-        dataset.set_loader_cfg(num_workers=num_workers)
-        sampler = None
+) -> WorkerLoader:
+    """timm's loader over sampled images, or over a stream as it comes."""
+    is_training = isinstance(sampler, EpochSampler)
+    data.transform = transform
+    if isinstance(data, StreamSet):
+        data.set_loader_cfg(num_workers=num_workers)
     elif is_training:
-        dataset = SeededDataset(dataset)
+        data.replaces_unreadable = True
     loader = DataLoader(
-        dataset,
+        SeededDataset(data) if is_training and not data.is_stream else data,
         batch_size,
-        sampler=sampler,
+        sampler=None if data.is_stream else sampler,
         drop_last=is_training,
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=device.type == 'cuda',
-        persistent_workers=num_workers > 0 and not is_stream,  # whose images draw from the past of their worker
-        generator=torch.Generator(),  # else workers that start, but not those that stay, draw from torch's own
+        # The images of a stream depend on what their worker did before, so its workers start anew.
+        persistent_workers=num_workers > 0 and not data.is_stream,
+        generator=torch.Generator(),  # otherwise starting workers would draw from torch's own generator
     )
-    loader = PrefetchLoader(
+    return WorkerLoader(
+        data,
         loader,
         mean=data_config['mean'],
         std=data_config['std'],
@@ -111,57 +124,82 @@ def _create_worker_loader(
         device=device,
         **erasing,
     )
-    return CheckedLoader(loader, data.dataset) if isinstance(data.dataset, ImageTable) else loader
+
+
+def mixup_options(
+        config: LoaderConfig,
+        augmentation: AugmentationConfig,
+        num_classes: int,
+        why_not: Optional[str] = None,
+) -> Optional[Dict[str, Any]]:
+    """Arguments of `timm.data.FastCollateMixup`, None without Mixup and CutMix.
+
+    Args:
+        config: The batches.
+        augmentation: The mixing.
+        num_classes: Number of classes.
+        why_not: Why labels must be class indices, if they must.
+    """
+    if not (augmentation.mixup or augmentation.cutmix):
+        return None
+    flag = f'--mixup {augmentation.mixup:g}' if augmentation.mixup else f'--cutmix {augmentation.cutmix:g}'
+    if why_not:
+        raise InputError(f'{flag} mixes labels, but {why_not}.')
+    if config.batch_size % 2:
+        raise InputError(f'{flag} pairs images, but --batch-size {config.batch_size} is odd: choose an even one.')
+    return dict(
+        mixup_alpha=augmentation.mixup,
+        cutmix_alpha=augmentation.cutmix,
+        prob=augmentation.mixup_prob,
+        switch_prob=augmentation.mixup_switch_prob,
+        mode=augmentation.mixup_mode,
+        label_smoothing=0.,
+        num_classes=num_classes,
+    )
 
 
 def create_train_loader(
-        data: ImageSet,
+        data: AnySet,
         data_config: Dict[str, Any],
-        batch_size: int,
-        device: torch.device,
+        config: LoaderConfig,
         augmentation: AugmentationConfig,
+        device: torch.device,
         num_workers: int = 4,
-        mixup: Optional[Dict[str, Any]] = None,
-        device_data: Optional[bool] = None,
-        accumulated: int = 1,
-):
-    """Loader over a training set, of which each process has its share; batches that not all of them have are dropped.
+        num_classes: int = 0,
+        why_not_mixed: Optional[str] = None,
+) -> Loader:
+    """Loader over a training set. Each process has its share; batches that not all processes have are dropped.
 
-    Small data sets that are in memory lie on the device as one tensor and are augmented there; others go through
-    timm's prefetching loader, whose workers stay. Either way an epoch's images depend on nothing but the seed that
-    `loader.sampler.set_epoch` is given, or `set_stream_epoch`, or that torch's generator gives at its start, and the
-    step that it begins at: from a later one on the same images come, but from the device with another augmentation.
+    Small sets in memory lie on the device as one tensor and are augmented there. Others go through timm's loader and
+    its workers. Either way the images of an epoch depend only on the seed that `loader.sampler.set_epoch` or
+    `set_stream_epoch` is given, or that torch's generator gives at the start of the epoch, and on its first step. From
+    a later step on the same images come, but on the device with another augmentation.
 
     Args:
         data: Training set.
-        data_config: What `timm.data.resolve_data_config` gives.
-        batch_size: Images a batch of this process.
+        data_config: The result of `timm.data.resolve_data_config`.
+        config: The batches.
+        augmentation: The augmentation of each image.
         device: Device of the batches.
-        augmentation: What happens to each image.
         num_workers: Worker processes.
-        mixup: Arguments of `timm.data.FastCollateMixup`, or None for class indices as targets.
-        device_data: Whether the data lies on the device; where None, if data and augmentation allow it.
-        accumulated: Batches of an update, of which an epoch has a whole number.
-
-    Raises:
-        InputError: If there are fewer images than an update takes, the augmentation is not known, or `device_data` is
-            asked for where it cannot be had.
+        num_classes: Number of classes, for Mixup and CutMix.
+        why_not_mixed: Why labels must be class indices, if they must.
     """
     _refuse_shared_streams(data)
-    sampler = EpochSampler(len(data.dataset), batch_size, accumulated)
+    mixup = mixup_options(config, augmentation, num_classes, why_not_mixed)
+    sampler = EpochSampler(len(data), config.batch_size, config.grad_accum_steps)
     if not sampler.num_batches:
-        times = f' times {world_size() * accumulated}' if world_size() * accumulated > 1 else ''
+        factor = world_size() * config.grad_accum_steps
+        times = f' times {factor}' if factor > 1 else ''
         raise InputError(
-            f'batch-size {batch_size}{times} exceeds the {len(data.dataset)} training images: choose a smaller one.')
-    option = '--mixup or --cutmix' if mixup else batch_gap(augmentation, device)
-    gap = device_data_gap(data, data_config, is_training=True)
-    gap = gap or option and f'{option} works on one image at a time'
-    loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data, augmentation, sampler)
-    if loader is not None:
-        return loader
-    if isinstance(data.dataset, ImageTable):
-        data.dataset.is_training = True
+            f'batch-size {config.batch_size}{times} exceeds the {len(data)} training images: choose a smaller one.')
     mean, std = data_config['mean'], data_config['std']
+    option = '--mixup or --cutmix' if mixup else why_not_batched(augmentation, device)
+    why_not = why_not_on_device(data, data_config, is_training=True)
+    why_not = why_not or option and f'{option} works on one image at a time'
+    if _is_on_device(config.device_data, why_not):
+        return DeviceLoader(
+            data.images, data.targets, mean, std, config.batch_size, device, augmentation, sampler)
     try:
         transform = create_train_transform(data_config['input_size'], augmentation, mean, std)
     except (AssertionError, KeyError, ValueError) as error:
@@ -169,7 +207,7 @@ def create_train_loader(
     return _create_worker_loader(
         data,
         data_config,
-        batch_size,
+        config.batch_size,
         device,
         num_workers,
         transform,
@@ -182,34 +220,28 @@ def create_train_loader(
 
 
 def create_eval_loader(
-        data: ImageSet,
+        data: AnySet,
         data_config: Dict[str, Any],
         batch_size: int,
         device: torch.device,
         num_workers: int = 4,
         device_data: Optional[bool] = None,
-):
-    """Loader over an evaluation split, in order and whole: from the device or timm's, as in `create_train_loader`.
-
-    Of several processes each has a share, and none an image of another's.
+) -> Loader:
+    """Loader over an evaluation split in order, from the device or timm's. Of several processes each has its share.
 
     Args:
         data: Evaluation split.
-        data_config: What `timm.data.resolve_data_config` gives.
+        data_config: The result of `timm.data.resolve_data_config`.
         batch_size: Images a batch.
         device: Device of the batches.
         num_workers: Worker processes.
-        device_data: Whether the data lies on the device; where None, if its images need no resizing.
+        device_data: Whether the data lies on the device. By default it does if its images need no resizing.
     """
-    gap = device_data_gap(data, data_config, is_training=False)
     _refuse_shared_streams(data)
-    loader = _create_device_loader(data, data_config, batch_size, device, gap, device_data)
-    if loader is not None:
-        return loader
-    transform: Any = timm.data.create_transform(is_training=False, use_prefetcher=True, **data_config)
-    stream = isinstance(data.dataset, IterableDataset)
-    share = range(0) if stream else range(rank(), len(data.dataset), world_size())
-    is_table = isinstance(data.dataset, ImageTable)
-    collate = partial(readable_collate, data_config['input_size'][0]) if is_table else fast_collate
-    return _create_worker_loader(
-        data, data_config, batch_size, device, num_workers, transform, share, collate)
+    if _is_on_device(device_data, why_not_on_device(data, data_config, is_training=False)):
+        return DeviceLoader(
+            data.images, data.targets, data_config['mean'], data_config['std'], batch_size, device)
+    transform = timm.data.create_transform(is_training=False, use_prefetcher=True, **data_config)
+    share = range(0) if data.is_stream else range(rank(), len(data), world_size())
+    collate = partial(_collate_readable, data_config['input_size'][0])
+    return _create_worker_loader(data, data_config, batch_size, device, num_workers, transform, share, collate)

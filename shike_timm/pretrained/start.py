@@ -6,6 +6,7 @@ from typing import Optional, Sequence
 
 from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, load_weights, model_weights
 from ..data.config import PreprocessingConfig
+from ..data.decode import image_channels
 from ..errors import InputError
 from ..models import Shike
 from ..models.config import ModelConfig
@@ -27,8 +28,7 @@ def _from_weights(path: str, config: ModelConfig, preprocessing: PreprocessingCo
     linear = 'classifier.bias' in weights
     config = replace(
         config, classifier='linear' if linear else 'cosine', cosine_scale=None if linear else config.cosine_scale)
-    in_chans = preprocessing.in_chans or (preprocessing.input_size or [3])[0]
-    model = create_model(config, num_classes, in_chans)
+    model = create_model(config, num_classes, image_channels(preprocessing))
     load_weights(model, weights, path)
     return TrainedModel(path, model)
 

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import find_dataset
-from ..data.images import MODES
+from ..data.decode import MODES
 from ..metrics import ShotConfig, shot_divisions
 from ..models import Shike
 from ..options import checked, options

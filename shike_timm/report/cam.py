@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.inputs import create_file_loader, find_images
+from ..data.image_files import create_file_loader, find_images
 from ..errors import InputError
 from ..models import Shike
 from ..options import option

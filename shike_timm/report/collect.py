@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..costs import count_flops, inference_costs
-from ..data import ImageSet
-from ..data.table import ImageTable
+from ..data.dataset import AnySet, ImageSet
 from ..errors import InputError
 from ..metrics import MOST_EXPERTS, ShotConfig, all_subsets, shot_numbers
 from ..models import Shike
@@ -34,20 +33,18 @@ def check_report(folder: str, cam: Optional[Sequence[str]] = None) -> None:
         raise InputError(f"The report cannot go to '{folder}', which is a file: give the name of a folder.")
 
 
-def _images(data: ImageSet, number: int) -> Tuple[List[str], Optional[Callable[[int], Image.Image]]]:
+def _images(data: AnySet, number: int) -> Tuple[List[str], Optional[Callable[[int], Image.Image]]]:
     """Paths (or indices) of the readable images in order, and a function that opens one of them."""
-    table, images = data.dataset, data.images
-    if isinstance(table, ImageTable):
-        read = (~table.unreadable).nonzero()[:, 0].tolist()
-        root = os.path.abspath(table.files.root)
-        return [os.path.join(root, table.filename(i)) for i in read], lambda i: table.read(read[i])
-    paths = [str(i) for i in range(number)]  # a stream may be shorter than it says
-    return paths, None if images is None else lambda i: Image.fromarray(images[i])
+    if not isinstance(data, ImageSet):
+        return [str(i) for i in range(number)], None  # a stream may be shorter than it says
+    read = (~data.unreadable).nonzero()[:, 0].tolist()
+    root = os.path.abspath(data.source.root) if data.has_paths else ''
+    return [os.path.join(root, data.filename(i)) for i in read], lambda i: data.read(read[i])
 
 
 def collect(
         trained: TrainedModel,
-        data: ImageSet,
+        data: AnySet,
         kept: Sequence[Tuple[Tensor, Tensor]],
         shots: ShotConfig,
         **fields: Any,

@@ -7,15 +7,16 @@ from typing import Any, Dict, Optional, Sequence
 
 import torch
 
-from ..data import ImageSet, create_eval_loader
-from ..data.config import CheckConfig, EvalDataConfig, PreprocessingConfig
+from ..data import create_eval_loader, load_eval_data, load_training_data
+from ..data.config import CheckConfig, EvalDataConfig, PreprocessingConfig, SourceConfig
+from ..data.dataset import AnySet
 from ..devices import DeviceConfig, tune_device
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..files import check_results_file, write_text
 from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_subsets, format_table
 from ..models.create import resolve_data_config
-from ..options import HparamsConfig, option
+from ..options import HparamsConfig, checked, option
 from ..pretrained.load import (
     TrainedModel,
     TrainedModelConfig,
@@ -23,7 +24,6 @@ from ..pretrained.load import (
     set_target_prior,
     with_trained_options,
 )
-from ..training.build import load_data, load_eval_data
 from .cam import CamConfig, draw_cams
 from .collect import add_costs, check_report, collect, count_gmacs
 from .logits import SavedLogits, save_logits
@@ -64,15 +64,16 @@ def _check(config: EvalConfig) -> None:
         raise InputError('--expert-subsets evaluates every subset of experts, --experts one: leave one of them out.')
 
 
-def _load_split(config: EvalConfig, trained: TrainedModel) -> ImageSet:
+def _load_split(config: EvalConfig, trained: TrainedModel) -> AnySet:
     """The evaluation split. If the model does not know its class counts, it gets those of the data."""
-    counts = trained.class_counts
+    counts, source = trained.class_counts, checked(SourceConfig, vars(config))
     if counts is None:
-        data = load_data(config)
+        data = load_training_data(source, workers=config.workers, batch_size=config.batch_size)
         split, counts = data.test, data.class_counts
         trained.class_names, trained.shot_counts = data.class_names, data.shot_counts
     else:
-        split = load_eval_data(config, trained.class_names, trained.model.in_chans, trained.run_folder)
+        split = load_eval_data(
+            source, trained.class_names, trained.model.in_chans, trained.run_folder, config.workers, config.batch_size)
     num_classes = len(split.class_names or counts)
     if len({num_classes, len(counts), trained.model.num_classes}) > 1:
         raise InputError(
@@ -83,10 +84,10 @@ def _load_split(config: EvalConfig, trained: TrainedModel) -> ImageSet:
     return split
 
 
-def _log_split(split: ImageSet, counts: Sequence[int], origin: str) -> None:
+def _log_split(split: AnySet, counts: Sequence[int], origin: str) -> None:
     left_out = f" Left out: {'; '.join(split.notes)}." if split.notes else ''
     _logger.info(
-        f"Evaluation: {len(split.dataset)} images, {split.source or 'a split of its own'}.{left_out} Classes are "
+        f"Evaluation: {len(split)} images, {split.origin or 'a split of its own'}.{left_out} Classes are "
         f'many-, medium- or few-shot by the {max(counts)} to {min(counts)} training images a class of {origin}.')
 
 

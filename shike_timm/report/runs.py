@@ -6,14 +6,13 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from torch import Tensor
 
 from ..checkpoints import load_checkpoint
-from ..data import create_eval_loader
+from ..data import create_eval_loader, load_eval_data, load_training_data
 from ..devices import DeviceConfig, resolve_device, tune_device
 from ..errors import InputError
 from ..metrics import evaluate
 from ..models.create import resolve_data_config
 from ..options import option
 from ..pretrained.load import load_trained_model
-from ..training.build import load_data, load_eval_data
 from ..training.phases import PHASES
 from ..training.resume import saved_config
 from .cam import CamConfig, draw_cams
@@ -63,9 +62,11 @@ def evaluate_run(
         assert trained.class_counts is not None  # checkpoints of runs have them
         given = dict(data_dir=config.data_dir) if config.data_dir else {}
         run_config = replace(saved_config(load_checkpoint(path), path, given), **given)
+        loading = run_config.workers, run_config.batch_size, run_config.seed
         if data is None and (run_config.holdout or run_config.val_per_class):  # not on the test split
-            data = load_data(run_config, names, trained.run_folder).test
-        data = data or load_eval_data(run_config, names, model.in_chans, trained.run_folder)
+            data = load_training_data(run_config, names, trained.run_folder, *loading).test
+        if data is None:
+            data = load_eval_data(run_config, names, model.in_chans, trained.run_folder, *loading)
         data_config = resolve_data_config(run_config, model)
         if cam and not saved:
             cams = draw_cams(

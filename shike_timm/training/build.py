@@ -1,8 +1,7 @@
 """From parsed arguments to models, optimizers, schedules, data and settings, each checked with a clear error."""
-import dataclasses
 import inspect
 import logging
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
@@ -10,11 +9,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from ..data import DataRequest, ImageSet, TrainingData, create_eval_dataset, load_training_data
-from ..data.config import PreprocessingConfig
 from ..devices import computes_bfloat16
 from ..errors import InputError, one_line
-from .config import LoopConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from .config import LoopConfig, OptimizerConfig, ScheduleConfig
 from .phases import Phase
 
 _logger = logging.getLogger(__name__)
@@ -66,21 +63,6 @@ def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.de
         raise InputError(f'{given} does not work here ({reason}): mend that, or add --no-torchcompile.') from error
 
 
-def image_channels(args: PreprocessingConfig) -> int:
-    """Channels of the images that the arguments name.
-
-    Raises:
-        InputError: If they contradict each other.
-    """
-    channels = args.in_chans or (args.input_size or (3,))[0]
-    if args.input_size and channels != args.input_size[0]:
-        raise InputError(
-            f'--in-chans {channels} contradicts the {args.input_size[0]} channels of --input-size: drop one of them.')
-    if args.input_size and args.img_size:
-        raise InputError(f'--input-size and --img-size {args.img_size} contradict each other: drop one of them.')
-    return channels
-
-
 def _takes_fused(args: OptimizerConfig) -> bool:
     """Whether the optimizer has a fused form, one kernel for all parameters, and the user did not choose another."""
     if {'fused', 'foreach'} & set(args.opt_kwargs):
@@ -122,61 +104,6 @@ def create_optimizer(args: OptimizerConfig, lr: float, model: nn.Module) -> torc
     return optimizer
 
 
-def _data_options(args: RunConfig) -> Dict[str, Any]:
-    """Fields of `DataRequest` that the arguments have."""
-    names = {field.name for field in dataclasses.fields(DataRequest)} - {'name', 'root', 'in_chans', 'class_names'}
-    options = {name: value for name, value in vars(args).items() if name in names}
-    return dict(options, download=args.dataset_download)
-
-
-def load_data(
-        args: Any,
-        class_names: Optional[Sequence[str]] = None,
-        run_folder: Optional[Any] = None,
-) -> TrainingData:
-    """The data that the arguments name.
-
-    Args:
-        args: Arguments of train.py.
-        class_names: Classes in label order of what the data is to go on with.
-        run_folder: Run that it is to go on with, whose lists part the training set.
-
-    Raises:
-        InputError: If it cannot be read, has other classes, or `--num-classes` contradicts it.
-    """
-    data = load_training_data(
-        args.dataset, args.data_dir, **_data_options(args), in_chans=image_channels(args), class_names=class_names,
-        sides=run_folder)
-    num_classes = getattr(args, 'num_classes', None)
-    if num_classes is not None and num_classes != data.num_classes:
-        raise InputError(
-            f'--num-classes {num_classes} contradicts the {data.num_classes} classes of the data: leave it out.')
-    return data
-
-
-def load_eval_data(
-        args: Any,
-        class_names: Optional[List[str]],
-        in_chans: int = 3,
-        run_folder: Optional[Any] = None,
-) -> ImageSet:
-    """The evaluation split that the arguments name.
-
-    Args:
-        args: Arguments of eval.py.
-        class_names: The model's classes in label order.
-        in_chans: Channels of the model's images.
-        run_folder: Run that the model is of.
-
-    Raises:
-        InputError: If it cannot be read, or has other classes.
-    """
-    options = _data_options(args)
-    return create_eval_dataset(
-        args.dataset, args.data_dir, options.pop('val_split'), options.pop('download'), class_names, **options,
-        in_chans=in_chans, sides=run_folder)
-
-
 def create_schedule(optimizer: torch.optim.Optimizer, args: ScheduleConfig, phase: Phase) -> Scheduler:
     """timm's scheduler of a stage: a linear warm-up, then the schedule over the epochs that remain.
 
@@ -198,28 +125,3 @@ def create_schedule(optimizer: torch.optim.Optimizer, args: ScheduleConfig, phas
     )
     assert scheduler is not None  # there is none only of a name that is not among the choices
     return scheduler
-
-
-def mixup_options(args: RunConfig, num_classes: int, phases: Sequence[Phase]) -> Optional[Dict[str, Any]]:
-    """Arguments of `timm.data.FastCollateMixup`, None where it is off.
-
-    Raises:
-        InputError: If one of the stages needs hard labels, or a batch cannot be paired.
-    """
-    if not (args.mixup or args.cutmix):
-        return None
-    flag = f'--mixup {args.mixup:g}' if args.mixup else f'--cutmix {args.cutmix:g}'
-    for phase in phases:
-        if phase.indices_only:
-            raise InputError(f'{flag} mixes labels, but {phase.indices_only}.')
-    if args.batch_size % 2:
-        raise InputError(f'{flag} pairs images, but --batch-size {args.batch_size} is odd: choose an even one.')
-    return dict(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=0.,
-        num_classes=num_classes,
-    )

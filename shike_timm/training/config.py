@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional
 
 from ..data.augment import AugmentationConfig
-from ..data.config import CheckConfig, DataConfig, LoaderConfig, PreprocessingConfig
+from ..data.config import LoaderConfig, SourceConfig
 from ..devices import DeviceConfig
 from ..errors import InputError
 from ..metrics import ShotConfig
@@ -148,8 +148,8 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class RunConfig(
-        DataConfig, CheckConfig, PreprocessingConfig, ShotConfig, ModelConfig, TaskConfig, ScheduleConfig,
-        AugmentationConfig, StepConfig, OutputConfig, DeviceConfig, HparamsConfig,
+        SourceConfig, ShotConfig, ModelConfig, TaskConfig, ScheduleConfig, AugmentationConfig, StepConfig, OutputConfig,
+        DeviceConfig, HparamsConfig,
 ):
     """All options of a run."""
 

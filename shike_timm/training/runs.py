@@ -9,10 +9,10 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from torch import nn
-from torch.utils.data import IterableDataset
 
 from ..checkpoints import load_weights, model_weights
-from ..data import TrainingData, create_eval_loader, create_train_loader
+from ..data import TrainingData, create_eval_loader, create_train_loader, load_training_data
+from ..data.decode import image_channels
 from ..devices import tune_device
 from ..distributed import join_processes, local_primary_first, world_size
 from ..errors import InputError
@@ -22,7 +22,7 @@ from ..models.create import create_model, resolve_data_config
 from ..pretrained.load import from_checkpoint, with_trained_options
 from ..pretrained.start import load_start, start_from
 from ..pretrained.teacher import load_teacher
-from .build import check_compiler, image_channels, load_data, mixup_options
+from .build import check_compiler
 from .config import RetrainConfig, RunConfig, TrainConfig, run_folder
 from .phases import Phase, plan_phases
 from .resume import read_newest, saved_args, warn_of_changes
@@ -131,12 +131,15 @@ def prepare(
     check_trackers(config)
     tune_device(device)
     with local_primary_first():
-        data = load_data(config, class_names, source)
+        data = load_training_data(config, class_names, source, config.workers, config.batch_size, config.seed)
+    if config.num_classes not in (None, data.num_classes):
+        raise InputError(
+            f'--num-classes {config.num_classes} contradicts the {data.num_classes} classes of the data: leave it out.')
     config = replace(config, holdout=data.holdout)
     _check_eval_metric(config, data)
     seed_all(config.seed, 1, -1)
     model = create_model(config, data.num_classes, image_channels(config), fresh).to(device)
-    if config.recovery_interval and isinstance(data.train.dataset, IterableDataset):
+    if config.recovery_interval and data.train.is_stream:
         raise InputError('--recovery-interval saves the middle of an epoch, where no stream can begin: leave it out.')
     if config.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):
         raise InputError('--batch-size 1 leaves BatchNorm nothing to average over: choose a larger one.')
@@ -147,10 +150,9 @@ def prepare(
     if not all(phase.is_retraining for phase in phases):
         check_compiler(config.torchcompile, config.torchcompile_mode, device)
     data_config = resolve_data_config(config, model)
-    mixup = mixup_options(config, data.num_classes, phases)
+    indices_only = next((phase.indices_only for phase in phases if phase.indices_only), None)
     train_loader = create_train_loader(
-        data.train, data_config, config.batch_size, device, config, config.workers, mixup, config.device_data,
-        config.grad_accum_steps)
+        data.train, data_config, config, config, device, config.workers, data.num_classes, indices_only)
     eval_loader = create_eval_loader(
         data.test, data_config, config.validation_batch_size or config.batch_size, device, config.workers,
         config.device_data)

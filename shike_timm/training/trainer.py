@@ -193,7 +193,7 @@ class Trainer:
         with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
               progress_bar(num_steps) as self.progress, self._own_folder(resumed)):
             _logger.info(self.data.describe())
-            on_primary(self.data.write_sides, self.folder)
+            on_primary(self.data.write_split_lists, self.folder)
             with self._failures_explained():
                 for phase in self.phases:
                     if phase is not self.phase:

@@ -9,7 +9,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from . import AugmentationConfig
 from .ops import OPS
 
-__all__ = ['augment_batch', 'auto_augment', 'batch_gap', 'crop', 'cutout']
+__all__ = ['augment_batch', 'auto_augment', 'why_not_batched', 'crop', 'cutout']
 
 NUM_MAGNITUDES = 10  # of torchvision's AutoAugment
 
@@ -83,7 +83,7 @@ def augment_batch(
         augmentation: AugmentationConfig,
         generator: Optional[torch.Generator] = None,
 ) -> Tensor:
-    """What `create_train_transform` does with the same augmentation, for a batch; `batch_gap` must be None.
+    """What `create_train_transform` does with the same augmentation, for a batch; `why_not_batched` must be None.
 
     Args:
         images: uint8 images [N, 3, H, W].
@@ -116,7 +116,7 @@ def augment_batch(
     return images
 
 
-def batch_gap(augmentation: AugmentationConfig, device: torch.device) -> Optional[str]:
+def why_not_batched(augmentation: AugmentationConfig, device: torch.device) -> Optional[str]:
     """The first part of an augmentation that has no batched form on a device, as its option reads; None if all have."""
     if augmentation.no_aug:
         return None

@@ -6,11 +6,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from ..errors import InputError, one_line
-from .datasets import DataRequest, ImageSet, table_set
+import numpy as np
+
+from ...errors import InputError, one_line
+from ..config import SourceConfig
+from ..dataset import ImageSet, label_images
 from .files import open_files
 
-__all__ = ['ImageList', 'read_list', 'load_list']
+__all__ = ['check_disjoint', 'exclude', 'load_list']
 
 INPUT_KEYS = ('path', 'image', 'filename', 'file_name', 'file')
 TARGET_KEYS = ('label', 'target', 'class', 'category')
@@ -21,19 +24,19 @@ class ImageList:
     """Entries of a list.
 
     Attributes:
-        names: Paths.
+        paths: Paths of the images.
         labels: Names of their classes.
-        groups: What `--group-key` names, where it is a column.
-        order: Names of the classes in the list's own order, where it has one.
+        groups: The column that `--group-key` names, if there is one.
+        order: Class names in the list's own order, if it has one.
     """
 
-    names: List[str] = field(default_factory=list)
+    paths: List[str] = field(default_factory=list)
     labels: List[str] = field(default_factory=list)
     groups: Optional[List[str]] = None
     order: Optional[List[str]] = None
 
 
-def _read_text(path: str, request: DataRequest) -> ImageList:
+def _read_text(path: str) -> ImageList:
     result = ImageList()
     with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
         for number, line in enumerate(file, 1):
@@ -48,7 +51,7 @@ def _read_text(path: str, request: DataRequest) -> ImageList:
                 raise InputError(
                     f"Line {number} of '{path}', '{line.strip()}', has a label of several words: give a table with a "
                     'header as .csv.')
-            result.names.append(parts[0].strip())
+            result.paths.append(parts[0].strip())
             result.labels.append(parts[1])
     return result
 
@@ -62,20 +65,20 @@ def _column(fields: Any, wanted: Optional[str], usual: Tuple[str, ...], option: 
     return found
 
 
-def _read_table(path: str, request: DataRequest) -> ImageList:
+def _read_table(path: str, config: SourceConfig) -> ImageList:
     result = ImageList()
     with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
         rows = csv.reader(file, delimiter='\t' if path.lower().endswith('.tsv') else ',')
         fields = next(rows, [])
         keys = [
-            _column(fields, request.input_key, INPUT_KEYS, '--input-key', path),
-            _column(fields, request.target_key, TARGET_KEYS, '--target-key', path),
+            _column(fields, config.input_key, INPUT_KEYS, '--input-key', path),
+            _column(fields, config.target_key, TARGET_KEYS, '--target-key', path),
         ]
-        if request.group_key in fields:
-            keys.append(request.group_key)
+        if config.group_key in fields:
+            keys.append(config.group_key)
             result.groups = []
         places = [fields.index(key) for key in keys]
-        columns = [column for column in (result.names, result.labels, result.groups) if column is not None]
+        columns = [column for column in (result.paths, result.labels, result.groups) if column is not None]
         for row in rows:
             if not row:
                 continue
@@ -88,7 +91,7 @@ def _read_table(path: str, request: DataRequest) -> ImageList:
     return result
 
 
-def _read_coco(path: str, request: DataRequest) -> ImageList:
+def _read_coco(path: str, config: SourceConfig) -> ImageList:
     with open(path, encoding='utf-8') as file:
         content = json.load(file)
     categories = sorted(content['categories'], key=lambda one: one['id'])
@@ -108,19 +111,15 @@ def _read_coco(path: str, request: DataRequest) -> ImageList:
     images = [one for one in content['images'] if one['id'] in labels]
     return ImageList(
         [one['file_name'] for one in images], [labels[one['id']] for one in images], order=names,
-        groups=[str(one[request.group_key]) for one in images]
-        if request.group_key and all(request.group_key in one for one in images) else None)
+        groups=[str(one[config.group_key]) for one in images]
+        if config.group_key and all(config.group_key in one for one in images) else None)
 
 
-def read_list(path: str, request: DataRequest) -> ImageList:
-    """Entries of a list file: `.csv` and `.tsv` with a header, COCO's `.json`, or lines of a path and a label.
-
-    Raises:
-        InputError: If it cannot be read, or is not of that form.
-    """
-    kind = {'.csv': _read_table, '.tsv': _read_table, '.json': _read_coco}.get(os.path.splitext(path)[1].lower())
+def _read_list(config: SourceConfig, path: str) -> ImageList:
+    """Entries of a list file: `.csv` and `.tsv` with a header, COCO's `.json`, or lines of a path and a label."""
+    read = {'.csv': _read_table, '.tsv': _read_table, '.json': _read_coco}.get(os.path.splitext(path)[1].lower())
     try:
-        result = (kind or _read_text)(path, request)
+        result = read(path, config) if read else _read_text(path)
     except FileNotFoundError as error:
         raise InputError(f"List '{path}' does not exist: give a file of paths and labels.") from error
     except InputError:
@@ -130,63 +129,63 @@ def read_list(path: str, request: DataRequest) -> ImageList:
             f"List '{path}' has no {error}, expected COCO's images, annotations and categories: mend it.") from error
     except (OSError, ValueError, csv.Error, TypeError, AttributeError) as error:
         raise InputError(f"List '{path}' cannot be read: {one_line(error)}.") from error
-    if not result.names:
+    if not result.paths:
         raise InputError(f"List '{path}' names no labelled image: give a file of paths and labels.")
     return result
 
 
-def _once(listed: ImageList, path: str, notes: List[str]) -> ImageList:
-    """A list without its repetitions.
-
-    Raises:
-        InputError: If an image has two labels.
-    """
-    label_of = dict(zip(listed.names, listed.labels))
-    if len(label_of) == len(listed.names):
+def _drop_repetitions(listed: ImageList, path: str, notes: List[str]) -> ImageList:
+    label_of = dict(zip(listed.paths, listed.labels))
+    if len(label_of) == len(listed.paths):
         return listed
-    for name, label in zip(listed.names, listed.labels):
+    for name, label in zip(listed.paths, listed.labels):
         if label_of[name] != label:
             raise InputError(f"List '{path}' labels '{name}' both '{label}' and '{label_of[name]}': choose one.")
-    notes.append(f'{len(listed.names) - len(label_of)} repeated entries')
-    groups = dict(zip(listed.names, listed.groups)) if listed.groups else {}
+    notes.append(f'{len(listed.paths) - len(label_of)} repeated entries')
+    groups = dict(zip(listed.paths, listed.groups)) if listed.groups else {}
     return ImageList(list(label_of), list(label_of.values()), [*groups.values()] or None, listed.order)
 
 
-def _one_spelling(names: Sequence[str], root: str) -> List[str]:
-    """Paths without detours, from the folder of the data on where they lead into it."""
-    inside = os.path.join(os.path.abspath(root), '')
-    return [name.removeprefix(inside) for name in map(os.path.normpath, names)]
-
-
-def load_list(request: DataRequest, path: str, spellings: Sequence[Tuple[str, str]] = ()) -> ImageSet:
-    """The images that a list file names, below the folder or in the archive of the data.
+def load_list(config: SourceConfig, path: str, spellings: Sequence[Tuple[str, str]] = ()) -> ImageSet:
+    """The images that a list names, below the folder or in the archive of the data.
 
     Args:
-        request: Says where the images are.
+        config: Where the images are, and how they are labelled.
         path: The list.
-        spellings: Patterns with replacements, the first of which to lead to an image is taken where the paths of the
-            list do not.
-
-    Raises:
-        InputError: If it cannot be read, or its first images are not there.
+        spellings: Patterns with replacements. The first one that leads to an image is used if the paths of the list do
+            not lead to one.
     """
     notes: List[str] = []
-    root = request.root or '.'
-    listed = read_list(path, request)
-    listed.names = _one_spelling(listed.names, root)
-    listed = _once(listed, path, notes)
+    root = config.data_dir or '.'
+    listed = _read_list(config, path)
+    inside = os.path.join(os.path.abspath(root), '')
+    listed.paths = [os.path.normpath(one).removeprefix(inside) for one in listed.paths]
+    listed = _drop_repetitions(listed, path, notes)
     if not os.path.exists(root):
         raise InputError(f"data-dir '{root}' does not exist: give the folder that the paths of '{path}' begin in.")
-    names = listed.names
+    paths = listed.paths
     if os.path.isdir(root):
-        spelled = (names, *([re.sub(*pair, name) for name in names] for pair in spellings))
-        present = [one for one in spelled if any(os.path.exists(os.path.join(root, name)) for name in one[:10])]
+        spelled = (paths, *([re.sub(*pair, one) for one in paths] for pair in spellings))
+        present = [some for some in spelled if any(os.path.exists(os.path.join(root, one)) for one in some[:10])]
         if not present:
             raise InputError(
-                f"'{os.path.join(root, names[0])}' does not exist: give the folder that the paths of '{path}' "
+                f"'{os.path.join(root, paths[0])}' does not exist: give the folder that the paths of '{path}' "
                 'begin in as --data-dir.')
-        names = present[0]
-    data = table_set(
-        request, names, listed.labels, notes, lambda names: open_files(root, names), listed.groups, listed.order)
-    data.source = f"the list '{path}'"
-    return data
+        paths = present[0]
+    return label_images(
+        config, open_files(root, paths), listed.labels, notes, listed.groups, listed.order, f"the list '{path}'")
+
+
+def exclude(train: ImageSet, evaluation: ImageSet, origin: str) -> ImageSet:
+    """The training images that are not evaluated on. `origin` names them in the message."""
+    listed = set(evaluation.filenames())
+    kept = np.flatnonzero([path not in listed for path in train.filenames()])
+    if not len(kept):
+        raise InputError(f"All images of '{origin}' are on the list of those to evaluate on: name others to train on.")
+    return train.take(kept) if len(kept) < len(train) else train
+
+
+def check_disjoint(train: ImageSet, evaluation: ImageSet, train_list: str, val_list: str) -> None:
+    """Refuse two lists that share images."""
+    if len(exclude(train, evaluation, train_list)) < len(train):
+        raise InputError(f"'{train_list}' and '{val_list}' share images: take those out of one of them.")

@@ -1,4 +1,4 @@
-"""What each process takes of an epoch, and images that come out the same whichever process or worker makes them."""
+"""The images of an epoch: which of them each process takes, and with which seeds."""
 import random
 from typing import Any, Iterator, Optional, Tuple
 
@@ -13,14 +13,15 @@ __all__ = ['EpochSampler', 'SeededDataset']
 
 
 class EpochSampler(Sampler[Tuple[int, int]]):
-    """This process's share of a training set in a new order: whole batches, as many in each process, no image twice.
+    """This process's share of a training set in a new order.
 
-    A step's images are the same however many processes share them. Each comes with a seed of its own.
+    Each process takes the same number of whole batches, and no image comes twice. The images of a step do not depend
+    on the number of processes. Each image comes with its own seed.
 
     Args:
         num_images: Images of the training set.
         batch_size: Images a batch of one process.
-        multiple: What the number of batches of an epoch is to be a multiple of.
+        multiple: The number of batches of an epoch is a multiple of this.
     """
 
     def __init__(self, num_images: int, batch_size: int, multiple: int = 1):
@@ -35,12 +36,12 @@ class EpochSampler(Sampler[Tuple[int, int]]):
         return slice(first * span + rank(), last * span, world_size())
 
     def set_epoch(self, seed: int, first: int, last: int) -> None:
-        """Say what the next pass is: of the order with this seed, the batches from the first up to the last."""
+        """Let the next pass take the batches `first` to `last` (without it) of the order with this seed."""
         self.seed = seed
         self.share = self._share(first, last)
 
     def draw(self) -> Tuple[Tensor, torch.Generator]:
-        """Indices of the next pass, of a new order where no epoch was set, and the generator that gave their order."""
+        """Indices of the next pass, and the generator that gave their order. Without `set_epoch` the order is new."""
         seed = int(torch.randint(2 ** 62, ())) if self.seed is None else self.seed
         generator = torch.Generator().manual_seed(seed)
         return torch.randperm(self.num_images, generator=generator)[self.share], generator
@@ -56,10 +57,9 @@ class EpochSampler(Sampler[Tuple[int, int]]):
 
 
 class SeededDataset(Dataset):
-    """A data set by index and seed, what `EpochSampler` gives: an image depends on no other, and on no worker's past.
+    """A data set whose items are asked for by index and seed, as `EpochSampler` gives them.
 
-    Args:
-        dataset: The data set.
+    An item depends on its seed alone, not on the items that a worker made before.
     """
 
     def __init__(self, dataset: Any):

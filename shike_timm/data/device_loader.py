@@ -1,23 +1,22 @@
-"""Loaders over a data set that lies on the device as one uint8 tensor."""
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Union
+"""A loader over images that lie on the device as one uint8 tensor."""
+from typing import Any, Dict, Iterator, Optional, Tuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..distributed import rank, world_size
 from .augment import AugmentationConfig
 from .augment.batch import augment_batch
-from .datasets import ImageSet
-from .sharding import EpochSampler
+from .dataset import AnySet
+from .sampler import EpochSampler
 
-__all__ = ['DeviceLoader', 'device_data_gap']
+__all__ = ['DeviceLoader', 'why_not_on_device']
 
-AUGMENTED_AT_ONCE = 16384  # images; bounds the memory that one round of augmentation takes
+AUGMENTED_AT_ONCE = 16384  # images; this limits the memory that a round of augmentation takes
 
 
-def device_data_gap(data: ImageSet, data_config: Dict[str, Any], is_training: bool) -> Optional[str]:
-    """Why a data set cannot lie on the device as it is; None if it can."""
+def why_not_on_device(data: AnySet, data_config: Dict[str, Any], is_training: bool) -> Optional[str]:
+    """Why a set cannot lie on the device as it is, None if it can."""
     if data.images is None:
         return 'its images are not in memory'
     channels, *size = data_config['input_size']
@@ -30,26 +29,26 @@ def device_data_gap(data: ImageSet, data_config: Dict[str, Any], is_training: bo
 
 
 class DeviceLoader:
-    """Batches of normalised images and their labels from tensors on the device.
+    """Batches of normalised images [B, C, H, W] and their labels [B] from tensors on the device.
 
-    With a sampler it is a training loader: what the sampler draws, augmented in rounds of many images. Without, this
-    process's share of the images comes in order and whole.
+    With a sampler it is a training loader: the sampled images are augmented in rounds of many. Without one it gives
+    this process's share of the images in order.
 
     Args:
         images: uint8 images [N, H, W, C].
-        targets: N class indices.
+        targets: Labels [N].
         mean: Mean of each channel, of images in 0..1.
         std: Standard deviation of each channel.
         batch_size: Images a batch.
-        device: Where everything lies and happens.
-        augmentation: What happens to the images in training; it must have a batched form.
-        sampler: What training draws.
+        device: Where the images lie.
+        augmentation: Augmentation of training images. It must have a batched form.
+        sampler: The images of a training epoch.
     """
 
     def __init__(
             self,
-            images: np.ndarray,
-            targets: Union[Sequence[int], np.ndarray],
+            images: Any,
+            targets: Any,
             mean: Tuple[float, ...],
             std: Tuple[float, ...],
             batch_size: int,
@@ -62,7 +61,7 @@ class DeviceLoader:
         self.images = torch.as_tensor(images).to(device).permute(0, 3, 1, 2).contiguous()
         self.targets = torch.as_tensor(targets, dtype=torch.int64).to(device)
         self.batch_size = batch_size
-        self.augmentation = augmentation
+        self.augmentation = augmentation or AugmentationConfig(no_aug=True)
         self.sampler = sampler
         channels = self.images.shape[1]
         self.mean, self.std = (
@@ -80,9 +79,8 @@ class DeviceLoader:
             return
         order, generator = self.sampler.draw()
         if self.sampler.share.start:
-            generator.manual_seed(generator.initial_seed() + self.sampler.share.start)  # draws of its own
+            generator.manual_seed(generator.initial_seed() + self.sampler.share.start)  # the process has its own draws
         order = order.to(self.images.device)
-        assert self.augmentation is not None  # there is one wherever there is a sampler
         for chosen in order.split(max(AUGMENTED_AT_ONCE // self.batch_size, 1) * self.batch_size):
             yield augment_batch(self.images[chosen], self.augmentation, generator), self.targets[chosen]
 

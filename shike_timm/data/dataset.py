@@ -1,0 +1,322 @@
+"""Sets of labelled images: those that can be indexed, wherever their images are kept, and streams."""
+import hashlib
+import logging
+import os
+import re
+from functools import cached_property
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IterableImageDataset
+from torch.utils.data import Dataset
+
+from ..errors import InputError
+from .class_names import index_labels
+from .config import SourceConfig
+from .decode import ImageDecoder, create_decoder
+
+__all__ = ['AnySet', 'ImageSet', 'ImageSource', 'Names', 'StreamSet', 'in_memory_set', 'label_images', 'name_hashes']
+
+_logger = logging.getLogger(__name__)
+
+MAX_UNREADABLE = 0.01  # share of a set's images that may turn out to be unreadable while it is used
+
+
+class Names(Sequence):
+    """Names kept as one array of bytes. Worker processes share it, and millions of names are not Python objects.
+
+    Args:
+        names: The names. File names that are not valid Unicode are kept as they are.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self.bytes = np.frombuffer(b''.join(encoded), dtype=np.uint8)
+        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        start, end = self.ends[index], self.ends[index + 1]
+        return os.fsdecode(self.bytes[start:end].tobytes())
+
+
+def name_hashes(names: Sequence[str]) -> np.ndarray:
+    """A 64-bit number for each name. It is the same on every machine."""
+    digests = b''.join(
+        hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=8).digest() for name in names)
+    return np.frombuffer(digests, dtype='<u8')
+
+
+class ImageSource:
+    """Where images are kept, one a row.
+
+    Attributes:
+        root: The folder, archive or data set that they are in.
+        paths: Path of each image, unique. Empty where images have no names.
+        images: uint8 images [N, H, W, C] where all are in memory, else None.
+    """
+
+    root: str = ''
+    paths: Names = Names(())
+    images: Optional[np.ndarray] = None
+
+    def open(self, row: int) -> Image.Image:
+        """The image of a row, which need not be decoded yet."""
+        raise NotImplementedError
+
+    def stamp(self, row: int) -> str:
+        """Text that changes when the image of a row changes."""
+        raise NotImplementedError
+
+
+class ImageSet(Dataset):
+    """Labelled images that can be indexed: PIL images, or what `transform` makes of them, with their labels.
+
+    An image that cannot be read is counted, and named in a warning the first time. In training another image of its
+    class takes its place, so the classes stay as frequent as they are counted. In evaluation its item is None.
+
+    Args:
+        source: Where the images are kept.
+        targets: Label of each image [N].
+        class_names: Class names in label order.
+        decoder: Decodes the images.
+        rows: Row of each image in the source. By default all rows in order.
+        groups: Number of each image's group [N], None without groups.
+        notes: What was left out, and why.
+        origin: Where the set comes from, in words.
+    """
+
+    is_stream = False
+
+    def __init__(
+            self,
+            source: ImageSource,
+            targets: Union[Sequence[int], np.ndarray],
+            class_names: Sequence[str],
+            decoder: Optional[ImageDecoder] = None,
+            rows: Optional[np.ndarray] = None,
+            groups: Optional[np.ndarray] = None,
+            notes: Sequence[str] = (),
+            origin: str = '',
+    ):
+        self.source = source
+        self.targets = np.asarray(targets, dtype=np.int64)
+        self.class_names = list(class_names)
+        self.decoder = decoder or ImageDecoder()
+        self.rows = rows
+        self.groups = groups
+        self.notes = list(notes)
+        self.origin = origin
+        self.transform: Optional[Callable] = None
+        self.replaces_unreadable = False  # as training does
+        self.unreadable = torch.zeros(len(self.targets), dtype=torch.bool).share_memory_()  # by all workers
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def class_counts(self) -> List[int]:
+        """Images of each class."""
+        return np.bincount(self.targets, minlength=len(self.class_names)).tolist()
+
+    @cached_property
+    def images(self) -> Optional[np.ndarray]:
+        """uint8 images [N, H, W, C] where all are in memory, else None."""
+        images = self.source.images
+        return images if images is None or self.rows is None else images[self.rows]
+
+    @property
+    def has_paths(self) -> bool:
+        """Whether the images have names that tell them apart."""
+        return len(self.source.paths) > 0
+
+    def _row(self, index: int) -> int:
+        return index if self.rows is None else int(self.rows[index])
+
+    def filename(self, index: int) -> str:
+        """Path of an image in its source, or its index where images have no names."""
+        return self.source.paths[self._row(index)] if self.has_paths else str(index)
+
+    def filenames(self) -> List[str]:
+        return [self.filename(index) for index in range(len(self))]
+
+    def take(self, index: np.ndarray) -> 'ImageSet':
+        """A set of the images at these positions."""
+        return ImageSet(
+            self.source, self.targets[index], self.class_names, self.decoder,
+            index if self.rows is None else self.rows[index], None if self.groups is None else self.groups[index],
+            self.notes, self.origin)
+
+    def relabel(self, labels: np.ndarray, class_names: Sequence[str]) -> 'ImageSet':
+        """The same images, where label c becomes `labels[c]`."""
+        return ImageSet(
+            self.source, labels[self.targets], class_names, self.decoder, self.rows, self.groups, self.notes,
+            self.origin)
+
+    def open(self, index: int) -> Image.Image:
+        """An image, which need not be decoded yet."""
+        return self.source.open(self._row(index))
+
+    def stamp(self, index: int) -> str:
+        """Text that changes when an image changes."""
+        return self.source.stamp(self._row(index))
+
+    def read(self, index: int) -> Image.Image:
+        """An image, decoded. A damaged image raises whatever its decoder raises."""
+        with self.open(index) as image:
+            return self.decoder(image)
+
+    def _try(self, index: int) -> Optional[Image.Image]:
+        try:
+            return self.read(index)
+        except Exception as error:  # a decoder may raise anything for a damaged file
+            if not self.unreadable[index]:
+                self.unreadable[index] = True
+                _logger.warning(f"'{self.filename(index)}' cannot be read and is skipped: {error}")
+            return None
+
+    def _replacement(self, index: int) -> Image.Image:
+        same = np.flatnonzero(self.targets == self.targets[index])
+        for other in np.roll(same, -int(np.searchsorted(same, index)) - 1):
+            image = self._try(int(other))
+            if image is not None:
+                return image
+        raise OSError(f"No image of the class of '{self.filename(index)}' can be read any more")
+
+    def __getitem__(self, index: int) -> Optional[Tuple[Any, int]]:
+        index = int(index)
+        image = self._try(index)
+        if image is None and self.replaces_unreadable:
+            image = self._replacement(index)
+        if image is None:
+            return None
+        return image if self.transform is None else self.transform(image), int(self.targets[index])
+
+    def check_readable(self) -> None:
+        """Raise an OSError if more than 1 % of the images turned out to be unreadable."""
+        count = int(self.unreadable.sum())
+        if count > MAX_UNREADABLE * len(self):
+            first = int(self.unreadable.int().argmax())
+            raise OSError(
+                f"{count} of {len(self)} images cannot be read any more, the first is '{self.filename(first)}': see "
+                'that the disk is there, and start again with --check-images')
+
+
+class StreamSet(IterableImageDataset):
+    """Labelled images that can only be read in the order in which they come.
+
+    Args:
+        reader: timm's reader of the stream.
+        decoder: Decodes the images.
+        class_names: Class names in label order, None where they are unknown.
+    """
+
+    is_stream = True
+    has_paths = False
+    images = targets = groups = class_counts = None
+
+    def __init__(
+            self,
+            reader: Any,
+            decoder: Optional[ImageDecoder] = None,
+            class_names: Optional[Sequence[str]] = None,
+    ):
+        super().__init__(None, reader=reader)
+        self.decoder = decoder or ImageDecoder()
+        self.class_names = list(class_names) if class_names else None
+        self.notes: List[str] = []
+        self.origin = ''
+
+    def __iter__(self) -> Iterator[Tuple[Any, Any]]:
+        reader: Any = self.reader
+        for image, target in reader:
+            image = self.decoder(image)
+            yield (
+                image if self.transform is None else self.transform(image),
+                target if self.target_transform is None else self.target_transform(target))
+
+    def relabel(self, labels: np.ndarray, class_names: Sequence[str]) -> 'StreamSet':
+        """The same images, where label c becomes `labels[c]`."""
+        self.target_transform = labels.tolist().__getitem__
+        self.class_names = list(class_names)
+        return self
+
+    def check_readable(self) -> None:
+        """An unreadable image ends a stream anyway."""
+
+
+AnySet = Union[ImageSet, StreamSet]
+
+
+class _MemoryImages(ImageSource):
+    """Images in memory, uint8 [N, H, W, C]."""
+
+    images: np.ndarray
+
+    def __init__(self, images: np.ndarray):
+        self.images = images
+
+    def open(self, row: int) -> Image.Image:
+        return Image.fromarray(self.images[row])
+
+
+def in_memory_set(
+        images: np.ndarray,
+        targets: Union[Sequence[int], np.ndarray],
+        class_names: Sequence[str],
+) -> ImageSet:
+    """A set of uint8 images [N, H, W, C] in memory with labels [N]."""
+    return ImageSet(_MemoryImages(images), targets, class_names, ImageDecoder(images.shape[-1]))
+
+
+def _group_hashes(paths: Sequence[str], groups: Optional[Sequence[str]], key: str) -> np.ndarray:
+    if groups is not None:
+        return name_hashes(groups)
+    try:
+        pattern = re.compile(key)
+    except re.error as error:
+        raise InputError(f"--group-key '{key}' is neither a column nor a regular expression: {error}.") from error
+    found = [pattern.search(path) for path in paths]
+    if not any(found):
+        raise InputError(
+            f"--group-key '{key}' is no column, and is found in no path, such as '{paths[0]}': give another one.")
+    # An image without a group is a group of its own. No group's name begins with a slash, so its name is not taken.
+    return name_hashes([
+        (match.group(1) if match.re.groups else match.group()) or '' if match else f'/{path}'
+        for match, path in zip(found, paths)])
+
+
+def label_images(
+        config: SourceConfig,
+        source: ImageSource,
+        labels: Sequence[str],
+        notes: Sequence[str] = (),
+        groups: Optional[Sequence[str]] = None,
+        order: Optional[Sequence[str]] = None,
+        origin: str = '',
+) -> ImageSet:
+    """The set of a source's images, in an order that only depends on the names of classes and files.
+
+    Args:
+        config: How images are decoded, labelled and grouped.
+        source: The images, which must have paths.
+        labels: Name of each image's class.
+        notes: What was left out so far.
+        groups: Group of each image, where the data has a column of them.
+        order: Class names in label order. By default they are sorted.
+        origin: Where the set comes from, in words.
+    """
+    paths = list(source.paths)
+    notes = list(notes)
+    class_names, targets = index_labels(labels, config.class_map, order, notes)
+    files = [path.rpartition('/')[2] for path in paths]
+    rows = np.array(sorted(range(len(paths)), key=lambda i: (files[i], paths[i])), dtype=np.int64)
+    rows = rows[np.argsort(targets[rows], kind='stable')]
+    rows = rows[targets[rows] >= 0]
+    groups_of = _group_hashes(paths, groups, config.group_key)[rows] if config.group_key else None
+    return ImageSet(
+        source, targets[rows], class_names, create_decoder(config), rows, groups_of, notes, origin)

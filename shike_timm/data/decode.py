@@ -1,0 +1,88 @@
+"""Decoding: from image files of any kind to PIL images with the channels that a model takes."""
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import FrozenSet, Optional, Tuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..errors import InputError
+from .config import PreprocessingConfig
+
+__all__ = ['ImageDecoder', 'create_decoder', 'image_channels', 'image_extensions']
+
+HIGHEST = {'F': 1., 'I': 2 ** 31 - 1}  # the other deep modes have 16 bits
+NO_IMAGES = ('BUFR', 'GRIB', 'HDF5', 'MPEG')  # formats that Pillow knows but cannot decode
+MODES = {1: 'L', 3: 'RGB'}
+
+
+@lru_cache(maxsize=1)
+def image_extensions() -> FrozenSet[str]:
+    """Extensions of the files that Pillow decodes, in lower case and with their dot."""
+    known = Image.registered_extensions()
+    return frozenset(
+        extension for extension, kind in known.items() if kind in Image.OPEN and kind not in NO_IMAGES)
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """Decodes images to one mode.
+
+    Deep images (16 or 32 bits, or floating point) are scaled by the range of their type: 0 to 65535, 0 to 2^31 - 1,
+    and 0 to 1. Pillow alone would clip them.
+
+    Attributes:
+        channels: Channels of the images, 1 or 3.
+        pixel_range: Values of deep images that become black and white, instead of the range of their type.
+        exif: Turn images as their EXIF orientation says.
+    """
+
+    channels: int = 3
+    pixel_range: Optional[Tuple[float, float]] = None
+    exif: bool = False
+
+    @staticmethod
+    def is_deep(image: Image.Image) -> bool:
+        """Whether an image has more than 8 bits a channel."""
+        return image.mode == 'F' or image.mode.startswith('I')
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Decode an image. A damaged image raises whatever Pillow raises."""
+        if self.exif:
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would lose its format
+        if self.is_deep(image):
+            image = self._scaled(image)
+        if image.mode in ('P', 'RGBa', 'La'):  # Pillow warns about their transparency, or has multiplied it in
+            image = image.convert('LA' if image.mode == 'La' else 'RGBA')
+        elif image.mode == 'LAB':
+            raise OSError('LAB colours are not read')
+        return image.convert(MODES[self.channels])  # this loads the image in any case
+
+    def _scaled(self, image: Image.Image) -> Image.Image:
+        # Pillow reads 16-bit portable grey maps as 32-bit images. Older releases do so with 16-bit PNG too.
+        is_short = image.mode not in HIGHEST or image.mode == 'I' and image.format in ('PNG', 'PPM')
+        low, high = self.pixel_range or (0, 65535 if is_short else HIGHEST[image.mode])
+        values = (np.asarray(image, dtype=np.float64) - low) * (255 / (high - low))
+        return Image.fromarray(np.nan_to_num(values).round().clip(0, 255).astype(np.uint8))
+
+
+def image_channels(config: PreprocessingConfig) -> int:
+    """Channels of the images, from `--in-chans` or `--input-size`."""
+    channels = config.in_chans or (config.input_size or (3,))[0]
+    if config.input_size and channels != config.input_size[0]:
+        raise InputError(
+            f'--in-chans {channels} contradicts the {config.input_size[0]} channels of --input-size: drop one of them.')
+    if config.input_size and config.img_size:
+        raise InputError(f'--input-size and --img-size {config.img_size} contradict each other: drop one of them.')
+    return channels
+
+
+def create_decoder(config: PreprocessingConfig) -> ImageDecoder:
+    """The decoder that a configuration describes."""
+    channels = image_channels(config)
+    if channels not in MODES:
+        raise InputError(f'Images of {channels} channels are not read: choose 1 or 3 with --in-chans.')
+    low, high = config.pixel_range or (0., 1.)
+    if not low < high:
+        raise InputError(f'--pixel-range {low:g} {high:g} is empty: give the lower value first.')
+    return ImageDecoder(channels, (low, high) if config.pixel_range else None, bool(config.exif))

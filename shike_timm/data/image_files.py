@@ -1,0 +1,96 @@
+"""Image files without labels, named by a user. A file that cannot be read is reported and stops nothing."""
+import glob
+import os
+import sys
+from collections import Counter
+from typing import Any, Dict, Iterable, List, Optional, Tuple
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import Compose
+
+from ..errors import InputError
+from .decode import MODES, ImageDecoder
+from .inspect import ImageReader
+from .sources.folder import list_folder, list_images
+
+__all__ = ['create_file_loader', 'find_images']
+
+
+def _images_below(folder: str) -> List[str]:
+    """Images below a folder, sorted by name. Hidden names are left out."""
+    listed = list_images(list_folder(folder, Counter()))
+    return [os.path.join(folder, place, name) for place, files in sorted(listed.items()) for name in sorted(files)]
+
+
+def _find(name: str) -> List[str]:
+    """Images of one name: a file, a folder or a pattern."""
+    if os.path.isdir(name):
+        found = _images_below(name)
+        if not found:
+            raise InputError(f"folder '{name}' holds no images: give one that does.")
+        return found
+    if os.path.exists(name) or not glob.has_magic(name):
+        return [name]
+    found = sorted(glob.glob(name, recursive=True))
+    if not found:
+        raise InputError(f"pattern '{name}' fits no file: see that it is right, and quoted.")
+    return [path for match in found for path in (_images_below(match) if os.path.isdir(match) else [match])]
+
+
+def find_images(names: Iterable[str]) -> List[str]:
+    """Image files by name.
+
+    Args:
+        names: Files, folders to search, patterns such as 'x/**/*.png', or '-' for lines of such names on standard
+            input. A file that does not exist is in the result too.
+    """
+    paths: List[str] = []
+    for name in names:
+        # File names are bytes, and need not be valid text.
+        lines = (os.fsdecode(line).rstrip('\r\n') for line in sys.stdin.buffer) if name == '-' else [name]
+        paths += [path for line in lines if line for path in _find(line)]
+    if not paths:
+        raise InputError('There are no images to predict: name files, folders or patterns.')
+    return paths
+
+
+def _collate(items: List[Tuple[Any, Optional[str]]]) -> Tuple[Optional[Tensor], List[Optional[str]]]:
+    images = [image for image, _ in items if image is not None]
+    return torch.from_numpy(np.stack(images)) if images else None, [error for _, error in items]
+
+
+def create_file_loader(
+        paths: List[str],
+        data_config: Dict[str, Any],
+        batch_size: int,
+        num_workers: int = 4,
+        pin_memory: bool = False,
+        pixel_range: Optional[Tuple[float, float]] = None,
+        exif: bool = False,
+) -> Iterable[Tuple[Optional[Tensor], List[Optional[str]]]]:
+    """Loader over image files in order.
+
+    Args:
+        paths: The files.
+        data_config: The result of `timm.data.resolve_data_config`.
+        batch_size: Files a batch.
+        num_workers: Worker processes.
+        pin_memory: Give tensors in pinned memory.
+        pixel_range: As for `ImageDecoder`.
+        exif: As for `ImageDecoder`.
+
+    Returns:
+        Batches: uint8 images [n, C, H, W] of the n files that can be read, or None if there are none, and for each
+        file of the batch what is wrong with it, or None.
+    """
+    channels = data_config['input_size'][0]
+    if channels not in MODES:
+        raise InputError(f'The model takes images of {channels} channels, expected 1 or 3: no files have such.')
+    transform: Any = timm.data.create_transform(**data_config, is_training=False, use_prefetcher=True)
+    reader = ImageReader(Image.open, Compose([ImageDecoder(channels, pixel_range, exif), transform]), paths)
+    return DataLoader(reader, batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin_memory)

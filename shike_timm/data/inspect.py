@@ -1,0 +1,274 @@
+"""Reading every image of a set: before training, to describe a data set, and to predict."""
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..errors import InputError, one_line
+from .dataset import AnySet, ImageSet, StreamSet
+from .decode import HIGHEST, ImageDecoder
+
+__all__ = ['ImageReader', 'Inspected', 'exclude_unreadable', 'find_similar', 'find_unreadable', 'inspect_images']
+
+_logger = logging.getLogger(__name__)
+
+MAX_NAMED = 20  # unreadable images
+MAX_BITS = 3  # of 64 that may differ between the hashes of images that look alike
+
+
+class ImageReader(Dataset):
+    """Opens images. Each item is what `use` makes of an image, None if it cannot be read, and what is wrong then.
+
+    Args:
+        open_image: Opens the image of an index.
+        use: What to do with an opened image. It may be called in a worker process.
+        indices: The images to read.
+    """
+
+    def __init__(
+            self,
+            open_image: Callable[[Any], Image.Image],
+            use: Callable[[Image.Image], Any],
+            indices: Sequence[Any],
+    ):
+        self.open_image = open_image
+        self.use = use
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Tuple[Any, Optional[str]]:
+        try:
+            with self.open_image(self.indices[position]) as image:
+                return self.use(image), None
+        except Exception as error:  # a decoder may raise anything for a damaged file
+            return None, one_line(error)
+
+
+def _read_all(reader: ImageReader, workers: int, title: str) -> Iterator[Tuple[Any, Optional[str]]]:
+    """The items of a reader in order, with a progress bar on a terminal."""
+    loader = DataLoader(
+        reader, 32, num_workers=min(workers, -(-len(reader) // 1000)), collate_fn=list, generator=torch.Generator())
+    hidden = not len(reader) or not sys.stderr.isatty()
+    with tqdm(total=len(reader), desc=title, leave=False, disable=hidden, dynamic_ncols=True) as progress:
+        for batch in loader:
+            yield from batch
+            progress.update(len(batch))
+
+
+class _Check:
+    """Decodes an image, and gives the extrema of a deep one with the highest value of its type."""
+
+    def __init__(self, decoder: ImageDecoder):
+        self.decoder = decoder
+
+    def __call__(self, image: Image.Image) -> Tuple[float, ...]:
+        deep: Tuple[float, ...] = ()
+        if self.decoder.is_deep(image):
+            low, high = image.getextrema()
+            deep = float(low), float(high), float(HIGHEST.get(image.mode, 65535))  # pyright: ignore[reportArgumentType]
+        self.decoder(image)
+        return deep
+
+
+def _memory(data: ImageSet) -> Path:
+    """File that remembers the images of a folder or archive that were read."""
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    key = hashlib.blake2b(os.path.abspath(data.source.root).encode('utf-8', 'surrogateescape'), digest_size=12)
+    return Path(cache, 'shike_timm', f'images-{key.hexdigest()}.json')
+
+
+def _recall(path: Path) -> Dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _remember(path: Path, known: Dict[str, Any]) -> None:
+    temporary = path.with_name(f'{path.name}.{os.getpid()}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known))
+        temporary.replace(path)
+    except OSError:
+        pass  # the images are only read again
+
+
+def _stamp(data: ImageSet, index: int) -> str:
+    try:
+        text = data.stamp(index)
+    except OSError:
+        return ''
+    return hashlib.blake2b(text.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()
+
+
+def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
+    """What is wrong with each unreadable image, by its index. Images that were read before are not read again."""
+    stamps = [_stamp(data, index) for index in range(len(data))]
+    path = _memory(data)
+    known = _recall(path)
+    faults: Dict[int, str] = {}
+    # A readable image is known by '', or by its extrema if it is deep. A fault may have been the disk's.
+    unknown = [i for i, stamp in enumerate(stamps) if known.get(stamp) != '' and not isinstance(known.get(stamp), list)]
+    reader = ImageReader(data.open, _Check(data.decoder), unknown)
+    for index, (deep, fault) in zip(unknown, _read_all(reader, workers, 'checking images')):
+        if fault:
+            faults[index] = fault
+        known[stamps[index]] = fault or list(deep or ()) or ''
+    deep = [known[stamp] for stamp in stamps if isinstance(known[stamp], list)]
+    known.pop('', None)
+    if unknown:
+        _remember(path, known)
+    if deep and data.decoder.pixel_range is None:
+        low, high, highest = (pick(values) for pick, values in zip((min, max, max), zip(*deep)))
+        if high > highest or high <= highest / 8:
+            _logger.warning(
+                f'{len(deep)} images of more than 8 bits have values of {low:g} to {high:g} in a range of 0 to '
+                f'{highest:g}: scale them with --pixel-range {low:g} {high:g}.')
+    return faults
+
+
+def exclude_unreadable(data: ImageSet, workers: int = 0) -> ImageSet:
+    """A set without its unreadable images, which are named in warnings. Each class must keep an image."""
+    faults = find_unreadable(data, workers)
+    if not faults:
+        return data
+    bad = sorted(faults)
+    for index in bad[:MAX_NAMED]:
+        _logger.warning(f"'{data.filename(index)}' cannot be read and is left out: {faults[index]}")
+    if len(bad) > MAX_NAMED:
+        _logger.warning(f'{len(bad) - MAX_NAMED} more cannot be read and are left out.')
+    left = data.take(np.setdiff1d(np.arange(len(data)), bad))
+    for label, (count, before) in enumerate(zip(left.class_counts, data.class_counts)):
+        if before and not count:
+            first = next(index for index in bad if data.targets[index] == label)
+            raise InputError(
+                f"None of the {before} images of class '{data.class_names[label]}' can be read, of "
+                f"'{data.filename(first)}' because: {faults[first]}; mend them, or remove the class.")
+    left.notes.append(
+        f"{len(bad)} unreadable ({', '.join(data.filename(i) for i in bad[:3])}{', ...' if len(bad) > 3 else ''})")
+    return left
+
+
+@dataclass
+class Inspected:
+    """What an image is.
+
+    Attributes:
+        name: Its path, or its index if it has none.
+        target: Its label.
+        digest: Digest of its file, or of its pixels if there is no file.
+        size: Width and height.
+        mode: Pillow's mode.
+        extrema: Lowest and highest value of a deep image.
+        look: Perceptual hash of 64 bits, if asked for.
+        error: Why it cannot be read.
+    """
+
+    name: str = ''
+    target: int = -1
+    digest: Optional[bytes] = None
+    size: Optional[Tuple[int, int]] = None
+    mode: str = ''
+    extrema: Any = None
+    look: Optional[int] = None
+    error: Optional[str] = None
+
+
+def _digest(content: Any) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+class _Inspect:
+    """Makes an `Inspected` of an image. `perceptual` says whether to hash what it looks like."""
+
+    def __init__(self, perceptual: bool):
+        self.perceptual = perceptual
+
+    def _fill(self, found: Inspected, image: Image.Image) -> None:
+        image.load()
+        found.size, found.mode = image.size, image.mode
+        if ImageDecoder.is_deep(image):
+            found.extrema = image.getextrema()
+        if self.perceptual:
+            import imagehash
+            found.look = int(str(imagehash.phash(ImageDecoder(1)(image))), 16)
+
+    def __call__(self, image: Image.Image) -> Inspected:
+        found, file = Inspected(), getattr(image, 'fp', None)
+        try:
+            if file is None:
+                self._fill(found, image)
+                found.digest = _digest(repr((image.size, image.mode)).encode() + image.tobytes())
+            else:
+                file.seek(0)
+                content = file.read()
+                found.digest = _digest(content)
+                with Image.open(io.BytesIO(content)) as copy:
+                    self._fill(found, copy)
+        except Exception as error:  # a decoder may raise anything for a damaged file
+            found.error = one_line(error)
+        return found
+
+
+def inspect_images(data: AnySet, workers: int = 0, perceptual: bool = False) -> List[Inspected]:
+    """Read every image of a set that has no transform.
+
+    Args:
+        data: The set.
+        workers: Worker processes.
+        perceptual: Also hash what images look like. This needs the package imagehash.
+
+    Returns:
+        What each image is, in order.
+    """
+    found, inspect = [], _Inspect(perceptual)
+    if isinstance(data, StreamSet):
+        for index, (image, target) in enumerate(data):
+            found.append(inspect(image))
+            found[-1].name, found[-1].target = str(index), int(target)
+        return found
+    reader = ImageReader(data.open, inspect, range(len(data)))
+    for index, (one, error) in enumerate(_read_all(reader, workers, 'reading images')):
+        found.append(one or Inspected(error=error))
+        found[-1].name, found[-1].target = data.filename(index), int(data.targets[index])
+    return found
+
+
+def find_similar(looks: Sequence[int]) -> List[List[int]]:
+    """Groups of positions whose perceptual hashes differ in at most `MAX_BITS` bits from another of the group."""
+    from scipy.sparse import coo_array  # a requirement of imagehash
+    from scipy.sparse.csgraph import connected_components
+    hashes, which = np.unique(np.array(looks, dtype=np.uint64), return_inverse=True)
+    pairs = [np.empty((2, 0), dtype=np.int64)]
+    # Hashes are cut into MAX_BITS + 1 parts. Two that differ in MAX_BITS bits are equal in at least one part.
+    width = 64 // (MAX_BITS + 1)
+    for part in range(MAX_BITS + 1):
+        keys = (hashes >> np.uint64(width * part)) & np.uint64(2 ** width - 1)
+        order = np.argsort(keys, kind='stable')
+        for rows in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+            for place, row in enumerate(rows[:-1]):
+                others = rows[place + 1:]
+                bits = np.unpackbits((hashes[others] ^ hashes[row])[:, None].view(np.uint8), axis=1)
+                near = others[bits.sum(1) <= MAX_BITS]
+                pairs.append(np.stack([near, np.full_like(near, row)]))
+    edges = np.concatenate(pairs, axis=1)
+    graph = coo_array((np.ones(edges.shape[1], dtype=bool), tuple(edges)), shape=(len(hashes), len(hashes)))
+    group_of = connected_components(graph, directed=False)[1]
+    groups: Dict[int, List[int]] = {}
+    for i, one in enumerate(which.tolist()):
+        groups.setdefault(int(group_of[one]), []).append(i)
+    return [group for group in groups.values() if len(group) > 1]

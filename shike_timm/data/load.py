@@ -1,0 +1,297 @@
+"""Loading: the training set and the evaluation split that a configuration names, checked and matched by class names."""
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import List, Optional, Sequence, Type, Union
+
+import numpy as np
+
+from ..errors import InputError
+from ..options import options
+from .class_names import match_names, read_class_stats
+from .config import SourceConfig
+from .dataset import AnySet, ImageSet, StreamSet
+from .decode import image_channels
+from .holdout import hold_out_share
+from .inspect import exclude_unreadable
+from .registry import DataSource, find_dataset
+from .split_lists import SplitLists, write_split_lists
+
+__all__ = ['TrainingData', 'check_options', 'load_eval_data', 'load_training_data', 'open_dataset']
+
+_logger = logging.getLogger(__name__)
+
+HOLDOUT = 0.2  # if there is nothing else to evaluate on
+MAX_CHECKED = 100_000  # images that are read before training, unless --check-images says otherwise
+STREAMS = ('hfids/', 'tfds/', 'wds/')
+UNUSED_IN_MEMORY = ('class_map', 'class_depth', 'group_key', 'input_key', 'target_key')
+
+
+@dataclass
+class TrainingData:
+    """A training set, the set that it is evaluated on, and its classes.
+
+    Attributes:
+        train: Training set.
+        test: Evaluation split.
+        class_counts: Training images of each class, all positive.
+        class_names: Class names in label order.
+        shot_counts: Images of each class, with those that are held out. They make a class many-, medium- or few-shot.
+        holdout: Share of each class that is held out.
+        is_split_by_path: Whether images are held out or listed, so that only their paths tell both sets apart.
+    """
+
+    train: AnySet
+    test: AnySet
+    class_counts: List[int]
+    class_names: List[str]
+    shot_counts: List[int] = field(default_factory=list)
+    holdout: float = 0.
+    is_split_by_path: bool = False
+
+    def __post_init__(self) -> None:
+        self.shot_counts = self.shot_counts or self.class_counts
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_counts)
+
+    def write_split_lists(self, folder: Path) -> None:
+        """Write lists of both sets into a run folder, if only they tell the sets apart and there are none yet."""
+        train, test = self.train, self.test
+        if isinstance(train, StreamSet) or isinstance(test, StreamSet) or not train.has_paths:
+            return
+        if self.is_split_by_path and SplitLists.find(folder) is None:
+            write_split_lists(folder, train, test)
+
+    def describe(self) -> str:
+        """A line that tells what was found."""
+        counts, names = self.class_counts, self.class_names
+        largest, smallest = max(counts), min(counts)
+        line = (
+            f"Data: {sum(counts)} training images of {len(counts)} classes, from {largest} of "
+            f"'{names[counts.index(largest)]}' to {smallest} of '{names[counts.index(smallest)]}', imbalance factor "
+            f'{largest / smallest:.4g}.')
+        number = f'{sum(self.test.class_counts)} images' if self.test.class_counts else 'images'
+        line += f" Evaluation: {number}, {self.test.origin or 'a split of its own'}."
+        notes = list(dict.fromkeys([*self.train.notes, *self.test.notes]))
+        return line + (f" Left out: {'; '.join(notes)}." if notes else '')
+
+
+def _refuse(config: SourceConfig, names: Sequence[str], why: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value != options(SourceConfig)[name].default:
+            raise InputError(f"{name.replace('_', '-')} {value!r} is {why}: drop it.")
+
+
+def check_options(config: SourceConfig, source: Type[DataSource]) -> None:
+    """Refuse options that do not apply to a data set, or that contradict each other."""
+    name = config.dataset or config.data_dir
+    if not source.has_imb_factor:
+        _refuse(config, ('imb_factor', 'imb_type', 'imb_seed'), f"for the *_lt data sets, and '{name}' is none")
+    if source.eval_split:
+        splits = ('train_split', 'val_split') if config.val_split != source.eval_split else ('train_split',)
+        _refuse(config, splits, f"not for '{name}', whose splits are fixed")
+    if not (config.dataset or config.train_list or config.val_list):
+        _refuse(config, ('input_key', 'target_key'), f"for lists, and '{name}' is a folder")
+    if not config.dataset.lower().startswith(STREAMS):
+        _refuse(config, ('train_num_samples', 'val_num_samples'), f"for streams, and '{name}' is none")
+    if config.class_depth and config.train_list:
+        raise InputError(
+            f"class-depth {config.class_depth} is for folders, and the list '{config.train_list}' says the classes: "
+            'drop one of them.')
+    if config.val_per_class and not source.has_imb_factor:
+        raise InputError(
+            f"val-per-class {config.val_per_class} needs one of the *_lt data sets, not '{name}': drop it.")
+    for option in ('val_per_class', 'val_list') if config.holdout else ():
+        value = getattr(config, option)
+        if value:
+            raise InputError(
+                f"holdout {config.holdout:g} and {option.replace('_', '-')} {value!r} contradict each other: drop one.")
+    if config.class_stats and source.has_imb_factor:
+        raise InputError(
+            f"class-stats '{config.class_stats}' is not for '{name}', whose counts follow its imb-factor: drop it.")
+    if config.dataset and source.num_classes is None and (config.train_list or config.val_list):
+        raise InputError(
+            f"List '{config.train_list or config.val_list}' is of images in a folder, and dataset '{name}' is none: "
+            'drop one of them.')
+
+
+def open_dataset(config: SourceConfig, batch_size: int = 1, seed: int = 42) -> DataSource:
+    """The data set that a configuration names, after its options are checked."""
+    source = find_dataset(config.dataset)
+    check_options(config, source)
+    return source(config, batch_size, seed)
+
+
+def _check_images(data: AnySet, config: SourceConfig, workers: int) -> AnySet:
+    """The set without unreadable images, after the options of sets in memory are checked."""
+    if isinstance(data, StreamSet):
+        return data
+    if data.images is not None:
+        if data.images.shape[-1] != config.in_chans:
+            raise InputError(
+                f"'{config.dataset}' has images of {data.images.shape[-1]} channels, not of {config.in_chans}: leave "
+                '--in-chans out.')
+        _refuse(config, UNUSED_IN_MEMORY, f"not for '{config.dataset}', read as it is")
+        return data
+    is_wanted = len(data) <= MAX_CHECKED if config.check_images is None else config.check_images
+    return exclude_unreadable(data, workers) if is_wanted else data
+
+
+def _match_classes(data: AnySet, class_names: Sequence[str], config: SourceConfig) -> AnySet:
+    """An evaluation split, labelled by the places of its class names among those of training."""
+    if not data.class_names:
+        return data
+    what = f"the {config.val_split} split of '{config.dataset or config.data_dir}'"
+    return data.relabel(match_names(data.class_names, class_names, what), class_names)
+
+
+def _warn_about_trained(data: AnySet, lists: SplitLists, config: SourceConfig, moved: bool) -> None:
+    """Warn if a set seems to have images that a run was trained on. They may have been moved."""
+    count = lists.count_trained(data, moved)
+    if count:
+        _logger.warning(
+            f"{count} images of '{config.dataset or config.data_dir}' have the "
+            f"{'folder and the name' if moved else 'path'} of one that '{lists.folder}' was trained on: unless they "
+            f"are others, its figures are too good; '{lists.eval_list}' lists those held out.")
+
+
+def _warn_about_groups(train: AnySet, test: AnySet, config: SourceConfig) -> None:
+    if train.groups is None or test.groups is None:
+        return
+    count = int(np.isin(np.unique(train.groups), test.groups).sum())
+    if count:
+        _logger.warning(
+            f"{count} groups of --group-key '{config.group_key}' are in training and in evaluation: figures are too "
+            'good, and shike describe names them.')
+
+
+def _check_classes(counts: Sequence[int], names: Sequence[str], what: str) -> None:
+    if min(counts) < 1:
+        bare = names[counts.index(min(counts))]
+        raise InputError(f"Class '{bare}' has no training image: add some, or remove the class.")
+    if len(counts) < 2:
+        raise InputError(
+            f"{what} has a single class, '{names[0]}', and nothing to tell it from: give a folder of several.")
+
+
+def load_training_data(
+        config: SourceConfig,
+        class_names: Optional[Sequence[str]] = None,
+        run_folder: Union[None, str, Path] = None,
+        workers: int = 0,
+        batch_size: int = 1,
+        seed: int = 42,
+) -> TrainingData:
+    """Load a training set and the set that it is evaluated on. If there is none, a share of each class is held out.
+
+    Args:
+        config: The data to load.
+        class_names: Classes in label order that the data must have, such as those of a checkpoint.
+        run_folder: Run folder whose lists split the training set, if they are there.
+        workers: Worker processes that check images.
+        batch_size: Images a batch of a stream.
+        seed: Seed of the order of a stream.
+
+    Raises:
+        InputError: If data is missing or damaged, a class has no training image, there is only one class, or options
+            contradict each other.
+    """
+    config = replace(config, in_chans=image_channels(config))
+    name = config.dataset or str(config.data_dir)
+    what = f"'{name}'"
+    source = open_dataset(config, batch_size, seed)
+    train, stats = source.train(), config.class_stats
+    counts = train.class_counts
+    if stats:
+        own_counts, (counts, stats_names) = counts, read_class_stats(stats)
+        train.class_names = train.class_names or stats_names
+        if own_counts and counts != own_counts:
+            _logger.warning(
+                f"class-stats '{stats}' counts {sum(counts)} images, but {what} has {sum(own_counts)}, or its classes "
+                'have other numbers: those of the file are taken.')
+    if counts is None:
+        raise InputError(
+            f"dataset '{config.dataset}' does not list its labels, so its classes cannot be counted: use a folder of "
+            'images, or give their counts with --class-stats.')
+    named = len(train.class_names or counts)
+    if named != len(counts):
+        raise InputError(f"'{stats}' counts {len(counts)} classes, but {named} have names: give what fits.")
+    if class_names and train.class_names:
+        labels = match_names(train.class_names, class_names, what, all_of_them=True)
+        train = train.relabel(labels, class_names)
+        counts = [counts[label] for label in np.argsort(labels)]
+    names = train.class_names or [str(c) for c in range(len(counts))]
+    _check_classes(counts, names, what)
+    train = _check_images(train, config, workers)
+    if train.class_counts and not stats:
+        counts = train.class_counts
+    shot_counts, holdout, lists = counts, config.holdout, SplitLists.find(run_folder)
+    test = None if holdout else source.evaluation(train.class_names)
+    if test is not None:
+        if stats:
+            test.class_names = test.class_names or train.class_names
+        test = _check_images(_match_classes(test, names, config), config, workers)
+        if lists and config.val_list:
+            _warn_about_trained(test, lists, config, moved=False)
+        _warn_about_groups(train, test, config)
+    else:
+        holdout = holdout or HOLDOUT
+        if lists and isinstance(train, ImageSet):
+            train, test = lists.split(train)
+        else:
+            train, test = hold_out_share(train, holdout, name, source.has_imb_factor)
+        counts = train.class_counts
+    return TrainingData(
+        train, test, counts, names, shot_counts, holdout, bool(holdout or config.train_list or config.val_list))
+
+
+def load_eval_data(
+        config: SourceConfig,
+        class_names: Optional[Sequence[str]] = None,
+        in_chans: Optional[int] = None,
+        run_folder: Union[None, str, Path] = None,
+        workers: int = 0,
+        batch_size: int = 1,
+        seed: int = 42,
+) -> AnySet:
+    """Load an evaluation split alone. If the data has none, the images that a run held out are taken.
+
+    Args:
+        config: The data to load.
+        class_names: The model's classes in label order. Those of the data are matched to them by name.
+        in_chans: Channels of the model's images, by default those of the configuration.
+        run_folder: Run folder of the model, whose lists say what was held out.
+        workers: Worker processes that check images.
+        batch_size: Images a batch of a stream.
+        seed: Seed of the order of a stream.
+
+    Raises:
+        InputError: If data is missing or damaged, or a class is not among the model's.
+    """
+    if in_chans:
+        config = replace(config, in_chans=in_chans, input_size=None)
+    config = replace(config, in_chans=image_channels(config))
+    source = open_dataset(config, batch_size, seed)
+    lists, data = SplitLists.find(run_folder), source.evaluation(class_names)
+    is_whole, may_be_trained = data is None, False
+    if data is None and (lists or source.is_undivided):
+        data, may_be_trained = source.train(class_names), not source.is_undivided
+    if lists and data is not None:
+        if is_whole and isinstance(data, ImageSet) and lists.is_same_data(data):
+            _, data = lists.split(data)
+            lists.check_labels(data)
+            may_be_trained = False
+        elif is_whole or config.val_list or not config.dataset:  # other data sets may number the images of each split
+            _warn_about_trained(data, lists, config, is_whole)
+    if data is None or may_be_trained:
+        raise InputError(
+            f"'{config.dataset or config.data_dir}' has no {config.val_split} split: name the one to evaluate on with "
+            '--val-split or --val-list.')
+    if data.class_names is None and config.class_stats:
+        data.class_names = read_class_stats(config.class_stats)[1]
+    if class_names:
+        data = _match_classes(data, class_names, config)
+    return _check_images(data, config, workers)

@@ -1,0 +1,76 @@
+"""The registry of data sets: what `--dataset` may name."""
+from typing import Any, Callable, Dict, Optional, Sequence, Type
+
+from ..errors import InputError
+from .config import SourceConfig
+from .dataset import AnySet
+
+__all__ = ['DATASETS', 'DataSource', 'find_dataset', 'register_dataset']
+
+
+class DataSource:
+    """A data set, which loads a split when it is asked for it. A subclass gives `train` and `evaluation`.
+
+    Attributes:
+        has_imb_factor: Whether `--imb-factor` cuts it to a long tail. `--holdout` then takes the last images of each
+            class.
+        eval_split: Name of its evaluation split. None where `--val-split` names it.
+        num_classes: Number of classes of a published set of lists. Other lists may be given for such a set.
+        has_uncertain_splits: Whether only reading shows that a split is missing.
+
+    Args:
+        config: The data to load.
+        batch_size: Images a batch, for streams.
+        seed: Seed of the order, for streams.
+    """
+
+    has_imb_factor = False
+    eval_split: Optional[str] = None
+    num_classes: Optional[int] = None
+    has_uncertain_splits = False
+
+    def __init__(self, config: SourceConfig, batch_size: int = 1, seed: int = 42):
+        self.config = config
+        self.batch_size = batch_size
+        self.seed = seed
+
+    @property
+    def is_undivided(self) -> bool:
+        """Whether there are no splits, so that all images may be evaluated on."""
+        return False
+
+    def train(self, class_names: Optional[Sequence[str]] = None) -> AnySet:
+        """The training set. `class_names` are those of a model, where they are known."""
+        raise NotImplementedError
+
+    def evaluation(self, class_names: Optional[Sequence[str]] = None) -> Optional[AnySet]:
+        """The evaluation split, None if there is none."""
+        raise NotImplementedError
+
+
+DATASETS: Dict[str, Type[DataSource]] = {}
+
+
+def register_dataset(*names: str) -> Callable[[Type[Any]], Type[Any]]:
+    """Register a subclass of `DataSource` by name. A name that ends with a slash stands for all names that begin so.
+
+    Raises:
+        ValueError: If a name is taken.
+    """
+    def register(source: Type[Any]) -> Type[Any]:
+        for name in names:
+            if name in DATASETS:
+                raise ValueError(f"There is a data set '{name}' already.")
+            DATASETS[name] = source
+        return source
+
+    return register
+
+
+def find_dataset(name: str) -> Type[DataSource]:
+    """The data set of a name, or of its part up to the first slash in any case."""
+    source = DATASETS.get(name) or DATASETS.get(name[:name.find('/') + 1].lower() or name)
+    if source is None:
+        known = ', '.join(f'{key}...' if key.endswith('/') else key for key in DATASETS if key)
+        raise InputError(f"dataset '{name}' is unknown: choose one of {known}, or none for a folder of images.")
+    return source

@@ -1,0 +1,89 @@
+"""Image files in a folder or in uncompressed tar archives, by their paths."""
+import io
+import os
+import tarfile
+from typing import Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+from PIL import Image
+
+from ...errors import InputError, one_line
+from ..dataset import ImageSource, Names
+
+__all__ = ['FolderImages', 'TarImages', 'open_files', 'tar_members']
+
+Member = Tuple[str, int, int]  # name, first byte and length, which is -1 for a folder
+
+
+class FolderImages(ImageSource):
+    """Image files at these paths below a folder."""
+
+    def __init__(self, root: str, paths: Sequence[str]):
+        self.root = root
+        self.paths = Names(paths)
+
+    def open(self, row: int) -> Image.Image:
+        return Image.open(os.path.join(self.root, self.paths[row]))
+
+    def stamp(self, row: int) -> str:
+        status = os.stat(os.path.join(self.root, self.paths[row]))
+        return f'{self.paths[row]}|{status.st_size}|{status.st_mtime_ns}'
+
+
+class TarImages(ImageSource):
+    """Members of uncompressed tar archives.
+
+    Args:
+        root: The archive, or the folder of several.
+        paths: Paths of the members.
+        places: Archive, first byte and length of each [N, 3].
+        archives: The archives, by default `root` alone.
+    """
+
+    def __init__(self, root: str, paths: Sequence[str], places: np.ndarray, archives: Sequence[str] = ()):
+        self.root = root
+        self.paths = Names(paths)
+        self.places = places.reshape(-1, 3)
+        self.archives = list(archives) or [root]
+
+    def open(self, row: int) -> Image.Image:
+        archive, start, length = self.places[row].tolist()
+        with open(self.archives[archive], 'rb') as file:
+            file.seek(start)
+            return Image.open(io.BytesIO(file.read(length)))
+
+    def stamp(self, row: int) -> str:
+        archive, start, length = self.places[row].tolist()
+        return f'{self.paths[row]}|{start}|{length}|{os.stat(self.archives[archive]).st_mtime_ns}'
+
+
+def _members(tar: tarfile.TarFile, prefix: str = '', offset: int = 0) -> Iterator[Member]:
+    for member in tar:
+        name = prefix + '/'.join(part for part in member.name.split('/') if part not in ('', '.'))
+        if member.isfile() and name.lower().endswith('.tar'):
+            with tarfile.open(fileobj=tar.extractfile(member), mode='r:') as inner:
+                yield from _members(inner, name[:-4] + '/', offset + member.offset_data)
+        elif member.isfile() or member.isdir():
+            yield name, offset + member.offset_data, member.size if member.isfile() else -1
+
+
+def tar_members(path: str) -> List[Member]:
+    """Members of a tar archive and of the archives in it."""
+    try:
+        with tarfile.open(path, mode='r:') as tar:
+            return list(_members(tar))
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(
+            f"data-dir '{path}' cannot be read as an uncompressed tar archive ({one_line(error)}): unpack it and give "
+            'the folder.') from error
+
+
+def open_files(root: str, paths: Sequence[str], members: Optional[Sequence[Member]] = None) -> ImageSource:
+    """The image files at these paths in a folder, or in an archive whose members may be known."""
+    if os.path.isdir(root):
+        return FolderImages(root, paths)
+    places = {name: (0, start, length) for name, start, length in members or tar_members(root) if length >= 0}
+    missing = next((path for path in paths if path not in places), None)
+    if missing is not None:
+        raise InputError(f"'{root}' has no member '{missing}': give paths as they are in the archive.")
+    return TarImages(root, paths, np.array([places[path] for path in paths], dtype=np.int64))

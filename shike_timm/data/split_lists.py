@@ -1,0 +1,90 @@
+"""Lists of the images that a run trained and was evaluated on, in its run folder."""
+import csv
+from pathlib import Path
+from typing import Dict, Optional, Tuple, Union
+
+import numpy as np
+
+from ..errors import InputError
+from .dataset import AnySet, ImageSet, StreamSet
+
+__all__ = ['SplitLists', 'write_split_lists']
+
+TRAIN_LIST, EVAL_LIST = 'train.csv', 'validation.csv'  # --train-list and --val-list can read them
+
+
+def write_split_lists(folder: Path, train: ImageSet, evaluation: ImageSet) -> None:
+    """Write the lists of a run into its folder. No half-written list is ever there."""
+    for name, data in ((TRAIN_LIST, train), (EVAL_LIST, evaluation)):
+        temporary = folder / f'{name}.tmp'
+        with temporary.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+            rows = csv.writer(file)
+            rows.writerow(('path', 'label'))
+            rows.writerows(zip(data.filenames(), (data.class_names[target] for target in data.targets)))
+        temporary.replace(folder / name)
+
+
+def _read(path: Path) -> Dict[str, str]:
+    with path.open(newline='', encoding='utf-8', errors='surrogateescape') as file:
+        return {row['path']: row['label'] for row in csv.DictReader(file)}
+
+
+class SplitLists:
+    """The lists of a run: class names by path."""
+
+    def __init__(self, folder: Union[str, Path]):
+        self.folder = folder
+        self.train_list, self.eval_list = Path(folder, TRAIN_LIST), Path(folder, EVAL_LIST)
+        self.train, self.evaluation = _read(self.train_list), _read(self.eval_list)
+
+    @classmethod
+    def find(cls, folder: Union[None, str, Path]) -> Optional['SplitLists']:
+        """The lists in a run folder, None if they are not there."""
+        if folder is None or not all(Path(folder, name).is_file() for name in (TRAIN_LIST, EVAL_LIST)):
+            return None
+        return cls(folder)
+
+    def is_same_data(self, data: AnySet) -> bool:
+        """Whether nearly all listed images are in a set."""
+        if isinstance(data, StreamSet) or not data.has_paths:
+            return False
+        paths = set(data.filenames())
+        found = sum(path in paths for listed in (self.train, self.evaluation) for path in listed)
+        return found >= 0.9 * (len(self.train) + len(self.evaluation))
+
+    def count_trained(self, data: AnySet, moved: bool) -> int:
+        """How many images of a set have the path of a training image, or its folder and name if they may be moved."""
+        def ending(path: str) -> str:
+            return '/'.join(path.split('/')[-2:]) if moved else path
+
+        if isinstance(data, StreamSet) or not data.has_paths:
+            return 0
+        endings = {ending(path) for path in self.train}
+        return sum(ending(path) in endings for path in data.filenames())
+
+    def split(self, data: ImageSet) -> Tuple[ImageSet, ImageSet]:
+        """Split a training set as the run did."""
+        paths = data.filenames()
+        train, evaluation = (
+            np.flatnonzero([path in listed for path in paths]) for listed in (self.train, self.evaluation))
+        for listed, found in ((TRAIN_LIST, train), (EVAL_LIST, evaluation)):
+            if not len(found):
+                raise InputError(
+                    f"None of the images that '{self.folder}' lists in {listed} is in the data: give --data-dir and "
+                    '--val-list as in training.')
+        found = len(train) + len(evaluation)
+        new, lost = len(paths) - found, len(self.train) + len(self.evaluation) - found
+        held_out = data.take(evaluation)
+        held_out.notes += [f'{count} {what}' for count, what in (
+            (new, 'images that the run does not list'), (lost, 'images that it lists are not there')) if count]
+        held_out.origin = f"the list '{self.eval_list}'"
+        return data.take(train), held_out
+
+    def check_labels(self, evaluation: ImageSet) -> None:
+        """Refuse evaluation images that have other labels than in the run."""
+        for path, target in zip(evaluation.filenames(), evaluation.targets):
+            label = evaluation.class_names[target]
+            if label != self.evaluation[path]:
+                raise InputError(
+                    f"'{path}' is of class '{label}' here and of '{self.evaluation[path]}' in '{self.eval_list}': give "
+                    f'the options of training, or --val-list {self.eval_list}.')
