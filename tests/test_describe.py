@@ -85,7 +85,7 @@ def test_groups_and_numbers(image_folder, tmp_path):
     assert load_class_stats(str(tmp_path / 'stats.json'))[0].tolist() == [24, 12, 6]
 
 
-def test_images_that_look_find_similar(tmp_path, monkeypatch, run_script):
+def test_images_that_look_alike(tmp_path, monkeypatch, run_script):
     pytest.importorskip('imagehash')
     rng = np.random.default_rng(0)
     for i in range(6):

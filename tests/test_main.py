@@ -39,7 +39,7 @@ def test_memory_that_runs_out_is_one_sentence(tmp_path, run_script, monkeypatch)
     def fail(*args):
         raise torch.OutOfMemoryError('CUDA out of memory.')
 
-    monkeypatch.setattr(describe, 'find_dataset', fail)
+    monkeypatch.setattr(describe, 'open_dataset', fail)
     status, _, told = run_script('describe', '--data-dir', tmp_path)
     assert status == 1 and told.count('\n') == 1 and '--grad-accum-steps' in told
 

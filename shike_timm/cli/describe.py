@@ -1,4 +1,4 @@
-"""Description of a data set: classes, counts, sizes, and whatever may falsify a training on it."""
+"""shike describe: the classes, counts and sizes of a data set, and its defects."""
 import importlib.util
 import json
 from collections import Counter, defaultdict
@@ -64,7 +64,7 @@ def _describe_split(data: AnySet, seen: List[Inspected]) -> Dict[str, Any]:
     class_counts = [counts[c] for c in range(len(names))]
     present = [count for count in class_counts if count]
     readable = [one for one in seen if one.error is None]
-    told: Dict[str, Any] = dict(
+    summary: Dict[str, Any] = dict(
         images=len(seen),
         classes=len(present),
         imbalance_factor=round(max(present) / min(present), 4) if present else None,
@@ -75,13 +75,13 @@ def _describe_split(data: AnySet, seen: List[Inspected]) -> Dict[str, Any]:
         modes=dict(Counter(one.mode for one in readable).most_common()),
     )
     if readable:
-        told.update(zip(('width', 'height'), map(_three, zip(*(one.size for one in readable)))))
+        summary.update(zip(('width', 'height'), map(_three, zip(*(one.size for one in readable)))))
     extrema = [one.extrema for one in readable if one.extrema]
     if extrema:
-        told['pixel_range'] = [min(low for low, _ in extrema), max(high for _, high in extrema)]
+        summary['pixel_range'] = [min(low for low, _ in extrema), max(high for _, high in extrema)]
     if data.notes:
-        told['left_out'] = list(data.notes)
-    return told
+        summary['left_out'] = list(data.notes)
+    return summary
 
 
 Found = Tuple[str, str, Inspected]  # an image's split and class
@@ -104,15 +104,15 @@ def _similar(found: List[Found]) -> List[List[Found]]:
 
 def _by_place(groups: List[List[Found]]) -> Dict[str, List[List[Dict[str, str]]]]:
     """Groups of images by where they are: in one class, in several, and in both splits."""
-    told: Dict[str, List[List[Dict[str, str]]]] = dict(within_class=[], across_classes=[], across_splits=[])
+    summary: Dict[str, List[List[Dict[str, str]]]] = dict(within_class=[], across_classes=[], across_splits=[])
     for group in groups:
         kind = 'within_class' if len({name for _, name, _ in group}) == 1 else 'across_classes'
         listed = [{'split': split, 'class': name, 'file': one.name} for split, name, one in group]
         if len({split for split, _, _ in group}) > 1:
-            told['across_splits'].append(listed)
+            summary['across_splits'].append(listed)
         if kind == 'across_classes' or max(Counter(split for split, _, _ in group).values()) > 1:
-            told[kind].append(listed)
-    return told
+            summary[kind].append(listed)
+    return summary
 
 
 def _label_gaps(names: Sequence[str]) -> List[int]:
@@ -140,11 +140,11 @@ def _is_perceptual(wanted: Optional[bool]) -> bool:
     return found if wanted is None else wanted
 
 
-def describe_data(args: DescribeConfig) -> Dict[str, Any]:
-    """Read a whole data set and tell what it holds; its class counts are written where that is asked for.
+def describe_data(config: DescribeConfig) -> Dict[str, Any]:
+    """Read a whole data set and summarize it. With `--class-stats` its class counts are written.
 
     Args:
-        args: What `parse_describe_args` gives.
+        config: The data, and what to look for.
 
     Returns:
         Under `train` and `evaluation`, None where there is no such split, the `images`, `classes` with images,
@@ -160,33 +160,33 @@ def describe_data(args: DescribeConfig) -> Dict[str, Any]:
     Raises:
         InputError: If there is no such data, or the file of class counts cannot be written.
     """
-    check_results_file(args.class_stats)
-    if args.class_stats and Path(args.class_stats).exists():
-        raise InputError(f"--class-stats '{args.class_stats}' exists: choose another file, or remove it.")
-    perceptual = _is_perceptual(args.perceptual)
-    train, test, reason = _load(args)
-    sets = {'train': (train, inspect_images(train, args.workers, perceptual))}
+    check_results_file(config.class_stats)
+    if config.class_stats and Path(config.class_stats).exists():
+        raise InputError(f"--class-stats '{config.class_stats}' exists: choose another file, or remove it.")
+    perceptual = _is_perceptual(config.perceptual)
+    train, test, reason = _load(config)
+    sets = {'train': (train, inspect_images(train, config.workers, perceptual))}
     if test is not None:
-        sets['evaluation'] = (test, inspect_images(test, args.workers, perceptual))
-    told: Dict[str, Any] = {split: _describe_split(*one) for split, one in sets.items()}
-    counts = {split: {name: count for name, count in told[split]['class_counts'].items() if count} for split in sets}
+        sets['evaluation'] = (test, inspect_images(test, config.workers, perceptual))
+    summary: Dict[str, Any] = {split: _describe_split(*one) for split, one in sets.items()}
+    counts = {split: {name: count for name, count in summary[split]['class_counts'].items() if count} for split in sets}
     whole = [  # with what is held out, as a training run tells its shots
-        count + (told['evaluation']['class_counts'].get(name, 0) if args.holdout else 0)
+        count + (summary['evaluation']['class_counts'].get(name, 0) if config.holdout else 0)
         for name, count in counts['train'].items()]
     shots = {
         shot: dict(classes=int(mask.sum()), images=sum(compress(counts['train'].values(), mask)))
-        for shot, mask in shot_divisions(whole, args).items()
+        for shot, mask in shot_divisions(whole, config).items()
     }
     found = [
         (split, names[one.target] if 0 <= one.target < len(names) else str(one.target), one)
         for split, (data, seen) in sets.items() for names in [data.class_names or ()] for one in seen]
-    if args.class_stats:
-        names, numbers = zip(*told['train']['class_counts'].items())
-        stats = dict(pos_counts=numbers, num_samples=told['train']['images'], class_names=names)
-        write_text(Path(args.class_stats), json.dumps(stats, indent=2) + '\n')
+    if config.class_stats:
+        names, numbers = zip(*summary['train']['class_counts'].items())
+        stats = dict(pos_counts=numbers, num_samples=summary['train']['images'], class_names=names)
+        write_text(Path(config.class_stats), json.dumps(stats, indent=2) + '\n')
     return dict(
-        train=told['train'],
-        evaluation=told.get('evaluation'),
+        train=summary['train'],
+        evaluation=summary.get('evaluation'),
         no_evaluation=reason,
         shots=shots,
         duplicates=_by_place(_equal(found)),
@@ -203,61 +203,62 @@ def _few(lines: List[str]) -> List[str]:
     return [f'  {line}' for line in lines[:MAX_LISTED]] + more
 
 
-def _split_text(split: str, told: Dict[str, Any]) -> List[str]:
-    ordered = sorted(((count, name) for name, count in told['class_counts'].items() if count), reverse=True)
-    lines = [f"{split}: {told['images']} images of {told['classes']} classes, imbalance factor "
-             f"{told['imbalance_factor']:g}" if ordered else f'{split}: no images']
+def _split_text(split: str, summary: Dict[str, Any]) -> List[str]:
+    ordered = sorted(((count, name) for name, count in summary['class_counts'].items() if count), reverse=True)
+    lines = [f"{split}: {summary['images']} images of {summary['classes']} classes, imbalance factor "
+             f"{summary['imbalance_factor']:g}" if ordered else f'{split}: no images']
     if ordered:
         lines.append(f"  largest: {', '.join(f'{name} {count}' for count, name in ordered[:3])}; "
                      f"smallest: {', '.join(f'{name} {count}' for count, name in ordered[-3:])}")
-    if 'width' in told:
+    if 'width' in summary:
         sizes = (f'{side} {low} to {high} (median {middle})'
-                 for side in ('width', 'height') for low, middle, high in [told[side]])
-        lines.append(f"  {', '.join(sizes)}; {', '.join(f'{mode} {count}' for mode, count in told['modes'].items())}")
-    if 'pixel_range' in told:
+                 for side in ('width', 'height') for low, middle, high in [summary[side]])
+        modes = (f'{mode} {count}' for mode, count in summary['modes'].items())
+        lines.append(f"  {', '.join(sizes)}; {', '.join(modes)}")
+    if 'pixel_range' in summary:
         lines.append('  values of deep images: {0:g} to {1:g}, all of --pixel-range {0:g} {1:g}'.format(
-            *told['pixel_range']))
-    lines += [f'  left out: {note}' for note in told.get('left_out', ())]
-    faults = [f"{one['file']}: {one['error']}" for one in told['unreadable']]
-    for title, items in (('unreadable', faults), ('without a label', told['images_without_label']),
-                         ('classes without images', told['classes_without_images'])):
+            *summary['pixel_range']))
+    lines += [f'  left out: {note}' for note in summary.get('left_out', ())]
+    faults = [f"{one['file']}: {one['error']}" for one in summary['unreadable']]
+    for title, items in (('unreadable', faults), ('without a label', summary['images_without_label']),
+                         ('classes without images', summary['classes_without_images'])):
         if items:
             lines += [f'  {title}: {len(items)}', *(f'  {line}' for line in _few(items))]
     return lines
 
 
-def _text(told: Dict[str, Any]) -> str:
-    lines = _split_text('training', told['train'])
-    shots = (f"{shot} {one['classes']} ({one['images']} images)" for shot, one in told['shots'].items())
+def _text(summary: Dict[str, Any]) -> str:
+    lines = _split_text('training', summary['train'])
+    shots = (f"{shot} {one['classes']} ({one['images']} images)" for shot, one in summary['shots'].items())
     lines.append(f"  classes by size: {', '.join(shots)}")
-    if told['evaluation']:
-        lines += _split_text('evaluation', told['evaluation'])
+    if summary['evaluation']:
+        lines += _split_text('evaluation', summary['evaluation'])
     else:
-        lines.append(f"evaluation: none; {told['no_evaluation']}")
+        lines.append(f"evaluation: none; {summary['no_evaluation']}")
     titles = dict(
         within_class='images in one class', across_classes='images in several classes',
         across_splits='images of evaluation in training')
     for which, word, sign in (('duplicates', 'equal', ' = '), ('similar', 'alike', ' ~ ')):
-        for kind, groups in (told[which] or {}).items():
+        for kind, groups in (summary[which] or {}).items():
             lines.append(f'{word} {titles[kind]}: {len(groups)}')
             lines += _few([
                 sign.join(f"{one['file']} ({one['split']}, {one['class']})" for one in group) for group in groups])
-    if told['group_leaks']:
-        lines.append(f"groups in training and evaluation: {len(told['group_leaks'])}")
-        lines += _few([' and '.join(leak.values()) for leak in told['group_leaks']])
-    if told['label_gaps']:
-        lines.append(f"numbers missing among the classes: {len(told['label_gaps'])}")
-        lines += _few([', '.join(map(str, told['label_gaps'][:MAX_LISTED]))])
+    if summary['group_leaks']:
+        lines.append(f"groups in training and evaluation: {len(summary['group_leaks'])}")
+        lines += _few([' and '.join(leak.values()) for leak in summary['group_leaks']])
+    if summary['label_gaps']:
+        lines.append(f"numbers missing among the classes: {len(summary['label_gaps'])}")
+        lines += _few([', '.join(map(str, summary['label_gaps'][:MAX_LISTED]))])
     for kind in ('only_in_train', 'only_in_evaluation'):
-        if told[kind]:
-            lines += [f"classes {kind.replace('_', ' ')}: {len(told[kind])}", *_few(told[kind])]
+        if summary[kind]:
+            lines += [f"classes {kind.replace('_', ' ')}: {len(summary[kind])}", *_few(summary[kind])]
     return '\n'.join(lines)
 
 
-def describe(args: DescribeConfig) -> None:
-    """Print what a data set holds; what is raised is what `describe_data` raises."""
-    told = describe_data(args)
-    print(json.dumps(told, indent=2) if args.json else _text(told))
+def describe(config: DescribeConfig) -> None:
+    """Print the summary of a data set."""
+    summary = describe_data(config)
+    print(json.dumps(summary, indent=2) if config.json else _text(summary))
 
 
 parse_describe_args = partial(

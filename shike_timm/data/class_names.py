@@ -11,8 +11,6 @@ from timm.loss import load_class_stats
 
 from ..errors import InputError, one_line
 
-__all__ = ['index_labels', 'match_names', 'natural_order', 'normalize_name', 'read_class_map', 'read_class_stats']
-
 
 def natural_order(name: str) -> Tuple[str, str]:
     """Sort key that orders numbers by value, as timm does. No two names have the same key."""

@@ -11,32 +11,34 @@ class EvalDataConfig:
 
     data_dir: Optional[str] = option(None, 'folder of the data, or a tar archive', 'DIR', may_change=True, card='never')
     dataset: str = option(
-        '', "cifar10_lt, cifar100_lt, digits_lt, imagenet_lt, inat2018, places_lt, a name of timm's, or none for a "
-        'folder or archive of images and for lists')
-    val_split: str = option('validation', 'split to evaluate on; the default stands for val and test too')
+        '', "name of the data set: cifar10_lt, cifar100_lt, digits_lt, imagenet_lt, inat2018, places_lt, or one of "
+        "timm's. Leave it out for your own folder, archive or lists")
+    val_split: str = option('validation', 'split to evaluate on. The default also finds val, test and the like')
     val_list: Optional[str] = option(
-        None, 'list of the images to evaluate on, with paths below --data-dir: lines of a path and a label, .csv or '
-        ".tsv with a header, or COCO's .json", 'FILE', card='changed')
+        None, 'list of the images to evaluate on: lines of a path and a label, .csv or .tsv with a header, or a COCO '
+        '.json. Paths begin in --data-dir', 'FILE', card='changed')
     input_key: Optional[str] = option(
-        None,
-        "column of the images in tables, and in timm's data sets; path, image, filename, file_name or file by default",
-        'COLUMN', card='changed')
+        None, "column of the images, in tables and in timm's data sets. By default path, image, filename, file_name or "
+        'file', 'COLUMN', card='changed')
     target_key: Optional[str] = option(
-        None, 'column of the labels likewise; label, target, class or category by default', 'COLUMN', card='changed')
+        None, 'column of the labels. By default label, target, class or category', 'COLUMN', card='changed')
     class_map: Optional[str] = option(
-        None, 'names of the classes in label order, one a line; others are left out', 'FILE', card='changed')
+        None, 'file of class names in label order, one a line. Images of other classes are left out', 'FILE',
+        card='changed')
     class_depth: Optional[int] = option(
-        None, 'folders below the split whose names make the class; by default what is evident', low=1, card='changed')
+        None, 'number of folders below the split that make up the class. By default it is found out', low=1,
+        card='changed')
     class_stats: Optional[str] = option(
-        None, "class counts of a training stream, in timm's format; its class_names, where there are any, name the "
-        'labels of streams', 'FILE', card='never')
-    val_num_samples: Optional[int] = option(None, 'images of an evaluation stream', low=1, card='never')
-    dataset_download: bool = option(False, 'download the data where possible', may_change=True, card='never')
-    imb_factor: float = option(100., 'imbalance factor of the *_lt data sets, largest over smallest class')
-    imb_type: str = option('exp', 'profile of the *_lt data sets', choices=('exp', 'step'))
+        None, "class counts of a training stream, in timm's format. If the file has class_names, they name the labels "
+        'of streams', 'FILE', card='never')
+    val_num_samples: Optional[int] = option(None, 'number of images of an evaluation stream', low=1, card='never')
+    dataset_download: bool = option(
+        False, 'download the data if the data set can do that', may_change=True, card='never')
+    imb_factor: float = option(100., 'imbalance factor of the *_lt data sets: the largest class over the smallest')
+    imb_type: str = option('exp', 'profile of the class counts of the *_lt data sets', choices=('exp', 'step'))
     imb_seed: Optional[int] = option(
-        None, 'seed of the images that a *_lt set keeps, drawn as LDAM-DRW and its successors draw them; by default the'
-        ' first of each class', low=0, card='changed')
+        None, 'draw the images of a *_lt data set with this seed, as LDAM-DRW does. By default each class keeps its '
+        'first images', low=0, card='changed')
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,23 @@ class TrainDataConfig:
     """Training data."""
 
     train_split: str = option('train', 'split to train on')
-    train_list: Optional[str] = option(None, 'list of the images to train on, as --val-list', 'FILE', card='changed')
-    train_num_samples: Optional[int] = option(None, 'images of a training stream', low=1, card='never')
+    train_list: Optional[str] = option(
+        None, 'list of the images to train on, in a format of --val-list', 'FILE', card='changed')
+    train_num_samples: Optional[int] = option(None, 'number of images of a training stream', low=1, card='never')
     holdout: float = option(
-        0., 'keep this share of each class of the training set out of training and evaluate on it; 0.2 where there is '
-        'nothing else to evaluate on', 'SHARE', low=0, below=1, card='changed')
+        0., 'evaluate on this share of each class of the training set, and do not train on it. If there is nothing else'
+        ' to evaluate on, it is 0.2', 'SHARE', low=0, below=1, card='changed')
     group_key: Optional[str] = option(
-        None, 'column, or regular expression to find in paths, that names the group of an image; --holdout keeps groups'
-        ' together', 'REGEX|COLUMN', card='changed')
+        None, 'group of an image: a column, or a regular expression that is searched for in paths. --holdout keeps the '
+        'images of a group together', 'REGEX|COLUMN', card='changed')
     val_per_class: int = option(
-        0, 'set the last N training images of each class of a *_lt set aside before its long-tailed subset is cut, and '
-        'evaluate on them', low=0, card='changed')
+        0, 'evaluate on the last N training images of each class of a *_lt data set. They are set aside before the '
+        'long-tailed subset is cut', low=0, card='changed')
 
 
 @dataclass(frozen=True)
 class DataConfig(EvalDataConfig, TrainDataConfig):
-    """Both sides of the data."""
+    """The training data and the evaluation data."""
 
 
 @dataclass(frozen=True)
@@ -67,27 +70,29 @@ class CheckConfig:
     """Checking images."""
 
     check_images: Optional[bool] = option(
-        None, 'read all images once before anything else and leave out what cannot be read; by default of up to 100,000'
-        ' images', may_change=True, card='never')
+        None, 'read all images once before anything else, and leave out those that cannot be read. By default this is '
+        'done for up to 100,000 images', may_change=True, card='never')
 
 
 @dataclass(frozen=True)
 class PreprocessingConfig:
     """Preprocessing."""
 
-    img_size: Optional[int] = option(None, "side of the images, the model's own by default", low=1)
+    img_size: Optional[int] = option(None, "side of the images in pixels. By default the model's own", low=1)
     input_size: Optional[List[int]] = option(
         None, 'channels, height and width of the images', nargs=3, low=1, card='changed')
     in_chans: Optional[int] = option(None, 'channels of the images, 1 or 3', low=1, card='changed')
     exif: Optional[bool] = option(None, 'turn images as their EXIF orientation says', card='changed')
     pixel_range: Optional[List[float]] = option(
-        None, 'values of images of more than 8 bits that become black and white, in place of the range of their type',
+        None, 'values that become black and white, in images of more than 8 bits. By default the range of their type',
         'X', nargs=2, card='changed')
-    crop_pct: Optional[float] = option(None, 'centre crop at evaluation', low=0.01, card='changed')
-    mean: Optional[List[float]] = option(None, 'channel means, of images in 0..1', nargs='+', card='changed')
-    std: Optional[List[float]] = option(None, 'channel standard deviations', nargs='+', card='changed')
+    crop_pct: Optional[float] = option(
+        None, 'share of the side that the centre crop keeps in evaluation', low=0.01, card='changed')
+    mean: Optional[List[float]] = option(None, 'mean of each channel, of images in 0..1', nargs='+', card='changed')
+    std: Optional[List[float]] = option(
+        None, 'standard deviation of each channel, of images in 0..1', nargs='+', card='changed')
     interpolation: Optional[str] = option(
-        None, 'interpolation at evaluation', choices=('nearest', 'bilinear', 'bicubic', 'lanczos'), card='changed')
+        None, 'interpolation in evaluation', choices=('nearest', 'bilinear', 'bicubic', 'lanczos'), card='changed')
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,11 @@ class SourceConfig(DataConfig, CheckConfig, PreprocessingConfig):
 class LoaderConfig:
     """Batches."""
 
-    batch_size: int = option(128, 'images a training batch of each process', low=1, flags=('-b',))
-    grad_accum_steps: int = option(1, 'batches of an update, whose gradients are added up', low=1, card='changed')
+    batch_size: int = option(128, 'images in a training batch of each process', low=1, flags=('-b',))
+    grad_accum_steps: int = option(1, 'batches whose gradients are added up for a step', low=1, card='changed')
     validation_batch_size: Optional[int] = option(
-        None, 'images an evaluation batch, as many as a training batch by default', low=1, flags=('-vb',),
-        may_change=True, card='never')
+        None, 'images in an evaluation batch. By default --batch-size', low=1, flags=('-vb',), may_change=True,
+        card='never')
     device_data: Optional[bool] = option(
-        None, 'keep the data on the device and augment it there in large batches rather than in worker processes; by '
-        'default where the data set (*_lt, torch/cifar*) and the augmentation allow it', card='changed')
+        None, 'keep the data on the device and augment it there, instead of in worker processes. By default this is '
+        'done if the data set (*_lt, torch/cifar*) and the augmentation allow it', card='changed')

@@ -17,8 +17,6 @@ from .class_names import index_labels
 from .config import SourceConfig
 from .decode import ImageDecoder, create_decoder
 
-__all__ = ['AnySet', 'ImageSet', 'ImageSource', 'Names', 'StreamSet', 'in_memory_set', 'label_images', 'name_hashes']
-
 _logger = logging.getLogger(__name__)
 
 MAX_UNREADABLE = 0.01  # share of a set's images that may turn out to be unreadable while it is used

@@ -9,8 +9,6 @@ from PIL import Image, ImageOps
 from ..errors import InputError
 from .config import PreprocessingConfig
 
-__all__ = ['ImageDecoder', 'create_decoder', 'image_channels', 'image_extensions']
-
 HIGHEST = {'F': 1., 'I': 2 ** 31 - 1}  # the other deep modes have 16 bits
 NO_IMAGES = ('BUFR', 'GRIB', 'HDF5', 'MPEG')  # formats that Pillow knows but cannot decode
 MODES = {1: 'L', 3: 'RGB'}

@@ -10,8 +10,6 @@ from .augment.batch import augment_batch
 from .dataset import AnySet
 from .sampler import EpochSampler
 
-__all__ = ['DeviceLoader', 'why_not_on_device']
-
 AUGMENTED_AT_ONCE = 16384  # images; this limits the memory that a round of augmentation takes
 
 

@@ -7,8 +7,6 @@ import numpy as np
 from ..errors import InputError
 from .dataset import AnySet, ImageSet, StreamSet, name_hashes
 
-__all__ = ['hold_out_last', 'hold_out_share']
-
 
 def _choose(targets: np.ndarray, hashes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Mask of the images with the smallest hashes in each class."""

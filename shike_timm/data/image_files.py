@@ -18,8 +18,6 @@ from .decode import MODES, ImageDecoder
 from .inspect import ImageReader
 from .sources.folder import list_folder, list_images
 
-__all__ = ['create_file_loader', 'find_images']
-
 
 def _images_below(folder: str) -> List[str]:
     """Images below a folder, sorted by name. Hidden names are left out."""

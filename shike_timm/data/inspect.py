@@ -19,8 +19,6 @@ from ..errors import InputError, one_line
 from .dataset import AnySet, ImageSet, StreamSet
 from .decode import HIGHEST, ImageDecoder
 
-__all__ = ['ImageReader', 'Inspected', 'exclude_unreadable', 'find_similar', 'find_unreadable', 'inspect_images']
-
 _logger = logging.getLogger(__name__)
 
 MAX_NAMED = 20  # unreadable images

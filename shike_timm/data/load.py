@@ -17,8 +17,6 @@ from .inspect import exclude_unreadable
 from .registry import DataSource, find_dataset
 from .split_lists import SplitLists, write_split_lists
 
-__all__ = ['TrainingData', 'check_options', 'load_eval_data', 'load_training_data', 'open_dataset']
-
 _logger = logging.getLogger(__name__)
 
 HOLDOUT = 0.2  # if there is nothing else to evaluate on

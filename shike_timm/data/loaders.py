@@ -18,8 +18,6 @@ from .dataset import AnySet, StreamSet
 from .device_loader import DeviceLoader, why_not_on_device
 from .sampler import EpochSampler, SeededDataset
 
-__all__ = ['create_eval_loader', 'create_train_loader', 'set_mixup', 'set_stream_epoch']
-
 
 class _Mixup(timm.data.FastCollateMixup):
     """timm's mixing in collation. It can be switched off while workers run."""

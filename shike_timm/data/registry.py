@@ -5,8 +5,6 @@ from ..errors import InputError
 from .config import SourceConfig
 from .dataset import AnySet
 
-__all__ = ['DATASETS', 'DataSource', 'find_dataset', 'register_dataset']
-
 
 class DataSource:
     """A data set, which loads a split when it is asked for it. A subclass gives `train` and `evaluation`.

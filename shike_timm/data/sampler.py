@@ -9,8 +9,6 @@ from torch.utils.data import Dataset, Sampler
 
 from ..distributed import rank, world_size
 
-__all__ = ['EpochSampler', 'SeededDataset']
-
 
 class EpochSampler(Sampler[Tuple[int, int]]):
     """This process's share of a training set in a new order.

@@ -8,8 +8,6 @@ import numpy as np
 from ..errors import InputError
 from .dataset import AnySet, ImageSet, StreamSet
 
-__all__ = ['SplitLists', 'write_split_lists']
-
 TRAIN_LIST, EVAL_LIST = 'train.csv', 'validation.csv'  # --train-list and --val-list can read them
 
 

@@ -1,4 +1,4 @@
-"""The CIFAR recipe's augmentation of many images at once, drawn per image, where the images lie."""
+"""The augmentation of the CIFAR recipe for a batch on its device. Each image has its own random draws."""
 from typing import List, Optional
 
 import torch
@@ -8,8 +8,6 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from . import AugmentationConfig
 from .ops import OPS
-
-__all__ = ['augment_batch', 'auto_augment', 'why_not_batched', 'crop', 'cutout']
 
 NUM_MAGNITUDES = 10  # of torchvision's AutoAugment
 
@@ -53,7 +51,7 @@ def auto_augment(images: Tensor, generator: Optional[torch.Generator] = None) ->
 
     Args:
         images: uint8 images [N, 3, H, W].
-        generator: Source of random numbers, on the CPU: draws are the same for every device, and none waits for them.
+        generator: Source of random numbers on the CPU. So draws are the same on every device, and no device waits.
     """
     transform = AutoAugment(AutoAugmentPolicy.CIFAR10)
     space = transform._augmentation_space(NUM_MAGNITUDES, (images.shape[-2], images.shape[-1]))
@@ -83,7 +81,7 @@ def augment_batch(
         augmentation: AugmentationConfig,
         generator: Optional[torch.Generator] = None,
 ) -> Tensor:
-    """What `create_train_transform` does with the same augmentation, for a batch; `why_not_batched` must be None.
+    """Augment a batch as `create_train_transform` augments single images. `why_not_batched` must give None.
 
     Args:
         images: uint8 images [N, 3, H, W].
@@ -117,7 +115,7 @@ def augment_batch(
 
 
 def why_not_batched(augmentation: AugmentationConfig, device: torch.device) -> Optional[str]:
-    """The first part of an augmentation that has no batched form on a device, as its option reads; None if all have."""
+    """The first option of an augmentation that has no batched form on a device, None if all have one."""
     if augmentation.no_aug:
         return None
     if augmentation.train_crop_mode != 'pad':

@@ -1,4 +1,4 @@
-"""Training transforms: timm's, with the parts of the CIFAR recipe that timm lacks put in their places."""
+"""Training transforms: timm's, and the parts of the CIFAR recipe that timm does not have."""
 from typing import Any, Dict, Tuple, cast
 
 import torch
@@ -8,13 +8,11 @@ from torchvision import transforms
 
 from . import AugmentationConfig
 
-__all__ = ['Cutout', 'create_train_transform']
-
 
 class Cutout(torch.nn.Module):
-    """Blacken one square at a random place of an image, clipped at the borders (DeVries and Taylor, 2017).
+    """Blacken one square at a random place of an image (DeVries and Taylor, 2017).
 
-    The centre is uniform over the pixels, so the square that remains can be as small as a quarter.
+    The centre may be any pixel. The square is clipped at the borders, to a quarter at least.
 
     Args:
         size: Side of the square in pixels.
@@ -25,7 +23,7 @@ class Cutout(torch.nn.Module):
         self.size = size
 
     def forward(self, image: Tensor) -> Tensor:
-        """Give the image [C, H, W] with its square set to 0, in place."""
+        """Set the square of an image [C, H, W] to 0 in place."""
         height, width = image.shape[-2:]
         top = int(torch.randint(height, ())) - self.size // 2
         left = int(torch.randint(width, ())) - self.size // 2
@@ -42,12 +40,12 @@ def create_train_transform(
         mean: Tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
         std: Tuple[float, ...] = IMAGENET_DEFAULT_STD,
 ) -> transforms.Compose:
-    """Transform from PIL images to uint8 tensors, as timm's prefetching loader takes them.
+    """Transform from PIL images to the uint8 tensors that timm's prefetching loader takes.
 
     Args:
         input_size: Channels, height and width.
-        augmentation: What to do; random erasing is left to the loader.
-        mean: Mean of each channel, of images in 0..1, which some of timm's policies fill with.
+        augmentation: The augmentation. Random erasing is left to the loader.
+        mean: Mean of each channel, of images in 0..1. Some of timm's policies fill with it.
         std: Standard deviation of each channel.
     """
     options: Dict[str, Any] = dict(

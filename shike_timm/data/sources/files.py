@@ -10,8 +10,6 @@ from PIL import Image
 from ...errors import InputError, one_line
 from ..dataset import ImageSource, Names
 
-__all__ = ['FolderImages', 'TarImages', 'open_files', 'tar_members']
-
 Member = Tuple[str, int, int]  # name, first byte and length, which is -1 for a folder
 
 

@@ -13,8 +13,6 @@ from ..registry import DataSource, register_dataset
 from .files import Member, open_files, tar_members
 from .lists import check_disjoint, exclude, load_list
 
-__all__ = ['EVAL_SPLITS', 'TRAIN_SPLITS', 'list_folder', 'list_images']
-
 # The default names of the splits stand for all of these.
 TRAIN_SPLITS = ('train', 'training')
 EVAL_SPLITS = ('validation', 'val', 'valid', 'eval', 'evaluation', 'test')

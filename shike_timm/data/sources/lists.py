@@ -13,8 +13,6 @@ from ..config import SourceConfig
 from ..dataset import ImageSet, label_images
 from .files import open_files
 
-__all__ = ['check_disjoint', 'exclude', 'load_list']
-
 INPUT_KEYS = ('path', 'image', 'filename', 'file_name', 'file')
 TARGET_KEYS = ('label', 'target', 'class', 'category')
 

@@ -12,8 +12,6 @@ from ..dataset import ImageSet, in_memory_set
 from ..holdout import hold_out_last
 from ..registry import DataSource, register_dataset
 
-__all__ = ['LongTailedSource', 'long_tailed_counts', 'long_tailed_indices']
-
 DIGITS_TEST_IMAGES = 50  # the last ones of each class
 
 

@@ -14,8 +14,6 @@ from .files import open_files
 from .folder import list_folder, list_images
 from .lists import check_disjoint, exclude, load_list
 
-__all__ = ['PublishedSource', 'counts_digest']
-
 _logger = logging.getLogger(__name__)
 
 

@@ -9,8 +9,6 @@ from ..dataset import AnySet
 from ..registry import DataSource
 from .folder import EVAL_SPLITS
 
-__all__ = ['TimmSource']
-
 
 class TimmSource(DataSource):
     """A data set that timm opens by a name with a prefix. A subclass gives `load`."""
