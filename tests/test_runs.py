@@ -321,13 +321,13 @@ def test_one_overflow_under_loss_scaling_is_no_end(tmp_path, monkeypatch):
         return dict(result, loss=result['loss'] * float('inf')) if len(steps) == 3 else result
 
     monkeypatch.setattr(RepresentationTask, 'forward', forward)
-    make = Trainer.__init__
+    finish = Trainer.__post_init__
 
-    def scales(self, *parts):
-        make(self, *parts)
+    def scales(self):
+        finish(self)
         self.loss_scaler = NativeScaler('cpu')
 
-    monkeypatch.setattr(Trainer, '__init__', scales)
+    monkeypatch.setattr(Trainer, '__post_init__', scales)
     _, metrics = run(tmp_path, '--log-interval', '100', '--crt-epochs', '0')
     assert math.isfinite(metrics['stage_one']['loss'])
 

@@ -19,25 +19,15 @@ RETRAINING_EPOCHS = 20
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """What a training task is made of.
-
-    Attributes:
-        config: Options of the task.
-        model: The model to train.
-        class_counts: Training images of each class [C].
-        device: Device of the task.
-        mean: Channel means that the images are normalized with.
-        std: Channel standard deviations that the images are normalized with.
-        teacher: Trained model whose logits every expert learns as well.
-    """
+    """What a training task is made of."""
 
     config: TaskConfig
     model: Shike
-    class_counts: Sequence[int]
+    class_counts: Sequence[int]  # training images of each class [C]
     device: torch.device
-    mean: Sequence[float]
+    mean: Sequence[float]  # channel means that the images are normalized with
     std: Sequence[float]
-    teacher: Optional[DistillationTeacher] = None
+    teacher: Optional[DistillationTeacher] = None  # every expert learns its logits as well
 
     @property
     def counts(self) -> torch.Tensor:
@@ -54,18 +44,13 @@ class TaskInputs:
 
 @dataclass(frozen=True)
 class Method:
-    """What stage one trains with. Classifier retraining can follow any method.
-
-    Attributes:
-        make_task: Makes the task of stage one.
-        crt_epochs: Epochs of classifier retraining unless `--crt-epochs` gives another number.
-        indices_only: Why targets must be class indices and what to do about it, None where they may be mixed.
-        prior: The class prior that the logits follow without a teacher: 'train', 'uniform' or None for another one.
-    """
+    """What stage one trains with. Classifier retraining can follow any method."""
 
     make_task: Callable[[TaskInputs], ExpertTask]
-    crt_epochs: int = 0
+    crt_epochs: int = 0  # of classifier retraining, unless --crt-epochs gives another number
+    # Why targets must be class indices and what to do about it, None where they may be mixed.
     indices_only: Callable[[TaskConfig], Optional[str]] = lambda config: None
+    # The class prior that the logits follow without a teacher: 'train', 'uniform' or None for another one.
     prior: Callable[[TaskConfig], Optional[str]] = lambda config: None
 
 

@@ -12,27 +12,16 @@ PHASES = ('stage_one', 'stage_two')  # names in files, in their order
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of training that has its own optimizer, schedule and checkpoints.
+    """A part of training that has its own optimizer, schedule and checkpoints."""
 
-    Attributes:
-        number: 1 for stage one, 2 for classifier retraining. It keeps the random streams of phases apart.
-        epochs: Epochs, warm-up included.
-        lr: Peak learning rate.
-        warmup_epochs: Epochs of linear warm-up.
-        warmup_lr: Learning rate at the start of the warm-up.
-        first_row: Row of the summary for the first epoch.
-        indices_only: Why targets must be class indices and what to do about it, None where they may be mixed.
-        prior: The class prior that the logits follow, as `classifier_prior` of `Shike.set_training_prior`.
-    """
-
-    number: int
-    epochs: int
-    lr: float
+    number: int  # 1 for stage one, 2 for classifier retraining
+    epochs: int  # warm-up included
+    lr: float  # at its peak
     warmup_epochs: int = 0
     warmup_lr: float = 1e-5
-    first_row: int = 0
-    indices_only: Optional[str] = None
-    prior: Optional[str] = None
+    first_row: int = 0  # row of the summary for the first epoch
+    indices_only: Optional[str] = None  # why targets must be class indices and what to do about it
+    prior: Optional[str] = None  # class prior that the logits follow, for `Shike.set_training_prior`
 
     @property
     def name(self) -> str:

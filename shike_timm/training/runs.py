@@ -35,9 +35,6 @@ _logger = logging.getLogger(__name__)
 def train(config: TrainConfig) -> Dict[str, Any]:
     """Train stage one and, unless `crt_epochs` is 0, retrain the classifiers.
 
-    Args:
-        config: Configuration of the run.
-
     Returns:
         Metrics and seconds by phase, `stage_one` and `stage_two`, which `metrics.json` holds too.
 
@@ -120,13 +117,7 @@ def prepare(
 ) -> Trainer:
     """Load and check everything that the phases of a run need. Nothing is written.
 
-    Args:
-        config: Configuration of the run.
-        phases: Phases to train.
-        device: Device of the run.
-        fresh: Whether the model begins here. Otherwise a checkpoint brings its weights.
-        class_names: Classes of the checkpoint in label order.
-        source: Run folder of the checkpoint.
+    Unless the model is `fresh`, a checkpoint brings its weights, with its class names and its run folder `source`.
     """
     check_trackers(config)
     tune_device(device)

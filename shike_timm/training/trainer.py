@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock
 from timm.optim.lookahead import Lookahead
-from timm.scheduler.scheduler import Scheduler
 from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import NativeScaler, dispatch_clip_grad, random_seed, update_summary
 from timm.utils.summary import trim_summary
@@ -39,7 +38,7 @@ from .methods import TaskInputs, create_task
 from .phases import Phase
 from .progress import progress_bar, read_columns, read_seconds
 from .signals import Interrupted, StopFlag, stop_signals
-from .tasks import TERMS, ExpertTask
+from .tasks import TERMS
 from .trackers import tracking
 
 CHECK_INTERVAL = 50  # steps between looks at the loss, each of which waits for the device
@@ -53,26 +52,16 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class Done:
-    """What is done of an epoch, over all processes.
+    """What is done of an epoch, over all processes."""
 
-    Attributes:
-        step: Batches of each process.
-        num_images: Images.
-        seconds: Training time.
-        sums: Sums over images of what the task returns.
-    """
-
-    step: int = 0
+    step: int = 0  # batches of each process
     num_images: int = 0
     seconds: float = 0.
-    sums: Dict[str, float] = field(default_factory=dict)
+    sums: Dict[str, float] = field(default_factory=dict)  # over images, of what the task returns
 
 
 def seed_all(seed: int, phase: int, epoch: int, part: int = 0) -> None:
-    """Seed Python, NumPy and torch for an epoch of a phase, so that it does not depend on the epochs before it.
-
-    Epoch -1 stands for the initial values of the phase. Parts of an epoch and processes have numbers of their own.
-    """
+    """Seed Python, NumPy and torch for a part of an epoch. Epoch -1 stands for the initial values of the phase."""
     random_seed(int(np.random.SeedSequence((seed, phase, epoch + 1, part)).generate_state(1)[0]))
 
 
@@ -126,65 +115,31 @@ def train_step(
     return result
 
 
+@dataclass
 class Trainer:
-    """Trains a model through the phases of a run.
+    """Trains a model through the phases of a run."""
 
-    Args:
-        config: Configuration of the run.
-        phases: Phases to train.
-        data: Training and evaluation data.
-        data_config: Preprocessing, what `timm.data.resolve_data_config` gives.
-        model: The model to train, on its device.
-        train_loader: Training batches.
-        eval_loader: Evaluation batches.
-        device: Device of the model.
-        teacher: Trained model whose logits every expert learns as well.
-    """
+    config: RunConfig
+    phases: Sequence[Phase]
+    data: TrainingData
+    data_config: Dict[str, Any]  # preprocessing, from timm.data.resolve_data_config
+    model: Shike
+    train_loader: Any
+    eval_loader: Any
+    device: torch.device
+    teacher: Optional[DistillationTeacher] = None  # every expert learns its logits as well
 
-    task: ExpertTask
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
-    saver: StageSaver
-
-    def __init__(
-            self,
-            config: RunConfig,
-            phases: Sequence[Phase],
-            data: TrainingData,
-            data_config: Dict[str, Any],
-            model: Shike,
-            train_loader: Any,
-            eval_loader: Any,
-            device: torch.device,
-            teacher: Optional[DistillationTeacher] = None,
-    ):
-        self.config = config
-        self.phases = phases
-        self.data = data
-        self.data_config = data_config
-        self.model = model
-        self.train_loader = train_loader
-        self.eval_loader = eval_loader
-        self.device = device
-        self.teacher = teacher
-        self.autocast = resolve_autocast(config, device)
-        self.loss_scaler = NativeScaler(device.type) if self.autocast == torch.float16 else None
-        self.folder = Path(config.output, config.experiment)
+    def __post_init__(self) -> None:
+        self.autocast = resolve_autocast(self.config, self.device)
+        self.loss_scaler = NativeScaler(self.device.type) if self.autocast == torch.float16 else None
+        self.folder = Path(self.config.output, self.config.experiment)
         self.stop = StopFlag()
         self.vote = Vote()
         self.progress = tqdm(disable=True)
         self.track: Callable[[Path], None] = lambda summary: None
 
     def train(self, resumed: bool = False, checkpoint: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-        """Train all phases and write metrics and the final model.
-
-        Args:
-            resumed: Whether the run folder may hold a run already.
-            checkpoint: Checkpoint of the first phase to go on from.
-
-        Returns:
-            Metrics and seconds of each phase by name, which `metrics.json` holds too.
-        """
+        """Train all phases, the first from a checkpoint if there is one. Write and give the metrics of each by name."""
         self.start(self.phases[0])  # a wrong option shows here, before there is a folder
         on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
