@@ -4,9 +4,12 @@ from typing import Any, Dict, Optional, Sequence
 
 from ..options import check_file_values, checked, complete, read_command_line
 from ..recipes import read_hparams
-from ..training.config import TrainConfig, run_folder
+from ..training.config import TrainConfig
+from ..training.resume import run_folder
 from ..training.runs import train
 from .script import run_script
+
+CONFIG = TrainConfig
 
 
 def complete_train_args(given: Dict[str, Any]) -> TrainConfig:
@@ -23,9 +26,6 @@ def parse_train_args(argv: Optional[Sequence[str]] = None) -> TrainConfig:
     """The configuration that a command line gives."""
     return complete_train_args(
         read_command_line(TrainConfig, 'Train a model: stage one, then classifier retraining.', argv))
-
-
-CONFIG = TrainConfig
 
 
 def main() -> int:

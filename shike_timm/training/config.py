@@ -1,15 +1,13 @@
 """Options of training, and the configuration of a whole run."""
-import os
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional
 
 from ..data.augment import AugmentationConfig
 from ..data.config import LoaderConfig, SourceConfig
 from ..devices import DeviceConfig
-from ..errors import InputError
 from ..metrics import ShotConfig
 from ..models.config import ModelConfig
-from ..options import HparamsConfig, Option, option, options
+from ..options import HparamsConfig, option, options
 
 
 @dataclass(frozen=True)
@@ -169,27 +167,6 @@ class RetrainConfig(RunConfig):
 
     checkpoint: str = option(
         None, 'run folder of shike train, or a checkpoint of its stage one', 'RUN', required=True)
-
-
-def run_folder(config: TrainConfig) -> Optional[str]:
-    """The folder of the run to resume, None where none is resumed."""
-    if config.resume is None:
-        return None
-    if config.resume:
-        path = os.path.abspath(config.resume)
-        # RUN, or RUN/stage_one/last.pth.tar
-        return os.path.dirname(os.path.dirname(path)) if os.path.isfile(path) else path
-    if not config.experiment:
-        raise InputError('--resume without a path needs --experiment NAME, the run folder to go on with.')
-    return os.path.join(config.output, config.experiment)
-
-
-def changed_option(config: TrainConfig, before: Mapping[str, Any]) -> Optional[Option]:
-    """The first option of a resumed run that changed though it may not. A value that `before` lacks was the default."""
-    for name, one in options(TrainConfig).items():
-        if not one.may_change and getattr(config, name) != before.get(name, one.default):
-            return one
-    return None
 
 
 def card_options(values: Mapping[str, Any]) -> Dict[str, Any]:

@@ -9,11 +9,24 @@ from ..checkpoints import load_checkpoint
 from ..data import TrainingData
 from ..distributed import world_size
 from ..errors import DamagedError, InputError
-from ..options import check_file_values, checked, options
-from .config import TrainConfig, changed_option
+from ..options import Option, check_file_values, checked, options
+from .config import TrainConfig
 from .phases import PHASES
 
 _logger = logging.getLogger(__name__)
+
+
+def run_folder(config: TrainConfig) -> Optional[str]:
+    """The folder of the run to resume, None where none is resumed."""
+    if config.resume is None:
+        return None
+    if config.resume:
+        path = os.path.abspath(config.resume)
+        # RUN, or RUN/stage_one/last.pth.tar
+        return os.path.dirname(os.path.dirname(path)) if os.path.isfile(path) else path
+    if not config.experiment:
+        raise InputError('--resume without a path needs --experiment NAME, the run folder to go on with.')
+    return os.path.join(config.output, config.experiment)
 
 
 def read_stage_one(path: str) -> Dict[str, Any]:
@@ -70,6 +83,14 @@ def read_newest(config: TrainConfig, folder: Path) -> Tuple[int, Optional[Path],
     if (folder / PHASES[1]).exists():
         raise InputError(f"'{folder}' is of a retraining that has saved nothing yet: remove it and retrain again.")
     return 1, None, None
+
+
+def changed_option(config: TrainConfig, before: Mapping[str, Any]) -> Optional[Option]:
+    """The first option of a resumed run that changed though it may not. A value that `before` lacks was the default."""
+    for name, one in options(TrainConfig).items():
+        if not one.may_change and getattr(config, name) != before.get(name, one.default):
+            return one
+    return None
 
 
 def _read_to_resume(path: Path, config: TrainConfig, folder: Path) -> Dict[str, Any]:

@@ -23,9 +23,9 @@ from ..pretrained.load import from_checkpoint, with_trained_options
 from ..pretrained.start import load_start, start_from
 from ..pretrained.teacher import load_teacher
 from .build import check_compiler
-from .config import RetrainConfig, RunConfig, TrainConfig, run_folder
+from .config import RetrainConfig, RunConfig, TrainConfig
 from .phases import Phase, plan_phases
-from .resume import read_newest, saved_args, warn_of_changes
+from .resume import read_newest, run_folder, saved_args, warn_of_changes
 from .trackers import check_trackers
 from .trainer import Trainer, seed_all
 
@@ -55,21 +55,19 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             raise InputError(f"Stage two of '{folder}' has begun, which --crt-epochs 0 leaves out: drop it.")
         phases = phases[number - 1:]
     config = replace(config, experiment=config.experiment or _default_experiment(config))
+    if config.pretrained_backbone and config.fusion_type is None and checkpoint is None:
+        config = replace(config, fusion_type='residual')
+    saved, start = saved_args(checkpoint or {}), None
+    if checkpoint is None:
+        start = load_start(config, config)
+        config = with_trained_options(config, start) if start is not None else config
+    trainer = prepare(config, phases, device, checkpoint is None, saved.get('class_names'), folder)
     if checkpoint is not None:
-        saved = saved_args(checkpoint)
-        trainer = prepare(config, phases, device, False, saved.get('class_names'), folder)
         load_weights(trainer.model, checkpoint['state_dict'], path or '')
         warn_of_changes(trainer.data, saved.get('class_counts'))
-        return trainer.train(True, checkpoint)
-    if config.pretrained_backbone and config.fusion_type is None:
-        config = replace(config, fusion_type='residual')
-    start = load_start(config, config)
-    if start is not None:
-        config = with_trained_options(config, start)
-    trainer = prepare(config, phases, device, True, None, folder)
-    if start is not None:
+    elif start is not None:
         start_from(trainer.model, start, trainer.data.class_names)
-    return trainer.train(config.resume is not None)
+    return trainer.train(config.resume is not None, checkpoint)
 
 
 def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
