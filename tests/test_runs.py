@@ -118,6 +118,17 @@ def test_resuming_with_workers(tmp_path):
     assert without_seconds(tmp_path / 'run') == expected
 
 
+def test_any_number_of_workers_is_the_same_run(tmp_path):
+    """Dropout and random erasing do not depend on which process reads the images."""
+    options = [
+        '--no-device-data', '--drop', '0.2', '--reprob', '0.5', '--aa', 'rand-m9-mstd0.5', '--epochs', '1',
+        '--warmup-epochs', '0', '--crt-epochs', '0', '--workers']
+    none, one = (run(tmp_path / workers, *options, workers)[0] for workers in ('0', '1'))
+    assert without_seconds(none) == without_seconds(one)
+    weights = [(folder / 'model' / 'model.safetensors').read_bytes() for folder in (none, one)]
+    assert weights[0] == weights[1]
+
+
 def test_eval_reprints_the_metrics(tiny_run, run_script, tmp_path):
     expected = without_seconds(tiny_run)
     results = tmp_path / 'results.json'

@@ -5,7 +5,7 @@ from typing import Any, Iterator, Optional, Tuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from ..distributed import rank, world_size
 
@@ -68,7 +68,14 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: Tuple[int, int]) -> Any:
         index, seed = key
+        # Without workers this is the training process, whose dropout must not depend on the images read.
+        states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed costs as much as decoding a small image
-        return self.dataset[index]
+        item = self.dataset[index]
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+        return item
