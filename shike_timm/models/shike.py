@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .backbones import Backbone, BackboneFn, Source, preprocessing, pretrained_parts
 from .classifiers import CLASSIFIERS, COSINE_SCALE
 from .experts import ALIGNERS, Expert, init_convolutions
-from .prior import Frequencies, Prior
+from .prior import Frequencies, check_frequencies, prior_offset
 
 FUSIONS = ('product', 'residual', 'none')
 # Arguments in old model folders. The first may name a file in a user's private folder.
@@ -75,7 +75,7 @@ class Shike(nn.Module):
         ValueError: If an argument is out of range, or the backbone cannot be split. The message names it.
     """
 
-    __jit_unused_properties__ = ['_model_args', 'class_counts', 'classifier_prior', 'target_prior']
+    __jit_unused_properties__ = ['_model_args']
 
     def __init__(
             self,
@@ -124,6 +124,7 @@ class Shike(nn.Module):
         self.trunk_frozen = False
         self.backbone_name = net.name
         self.pretrained_cfg = dict[str, Any]()  # timm replaces it
+        self.register_buffer('prior_offset', None, persistent=False)
 
         self.stem = net.stem
         self.stages = nn.ModuleList(net.stages)
@@ -265,30 +266,16 @@ class Shike(nn.Module):
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.num_classes = int(num_classes)
         self.head_hidden_size = self.num_features
-        self.classifier, self.prior = nn.Identity(), Prior(self.num_classes)
+        self.classifier = nn.Identity()
+        self.set_training_prior(None)
         if num_classes:
             parameter = next(self.parameters())
             options = dict(scale=self.cosine_scale) if self.classifier_type == 'cosine' else {}
             classifier = CLASSIFIERS[self.classifier_type](
                 self.num_experts, self.num_features // self.num_experts, self.num_classes, **options)
             self.classifier = classifier.to(parameter.device, parameter.dtype)
-        for module in (self.global_pool, self.classifier, self.prior):
+        for module in (self.global_pool, self.classifier):
             module.train(self.training)
-
-    @property
-    def class_counts(self) -> Optional[List[int]]:
-        """Training images of each class, None if unknown."""
-        return self.prior.class_counts
-
-    @property
-    def classifier_prior(self) -> Optional[str]:
-        """Prior that the classifiers were trained for: 'uniform', 'train', or None if unknown."""
-        return self.prior.classifier_prior
-
-    @property
-    def target_prior(self) -> Frequencies:
-        """Prior set by `set_target_prior`."""
-        return self.prior.target_prior
 
     def set_training_prior(self, class_counts: Optional[Sequence[int]], classifier_prior: Optional[str] = None) -> None:
         """Say what the classifiers were trained on. `set_target_prior` needs it, and a saved model keeps it.
@@ -301,7 +288,14 @@ class Shike(nn.Module):
         Raises:
             ValueError: If the counts are not one positive number for each class, or there is no such prior.
         """
-        self.prior.set_training(class_counts, classifier_prior)
+        if class_counts is not None:
+            class_counts = [int(count) for count in class_counts]
+            check_frequencies(class_counts, self.num_classes, 'class_counts')
+        if classifier_prior not in (None, 'uniform', 'train'):
+            raise ValueError(f"classifier_prior must be 'uniform', 'train' or None, got {classifier_prior!r}.")
+        self.class_counts, self.classifier_prior = class_counts, classifier_prior
+        self.target_prior: Frequencies = None
+        self.prior_offset: Optional[Tensor] = None
 
     def set_target_prior(self, prior: Frequencies) -> None:
         """Make the logits stand for other class frequencies, also in a saved or exported model.
@@ -317,7 +311,15 @@ class Shike(nn.Module):
             ValueError: If a prior that this needs is unknown, or the numbers are not one positive number for each
                 class.
         """
-        self.prior.set_target(prior, like=next(self.parameters()))
+        if prior is not None and not isinstance(prior, str):
+            prior = [float(value) for value in prior]
+        offset = prior_offset(prior, self.classifier_prior, self.class_counts, self.num_classes)
+        parameter = next(self.parameters())
+        self.target_prior = prior
+        self.prior_offset = None if offset is None else offset.to(parameter.device, parameter.dtype)
+
+    def _add_offset(self, logits: Tensor) -> Tensor:
+        return logits if self.training or self.prior_offset is None else logits + self.prior_offset
 
     @property
     def _model_args(self) -> Dict[str, Any]:
@@ -328,9 +330,9 @@ class Shike(nn.Module):
         scale = getattr(self.classifier, 'scale', self.cosine_scale)
         if scale != COSINE_SCALE or 'cosine_scale' in args:
             now['cosine_scale'] = scale
-        for name in now:
-            args.pop(name, None)
-        return {**args, **{name: value for name, value in now.items() if value is not None}}
+        return {
+            **{name: value for name, value in args.items() if name not in now},
+            **{name: value for name, value in now.items() if value is not None}}
 
     @_model_args.setter
     def _model_args(self, made_with: Dict[str, Any]) -> None:
@@ -448,7 +450,7 @@ class Shike(nn.Module):
     def forward_expert_head(self, x: Tensor) -> Tensor:
         """Logits of each expert [B, M, num_classes] from the feature maps of `forward_features`."""
         x = self.forward_head(x, pre_logits=True)
-        return self.prior(self.classifier(x.unflatten(1, (self.num_experts, -1))))
+        return self._add_offset(self.classifier(x.unflatten(1, (self.num_experts, -1))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Averaged logits [B, num_classes], or pooled features [B, num_features] if pre_logits or no classifiers."""
@@ -457,7 +459,7 @@ class Shike(nn.Module):
             x = F.dropout(x, self.drop_rate, self.training)
         if pre_logits or self.num_classes == 0:
             return x
-        return self.prior(self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1))
+        return self._add_offset(self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1))
 
     def forward_experts(self, x: Tensor) -> Tensor:
         """Logits of each expert [B, M, num_classes] from images [B, in_chans, H, W]."""

@@ -68,5 +68,8 @@ def export_model(
         if value:
             config[key] = value
     save_for_hf(model, str(temporary), config, safe_serialization=True, data_config=data_config)
+    config = read_config(f'local-dir:{temporary}')
+    config['model_args'].pop('num_classes', None)  # transformers takes the one at the top level, and refuses a second
+    (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
