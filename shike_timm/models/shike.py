@@ -14,7 +14,7 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .backbones import Backbone, BackboneFn, Source, preprocessing, pretrained_parts
+from .backbones import Backbone, BackboneFn, Source, preprocessing, pretrained_options, timm_backbone
 from .classifiers import CLASSIFIERS, COSINE_SCALE
 from .experts import ALIGNERS, Expert, init_convolutions
 from .prior import Frequencies, check_frequencies, prior_offset
@@ -29,18 +29,6 @@ def _without_numpy(value: Any) -> Any:
     if isinstance(value, (list, tuple)) or hasattr(value, 'tolist'):
         return [_without_numpy(item) for item in value] if getattr(value, 'ndim', 1) else value.item()
     return value
-
-
-def _resolve_depths(depths: Optional[Sequence[int]], num_experts: int, num_shared: int) -> Tuple[int, ...]:
-    """The shared stage that each expert fuses, counted from 1."""
-    if depths is None:
-        return tuple(m % num_shared + 1 for m in range(num_experts))
-    depths = tuple(_without_numpy(depth) for depth in depths)
-    if len(depths) != num_experts:
-        raise ValueError(f'depths must name one shared stage for each of {num_experts} experts, got {depths}.')
-    if not all(1 <= depth <= num_shared for depth in depths):
-        raise ValueError(f'depths must lie between 1 and {num_shared}, the stages of the trunk, got {depths}.')
-    return depths
 
 
 class Shike(nn.Module):
@@ -112,7 +100,14 @@ class Shike(nn.Module):
         dd = dict(device=device, dtype=dtype)
         shared = dict(in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride)
         net = backbone(num_experts=num_experts, private_stages=private_stages, **shared, **dd)
-        self.depths = _resolve_depths(depths, num_experts, len(net.stages))
+        num_shared = len(net.stages)
+        if depths is None:
+            depths = [m % num_shared + 1 for m in range(num_experts)]
+        self.depths = tuple(_without_numpy(depth) for depth in depths)
+        if len(self.depths) != num_experts or not all(1 <= depth <= num_shared for depth in self.depths):
+            raise ValueError(
+                f'depths must name one shared stage for each of {num_experts} experts, between 1 and {num_shared}, '
+                f'got {self.depths}.')
         self.in_chans = in_chans
         self.num_experts = num_experts
         self.private_stages = private_stages
@@ -130,7 +125,7 @@ class Shike(nn.Module):
         self.stages = nn.ModuleList(net.stages)
         # The stem is one of the feature levels in some networks only. The shared stages follow.
         *levels, last = net.feature_info
-        self.num_stem_levels = len(levels) - len(net.stages)
+        self.num_stem_levels = len(levels) - num_shared
         self.experts = self._make_experts(net, aligner, **dd)
         modules = ['stem'] * self.num_stem_levels + [f'stages.{i}' for i in range(len(self.stages))]
         self.feature_info: List[Dict[str, Any]] = [dict(info, module=module) for info, module in zip(levels, modules)]
@@ -202,10 +197,13 @@ class Shike(nn.Module):
             ValueError: If there are no weights of the backbone, or the file is missing, damaged or of another network.
             RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
         """
-        *trunk, last = pretrained_parts(
-            self.backbone_name, source, self.in_chans, cache_dir, self.private_stages)
-        for own, loaded in [*zip([self.stem, *self.stages], trunk), *((expert.stage, last) for expert in self.experts)]:
+        net = timm_backbone(
+            **pretrained_options(self.backbone_name, source), num_experts=1, in_chans=self.in_chans,
+            private_stages=self.private_stages, cache_dir=cache_dir)
+        for own, loaded in zip([self.stem, *self.stages], [net.stem, *net.stages]):
             own.load_state_dict(loaded.state_dict())
+        for expert in self.experts:
+            expert.stage.load_state_dict(net.last_stages[0].state_dict())
         self.set_preprocessing(source)
 
     def set_preprocessing(self, source: Source = True) -> None:
@@ -348,11 +346,10 @@ class Shike(nn.Module):
             ValueError: If an index is out of range or given twice, or there is none.
         """
         experts = list(experts)
-        known = range(len(self.experts))
-        whole = all(isinstance(m, Integral) and not isinstance(m, bool) for m in experts)
-        if not experts or len(set(experts)) < len(experts) or not whole or not set(experts) <= set(known):
+        valid = (isinstance(m, Integral) and not isinstance(m, bool) and 0 <= m < len(self.experts) for m in experts)
+        if not experts or len(set(experts)) < len(experts) or not all(valid):
             raise ValueError(
-                f'experts must be different numbers from 0 to {len(known) - 1}, the experts of the model, '
+                f'experts must be different numbers from 0 to {len(self.experts) - 1}, the experts of the model, '
                 f'got {experts}.')
         experts = [int(m) for m in experts]
         self.num_features = self.num_features // self.num_experts * len(experts)
@@ -361,8 +358,8 @@ class Shike(nn.Module):
         self.num_experts = len(experts)
         self.head_hidden_size = self.num_features
         self.feature_info[-1] = dict(self.feature_info[-1], num_chs=self.num_features)
-        if self.num_classes:
-            self.classifier.keep_experts(experts)
+        for name, weights in list(self.classifier.named_parameters()):
+            setattr(self.classifier, name, nn.Parameter(weights.detach()[experts].clone(), weights.requires_grad))
         self._model_args = dict(self._model_args, num_experts=len(experts), depths=list(self.depths))
 
     def _levels(self, indices: Union[None, int, Sequence[int]]) -> List[int]:

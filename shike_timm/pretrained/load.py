@@ -90,14 +90,9 @@ def load_trained_model(
         pretrained: bool = False,
         experts: Optional[Sequence[int]] = None,
 ) -> TrainedModel:
-    """Load a trained model to the CPU.
+    """Load a trained model to the CPU: by a name that `--model` takes, or from a checkpoint.
 
-    Args:
-        name: A registered name, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or the path of a run folder, model folder or
-            checkpoint.
-        checkpoint: A checkpoint of shike train, in place of a name.
-        pretrained: Load the published weights of a registered name.
-        experts: Experts to keep, all by default.
+    `pretrained` loads the published weights of a registered name. `experts` are those to keep.
     """
     if bool(name) == bool(checkpoint):
         raise InputError('Give the model, either as --model or as --checkpoint.')
@@ -119,7 +114,7 @@ def load_trained_model(
 
 
 def with_trained_options(config: Config, trained: TrainedModel) -> Config:
-    """A configuration with the options that the model was trained with, where it does not say another."""
+    """A configuration with the options that the model was trained with, but for those that it sets itself."""
     sizes = ('img_size', 'input_size')
     sized = any(getattr(config, key) for key in sizes)
     return replace(config, **{

@@ -17,7 +17,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _from_weights(path: str, config: ModelConfig, preprocessing: PreprocessingConfig) -> Optional[TrainedModel]:
-    """The model in a checkpoint that holds weights alone; None for checkpoints that say what model they are of."""
+    """The model in a checkpoint that holds weights alone; None if the checkpoint also describes its model."""
     checkpoint = load_checkpoint(path)
     weights = model_weights(checkpoint, path)
     if hasattr(checkpoint.get('args'), 'class_counts'):
