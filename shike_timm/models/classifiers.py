@@ -27,7 +27,7 @@ def cosines(x: Tensor, weight: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return torch.einsum('bmd,mcd->bmc', x, weight)
     if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # at a scale of 30, bfloat16 rounds logits to steps of 1/8
             return torch.einsum('bmd,mcd->bmc', x, weight)
     return torch.einsum('bmd,mcd->bmc', x, weight)
 
@@ -48,10 +48,7 @@ class LinearClassifier(nn.Module):
 
 
 class CosineClassifier(nn.Module):
-    """A cosine classifier for each expert: logits are `scale` times the cosine of features and class weights.
-
-    They are computed in float32 also under autocast: at a scale of 30, bfloat16 rounds logits to steps of 1/8.
-    """
+    """A cosine classifier for each expert: logits are `scale` times the cosine of features and class weights."""
 
     def __init__(self, num_experts: int, in_features: int, num_classes: int, scale: float = COSINE_SCALE, **dd: Any):
         super().__init__()

@@ -55,7 +55,7 @@ def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
 
 def find_report(
         folder: Optional[str], model_folder: Path, config: Dict[str, Any], result: Dict[str, Any]) -> List[Path]:
-    """The files of a report of this model to publish: from `folder`, or from `report` in the run folder if it exists."""
+    """The files of the model's report that are published: from `folder`, or from RUN/report if it exists."""
     model_folder = model_folder.resolve()
     report = Path(folder) if folder else model_folder.with_name('report')
     table = report / REPORT_TABLE

@@ -27,10 +27,7 @@ def _pieces(net: nn.Module, levels: Sequence[str], prefix: str = ''):
 @torch.inference_mode(False)  # inference mode does not count how often a tensor is written to
 @torch.no_grad()
 def find_chain(net: Any, name: str, in_chans: int) -> List[str]:
-    """Names of the modules in `net.forward_features`, a chain: each is called on the output of the one before.
-
-    `net` is a timm model on the meta device. A ValueError says why, if it is no such chain of feature maps.
-    """
+    """Names of the modules in `forward_features` of a timm model on the meta device, each called on the last output."""
     levels = [info['module'] for info in getattr(net, 'feature_info', None) or []]
     if not hasattr(net, 'forward_features') or len(levels) < 2:
         raise _refusal(name, 'timm knows no feature levels of it')
@@ -73,10 +70,7 @@ def find_chain(net: Any, name: str, in_chans: int) -> List[str]:
 
 def _find_parts(
         net: Any, name: str, in_chans: int, private_stages: int) -> Tuple[List[List[str]], List[Dict[str, Any]]]:
-    """Names of the modules of stem, shared and private stages, and the feature levels at their ends.
-
-    The end of the stem may be no feature level.
-    """
+    """Names of the modules of stem, shared and private stages, and the feature levels at their ends."""
     chain = find_chain(net, name, in_chans)
     *levels, last = net.feature_info
     stem = [level for level in levels if level['reduction'] < _MIN_REDUCTION][-1:]
@@ -93,14 +87,11 @@ def _find_parts(
     return [chain[a:b] for a, b in zip(bounds, bounds[1:])], [*stem, *shared, last]
 
 
-def _take_parts(net: nn.Module, parts: Sequence[Sequence[str]]) -> List[nn.Module]:
-    taken = []
-    for paths in parts:
-        modules = []
-        for module in map(net.get_submodule, paths):
-            modules += list(module) if type(module) is nn.Sequential else [module]
-        taken.append(nn.Sequential(*modules))
-    return taken
+def _take_part(net: nn.Module, paths: Sequence[str]) -> nn.Module:
+    modules = []
+    for module in map(net.get_submodule, paths):
+        modules += list(module) if type(module) is nn.Sequential else [module]
+    return nn.Sequential(*modules)
 
 
 def _create_skeleton(name: str, **kwargs: Any) -> Any:
@@ -122,15 +113,12 @@ def timm_backbone(
         private_stages: int = 1,
         **options: Any,
 ) -> Backbone:
-    """A convolutional network of timm, cut at the feature levels that timm knows of it.
-
-    The private stages of each expert have initial values of their own. Arguments are as in `Shike`. The options are
-    those of `timm.create_model`.
-    """
+    """A convolutional network of timm, made with options of `timm.create_model` and cut at timm's feature levels."""
     if not timm.is_model(name.split('.')[0]):
         raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
-    kwargs = dict(num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate)  # timm ignores None
-    kwargs.update(output_stride=output_stride if output_stride != 32 else None)
+    kwargs = dict(  # timm ignores None
+        num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate,
+        output_stride=output_stride if output_stride != 32 else None)
     try:
         skeleton = _create_skeleton(name, **kwargs)
     except ValueError:
@@ -143,12 +131,12 @@ def timm_backbone(
     if not first_conv:
         raise _refusal(name, 'timm does not say which convolution sees the images')
     nets = [timm.create_model(name, **kwargs, **options) for _ in range(num_experts)]
-    stem, *stages, last = _take_parts(nets[0], parts)
+    stem, *stages = (_take_part(nets[0], paths) for paths in parts[:-1])
     channels = [*(level['num_chs'] for level in levels[:-1]), skeleton.num_features]
     return Backbone(
         stem=stem,
         stages=stages,
-        last_stages=[last, *(_take_parts(net, parts[-1:])[0] for net in nets[1:])],
+        last_stages=[_take_part(net, parts[-1]) for net in nets],
         feature_info=[dict(num_chs=chs, reduction=level['reduction']) for chs, level in zip(channels, levels)],
         first_conv=[nets[0].get_submodule(c) for c in ([first_conv] if isinstance(first_conv, str) else first_conv)],
         initialised=True,
