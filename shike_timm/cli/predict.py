@@ -168,7 +168,7 @@ def predict_rows(config: RowsConfig) -> Iterator[Dict[str, Any]]:
     Returns:
         An iterator of dictionaries, one for each file: `filename`; `label` and `prob` or `logit`, lists with the best
         class first; `index` if asked for; `experts`, a list with the same of each expert, if asked for; and `error`,
-        None, or what is wrong with the file. With an error, there is nothing else but the name.
+        None, or what is wrong with the file. With an error there are only `filename` and `error`.
     """
     return _prepare(config)[1]
 

@@ -59,7 +59,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _check_num_experts(state_dict: Dict[str, Tensor], model: Shike) -> Dict[str, Tensor]:
-    """Refuse weights of another number of experts."""
+    """Refuse weights with a different number of experts."""
     experts = {int(match[1]) for name in state_dict if (match := re.match(r'experts\.(\d+)\.', name))}
     if experts and len(experts) != model.num_experts:
         few = f', then model.set_experts({list(range(model.num_experts))})' if model.num_experts < len(experts) else ''

@@ -1,4 +1,4 @@
-"""SHIKE: experts that share a trunk, and each fuses features of another depth.
+"""SHIKE: experts share a trunk, and each expert fuses features of a different depth.
 
 Paper: `Long-Tailed Visual Recognition via Self-Heterogeneous Integration with Knowledge Excavation`, CVPR 2023,
     https://arxiv.org/abs/2304.01279
@@ -25,7 +25,7 @@ OLD_ARGUMENTS = ('pretrained_backbone', 'authors_classifiers')
 
 
 def _without_numpy(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's numbers and lists, which JSON takes."""
+    """NumPy's numbers and arrays as Python's numbers and lists, for JSON."""
     if isinstance(value, (list, tuple)) or hasattr(value, 'tolist'):
         return [_without_numpy(item) for item in value] if getattr(value, 'ndim', 1) else value.item()
     return value
@@ -106,8 +106,8 @@ class Shike(nn.Module):
         self.depths = tuple(_without_numpy(depth) for depth in depths)
         if len(self.depths) != num_experts or not all(1 <= depth <= num_shared for depth in self.depths):
             raise ValueError(
-                f'depths must name one shared stage for each of {num_experts} experts, between 1 and {num_shared}, '
-                f'got {self.depths}.')
+                f'depths must name one shared stage for each of {num_experts} experts, numbers between 1 and '
+                f'{num_shared}, the stages of the trunk, got {self.depths}.')
         self.in_chans = in_chans
         self.num_experts = num_experts
         self.private_stages = private_stages
@@ -157,8 +157,7 @@ class Shike(nn.Module):
             for part in (self.stem, self.stages, experts):
                 init_convolutions(part)
         for expert in experts if residual else ():
-            *_, norm = (module for module in expert.modules() if isinstance(module, nn.BatchNorm2d))  # the aligner's
-            nn.init.zeros_(norm.weight)
+            nn.init.zeros_(expert.aligner[-1].weight)  # a BatchNorm
         return experts
 
     @torch.jit.ignore()
@@ -194,7 +193,7 @@ class Shike(nn.Module):
             cache_dir: Folder for downloaded weights.
 
         Raises:
-            ValueError: If there are no weights of the backbone, or the file is missing, damaged or of another network.
+            ValueError: If there are no weights of the backbone, or the file is missing, damaged or does not fit.
             RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
         """
         net = timm_backbone(
@@ -337,7 +336,7 @@ class Shike(nn.Module):
         self._made_with = {name: value for name, value in made_with.items() if name not in OLD_ARGUMENTS}
 
     def set_experts(self, experts: Sequence[int]) -> None:
-        """Keep some of the experts and drop the others for good. This trades accuracy for speed.
+        """Keep some of the experts and drop the rest for good. This trades accuracy for speed.
 
         Args:
             experts: Indices of the experts to keep, in the order that they are to have.

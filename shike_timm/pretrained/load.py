@@ -1,4 +1,4 @@
-"""Trained models by name or by checkpoint, with what is known of the data they were trained on."""
+"""Trained models by name or by checkpoint, with the facts known of their training data."""
 import argparse
 import json
 import os
@@ -37,15 +37,15 @@ class TrainedModelConfig:
 
 @dataclass
 class TrainedModel:
-    """A trained model, and what is known of its training. None stands for unknown."""
+    """A trained model and the known facts of its training. None stands for unknown."""
 
-    name: str  # where it comes from, for messages
+    name: str  # for messages
     model: Shike
     class_counts: Optional[List[int]] = None  # training images of each class
     class_names: Optional[List[str]] = None  # in label order
     shot_counts: Optional[List[int]] = None  # images of each class that make the shot divisions
     run_folder: Optional[str] = None  # of its training
-    options: Dict[str, Any] = field(default_factory=dict)  # of its training, where it needs them later
+    options: Dict[str, Any] = field(default_factory=dict)  # of its training, for its preprocessing
 
 
 def _from_name(name: str, pretrained: bool) -> TrainedModel:

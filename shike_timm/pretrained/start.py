@@ -34,7 +34,7 @@ def _from_weights(path: str, config: ModelConfig, preprocessing: PreprocessingCo
 
 
 def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optional[TrainedModel]:
-    """Load the model that `--initial-checkpoint` or `--pretrained` names. Its options are those to train with."""
+    """Load the model that `--initial-checkpoint` or `--pretrained` names, with the options to train it with."""
     name = config.initial_checkpoint or (config.model if config.pretrained else None)
     given = [key for key in ('initial_checkpoint', 'pretrained', 'pretrained_backbone') if getattr(config, key)]
     if len(given) > 1:

@@ -102,8 +102,8 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> Exception:
     if status in known:
         return InputError(known[status])
     return OSError(
-        f'Publishing to {endpoint} failed ({reason}): look at {endpoint}/{repo_id} for what is there, and repeat the '
-        'command later.')
+        f'Publishing to {endpoint} failed ({reason}): look at {endpoint}/{repo_id} to see what has been '
+        'uploaded, and repeat the command later.')
 
 
 def _prepare_repo(api: HfApi, config: PublishConfig, card: ModelCard) -> Optional[str]:
