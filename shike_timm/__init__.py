@@ -5,6 +5,7 @@ import timm
 
 from . import models as models
 from .models.backbones import Source
+from .options import check_values, complete
 from .version import __version__ as __version__
 
 
@@ -30,16 +31,14 @@ def shike(backbone: str, pretrained_backbone: Union[None, Source] = None, **kwar
 
 
 def train(**options: Any) -> Dict[str, Any]:
-    """Train as `train.py` does, with its options as keyword arguments: `train(hparams='quickstart', epochs=3)`.
+    """Train as `shike train` does, with its options as keyword arguments: `train(hparams='quickstart', epochs=3)`.
 
     Returns:
-        Metrics and seconds by stage, what is also in `metrics.json` of the run folder.
+        Metrics and seconds of each stage, as in `metrics.json` of the run folder.
 
     Raises:
         ValueError: If an option is unknown or cannot work; nothing has been written then.
     """
-    from shike_timm.options import check_values
-
     from .cli.train import complete_train_args
     from .training.config import TrainConfig
     from .training.runs import train
@@ -55,33 +54,29 @@ def evaluate(**options: Any) -> Dict[str, Any]:
     Raises:
         ValueError: If an option is unknown or cannot work.
     """
-    from shike_timm.options import check_values, complete
-
     from .report.evaluate import EvalConfig, evaluate_model
     return evaluate_model(complete(EvalConfig, check_values(EvalConfig, options, 'evaluate()')))
 
 
 def describe(**options: Any) -> Dict[str, Any]:
-    """Tell what a data set holds as `describe.py` does, with its options as keyword arguments.
+    """Say what a data set holds as `shike describe` does, with its options as keyword arguments.
 
     Returns:
-        What `shike_timm.cli.describe.describe_data` gives and `--json` prints.
+        The result of `shike_timm.cli.describe.describe_data`, which `--json` prints.
 
     Raises:
         ValueError: If an option is unknown or cannot work.
     """
-    from shike_timm.options import check_values, complete
-
     from .cli.describe import DescribeConfig, describe_data
     return describe_data(complete(DescribeConfig, check_values(DescribeConfig, options, 'describe()')))
 
 
 def predict(inputs: Any, **options: Any) -> Iterator[Dict[str, Any]]:
-    """Predict the classes of image files as `predict.py` does, with its options as keyword arguments.
+    """Predict the classes of image files as `shike predict` does, with its options as keyword arguments.
 
     Args:
         inputs: Files, folders or patterns, or one of them.
-        **options: Its options, but for those of its output.
+        **options: The options of the command, except those of its output.
 
     Returns:
         An iterator of dictionaries as `shike_timm.cli.predict.predict_rows` gives them.
@@ -89,8 +84,6 @@ def predict(inputs: Any, **options: Any) -> Iterator[Dict[str, Any]]:
     Raises:
         ValueError: If an option is unknown or cannot work.
     """
-    from shike_timm.options import check_values, complete
-
     from .cli.predict import RowsConfig, predict_rows
     inputs = [str(one) for one in inputs] if isinstance(inputs, (list, tuple)) else [str(inputs)]
     return predict_rows(complete(RowsConfig, check_values(RowsConfig, dict(options, inputs=inputs), 'predict()')))

@@ -1,4 +1,5 @@
 """export.py: what it writes gives the model's own logits, at any batch size and without this package."""
+import importlib.util
 import json
 import subprocess
 import sys
@@ -229,9 +230,9 @@ def test_bad_input_is_one_sentence_and_touches_nothing(value, argv, run_script, 
 
 
 def test_missing_package_is_named(run_script, tmp_path, monkeypatch):
-    find_spec = exporting.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        exporting.importlib.util, 'find_spec', lambda *args: None if args == ('onnxscript',) else find_spec(*args))
+        importlib.util, 'find_spec', lambda *args: None if args == ('onnxscript',) else find_spec(*args))
     status, out, error = run_script('export.py', '--model', 'resnet32_shike', '--output', tmp_path / 'out')
     assert status == 2 and len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
     assert 'needs onnxscript,' in error and 'pip install "shike-timm[export]"' in error

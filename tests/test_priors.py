@@ -68,9 +68,9 @@ def test_training_mode_and_other_experts(model, images):
     torch.testing.assert_close(model.forward_head(features), plain.mean(1) + TRAIN.log())
     model.set_experts([2, 0])
     torch.testing.assert_close(model.forward_experts(images), plain[:, [2, 0]] + TRAIN.log())
-    assert model.half().prior.offset.dtype == torch.float16 and not any('prior' in name for name in model.state_dict())
+    assert model.half().prior_offset.dtype == torch.float16 and not any('prior' in name for name in model.state_dict())
     model.reset_classifier(4)
-    assert model.class_counts is model.target_prior is model.prior.offset is model.classifier_prior is None
+    assert model.class_counts is model.target_prior is model.prior_offset is model.classifier_prior is None
 
 
 def test_what_is_not_known_is_refused(model):

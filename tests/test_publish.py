@@ -180,6 +180,8 @@ def test_round_trip(hub, run_copy, publish):
     assert len(hub.repos[NAME]['commits']) == 2 and not hub.repos[NAME]['private']
     assert set(files) == {'model.safetensors', 'config.json', 'README.md'}
     assert json.loads(files['config.json']) == config
+    # as transformers creates it
+    timm.create_model(config['architecture'], num_classes=config['num_classes'], **config['model_args'])
     card = ModelCard(files['README.md'].decode())
     assert card.data.eval_results[0].metric_value == read_files(run_copy)[1]['stage_two']['top1']
 

@@ -55,8 +55,8 @@ def stack_classifiers(weights: Dict[str, Tensor], classifiers: str) -> Tensor:
         raise InputError(
             f"The checkpoint has no '{classifiers}.{missing[0]}.weight': use a complete one, or choose the other set "
             'with --classifiers.')
-    if len({head.shape for head in found.values()}) > 1 or found[0].ndim != 2:
-        shapes = sorted({tuple(head.shape) for head in found.values()})
+    shapes = sorted({tuple(head.shape) for head in found.values()})
+    if len(shapes) > 1 or len(shapes[0]) != 2:
         raise InputError(f"The checkpoint has '{classifiers}' of the shapes {shapes}, expected (features, classes).")
     stacked = torch.stack([found[m].t() for m in range(num_experts)])
     # The authors' code starts with columns of length 1. Training changes that.

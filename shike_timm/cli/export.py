@@ -1,4 +1,5 @@
 """Export of a trained model to a file that runs without this package."""
+import importlib.util
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from ..errors import InputError
 from ..models.create import is_registered
 from ..options import HparamsConfig, option, parse
 from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior
-from ..publishing.export import FILES, check_packages, find_place, save_exported
+from ..publishing.export import FILES, find_place, save_exported
 from .script import run_script
 
 _logger = logging.getLogger(__name__)
@@ -30,7 +31,11 @@ class ExportConfig(TrainedModelConfig, HparamsConfig):
 def export(config: ExportConfig) -> Path:
     """Export a trained model, and give the folder written."""
     if config.format == 'onnx':
-        check_packages()
+        for name in ('onnx', 'onnxruntime', 'onnxscript'):
+            if importlib.util.find_spec(name) is None:
+                raise InputError(
+                    f'--format onnx needs {name}, which is not installed: pip install "shike-timm[export]", '
+                    'or choose another format.')
     elif config.opset is not None:
         raise InputError(f'--opset {config.opset} goes with --format onnx, not {config.format}: leave it out.')
     if config.output:

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
@@ -28,7 +28,7 @@ from .script import run_script
 
 _logger = logging.getLogger(__name__)
 
-DECODING = ('pixel_range', 'exif')  # options of `create_file_loader`, which a saved model keeps
+DECODING = ('pixel_range', 'exif')  # options of `create_file_loader` that a saved model keeps
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,8 @@ class _Predictor:
     data_config: Dict[str, Any]
     num_experts: int
     num_classes: int
-    class_names: Optional[Sequence[str]] = None
-    decoding: Dict[str, Any] = field(default_factory=dict)  # the `DECODING` options
-
-
-def _onnx_file(config: RowsConfig) -> Optional[Path]:
-    """The exported ONNX file that --model names, itself or by its folder."""
-    files = (Path(config.model), Path(config.model, FILES['onnx'])) if config.model else ()
-    return next((file for file in files if file.suffix == '.onnx' and file.is_file()), None)
+    class_names: Optional[Sequence[str]]
+    decoding: Dict[str, Any]  # the `DECODING` options
 
 
 def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
@@ -97,17 +91,17 @@ def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
         raise InputError(
             f"'{path}' and the {CONFIG_FILE} beside it cannot be used ({one_line(error)}): export the model "
             'anew.') from error
-    given = {name: getattr(config, name) for name in DECODING}
-    decoding = {name: saved.get(name) if value is None else value for name, value in given.items()}
+    options = {name: saved.get(name) for name in DECODING}
+    options.update({name: getattr(config, name) for name in DECODING if getattr(config, name) is not None})
     return _Predictor(
         lambda images: run(images)[:, None], torch.device('cpu'), data_config, 1, num_classes,
-        saved.get('label_names'), decoding)
+        saved.get('label_names'), options)
 
 
 def _make_predictor(config: RowsConfig) -> _Predictor:
-    onnx = _onnx_file(config)
-    if onnx is not None:
-        return _onnx_predictor(config, onnx)
+    for path in (Path(config.model), Path(config.model, FILES['onnx'])) if config.model else ():
+        if path.suffix == '.onnx' and path.is_file():
+            return _onnx_predictor(config, path)
     device = resolve_device(config.device)
     tune_device(device)
     trained = load_trained_model(config.model, config.checkpoint, True, config.experts)
@@ -147,8 +141,8 @@ def _predict_files(
         torch.tensor(predictor.data_config[key], device=predictor.device).expand(channels)[:, None, None] * 255
         for key in ('mean', 'std'))
     remaining = iter(paths)
+    found: Iterator[Dict[str, Any]] = iter(())
     for images, errors in loader:
-        found: Iterator[Dict[str, Any]] = iter(())
         if images is not None:
             images = images.to(predictor.device, torch.float32).sub_(mean).div_(std)
             logits = predictor.run(images.contiguous(memory_format=torch.channels_last)).float().cpu()
@@ -174,7 +168,7 @@ def predict_rows(config: RowsConfig) -> Iterator[Dict[str, Any]]:
     Returns:
         An iterator of dictionaries, one for each file: `filename`; `label` and `prob` or `logit`, lists with the best
         class first; `index` if asked for; `experts`, a list with the same of each expert, if asked for; and `error`,
-        None, or what is wrong with the file. Then the others are missing.
+        None, or what is wrong with the file. With an error there are only `filename` and `error`.
     """
     return _prepare(config)[1]
 

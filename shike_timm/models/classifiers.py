@@ -1,6 +1,6 @@
 """The classifiers of all experts, stacked in one parameter: from features [B, M, D] to logits [B, M, C]."""
 import math
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +26,13 @@ def cosines(x: Tensor, weight: Tensor) -> Tensor:
     x, weight = _normalize(x), _normalize(weight)
     if torch.jit.is_scripting():
         return torch.einsum('bmd,mcd->bmc', x, weight)
-    device = x.device.type
-    if device != 'meta' and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
+    if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):  # at a scale of 30, bfloat16 rounds logits to steps of 1/8
             return torch.einsum('bmd,mcd->bmc', x, weight)
     return torch.einsum('bmd,mcd->bmc', x, weight)
 
 
-class _StackedClassifier(nn.Module):
-    def keep_experts(self, experts: Sequence[int]) -> None:
-        """Keep the classifiers of these experts alone, in this order."""
-        for name, parameter in list(self.named_parameters()):
-            kept = nn.Parameter(parameter.detach()[list(experts)].clone(), parameter.requires_grad)
-            setattr(self, name, kept)
-
-
-class LinearClassifier(_StackedClassifier):
+class LinearClassifier(nn.Module):
     """A linear classifier for each expert."""
 
     def __init__(self, num_experts: int, in_features: int, num_classes: int, **dd: Any):
@@ -56,11 +47,8 @@ class LinearClassifier(_StackedClassifier):
         return torch.einsum('bmd,mcd->bmc', x, self.weight) + self.bias
 
 
-class CosineClassifier(_StackedClassifier):
-    """A cosine classifier for each expert: logits are `scale` times the cosine of features and class weights.
-
-    They are computed in float32 also under autocast: at a scale of 30, bfloat16 rounds logits to steps of 1/8.
-    """
+class CosineClassifier(nn.Module):
+    """A cosine classifier for each expert: logits are `scale` times the cosine of features and class weights."""
 
     def __init__(self, num_experts: int, in_features: int, num_classes: int, scale: float = COSINE_SCALE, **dd: Any):
         super().__init__()

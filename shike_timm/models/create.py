@@ -70,7 +70,7 @@ def create_model(config: ModelConfig, num_classes: int, in_chans: int = 3, fresh
 
 
 def resolve_data_config(config: PreprocessingConfig, model: Shike) -> Dict[str, Any]:
-    """Preprocessing: the model's own, where the options do not say another."""
+    """Preprocessing of the options. The model's own values stand for those that are not given."""
     for name in ('mean', 'std'):
         values = getattr(config, name)
         if values and len(values) not in (1, model.in_chans):

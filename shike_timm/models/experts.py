@@ -13,31 +13,23 @@ def _conv_norm(
 
 
 def conv_aligner(in_chs: int, out_chs: int, num_halvings: int, **dd: Any) -> nn.Sequential:
-    """The paper's aligner: a chain of strided 3x3 convolutions, each of which doubles the channels.
-
-    Each link has a convolution, a BatchNorm and a ReLU, except that the link at index 1 has no ReLU. If the resolution
-    is not halved, one convolution keeps it.
-    """
+    """The paper's aligner: strided 3x3 convolutions that double the channels, each with BatchNorm and ReLU."""
     layers = []
-    num_links = max(num_halvings, 1)
+    num_links = max(num_halvings, 1)  # if the resolution is not halved, one convolution keeps it
     for k in range(num_links):
         width = out_chs if k == num_links - 1 else in_chs * 2
         layers += _conv_norm(in_chs, width, 3, stride=2 if num_halvings else 1, **dd)
-        if k != 1:
+        if k != 1:  # as in the authors' code
             layers.append(nn.ReLU(inplace=True))
         in_chs = width
     return nn.Sequential(*layers)
 
 
 def bottleneck_aligner(
-        in_chs: int, out_chs: int, num_halvings: int, width: int = 256, depthwise: bool = False, **dd: Any,
-) -> nn.Sequential:
-    """A 1x1 convolution to `width` channels, strided 3x3 convolutions at that width, and a 1x1 convolution out.
-
-    A three-expert ResNet-50 has half as many parameters as with `conv_aligner`. In networks for mobile phones, full
-    3x3 convolutions would cost more than all the rest, depthwise ones do not.
-    """
-    stride, groups = 2 if num_halvings else 1, width if depthwise else 1
+        in_chs: int, out_chs: int, num_halvings: int, depthwise: bool = False, **dd: Any) -> nn.Sequential:
+    """A 1x1 convolution to 256 channels, strided 3x3 convolutions (depthwise on request), and a 1x1 convolution."""
+    width, stride = 256, 2 if num_halvings else 1
+    groups = width if depthwise else 1
     layers = _conv_norm(in_chs, width, 1, **dd) + [nn.ReLU(inplace=True)]
     for _ in range(max(num_halvings, 1)):
         layers += _conv_norm(width, width, 3, stride=stride, groups=groups, **dd) + [nn.ReLU(inplace=True)]

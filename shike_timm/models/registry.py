@@ -59,7 +59,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _check_num_experts(state_dict: Dict[str, Tensor], model: Shike) -> Dict[str, Tensor]:
-    """Refuse weights of another number of experts."""
+    """Refuse weights with a different number of experts."""
     experts = {int(match[1]) for name in state_dict if (match := re.match(r'experts\.(\d+)\.', name))}
     if experts and len(experts) != model.num_experts:
         few = f', then model.set_experts({list(range(model.num_experts))})' if model.num_experts < len(experts) else ''
@@ -67,15 +67,6 @@ def _check_num_experts(state_dict: Dict[str, Tensor], model: Shike) -> Dict[str,
             f'These weights are of {len(experts)} experts, not of {model.num_experts}: create the model with '
             f'num_experts={len(experts)}{few}.')
     return state_dict
-
-
-def _check_published(variant: str, kwargs: Dict[str, Any]) -> None:
-    """Refuse `pretrained` for a name without weights."""
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    if not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(
-            f"No weights are published for '{variant}': leave out pretrained and train it with shike train, or load a "
-            "trained model as 'hf-hub:USER/NAME' or 'local-dir:FOLDER'.")
 
 
 def _create_shike(
@@ -89,8 +80,11 @@ def _create_shike(
     if overlay.get('url') or overlay.get('hf_hub_id'):
         # timm would prefer the file in the package to the weights that were asked for.
         kwargs['pretrained_cfg_overlay'] = {'file': None, **overlay}
-    if pretrained:
-        _check_published(variant, kwargs)
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    if pretrained and not (cfg.has_weights or cfg.state_dict):
+        raise RuntimeError(
+            f"No weights are published for '{variant}': leave out pretrained and train it with shike train, or load a "
+            "trained model as 'hf-hub:USER/NAME' or 'local-dir:FOLDER'.")
     for name in OLD_ARGUMENTS if pretrained_model_args else ():
         kwargs.pop(name, None)
     model = build_model_with_cfg(

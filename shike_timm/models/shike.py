@@ -1,4 +1,4 @@
-"""SHIKE: experts that share a trunk, and each fuses features of another depth.
+"""SHIKE: experts share a trunk, and each expert fuses features of a different depth.
 
 Paper: `Long-Tailed Visual Recognition via Self-Heterogeneous Integration with Knowledge Excavation`, CVPR 2023,
     https://arxiv.org/abs/2304.01279
@@ -14,10 +14,10 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .backbones import Backbone, BackboneFn, Source, preprocessing, pretrained_parts
+from .backbones import Backbone, BackboneFn, Source, preprocessing, pretrained_options, timm_backbone
 from .classifiers import CLASSIFIERS, COSINE_SCALE
 from .experts import ALIGNERS, Expert, init_convolutions
-from .prior import Frequencies, Prior
+from .prior import Frequencies, check_frequencies, prior_offset
 
 FUSIONS = ('product', 'residual', 'none')
 # Arguments in old model folders. The first may name a file in a user's private folder.
@@ -25,22 +25,10 @@ OLD_ARGUMENTS = ('pretrained_backbone', 'authors_classifiers')
 
 
 def _without_numpy(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's numbers and lists, which JSON takes."""
+    """NumPy's numbers and arrays as Python's numbers and lists, for JSON."""
     if isinstance(value, (list, tuple)) or hasattr(value, 'tolist'):
         return [_without_numpy(item) for item in value] if getattr(value, 'ndim', 1) else value.item()
     return value
-
-
-def _resolve_depths(depths: Optional[Sequence[int]], num_experts: int, num_shared: int) -> Tuple[int, ...]:
-    """The shared stage that each expert fuses, counted from 1."""
-    if depths is None:
-        return tuple(m % num_shared + 1 for m in range(num_experts))
-    depths = tuple(_without_numpy(depth) for depth in depths)
-    if len(depths) != num_experts:
-        raise ValueError(f'depths must name one shared stage for each of {num_experts} experts, got {depths}.')
-    if not all(1 <= depth <= num_shared for depth in depths):
-        raise ValueError(f'depths must lie between 1 and {num_shared}, the stages of the trunk, got {depths}.')
-    return depths
 
 
 class Shike(nn.Module):
@@ -75,7 +63,7 @@ class Shike(nn.Module):
         ValueError: If an argument is out of range, or the backbone cannot be split. The message names it.
     """
 
-    __jit_unused_properties__ = ['_model_args', 'class_counts', 'classifier_prior', 'target_prior']
+    __jit_unused_properties__ = ['_model_args']
 
     def __init__(
             self,
@@ -112,7 +100,14 @@ class Shike(nn.Module):
         dd = dict(device=device, dtype=dtype)
         shared = dict(in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride)
         net = backbone(num_experts=num_experts, private_stages=private_stages, **shared, **dd)
-        self.depths = _resolve_depths(depths, num_experts, len(net.stages))
+        num_shared = len(net.stages)
+        if depths is None:
+            depths = [m % num_shared + 1 for m in range(num_experts)]
+        self.depths = tuple(_without_numpy(depth) for depth in depths)
+        if len(self.depths) != num_experts or not all(1 <= depth <= num_shared for depth in self.depths):
+            raise ValueError(
+                f'depths must name one shared stage for each of {num_experts} experts, numbers between 1 and '
+                f'{num_shared}, the stages of the trunk, got {self.depths}.')
         self.in_chans = in_chans
         self.num_experts = num_experts
         self.private_stages = private_stages
@@ -124,12 +119,13 @@ class Shike(nn.Module):
         self.trunk_frozen = False
         self.backbone_name = net.name
         self.pretrained_cfg = dict[str, Any]()  # timm replaces it
+        self.register_buffer('prior_offset', None, persistent=False)
 
         self.stem = net.stem
         self.stages = nn.ModuleList(net.stages)
         # The stem is one of the feature levels in some networks only. The shared stages follow.
         *levels, last = net.feature_info
-        self.num_stem_levels = len(levels) - len(net.stages)
+        self.num_stem_levels = len(levels) - num_shared
         self.experts = self._make_experts(net, aligner, **dd)
         modules = ['stem'] * self.num_stem_levels + [f'stages.{i}' for i in range(len(self.stages))]
         self.feature_info: List[Dict[str, Any]] = [dict(info, module=module) for info, module in zip(levels, modules)]
@@ -161,8 +157,7 @@ class Shike(nn.Module):
             for part in (self.stem, self.stages, experts):
                 init_convolutions(part)
         for expert in experts if residual else ():
-            *_, norm = (module for module in expert.modules() if isinstance(module, nn.BatchNorm2d))  # the aligner's
-            nn.init.zeros_(norm.weight)
+            nn.init.zeros_(expert.aligner[-1].weight)  # a BatchNorm
         return experts
 
     @torch.jit.ignore()
@@ -198,13 +193,16 @@ class Shike(nn.Module):
             cache_dir: Folder for downloaded weights.
 
         Raises:
-            ValueError: If there are no weights of the backbone, or the file is missing, damaged or of another network.
+            ValueError: If there are no weights of the backbone, or the file is missing, damaged or does not fit.
             RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
         """
-        *trunk, last = pretrained_parts(
-            self.backbone_name, source, self.in_chans, cache_dir, self.private_stages)
-        for own, loaded in [*zip([self.stem, *self.stages], trunk), *((expert.stage, last) for expert in self.experts)]:
+        net = timm_backbone(
+            **pretrained_options(self.backbone_name, source), num_experts=1, in_chans=self.in_chans,
+            private_stages=self.private_stages, cache_dir=cache_dir)
+        for own, loaded in zip([self.stem, *self.stages], [net.stem, *net.stages]):
             own.load_state_dict(loaded.state_dict())
+        for expert in self.experts:
+            expert.stage.load_state_dict(net.last_stages[0].state_dict())
         self.set_preprocessing(source)
 
     def set_preprocessing(self, source: Source = True) -> None:
@@ -265,30 +263,16 @@ class Shike(nn.Module):
             self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.num_classes = int(num_classes)
         self.head_hidden_size = self.num_features
-        self.classifier, self.prior = nn.Identity(), Prior(self.num_classes)
+        self.classifier = nn.Identity()
+        self.set_training_prior(None)
         if num_classes:
             parameter = next(self.parameters())
             options = dict(scale=self.cosine_scale) if self.classifier_type == 'cosine' else {}
             classifier = CLASSIFIERS[self.classifier_type](
                 self.num_experts, self.num_features // self.num_experts, self.num_classes, **options)
             self.classifier = classifier.to(parameter.device, parameter.dtype)
-        for module in (self.global_pool, self.classifier, self.prior):
+        for module in (self.global_pool, self.classifier):
             module.train(self.training)
-
-    @property
-    def class_counts(self) -> Optional[List[int]]:
-        """Training images of each class, None if unknown."""
-        return self.prior.class_counts
-
-    @property
-    def classifier_prior(self) -> Optional[str]:
-        """Prior that the classifiers were trained for: 'uniform', 'train', or None if unknown."""
-        return self.prior.classifier_prior
-
-    @property
-    def target_prior(self) -> Frequencies:
-        """Prior set by `set_target_prior`."""
-        return self.prior.target_prior
 
     def set_training_prior(self, class_counts: Optional[Sequence[int]], classifier_prior: Optional[str] = None) -> None:
         """Say what the classifiers were trained on. `set_target_prior` needs it, and a saved model keeps it.
@@ -301,7 +285,14 @@ class Shike(nn.Module):
         Raises:
             ValueError: If the counts are not one positive number for each class, or there is no such prior.
         """
-        self.prior.set_training(class_counts, classifier_prior)
+        if class_counts is not None:
+            class_counts = [int(count) for count in class_counts]
+            check_frequencies(class_counts, self.num_classes, 'class_counts')
+        if classifier_prior not in (None, 'uniform', 'train'):
+            raise ValueError(f"classifier_prior must be 'uniform', 'train' or None, got {classifier_prior!r}.")
+        self.class_counts, self.classifier_prior = class_counts, classifier_prior
+        self.target_prior: Frequencies = None
+        self.prior_offset: Optional[Tensor] = None
 
     def set_target_prior(self, prior: Frequencies) -> None:
         """Make the logits stand for other class frequencies, also in a saved or exported model.
@@ -317,7 +308,15 @@ class Shike(nn.Module):
             ValueError: If a prior that this needs is unknown, or the numbers are not one positive number for each
                 class.
         """
-        self.prior.set_target(prior, like=next(self.parameters()))
+        if prior is not None and not isinstance(prior, str):
+            prior = [float(value) for value in prior]
+        offset = prior_offset(prior, self.classifier_prior, self.class_counts, self.num_classes)
+        parameter = next(self.parameters())
+        self.target_prior = prior
+        self.prior_offset = None if offset is None else offset.to(parameter.device, parameter.dtype)
+
+    def _add_offset(self, logits: Tensor) -> Tensor:
+        return logits if self.training or self.prior_offset is None else logits + self.prior_offset
 
     @property
     def _model_args(self) -> Dict[str, Any]:
@@ -328,16 +327,16 @@ class Shike(nn.Module):
         scale = getattr(self.classifier, 'scale', self.cosine_scale)
         if scale != COSINE_SCALE or 'cosine_scale' in args:
             now['cosine_scale'] = scale
-        for name in now:
-            args.pop(name, None)
-        return {**args, **{name: value for name, value in now.items() if value is not None}}
+        return {
+            **{name: value for name, value in args.items() if name not in now},
+            **{name: value for name, value in now.items() if value is not None}}
 
     @_model_args.setter
     def _model_args(self, made_with: Dict[str, Any]) -> None:
         self._made_with = {name: value for name, value in made_with.items() if name not in OLD_ARGUMENTS}
 
     def set_experts(self, experts: Sequence[int]) -> None:
-        """Keep some of the experts and drop the others for good. This trades accuracy for speed.
+        """Keep some of the experts and drop the rest for good. This trades accuracy for speed.
 
         Args:
             experts: Indices of the experts to keep, in the order that they are to have.
@@ -346,11 +345,10 @@ class Shike(nn.Module):
             ValueError: If an index is out of range or given twice, or there is none.
         """
         experts = list(experts)
-        known = range(len(self.experts))
-        whole = all(isinstance(m, Integral) and not isinstance(m, bool) for m in experts)
-        if not experts or len(set(experts)) < len(experts) or not whole or not set(experts) <= set(known):
+        valid = (isinstance(m, Integral) and not isinstance(m, bool) and 0 <= m < len(self.experts) for m in experts)
+        if not experts or len(set(experts)) < len(experts) or not all(valid):
             raise ValueError(
-                f'experts must be different numbers from 0 to {len(known) - 1}, the experts of the model, '
+                f'experts must be different numbers from 0 to {len(self.experts) - 1}, the experts of the model, '
                 f'got {experts}.')
         experts = [int(m) for m in experts]
         self.num_features = self.num_features // self.num_experts * len(experts)
@@ -359,8 +357,8 @@ class Shike(nn.Module):
         self.num_experts = len(experts)
         self.head_hidden_size = self.num_features
         self.feature_info[-1] = dict(self.feature_info[-1], num_chs=self.num_features)
-        if self.num_classes:
-            self.classifier.keep_experts(experts)
+        for name, weights in list(self.classifier.named_parameters()):
+            setattr(self.classifier, name, nn.Parameter(weights.detach()[experts].clone(), weights.requires_grad))
         self._model_args = dict(self._model_args, num_experts=len(experts), depths=list(self.depths))
 
     def _levels(self, indices: Union[None, int, Sequence[int]]) -> List[int]:
@@ -448,7 +446,7 @@ class Shike(nn.Module):
     def forward_expert_head(self, x: Tensor) -> Tensor:
         """Logits of each expert [B, M, num_classes] from the feature maps of `forward_features`."""
         x = self.forward_head(x, pre_logits=True)
-        return self.prior(self.classifier(x.unflatten(1, (self.num_experts, -1))))
+        return self._add_offset(self.classifier(x.unflatten(1, (self.num_experts, -1))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Averaged logits [B, num_classes], or pooled features [B, num_features] if pre_logits or no classifiers."""
@@ -457,7 +455,7 @@ class Shike(nn.Module):
             x = F.dropout(x, self.drop_rate, self.training)
         if pre_logits or self.num_classes == 0:
             return x
-        return self.prior(self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1))
+        return self._add_offset(self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1))
 
     def forward_experts(self, x: Tensor) -> Tensor:
         """Logits of each expert [B, M, num_classes] from images [B, in_chans, H, W]."""

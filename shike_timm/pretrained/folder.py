@@ -46,15 +46,10 @@ def export_model(
         class_counts: Optional[Sequence[int]] = None,
         **facts: Any,
 ) -> None:
-    """Write a model folder, which timm loads as `local-dir:FOLDER`. An existing folder is replaced as a whole.
+    """Write a folder that timm loads as `local-dir:FOLDER`. An existing one is replaced as a whole.
 
-    Args:
-        model: Model made by `timm.create_model`.
-        folder: Folder to write.
-        data_config: Preprocessing, as `timm.data.resolve_data_config` gives it.
-        class_names: Names of the classes in label order.
-        class_counts: Training images of each class.
-        **facts: More for `config.json`. Empty values are left out.
+    The model was made by `timm.create_model`, the preprocessing by `timm.data.resolve_data_config`. The facts go into
+    `config.json`, unless they are empty.
     """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + '.tmp')
@@ -64,9 +59,11 @@ def export_model(
         model.set_training_prior(class_counts)
     model.pretrained_cfg.pop('label_names', None)  # these belong to the weights in the package
     config: Dict[str, Any] = {'pretrained_cfg': {'tag': ''}}  # these weights are not those of the default tag
-    for key, value in dict(label_names=class_names, class_counts=class_counts, **facts).items():
-        if value:
-            config[key] = value
+    facts = dict(label_names=class_names, class_counts=class_counts, **facts)
+    config.update({key: value for key, value in facts.items() if value})
     save_for_hf(model, str(temporary), config, safe_serialization=True, data_config=data_config)
+    config = read_config(f'local-dir:{temporary}')
+    config['model_args'].pop('num_classes', None)  # transformers takes the one at the top level, and refuses a second
+    (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

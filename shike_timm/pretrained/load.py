@@ -1,4 +1,4 @@
-"""Trained models by name or by checkpoint, with what is known of the data they were trained on."""
+"""Trained models by name or by checkpoint, with the facts known of their training data."""
 import argparse
 import json
 import os
@@ -37,15 +37,15 @@ class TrainedModelConfig:
 
 @dataclass
 class TrainedModel:
-    """A trained model, and what is known of its training. None stands for unknown."""
+    """A trained model and the known facts of its training. None stands for unknown."""
 
-    name: str  # where it comes from, for messages
+    name: str  # for messages
     model: Shike
     class_counts: Optional[List[int]] = None  # training images of each class
     class_names: Optional[List[str]] = None  # in label order
     shot_counts: Optional[List[int]] = None  # images of each class that make the shot divisions
     run_folder: Optional[str] = None  # of its training
-    options: Dict[str, Any] = field(default_factory=dict)  # of its training, where it needs them later
+    options: Dict[str, Any] = field(default_factory=dict)  # of its training, for its preprocessing
 
 
 def _from_name(name: str, pretrained: bool) -> TrainedModel:
@@ -90,14 +90,9 @@ def load_trained_model(
         pretrained: bool = False,
         experts: Optional[Sequence[int]] = None,
 ) -> TrainedModel:
-    """Load a trained model to the CPU.
+    """Load a trained model to the CPU: by a name that `--model` takes, or from a checkpoint.
 
-    Args:
-        name: A registered name, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or the path of a run folder, model folder or
-            checkpoint.
-        checkpoint: A checkpoint of shike train, in place of a name.
-        pretrained: Load the published weights of a registered name.
-        experts: Experts to keep, all by default.
+    `pretrained` loads the published weights of a registered name. `experts` are those to keep.
     """
     if bool(name) == bool(checkpoint):
         raise InputError('Give the model, either as --model or as --checkpoint.')
@@ -119,7 +114,7 @@ def load_trained_model(
 
 
 def with_trained_options(config: Config, trained: TrainedModel) -> Config:
-    """A configuration with the options that the model was trained with, where it does not say another."""
+    """A configuration with the options that the model was trained with, but for those that it sets itself."""
     sizes = ('img_size', 'input_size')
     sized = any(getattr(config, key) for key in sizes)
     return replace(config, **{

@@ -17,7 +17,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _from_weights(path: str, config: ModelConfig, preprocessing: PreprocessingConfig) -> Optional[TrainedModel]:
-    """The model in a checkpoint that holds weights alone; None for checkpoints that say what model they are of."""
+    """The model in a checkpoint that holds weights alone; None if the checkpoint also describes its model."""
     checkpoint = load_checkpoint(path)
     weights = model_weights(checkpoint, path)
     if hasattr(checkpoint.get('args'), 'class_counts'):
@@ -34,7 +34,7 @@ def _from_weights(path: str, config: ModelConfig, preprocessing: PreprocessingCo
 
 
 def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optional[TrainedModel]:
-    """Load the model that `--initial-checkpoint` or `--pretrained` names. Its options are those to train with."""
+    """Load the model that `--initial-checkpoint` or `--pretrained` names, with the options to train it with."""
     name = config.initial_checkpoint or (config.model if config.pretrained else None)
     given = [key for key in ('initial_checkpoint', 'pretrained', 'pretrained_backbone') if getattr(config, key)]
     if len(given) > 1:

@@ -23,7 +23,6 @@ METRIC_NAMES = {
     'medium': 'Medium-shot accuracy',
     'few': 'Few-shot accuracy',
 }
-STAGE_NAMES = {'stage_one': 'one', 'stage_two': 'two'}
 PATHS = {  # options that name files or folders, or can do so
     'class_map', 'initial_checkpoint', 'kd_model_name', 'pretrained_backbone', 'train_list', 'train_split', 'val_list',
     'val_split',
@@ -31,7 +30,7 @@ PATHS = {  # options that name files or folders, or can do so
 
 
 def _without_folder(name: str) -> str:
-    """The last part of a path, RUN/model after local-dir, or a name on the Hub: folders are the user's own affair."""
+    """The last part of a path, RUN/model of a local-dir, or a name on the Hub: a card shows no private folders."""
     source, _, path = name.partition(':')
     if source.lower() in ('hf-hub', 'hf_hub'):
         return name
@@ -85,7 +84,7 @@ def _result_rows(metrics: Dict[str, Any]) -> List[List[str]]:
         outputs = {'ensemble': result, **{f'expert {m}': expert for m, expert in enumerate(result['experts'])}}
         for name, output in outputs.items():
             cells = ['-' if output.get(key) is None else f'{output[key]:.2f}' for key in METRIC_NAMES]
-            rows.append([STAGE_NAMES.get(stage, stage), name, *cells])
+            rows.append([stage.removeprefix('stage_'), name, *cells])
     return rows
 
 
@@ -114,17 +113,10 @@ def model_card(
         load_as: Optional[str] = None,
         with_report: bool = False,
 ) -> ModelCard:
-    """The card of a model, with the ensemble's accuracies after the last stage as model-index.
+    """The card of a model: its `config.json`, and the `metrics.json` and `args.yaml` of its run without their folders.
 
-    Args:
-        repo_id: Name on the Hub, `USER/NAME`.
-        model: The model.
-        config: Its `config.json`.
-        metrics: The run's `metrics.json`: results by stage.
-        args: The run's `args.yaml`. The card does not show its folders.
-        license: License of the weights, by default that of the pretrained weights they started from.
-        load_as: Name to load the model by, if it is not on the Hub.
-        with_report: Whether figures and table of a report lie beside the card.
+    `load_as` is the name to load the model by, if it is not on the Hub. `license` is by default that of the pretrained
+    weights that it started from.
     """
     metrics, args, counts = metrics or {}, dict(args or {}), config.get('class_counts')
     if args.get('dataset'):

@@ -1,5 +1,4 @@
 """Export of a model to a file that runs without this package. The file is compared with the model before it is kept."""
-import importlib.util
 import logging
 import os
 import tempfile
@@ -19,15 +18,6 @@ FILES = {'onnx': 'model.onnx', 'torchscript': 'model.torchscript.pt', 'torch-exp
 _TRACED_BATCH = 2  # torch.export would take a batch size of 1 for a constant
 _CHECKED_BATCHES = (1, 5)
 _TOLERANCE = 1e-4  # of the largest logit
-
-
-def check_packages() -> None:
-    """Check that the packages for ONNX are installed."""
-    missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f'--format onnx needs {missing[0]}, which is not installed: pip install "shike-timm[export]", '
-            'or choose another format.')
 
 
 def find_place(folder: Path) -> Path:
@@ -57,14 +47,6 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: Optional[in
     onnx.save(program, path)
 
 
-def _write_program(model: nn.Module, images: Tensor, path: Path) -> None:
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch', max=2 ** 31 - 1)},))
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta.pop('stack_trace', None)  # paths and source lines of this machine
-    torch.export.save(program, path)
-
-
 def _write(model: nn.Module, images: Tensor, path: Path, format: str, opset: Optional[int]) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # torch.jit is deprecated, but the user asks for it
@@ -73,7 +55,12 @@ def _write(model: nn.Module, images: Tensor, path: Path, format: str, opset: Opt
         elif format == 'torchscript':  # traced: some backbones cannot be scripted
             torch.jit.save(torch.jit.trace(model, images, check_trace=False), path)
         else:
-            _write_program(model, images, path)
+            batch = torch.export.Dim('batch', max=2 ** 31 - 1)
+            program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+            for module in program.graph_module.modules():
+                for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                    node.meta.pop('stack_trace', None)  # paths and source lines of this machine
+            torch.export.save(program, path)
 
 
 def load_exported(path: Union[str, Path], format: str) -> Callable[[Tensor], Tensor]:
@@ -124,20 +111,11 @@ def save_exported(
         opset: Optional[int] = None,
         **facts: Any,
 ) -> float:
-    """Write a folder with the exported model, for any batch size, and the `config.json` of a model folder.
+    """Write the folder of an exported model, for any batch size, and give its difference from the model.
 
-    The export is compared with the model first. The folder appears whole or not at all.
-
-    Args:
-        model: Model made by `timm.create_model`, on the CPU. It is put into eval mode.
-        folder: Folder to write. It must not exist, or be empty.
-        format: A key of `FILES`.
-        data_config: Preprocessing, as `timm.data.resolve_data_config` gives it. Its `input_size` is exported.
-        opset: Version of ONNX's operators, torch's choice by default.
-        **facts: Class names, class counts and more for `config.json`, as in `export_model`.
-
-    Returns:
-        The largest difference found, relative to the largest logit.
+    The model, made by `timm.create_model`, is put into eval mode. The difference is the largest one found, relative to
+    the largest logit. The folder must not exist, or be empty; it appears whole or not at all. The facts are those of
+    `export_model`.
     """
     folder = Path(folder).absolute()
     with tempfile.TemporaryDirectory(dir=find_place(folder)) as temporary:

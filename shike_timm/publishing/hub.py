@@ -39,12 +39,8 @@ class PublishConfig:
         None, "license on the card, such as mit; by default that of the backbone's weights", 'ID')
 
 
-class PublishError(OSError):
-    """The Hub or the connection failed. The message is one sentence that says what happened and what to do."""
-
-
 def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Metrics and arguments of the run that a model folder is of. They are empty if it is not in a run folder."""
+    """Metrics and arguments of the run that wrote a model folder, empty if it does not lie in a run folder."""
     model_folder = model_folder.resolve()
     found = []
     for name, parse in (('metrics.json', json.loads), ('args.yaml', yaml.safe_load)):
@@ -59,28 +55,24 @@ def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
 
 def find_report(
         folder: Optional[str], model_folder: Path, config: Dict[str, Any], result: Dict[str, Any]) -> List[Path]:
-    """The files of a report that go along with a card. Their classes and top-1 must be those of the model.
-
-    `folder` None stands for `report` in the run folder, if it exists.
-    """
-    if folder is None:
-        report = model_folder.resolve().parent / 'report'
-        if model_folder.resolve().name != 'model' or not (report / REPORT_TABLE).is_file():
-            return []
-    else:
-        report = Path(folder)
+    """The files of the model's report that are published: from `folder`, or from RUN/report if it exists."""
+    model_folder = model_folder.resolve()
+    report = Path(folder) if folder else model_folder.with_name('report')
+    table = report / REPORT_TABLE
+    if folder is None and not (model_folder.name == 'model' and table.is_file()):
+        return []
     paths = [report / name for name in REPORT_FILES]
     for path in paths:
         if not path.is_file():
             raise InputError(f"'{path}' does not exist: give --report the folder that shike report wrote.")
     try:
-        with (report / REPORT_TABLE).open(newline='', encoding='utf-8') as file:
+        with table.open(newline='', encoding='utf-8') as file:
             rows = list(csv.DictReader(file))
         counts = {row['class']: int(row['training images']) for row in rows}
         correct = sum(float(row['ensemble']) * int(row['test images']) for row in rows if row['ensemble'])
         top1 = correct / max(sum(int(row['test images']) for row in rows), 1)
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"'{report / REPORT_TABLE}' is damaged ({one_line(error)}): make the report anew.") from error
+        raise InputError(f"'{table}' is damaged ({one_line(error)}): make the report anew.") from error
     names, problem = config.get('label_names'), None
     if names and config.get('class_counts') and counts != dict(zip(names, config['class_counts'])):
         problem = 'its classes or their training images are not those of the model'
@@ -89,16 +81,6 @@ def find_report(
     if problem:
         raise InputError(f"'{report}' is of another model, as {problem}: make it anew, or move it away.")
     return paths
-
-
-def _check_repo_id(repo_id: str) -> None:
-    problem = None if repo_id.count('/') == 1 else 'it does not have the form USER/NAME'
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        problem = problem or one_line(error)
-    if problem:
-        raise InputError(f"--repo-id '{repo_id}' cannot be a name on the Hub ({problem}): choose another.")
 
 
 def _explain(error: BaseException, repo_id: str, endpoint: str) -> Exception:
@@ -119,9 +101,9 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> Exception:
     }
     if status in known:
         return InputError(known[status])
-    return PublishError(
-        f'Publishing to {endpoint} failed ({reason}): look at {endpoint}/{repo_id} for what is there, and repeat the '
-        'command later.')
+    return OSError(
+        f'Publishing to {endpoint} failed ({reason}): look at {endpoint}/{repo_id} to see what has been '
+        'uploaded, and repeat the command later.')
 
 
 def _prepare_repo(api: HfApi, config: PublishConfig, card: ModelCard) -> Optional[str]:
@@ -146,7 +128,13 @@ def _prepare_repo(api: HfApi, config: PublishConfig, card: ModelCard) -> Optiona
 
 def publish(config: PublishConfig) -> str:
     """Publish a model with its card, and give its URL."""
-    _check_repo_id(config.repo_id)
+    try:
+        validate_repo_id(config.repo_id)
+        if '/' not in config.repo_id:
+            raise HFValidationError('it does not have the form USER/NAME')
+    except HFValidationError as error:
+        raise InputError(
+            f"--repo-id '{config.repo_id}' cannot be a name on the Hub ({one_line(error)}): choose another.") from error
     folder = find_model(config.model)
     metrics, run_args = read_run(folder)
     model = load_trained_model(f'local-dir:{folder}').model

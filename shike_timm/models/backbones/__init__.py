@@ -4,5 +4,5 @@ from .backbone import BackboneFn as BackboneFn
 from .cifar_resnet import cifar_resnet as cifar_resnet
 from .pretrained import Source as Source
 from .pretrained import preprocessing as preprocessing
-from .split import pretrained_parts as pretrained_parts
+from .pretrained import pretrained_options as pretrained_options
 from .split import timm_backbone as timm_backbone

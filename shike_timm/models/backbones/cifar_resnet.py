@@ -17,11 +17,7 @@ def cifar_resnet(
         private_stages: int = 1,
         **dd: Any,
 ) -> Backbone:
-    """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem, and three stages of n basic blocks with 16, 32 and 64 channels.
-
-    Each expert has 1 or 2 of the last stages for itself. The stochastic depth rate grows linearly to `drop_path_rate`
-    at the last block.
-    """
+    """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem, and three stages of n basic blocks with 16, 32 and 64 channels."""
     if output_stride != 32:
         raise ValueError(f'output_stride of the CIFAR ResNet cannot be changed, got {output_stride}: leave it out.')
     channels = (16, 32, 64)

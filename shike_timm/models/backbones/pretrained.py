@@ -58,7 +58,7 @@ def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
 
 
 def pretrained_options(name: Optional[str], source: Source) -> Dict[str, Any]:
-    """Arguments for `timm.create_model` to create a network with pretrained weights."""
+    """Arguments for `timm_backbone` that give it pretrained weights."""
     tagged_name = _tagged_name(name, source)
     overlay = dict(state_dict=_read_weights(tagged_name, source)) if _tag(source) is None else None
-    return dict(model_name=tagged_name, pretrained=True, pretrained_cfg_overlay=overlay)
+    return dict(name=tagged_name, pretrained=True, pretrained_cfg_overlay=overlay)

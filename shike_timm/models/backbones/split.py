@@ -1,13 +1,11 @@
 """Any convolutional network of timm, cut into stem, shared and private stages. One forward pass shows where."""
-from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .pretrained import Source, pretrained_options
 
 _MIN_REDUCTION = 4  # of a stage; the modules at a higher resolution are the stem
 
@@ -26,57 +24,44 @@ def _pieces(net: nn.Module, levels: Sequence[str], prefix: str = ''):
             yield path, child
 
 
-class _Call:
-    """A call of a module: its inputs, its output, and how often each had been written to at that moment."""
-
-    def __init__(self, path: str, args: Tuple[Any, ...], kwargs: Dict[str, Any]):
-        self.path = path
-        self.inputs = (*args, *kwargs.values())
-        self.version_before = getattr(self.inputs[0], '_version', None)
-
-    def finish(self, output: Any) -> None:
-        self.output = output
-        self.output_version = getattr(output, '_version', None)
-
-    def takes(self, value: Any) -> bool:
-        return len(self.inputs) == 1 and self.inputs[0] is value
-
-
 @torch.inference_mode(False)  # inference mode does not count how often a tensor is written to
 @torch.no_grad()
 def find_chain(net: Any, name: str, in_chans: int) -> List[str]:
-    """Names of the modules in `net.forward_features`, a chain: each is called on the output of the one before.
-
-    `net` is a timm model on the meta device. A ValueError says why, if it is no such chain of feature maps.
-    """
+    """Names of the modules in `forward_features` of a timm model on the meta device, each called on the last output."""
     levels = [info['module'] for info in getattr(net, 'feature_info', None) or []]
     if not hasattr(net, 'forward_features') or len(levels) < 2:
         raise _refusal(name, 'timm knows no feature levels of it')
     if getattr(net, 'output_fmt', 'NCHW') != 'NCHW':
         raise _refusal(name, f'its feature maps are {net.output_fmt} and experts fuse NCHW ones')
-    calls: List[_Call] = []
+    value = torch.empty(1, in_chans, *net.default_cfg['input_size'][1:], device='meta', dtype=torch.float32)
+    version = value._version  # how often it has been written to
+    outputs: Dict[str, Tuple[Any, Any]] = {}
+
+    def before(path: str, inputs: Tuple[Any, ...]) -> None:
+        if len(inputs) != 1 or inputs[0] is not value or path in outputs or (
+                getattr(value, '_version', None) != version):
+            raise _refusal(name, f"more than a chain of modules happens before '{path}'")
+
+    def after(path: str, output: Any) -> None:
+        nonlocal value, version
+        value, version = output, getattr(output, '_version', None)
+        outputs[path] = value, version
+
     for path, module in _pieces(net, levels):
         module.register_forward_pre_hook(
-            lambda _, args, kwargs, path=path: calls.append(_Call(path, args, kwargs)), with_kwargs=True)
-        module.register_forward_hook(lambda _, args, output: calls[-1].finish(output))
-    value = torch.empty(1, in_chans, *net.default_cfg['input_size'][1:], device='meta', dtype=torch.float32)
+            lambda _, args, kwargs, path=path: before(path, (*args, *kwargs.values())), with_kwargs=True)
+        module.register_forward_hook(lambda _, args, output, path=path: after(path, output))
     output = net.eval().forward_features(value)
-    outputs: Dict[str, _Call] = {}
-    version = value._version
-    for call in calls:
-        if not call.takes(value) or call.version_before != version or call.path in outputs:
-            raise _refusal(name, f"more than a chain of modules happens before '{call.path}'")
-        outputs[call.path] = call
-        value, version = call.output, call.output_version
     missing = [level for level in levels if level not in outputs]
     if missing or output is not value:
         raise _refusal(
             name, 'its features are not the output of a chain of modules '
             f"('{missing[0] if missing else levels[-1]}' is left out)")
     for level in levels[:-1]:
-        if not isinstance(outputs[level].output, Tensor) or outputs[level].output.ndim != 4:
+        features, written = outputs[level]
+        if not isinstance(features, Tensor) or features.ndim != 4:
             raise _refusal(name, f"'{level}' gives no feature map [B, C, h, w]")
-        if outputs[level].output._version != outputs[level].output_version:
+        if features._version != written:
             raise _refusal(name, f"a later module overwrites the features of '{level}', which experts share")
     if value.ndim != 4 or value.shape[1] != net.num_features:
         raise _refusal(name, f'its last stage gives no feature map [B, {net.num_features}, h, w]')
@@ -85,10 +70,7 @@ def find_chain(net: Any, name: str, in_chans: int) -> List[str]:
 
 def _find_parts(
         net: Any, name: str, in_chans: int, private_stages: int) -> Tuple[List[List[str]], List[Dict[str, Any]]]:
-    """Names of the modules of stem, shared and private stages, and the feature levels at their ends.
-
-    The end of the stem may be no feature level.
-    """
+    """Names of the modules of stem, shared and private stages, and the feature levels at their ends."""
     chain = find_chain(net, name, in_chans)
     *levels, last = net.feature_info
     stem = [level for level in levels if level['reduction'] < _MIN_REDUCTION][-1:]
@@ -105,14 +87,11 @@ def _find_parts(
     return [chain[a:b] for a, b in zip(bounds, bounds[1:])], [*stem, *shared, last]
 
 
-def _take_parts(net: nn.Module, parts: Sequence[Sequence[str]]) -> List[nn.Module]:
-    taken = []
-    for paths in parts:
-        modules = []
-        for module in map(net.get_submodule, paths):
-            modules += list(module) if type(module) is nn.Sequential else [module]
-        taken.append(nn.Sequential(*modules))
-    return taken
+def _take_part(net: nn.Module, paths: Sequence[str]) -> nn.Module:
+    modules = []
+    for module in map(net.get_submodule, paths):
+        modules += list(module) if type(module) is nn.Sequential else [module]
+    return nn.Sequential(*modules)
 
 
 def _create_skeleton(name: str, **kwargs: Any) -> Any:
@@ -132,16 +111,14 @@ def timm_backbone(
         drop_path_rate: Optional[float] = None,
         output_stride: int = 32,
         private_stages: int = 1,
-        **dd: Any,
+        **options: Any,
 ) -> Backbone:
-    """A convolutional network of timm, cut at the feature levels that timm knows of it.
-
-    The private stages of each expert have initial values of their own. Arguments are as in `Shike`.
-    """
+    """A convolutional network of timm, made with options of `timm.create_model` and cut at timm's feature levels."""
     if not timm.is_model(name.split('.')[0]):
         raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
-    kwargs = dict(num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate)  # timm ignores None
-    kwargs.update(output_stride=output_stride if output_stride != 32 else None)
+    kwargs = dict(  # timm ignores None
+        num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate,
+        output_stride=output_stride if output_stride != 32 else None)
     try:
         skeleton = _create_skeleton(name, **kwargs)
     except ValueError:
@@ -153,31 +130,15 @@ def timm_backbone(
     first_conv = skeleton.default_cfg['first_conv']
     if not first_conv:
         raise _refusal(name, 'timm does not say which convolution sees the images')
-    nets = [timm.create_model(name, **kwargs, **dd) for _ in range(num_experts)]
-    stem, *stages, last = _take_parts(nets[0], parts)
+    nets = [timm.create_model(name, **kwargs, **options) for _ in range(num_experts)]
+    stem, *stages = (_take_part(nets[0], paths) for paths in parts[:-1])
     channels = [*(level['num_chs'] for level in levels[:-1]), skeleton.num_features]
     return Backbone(
         stem=stem,
         stages=stages,
-        last_stages=[last, *(_take_parts(net, parts[-1:])[0] for net in nets[1:])],
+        last_stages=[_take_part(net, parts[-1]) for net in nets],
         feature_info=[dict(num_chs=chs, reduction=level['reduction']) for chs, level in zip(channels, levels)],
         first_conv=[nets[0].get_submodule(c) for c in ([first_conv] if isinstance(first_conv, str) else first_conv)],
         initialised=True,
         name=name,
     )
-
-
-def pretrained_parts(
-        name: Optional[str],
-        source: Source,
-        in_chans: int = 3,
-        cache_dir: Union[None, str, Path] = None,
-        private_stages: int = 1,
-) -> List[nn.Module]:
-    """Stem, shared stages and (as one) private stages of `timm_backbone`, with pretrained weights, on the CPU."""
-    options = pretrained_options(name, source)
-    net = timm.create_model(**options, num_classes=0, in_chans=in_chans, cache_dir=cache_dir)
-    tagged_name: str = options['model_name']
-    skeleton = _create_skeleton(tagged_name, num_classes=0, in_chans=in_chans)
-    parts, _ = _find_parts(skeleton, tagged_name, in_chans, private_stages)
-    return _take_parts(net, parts)
