@@ -48,7 +48,7 @@ COUNTS = [500, 300, 150, 90, 60, 30, 15, 10, 6, 3]
 
 @pytest.fixture(scope='module')
 def analyzed():
-    return analysis.analyze(make_logits(COUNTS))
+    return analysis.Analysis(make_logits(COUNTS))
 
 
 def read_page(folder):
@@ -94,7 +94,7 @@ def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_scrip
     for told, output in zip((results, *results['experts']), outputs):
         for key, value in plain_metrics(output, saved.targets, saved.class_counts).items():
             assert told[key] == pytest.approx(value, abs=0.0051 if key != 'ece' else 0.1), key
-    analyzed = analysis.analyze(saved).metrics
+    analyzed = analysis.Analysis(saved).metrics
     assert analyzed.items() <= {**results, 'per_class': analyzed['per_class']}.items()
 
     text, table = read_page(tmp_path / 'report')
@@ -138,7 +138,7 @@ def make_run(folder, seed, num_images=600, lr=0.1):
     folder.mkdir()
     (folder / 'args.yaml').write_text(f'seed: {seed}\nlr: {lr}\nexperiment: {folder.name}\n')
     made_by = sum(map(ord, folder.name))
-    return analysis.analyze(make_logits(COUNTS, num_images, seed=made_by, name=folder.name, run=folder))
+    return analysis.Analysis(make_logits(COUNTS, num_images, seed=made_by, name=folder.name, run=folder))
 
 
 def test_seeds_of_one_recipe(tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_seeds_of_one_recipe(tmp_path, monkeypatch):
 
     assert not page.seed_groups([*runs, make_run(tmp_path / 'again', 2)])
     assert not page.seed_groups([*runs, make_run(tmp_path / 'elsewhere', 3, num_images=500)])
-    flipped = analysis.analyze(make_logits(COUNTS, seed=9, name='flipped', run=runs[0].saved.run))
+    flipped = analysis.Analysis(make_logits(COUNTS, seed=9, name='flipped', run=runs[0].saved.run))
     assert not page.seed_groups([runs[0], flipped]) and not page.seed_groups(runs[:1])
 
 
@@ -173,7 +173,7 @@ def test_a_run_is_evaluated_on_the_images_that_it_set_aside(tmp_path, run_script
 
 
 def test_intervals_are_those_of_scipy(analyzed):
-    other = analysis.analyze(make_logits(COUNTS, seed=1))
+    other = analysis.Analysis(make_logits(COUNTS, seed=1))
     by_class = [analyzed.right[analyzed.saved.targets == c, 0].astype(float) for c in range(10)]
     few = by_class[6:]
 
@@ -237,7 +237,7 @@ def test_numbers_counted_by_hand():
     saved = make_logits([200, 5], 6, 1)
     saved.targets = np.array([0, 0, 0, 0, 1, 1])
     saved.logits = 2 * np.eye(2, dtype=np.float32)[[0, 0, 0, 1, 0, 0]][:, None]
-    analyzed = analysis.analyze(saved)
+    analyzed = analysis.Analysis(saved)
     assert analyzed.most_confused == [(1, 1), (0, 2)]
     (confusion,) = analysis.tail_confusions(analyzed)
     assert confusion == analysis.Confusion(1, 0, 2, 100., [4, 5])
@@ -256,7 +256,7 @@ def test_shares_of_best_experts():
     saved = make_logits([200, 200], 200, 2)
     saved.logits[:] = 5 * np.eye(2, dtype=np.float32)[saved.targets][:, None]
     saved.logits[saved.targets == 0, 0] *= -1
-    shares, chance = analysis.best_expert_shares(analysis.analyze(saved))
+    shares, chance = analysis.best_expert_shares(analysis.Analysis(saved))
     assert shares['many'].tolist() == [0.25, 0.75] and list(shares) == ['many']
     assert chance['many'] == (0.25, 0.75)  # each class is one's or both's
 
@@ -270,7 +270,7 @@ def test_shares_of_best_experts():
 def test_what_is_missing_is_said(tmp_path, saved, sentences):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        one = analysis.analyze(make_logits(**saved))
+        one = analysis.Analysis(make_logits(**saved))
         page.write_report(tmp_path, [one])
     text, table = read_page(tmp_path)
     found = re.findall(r'<p class="missing">(.*?)</p>', text)
@@ -282,7 +282,7 @@ def test_what_is_missing_is_said(tmp_path, saved, sentences):
 
 def test_hostile_names_are_text(tmp_path):
     names = HOSTILE[:]
-    models = [analysis.analyze(make_logits(COUNTS, names=names, seed=seed, name=name))
+    models = [analysis.Analysis(make_logits(COUNTS, names=names, seed=seed, name=name))
               for seed, name in enumerate(['<b>one', 'two'])]
     page.write_report(tmp_path, models)
     text, table = read_page(tmp_path)
@@ -302,7 +302,7 @@ def large_page(request, tmp_path_factory):
     saved = make_logits(
         counts, len(counts), 2, HOSTILE + [f'class {c}' for c in range(len(counts) - len(HOSTILE))])
     folder, start = tmp_path_factory.mktemp('large'), time.process_time()
-    page.write_report(folder, [analysis.analyze(saved)])
+    page.write_report(folder, [analysis.Analysis(saved)])
     return folder, counts, time.process_time() - start
 
 
@@ -312,7 +312,7 @@ def test_many_classes(large_page):
 
 
 def test_other_images_are_not_paired(tmp_path, analyzed):
-    page.write_report(tmp_path, [analyzed, analysis.analyze(make_logits(COUNTS, 500))])
+    page.write_report(tmp_path, [analyzed, analysis.Analysis(make_logits(COUNTS, 500))])
     assert 'They did not see the same images' in (tmp_path / 'report.html').read_text()
 
 
@@ -328,7 +328,7 @@ def test_images_of_a_folder(image_folder, tmp_path, run_script, monkeypatch):
         tmp_path / 'logits.npz', '--results-file', tmp_path / 'results.json')
     assert status == 0, err
     saved = load_logits(tmp_path / 'logits.npz')
-    told, analyzed = json.loads((tmp_path / 'results.json').read_text()), analysis.analyze(saved)
+    told, analyzed = json.loads((tmp_path / 'results.json').read_text()), analysis.Analysis(saved)
     assert [SHOTS[shot] for shot in saved.shots] == ['many', 'medium', 'few']  # of 24, 12 and 6 images
     assert all(analyzed.metrics[key] == told[key] for key in METRICS)
     folders = [path.split('/')[-2] for path in saved.paths]

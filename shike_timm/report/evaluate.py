@@ -106,9 +106,9 @@ def _write_results(config: EvalConfig, metrics: Dict[str, Any]) -> None:
 
 
 def _write_report(folder: str, saved: SavedLogits, cams: Any) -> None:
-    from .analysis import analyze
+    from .analysis import Analysis
     from .page import write_report
-    print(f'Report: {write_report(Path(folder), [analyze(saved)], cams=cams)}')
+    print(f'Report: {write_report(Path(folder), [Analysis(saved)], cams=cams)}')
 
 
 def evaluate_model(config: EvalConfig) -> Dict[str, Any]:

@@ -85,16 +85,16 @@ def make_report(config: ReportConfig) -> Path:
     check_report(config.output, config.cam)
     if config.cam and not Path(config.runs[0]).is_dir():
         raise InputError(f"--cam needs a model, which '{config.runs[0]}' lacks: give a run folder, or use shike eval.")
-    from .analysis import analyze
+    from .analysis import Analysis
     from .page import write_report
     models, earlier, cams = [], None, []
     for number, path in enumerate(map(Path, config.runs)):
         saved, drawn = evaluate_run(path.absolute(), config, None if number else config.cam) if path.is_dir() else (
             [load_logits(path)], [])
         cams += drawn
-        models.append(analyze(saved[0]))
+        models.append(Analysis(saved[0]))
         if not number and len(saved) > 1:
-            earlier = analyze(saved[1])
+            earlier = Analysis(saved[1])
     page = write_report(Path(config.output), models, earlier, cams)
     print(f'Report: {page}')
     return page
