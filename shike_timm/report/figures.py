@@ -69,7 +69,8 @@ def class_accuracy(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     _draw_trend(top, accuracy[:, 0])
     add_legend(top)
     highest = accuracy[:, 1:].max(1)
-    best = accuracy[:, 1:] == highest[:, None]
+    counts = analysis.right_by_class[analysis.order, 1:]
+    best = counts == counts.max(1, keepdims=True)
     alone = best.sum(1) == 1
     groups = [('several', NEUTRAL, ~alone)]
     groups += [(f'expert {m}', COLORS[m % len(COLORS)], alone & one) for m, one in enumerate(best.T)]
