@@ -49,12 +49,6 @@ def _data_uri(image: Image.Image, size: int) -> str:
     return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 
-def _are_seeds(models: Sequence[Analysis], seeds: Sequence[Any]) -> bool:
-    first, *others = [one.saved for one in models]
-    return len(set(seeds)) == len(seeds) > 1 and all(
-        same_images(first, one) and np.array_equal(first.class_counts, one.class_counts) for one in others)
-
-
 def seed_groups(models: Sequence[Analysis]) -> List[Tuple[List[Analysis], Dict[str, Tuple[float, float]]]]:
     """Runs that saw the same images and differ only in their seed, with mean and standard deviation of each metric."""
     groups: Dict[str, List[Tuple[Analysis, Any]]] = {}
@@ -64,13 +58,17 @@ def seed_groups(models: Sequence[Analysis]) -> List[Tuple[List[Analysis], Dict[s
             values = yaml.safe_load(path.read_text(encoding='utf-8'))
             recipe = yaml.safe_dump(dict(card_options(values), seed=None))
             groups.setdefault(recipe, []).append((one, values.get('seed')))
-    found = [[list(part) for part in zip(*group)] for group in groups.values()]
-    return [
-        (members, {
-            key: (statistics.mean(values), statistics.stdev(values)) for key in METRICS
-            if None not in (values := [one.metrics[key] for one in members])})
-        for members, seeds in found if _are_seeds(members, seeds)
-    ]
+    found = []
+    for group in groups.values():
+        members, seeds = [one for one, _ in group], {seed for _, seed in group}
+        first, *others = [one.saved for one in members]
+        if len(seeds) == len(members) > 1 and all(
+                same_images(first, one) and np.array_equal(first.class_counts, one.class_counts) for one in others):
+            columns = {key: [one.metrics[key] for one in members] for key in METRICS}
+            found.append((members, {
+                key: (statistics.mean(values), statistics.stdev(values))
+                for key, values in columns.items() if None not in values}))
+    return found
 
 
 def _compare(first: Analysis, second: Analysis) -> Dict[str, Any]:
