@@ -1,6 +1,6 @@
 """The command `shike`. It lists the commands and imports the one that runs.
 
-This file lies beside the package because importing the package takes seconds: it registers models with timm.
+Importing the package takes seconds, because it registers models with timm. So this file lies beside it.
 """
 import importlib
 import sys
@@ -10,7 +10,7 @@ COMMANDS = {
     'retrain-classifier': 'retrain the classifiers of a stage-one checkpoint: stage two alone',
     'eval': 'evaluate a model on many-, medium- and few-shot classes',
     'predict': 'predict the classes of image files',
-    'describe': 'tell what a data set holds: classes, counts, sizes, duplicates, unreadable files',
+    'describe': 'describe a data set: classes, counts, sizes, duplicates, unreadable files',
     'report': 'draw a report of a run, or of saved logits, and compare several',
     'export': 'export a model to a file that runs without this package',
     'publish': 'publish a trained model and its card to the Hugging Face Hub',

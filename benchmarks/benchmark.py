@@ -47,7 +47,7 @@ class BenchmarkConfig(RunConfig):
     """Benchmark."""
 
     bench: str = option(
-        'both', 'what to time. memory times nothing and counts the memory that a training step needs on any device',
+        'both', 'what to time. memory times nothing but counts the memory that a training step needs on any device',
         choices=('both', 'train', 'inference', 'memory'))
     stage: int = option(1, 'stage of training to time', choices=(1, 2))
     compare: List[str] = option(
@@ -74,7 +74,7 @@ def _phase(config: Any) -> Phase:
     phases = plan_phases(config)
     if config.stage > len(phases):
         raise InputError(
-            f'--stage {config.stage} is left out by --method {config.method} without --crt-epochs: add some.')
+            f'--stage {config.stage} does not exist for --method {config.method} without --crt-epochs: add some.')
     return phases[config.stage - 1]
 
 
@@ -118,7 +118,7 @@ def _compile(trainer: Trainer) -> bool:
 # What is timed.
 
 def _shike(config: BenchmarkConfig) -> Trainer:
-    published = find_dataset(config.dataset).num_classes  # of a data set whose images need not be here
+    published = find_dataset(config.dataset).num_classes  # the images of a published data set need not be here
     if config.data_dir or config.dataset and not published:
         return _on_data(config)
     if config.kd_model_name:
@@ -170,7 +170,7 @@ def _training_step(
 
 
 def _memory(trainer: Trainer, name: str) -> Dict[str, Any]:
-    """Costs of a training step that is not run. Half precision stands for whichever type the device has."""
+    """Costs of a training step that is not run. Any type of half precision costs the same."""
     trainer.autocast = torch.bfloat16 if trainer.config.amp else None
     _start(trainer)
     batch = next(iter(trainer.train_loader))
@@ -222,7 +222,7 @@ def _write(config: BenchmarkConfig, report: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def count_memory(config: BenchmarkConfig) -> Dict[str, Any]:
-    """Memory of a training step that is neither run nor compiled, without what libraries set aside for themselves."""
+    """Memory of a training step that is neither run nor compiled, without the scratch space of libraries."""
     config = replace(config, device='cpu', amp_dtype='bfloat16')
     trainer = _shike(config)
     results = [_memory(trainer, config.model)]
@@ -289,7 +289,7 @@ def benchmark(config: BenchmarkConfig) -> Dict[str, Any]:
 
 
 def format_report(report: Dict[str, Any]) -> str:
-    """Text tables of what `benchmark` returns. Ratios of throughput stand beside those that FLOPs predict."""
+    """Text tables of what `benchmark` returns, with ratios of throughput and the ratios that FLOPs predict."""
     ceilings, results = report['ceilings'], report['results']
     rows = [('model', 'bench', 'params M', 'GFLOP', 'img/s', 'GFLOP/s', 'of peak', 'MiB')]
     rows += [
@@ -316,7 +316,7 @@ def format_report(report: Dict[str, Any]) -> str:
             lines.append(f"{r['model']}, ms a step: {parts}")
     for r in results:
         if r['model'] == results[0]['model']:
-            first = r  # the models to compare with it follow
+            first = r  # the models to compare follow
             continue
         ratio = first['images_per_second'] / r['images_per_second']
         predicted = r['gflops'] / first['gflops']
@@ -328,7 +328,7 @@ def format_report(report: Dict[str, Any]) -> str:
 
 
 parse_benchmark_args = partial(
-    parse, BenchmarkConfig, 'Time training and inference. Without a data set it takes noise.')
+    parse, BenchmarkConfig, 'Time training and inference, on noise if there is no data set.')
 
 
 if __name__ == '__main__':

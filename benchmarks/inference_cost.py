@@ -11,7 +11,7 @@ from shike_timm.costs import inference_costs
 from shike_timm.devices import tune_device
 
 FAMILIES = {
-    # Name of the SHIKE model; the plain network of ResNet-32 is the trunk with one expert that fuses nothing.
+    # The SHIKE model and its plain network. That of ResNet-32 is the trunk with one expert, without fusion.
     'resnet32': ('resnet32_shike', lambda: timm.create_model(
         'resnet32_shike', num_experts=1, fusion=False, classifier='linear')),
     'resnet50': ('resnet50_shike', lambda: timm.create_model('resnet50')),
@@ -34,8 +34,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('families', nargs='*', default=list(FAMILIES), metavar='NAME', help=', '.join(FAMILIES))
     parser.add_argument('--batch-size', type=int, default=16, help='images a batch')
-    parser.add_argument('--seconds', type=float, default=2., help='seconds of a turn, about')
-    parser.add_argument('--rounds', type=int, default=5, help='turns of each model, of which the median counts')
+    parser.add_argument('--seconds', type=float, default=2., help='approximate seconds of a turn')
+    parser.add_argument('--rounds', type=int, default=5, help='turns of each model. The median counts')
     args = parser.parse_args()
 
     tune_device(torch.device('cpu'))

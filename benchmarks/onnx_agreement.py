@@ -17,9 +17,9 @@ def main():
     parser.add_argument('data_dir', metavar='DATA', help='folder of CIFAR-100')
     parser.add_argument(
         '--model', default='resnet32_shike', help='local-dir:RUN/model, or a registered name for random weights')
-    parser.add_argument('--num-images', type=int, default=1000, help='images, the first ones')
+    parser.add_argument('--num-images', type=int, default=1000, help='number of images, from the first on')
     parser.add_argument('--batch-size', type=int, default=100, help='images a call')
-    parser.add_argument('--seed', type=int, default=0, help='of random weights')
+    parser.add_argument('--seed', type=int, default=0, help='seed of random weights')
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

@@ -21,9 +21,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('models', nargs='+', metavar='MODEL', help='registered names, or local-dir:RUN/model')
     parser.add_argument('--batch-size', type=int, default=16, help='images a call')
-    parser.add_argument('--img-size', type=int, help="side of the images, the model's own by default")
-    parser.add_argument('--threads', type=int, help="of either side, torch's choice by default")
-    parser.add_argument('--rounds', type=int, default=5, help='rounds, of which the median counts')
+    parser.add_argument('--img-size', type=int, help="side of the images. By default the model's own")
+    parser.add_argument('--threads', type=int, help="threads of either side. By default torch's choice")
+    parser.add_argument('--rounds', type=int, default=5, help='rounds. The median counts')
     parser.add_argument('--calls', type=int, default=5, help='calls of each side in a round')
     args = parser.parse_args()
 

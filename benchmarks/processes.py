@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EPOCHS = 3  # the first of which warms up
+EPOCHS = 3  # the first one warms up
 OPTIONS = [
     '--model', 'resnet32_shike', '--dataset', 'digits_lt', '--imb-factor', '1', '--img-size', '32', '--workers', '0',
     '--train-crop-mode', 'pad', '--color-jitter', '0', '--epochs', str(EPOCHS), '--warmup-epochs', '0', '--crt-epochs',
@@ -22,7 +22,7 @@ NUM_IMAGES = 1152  # nine batches of 128
 
 
 def rate(num_processes: int) -> float:
-    """Images a second of so many processes. They share two threads and batches of 128."""
+    """Images a second of a number of processes. They share two threads and batches of 128."""
     command = [sys.executable, *(['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node',
                                   str(num_processes)] if num_processes > 1 else []), 'train.py']
     with tempfile.TemporaryDirectory() as output:

@@ -38,7 +38,7 @@ def main():
     parser.add_argument('--data-dir', required=True, help='folder of CIFAR-100')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--workers', type=int, default=2, help="the baseline's DataLoader workers")
-    parser.add_argument('--num-turns', type=int, default=5, help='turns of each side, of which the median counts')
+    parser.add_argument('--num-turns', type=int, default=5, help='turns of each side. The median counts')
     parser.add_argument('--num-bench-iter', type=int, default=40, help="the baseline's timed steps of a turn")
     parser.add_argument('--stages', type=int, nargs='+', default=[1, 2], choices=[1, 2])
     parser.add_argument('--results-file', help='JSON file to write the figures to')
@@ -60,7 +60,7 @@ def main():
             epoch_seconds = statistics.median(one['epoch_seconds'] for one in results['baseline'])
             for side in SIDES:
                 seconds = epoch_seconds
-                if side != 'baseline':  # which evaluates as rarely as it says, at no more than the baseline's cost
+                if side != 'baseline':  # evaluations cost no more than those of the baseline
                     seconds = epoch_images / medians[side] + eval_seconds / interval
                 row = dict(
                     stage=stage,

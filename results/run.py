@@ -30,7 +30,7 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a + if the code differs from it."""
+    """The commit that is checked out. A + says that the code differs from it."""
     git = ['git', '-C', str(RESULTS.parent)]
     name = subprocess.run([*git, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True).stdout
     apart = (':!results', ':!docs', ':!*.md')
@@ -78,7 +78,7 @@ def to_row(name: str, options: str, folder: Path, started: Dict[str, Any]) -> Di
 
 
 def record(row: Dict[str, Any], log: str, results: Path) -> None:
-    """Write a row into runs.csv, where it replaces an older one of that name, and its log."""
+    """Write a row into runs.csv and copy its log. An older row of that name is replaced."""
     rows = [old for old in read_rows(results) if old['name'] != row['name']] + [row]
     (results / 'logs').mkdir(exist_ok=True)
     (results / row['log']).write_bytes(gzip.compress(log.encode(), mtime=0))
@@ -97,7 +97,7 @@ def read_rows(results: Path = RESULTS) -> List[Dict[str, str]]:
 
 
 def read_log(path: Path, args: argparse.Namespace) -> str:
-    """The log of a run. Names replace the folders of this machine."""
+    """The log of a run. Short names replace the folders of this machine."""
     log = path.read_text()
     folders = {args.output: 'OUTPUT', args.data_dir: 'DATA', str(RESULTS.parent): '.', sys.prefix: 'PYTHON'}
     for folder, name in folders.items():
@@ -139,7 +139,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='folder of runs.yaml and runs.csv')
     parser.add_argument(
         '--options', nargs=argparse.REMAINDER, default=[], metavar='OPTION',
-        help='further options of the script, which are recorded too. Must come last')
+        help='further options of the script. They are recorded too, and must come last')
     args = parser.parse_args(argv)
     args.output = str(Path(args.output).absolute())
     args.data_dir = args.data_dir and str(Path(args.data_dir).absolute())

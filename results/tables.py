@@ -149,7 +149,7 @@ def _cell(rows: Sequence[Dict[str, str]], key: str) -> str:
 
 
 def _markdown(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table. '' without rows."""
+    """A Markdown table, or '' without rows."""
     if not rows:
         return ''
     lines = ['| ' + ' | '.join(cells) + ' |' for cells in (header, *rows)]
@@ -206,16 +206,16 @@ def fill(text: str, results: Path) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--check', action='store_true', help='change nothing, and fail where a file differs')
+    parser.add_argument('--check', action='store_true', help='change nothing, and fail if a file differs')
     parser.add_argument('--files', type=Path, nargs='+', default=FILES, metavar='FILE', help='files to fill')
-    parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='folder of what is recorded')
+    parser.add_argument('--results', type=Path, default=RESULTS, metavar='DIR', help='folder of the records')
     args = parser.parse_args(argv)
     status = 0
     for path in args.files:
         old = path.read_text()
         new = fill(old, args.results)
         if args.check and new != old:
-            print(f'{path.name} differs from what is recorded: run python results/tables.py', file=sys.stderr)
+            print(f'{path.name} differs from the records: run python results/tables.py', file=sys.stderr)
             status = 1
         elif new != old:
             path.write_text(new)

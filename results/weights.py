@@ -30,17 +30,17 @@ def place(run: str, name: str, weights: Path) -> None:
     metrics, args = read_run(source)
     config = json.loads((source / 'config.json').read_text())
     if config['architecture'] != registered:
-        raise InputError(f"'{source}' is of {config['architecture']}, not of {registered}.")
+        raise InputError(f"'{source}' is a model of {config['architecture']}, expected {registered}.")
     for key in ('label_names', 'class_counts'):
         if len(config.get(key) or ()) != config['num_classes']:
-            raise InputError(f"'{source}' does not tell the {key} of its {config['num_classes']} classes.")
+            raise InputError(f"'{source}' does not have the {key} of its {config['num_classes']} classes.")
     model = timm.create_model(name).eval()
     load_weights(model, trained.state_dict(), source)
     images = torch.randn(2, *model.pretrained_cfg['input_size'])
     with torch.inference_mode():
         if not torch.equal(model(images), trained(images)):
             raise InputError(f"'{source}' was made with other options than '{name}' has.")
-    # Through JSON, which knows no tuples.
+    # JSON turns tuples into lists.
     own, given = (json.loads(json.dumps(timm.data.resolve_model_data_config(one))) for one in (model, trained))
     for key in own:
         if own[key] != given[key]:

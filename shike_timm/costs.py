@@ -26,14 +26,9 @@ def seconds_per_call(function: Callable[[], Any], device: torch.device, num_call
 
 
 def rates_by_turns(steps: Dict[Callable[[], Any], int], device: torch.device, num_rounds: int) -> List[List[float]]:
-    """Calls a second of each step in each round.
+    """Calls a second of each step in each round. `steps` says how many calls of each function make a turn.
 
-    The steps take turns, so that all of them suffer alike when the machine slows down.
-
-    Args:
-        steps: The functions to call, and how many calls make a turn.
-        device: Device that does the work.
-        num_rounds: Turns of each step.
+    The steps take turns, so a machine that slows down affects all of them alike.
     """
     rounds = [
         [1 / seconds_per_call(step, device, number) for step, number in steps.items()] for _ in range(num_rounds)]
@@ -42,21 +37,14 @@ def rates_by_turns(steps: Dict[Callable[[], Any], int], device: torch.device, nu
 
 @torch.inference_mode()
 def inference_costs(
-        models: Dict[str, nn.Module],
+        models: Dict[Any, nn.Module],
         images: Tensor,
         num_rounds: int = 5,
         seconds_per_turn: float = 0.5,
-) -> Dict[str, Dict[str, float]]:
-    """Parameters, multiply-adds and throughput of models at inference.
+) -> Dict[Any, Dict[str, float]]:
+    """Costs of models in eval mode on a batch [B, C, H, W]: `parameters`, `gmacs` of an image, `images_per_second`.
 
-    Args:
-        models: Models in eval mode by name, on the device of the images.
-        images: A batch [B, C, H, W].
-        num_rounds: Turns of each model. The median counts.
-        seconds_per_turn: Approximate length of a turn, which has at least one batch.
-
-    Returns:
-        By name the `parameters`, the `gmacs` of one image (10^9 multiply-adds) and the `images_per_second`.
+    A turn of a model takes about `seconds_per_turn`, but at least one batch. The median turn counts.
     """
     steps = [partial(model, images) for model in models.values()]
     flops = [count_flops(step) for step in steps]  # also the first call, which is slow and not timed
@@ -73,9 +61,9 @@ def inference_costs(
 
 
 def _conv_backward(grad_out: Any, x: Any, weight: Any, *others: Any, **_: Any) -> int:
-    """FLOPs of a convolution's backward, given the shapes: each gradient costs as much as the forward.
+    """FLOPs of a convolution's backward by its shapes: each gradient costs as much as the forward.
 
-    torch's own formula forgets that grouped convolutions divide the work on the weight's gradient by the groups.
+    torch's own formula does not divide the work on the weight's gradient by the groups of the convolution.
     """
     transposed, output_mask = others[4], others[7]
     return sum(output_mask[:2]) * conv_flop_count(x, weight, grad_out, transposed)

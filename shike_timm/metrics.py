@@ -16,7 +16,7 @@ from .options import option
 
 SHOTS = ('many', 'medium', 'few')
 METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
-MOST_EXPERTS = 4  # reports try every subset of up to so many experts
+MOST_EXPERTS = 4  # with more experts, reports do not try every subset
 NUM_BINS = 15  # of the calibration error
 
 
@@ -28,36 +28,34 @@ class ShotConfig:
     few_shot: int = option(20, 'classes with fewer training images than this are few-shot', low=0, card='changed')
 
 
+def shot_numbers(class_counts: Sequence[int], shots: ShotConfig = ShotConfig()) -> np.ndarray:
+    """The shot division of each class [C], as its place in `SHOTS`, by the training images of each class [C]."""
+    counts = np.asarray(class_counts)
+    return np.select([counts > shots.many_shot, counts < shots.few_shot], [0, 2], 1)
+
+
 def shot_divisions(class_counts: Sequence[int], shots: ShotConfig = ShotConfig()) -> Dict[str, Tensor]:
     """Masks [C] of the many-, medium- and few-shot classes, by the training images of each class [C]."""
-    counts = torch.as_tensor(class_counts)
-    many, few = counts > shots.many_shot, counts < shots.few_shot
-    return {'many': many, 'medium': ~many & ~few, 'few': few & ~many}
-
-
-def shot_numbers(class_counts: Sequence[int], shots: ShotConfig = ShotConfig()) -> np.ndarray:
-    """The shot division of each class [C], as its place in `SHOTS`."""
-    divisions = shot_divisions(class_counts, shots)
-    return torch.stack([divisions[shot] for shot in SHOTS]).int().argmax(0).numpy()
+    numbers = torch.from_numpy(shot_numbers(class_counts, shots))
+    return {shot: numbers == number for number, shot in enumerate(SHOTS)}
 
 
 def all_subsets(num_experts: int) -> List[Tuple[int, ...]]:
     """Every subset of the experts, the smallest first."""
-    numbers = range(num_experts)
-    return [subset for size in numbers for subset in itertools.combinations(numbers, size + 1)]
+    return list(itertools.chain(*(itertools.combinations(range(num_experts), n + 1) for n in range(num_experts))))
 
 
 class ExpertEvaluator(ClassificationEvaluator):
     """timm's evaluator for expert logits: metrics of the ensemble, of each expert and of subsets of the experts.
 
-    It keeps only sums of fixed size on the device. So no batch waits for the host, and processes can add up their sums.
+    It keeps sums of fixed size on the device, so batches do not wait for the host and processes can add up their sums.
 
     Args:
         num_experts: Number of experts M.
         shots: Shot division of each class [C], as `shot_numbers` gives them.
         device: Device of the logits.
         subsets: Subsets of the experts to evaluate as ensembles.
-        max_samples: Count at most so many images. The rest is the padding of a distributed sampler.
+        max_samples: Largest number of images to count. The rest is the padding of a distributed sampler.
     """
 
     metric_names = METRICS
@@ -121,11 +119,11 @@ class ExpertEvaluator(ClassificationEvaluator):
         Returns:
             Metrics of the ensemble: the mean cross-entropy `loss`; `top1` and `top5`; `balanced`, the accuracy averaged
             over the `balanced_classes` classes with test images; `many`, `medium` and `few`, averaged over the classes
-            of a division and None without test images; the expected calibration error `ece` (15 bins, Guo et al., ICML
-            2017, and one for confidences of 1, as torchmetrics has it). `experts` lists the same for each expert,
-            `subsets` for each subset with its `experts`, if there are any. `per_class` has lists over the classes: the
-            number of test images `total`, the accuracy `top1` of the ensemble (None without test images), and under
-            `experts` that of each expert.
+            of a division (None without test images); the expected calibration error `ece` (Guo et al., ICML 2017, with
+            15 bins and one for confidences of 1, as in torchmetrics). `experts` lists the same for each expert.
+            `subsets` lists it for each subset, with its `experts`. `per_class` has lists over the classes: the number
+            of test images `total`, the accuracy `top1` of the ensemble (None without test images), and the accuracies
+            of the `experts`.
 
         Raises:
             InputError: If a logit is not finite.
@@ -137,23 +135,23 @@ class ExpertEvaluator(ClassificationEvaluator):
         total, top1, top5, loss_sum, overconfidence = (one.cpu().double() for one in sums)
         if loss_sum.isnan().any():
             raise InputError(
-                'The model gives logits that are not finite, so its weights are damaged or the images are not what it '
-                'expects: use another checkpoint.')
+                'The model gives logits that are not finite. Its weights are damaged, or it expects other images: use '
+                'another checkpoint.')
         seen, num_images = total > 0, max(int(total.sum()), 1)
         accuracy = 100 * top1 / total[:, None].clamp(min=1)
         groups = {'balanced': seen, **{shot: seen & (self.shots == number) for number, shot in enumerate(SHOTS)}}
-        results, per_class = [], []
-        for k in range(accuracy.shape[1]):
-            results.append(dict(
+        results = [
+            dict(
                 loss=round(float(loss_sum[:, k].sum()) / num_images, 4),
                 top1=round(100 * float(top1[:, k].sum()) / num_images, 2),
                 top5=round(100 * float(top5[:, k].sum()) / num_images, 2),
                 **{name: round(float(accuracy[mask, k].mean()), 2) if mask.any() else None
                    for name, mask in groups.items()},
                 ece=round(100 * float(overconfidence[:, k].abs().sum()) / num_images, 2),
-            ))
-            per_class.append([
-                round(share, 2) if count else None for share, count in zip(accuracy[:, k].tolist(), total.tolist())])
+            ) for k in range(accuracy.shape[1])]
+        per_class = [
+            [round(share, 2) if count else None for share, count in zip(shares, total.tolist())]
+            for shares in accuracy.T.tolist()]
         last = self.num_experts + 1
         metrics: Dict[str, Any] = dict(results[0], balanced_classes=int(seen.sum()), experts=results[1:last])
         if self.subsets:
@@ -178,15 +176,15 @@ def evaluate(
     """Evaluate a SHIKE model in float32 on the images of all processes. Each image counts once.
 
     Args:
-        model: A model with `num_experts` and `forward_experts`.
+        model: Model with `num_experts` and `forward_experts`.
         loader: Gives batches of images [B, in_chans, H, W] and class indices [B] on `device`.
-        class_counts: Training images of each class [C], which make the shot divisions.
+        class_counts: Training images of each class [C]. They make the shot divisions.
         device: Device of the model.
         subsets: Subsets of the experts to evaluate as ensembles.
         flip: Average the logits with those of the mirrored images.
-        per_class: Also give the accuracy of each class, as `per_class`.
+        per_class: Also return `per_class`.
         shots: Borders of the shot divisions.
-        kept: List to append the expert logits [B, M, C] and class indices [B] of each batch to, on the CPU.
+        kept: List to which the expert logits [B, M, C] and class indices [B] of each batch are added, on the CPU.
 
     Returns:
         What `ExpertEvaluator.compute` returns.
@@ -198,7 +196,7 @@ def evaluate(
     for images, target in loader:
         if not len(target):
             continue  # no image of the batch could be read
-        # Always the same layout, so that the same weights always give the same metrics.
+        # The same weights must give the same metrics, so the layout is always the same.
         images = images.contiguous(memory_format=torch.channels_last)
         logits = model.forward_experts(images)
         if flip:
@@ -219,17 +217,18 @@ def balanced_over(metrics: Dict[str, Any], num_classes: int) -> str:
 
 
 def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
-    """A text table of what `evaluate` returned for each stage. Experts and ensembles have a row each."""
+    """A text table of the metrics by stage. Each expert and each ensemble has a row."""
     rows: List[Sequence[Any]] = [('', *METRICS)]
     for stage, result in stages.items():
-        named = [(f'expert {m}', expert) for m, expert in enumerate(result['experts'])] + [('ensemble', result)]
-        named += [('not averaged', result['plain'])] if 'plain' in result else []
+        named = [*((f'expert {m}', one) for m, one in enumerate(result['experts'])), ('ensemble', result)]
+        if 'plain' in result:
+            named.append(('not averaged', result['plain']))
         rows += [(f'{stage} {name}'.strip(), *(one.get(key) for key in METRICS)) for name, one in named]
     return _format_rows(rows)
 
 
 def format_subsets(subsets: Sequence[Dict[str, Any]]) -> str:
-    """A text table of accuracy and cost: `subsets` of what `evaluate` returns, each with its inference costs."""
+    """A text table of the metrics and costs of subsets of the experts."""
     rows: List[Sequence[Any]] = [('experts', *METRICS[1:], 'params M', 'GMACs', 'img/s')]
     for one in subsets:
         costs = one['parameters'] / 1e6, f"{one['gmacs']:.4f}", f"{one['images_per_second']:.0f}"

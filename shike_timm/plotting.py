@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-INK, PAPER = '#1f2329', '#ffffff'  # replaced in a page, which may be dark
+INK, PAPER = '#1f2329', '#ffffff'  # a page, which may be dark, replaces them
 COLORS = ('#3987d6', '#e0861a', '#23a079', '#c766a0', '#8b78d9', '#b09b1f', '#d4563f', '#5fa8b8')
 NEUTRAL = '#8c929b'
 WIDTH = 5.0
@@ -21,7 +21,7 @@ STYLE: Dict[Any, Any] = {
 
 
 class Missing(Exception):
-    """There is nothing to draw. The message is a sentence that says why."""
+    """There is nothing to draw. The message says why."""
 
 
 def new_figure(height: float, rows: int = 1, **kwargs: Any) -> Tuple[Figure, Any]:
@@ -30,7 +30,7 @@ def new_figure(height: float, rows: int = 1, **kwargs: Any) -> Tuple[Figure, Any
 
 
 def log_scale(axes: Any, scale: str = 'log') -> None:
-    """A log scale with plain numbers. Less than a decade also gets minor ones."""
+    """A log scale with plain numbers. An axis of less than a decade also gets minor numbers."""
     axes.set_yscale(scale)
     axes.yaxis.set_major_formatter('{x:g}')
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
@@ -42,7 +42,7 @@ def add_legend(axes: Any, columns: int = 3, **kwargs: Any) -> None:
 
 
 def draw(function: Callable[..., Figure], *args: Any) -> Tuple[Figure, Optional[str]]:
-    """Draw a figure in the style of the report. If there is nothing to draw, it shows a sentence, returned too."""
+    """Draw a figure in the style of the report. If there is nothing to draw, it shows and returns the reason."""
     with matplotlib.rc_context(STYLE):
         try:
             return function(*args), None
@@ -52,14 +52,12 @@ def draw(function: Callable[..., Figure], *args: Any) -> Tuple[Figure, Optional[
             return figure, str(missing)
 
 
-def save(figure: Figure, stem: Path, salt: str) -> str:
+def save(figure: Figure, stem: Path) -> str:
     """Write a figure as STEM.svg and STEM.png. Returns the SVG in the colours of the page."""
-    style: Dict[Any, Any] = {**STYLE, 'svg.hashsalt': salt}
-    with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')  # in PNGs of names in other scripts; SVGs hold text
+    with matplotlib.rc_context({**STYLE, 'svg.hashsalt': stem.name}), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # PNGs lack letters of other scripts, SVGs hold text
         figure.savefig(f'{stem}.png')
         figure.set_layout_engine('none')  # the layout is done
         figure.savefig(f'{stem}.svg', metadata={'Date': None})
-    with open(f'{stem}.svg', encoding='utf-8') as file:
-        text = file.read()
+    text = Path(f'{stem}.svg').read_text(encoding='utf-8')
     return text[text.index('<svg'):].replace(INK, 'currentColor').replace(PAPER, 'none')

@@ -35,7 +35,7 @@ def few_threads():
 
 @pytest.fixture(autouse=True, scope='session')
 def own_cache(tmp_path_factory):
-    """What is remembered of images that were checked stays out of the user's folder."""
+    """Keep the cache of checked images out of the user's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
         yield
@@ -69,7 +69,7 @@ def run_script(monkeypatch, capsys):
 
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory):
-    """Run folder of an undisturbed tiny run, not to be written to."""
+    """Run folder of a tiny run. Tests must not write to it."""
     from shike_timm.cli.train import parse_train_args
     from shike_timm.training.runs import train
 
@@ -80,7 +80,7 @@ def tiny_run(tmp_path_factory):
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """A folder of images with classes of 24, 12 and 6 training images and 4 for validation each."""
+    """A folder of images: classes of 24, 12 and 6 training images, with 4 validation images each."""
     rng = np.random.default_rng(0)
     for split, counts in (('train', (24, 12, 6)), ('validation', (4, 4, 4))):
         for name, count in zip(('ant', 'bee', 'cat'), counts):
@@ -93,7 +93,7 @@ def image_folder(tmp_path):
 
 @pytest.fixture
 def make_images(tmp_path):
-    """Write images of different colours, `{'cat': 3, 'dog/left': 2}` by folder or single paths; gives their root."""
+    """Write images of different colours by folder, `{'cat': 3, 'dog/left': 2}`, or by path. Returns their root."""
     root, rng = tmp_path / 'root', np.random.default_rng(0)
 
     def write(*paths):
@@ -142,7 +142,7 @@ def generate_cifar100(root):
 
 @pytest.fixture(scope='session')
 def cifar_root(tmp_path_factory):
-    """Folder of CIFAR-100: the real one that SHIKE_DATA names, or else one that torchvision takes for it."""
+    """Folder of CIFAR-100: the real one in SHIKE_DATA, or a made one that torchvision reads."""
     if REAL_DATA:
         if not (REAL_DATA / CIFAR100.base_folder).is_dir():
             pytest.fail(f"SHIKE_DATA names '{REAL_DATA}', which has no folder '{CIFAR100.base_folder}'")
@@ -159,7 +159,7 @@ def cifar_root(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def real_cifar_root(cifar_root):
-    """The real CIFAR-100, for figures that no generated images have."""
+    """The real CIFAR-100, for tests whose figures need the real images."""
     if not REAL_DATA:
         pytest.skip('needs the real CIFAR-100: name the folder that holds cifar-100-python as SHIKE_DATA')
     return cifar_root

@@ -1,4 +1,4 @@
-"""Bad input: status 2, one sentence that names the value at fault, and earlier files as they were."""
+"""Bad input: status 2, one sentence that names the wrong value, and unchanged files."""
 import os
 import pickle
 import shutil
@@ -155,7 +155,7 @@ def test_teachers_that_do_not_fit(refused, tmp_path, tiny_run):
 @pytest.mark.parametrize('old', [False, True])
 def test_resuming_with_a_teacher(run_script, tmp_path, tiny_run, old):
     shutil.copytree(tiny_run / 'stage_one', tmp_path / 'run' / 'stage_one')
-    if old:  # from before there were teachers
+    if old:  # from a version without teachers
         path = tmp_path / 'run' / 'stage_one' / 'last.pth.tar'
         checkpoint = load_checkpoint(path)
         del checkpoint['args'].kd_model_name

@@ -1,4 +1,4 @@
-"""Fewer experts at inference: what is left, what is saved, what it costs."""
+"""Fewer experts at inference: outputs, saved models and costs."""
 import itertools
 import json
 import re

@@ -1,4 +1,4 @@
-"""`python -m shike_timm SCRIPT.py` runs scripts of others with the models known, as timm's validate.py needs it."""
+"""`python -m shike_timm SCRIPT.py` registers the models and runs a script of others, such as timm's validate.py."""
 import sys
 
 import pytest

@@ -53,9 +53,9 @@ def test_calibration_error_counted_by_hand():
 
 
 def random_batch(num_images=2000, num_experts=2, num_classes=7):
-    """Logits from wild guesses to certainties, of which some are wrong."""
+    """Logits from wild guesses to certainties. Some certainties are wrong."""
     generator = torch.Generator().manual_seed(0)
-    target = torch.randint(num_classes - 1, (num_images,), generator=generator)  # there is none of the last class
+    target = torch.randint(num_classes - 1, (num_images,), generator=generator)  # no image is of the last class
     logits = torch.randn(num_images, num_experts, num_classes, generator=generator)
     logits[torch.arange(num_images), :, target] += 1
     return logits * torch.logspace(-1, 2, num_images)[:, None, None], target
@@ -75,7 +75,7 @@ def test_calibration_error_is_that_of_torchmetrics():
 
 
 def test_sums_add_up_over_processes(monkeypatch):
-    """Two processes, the second with images that its sampler pads with, count what one process counts."""
+    """Two processes count what one process counts. The sampler of the second adds padding images."""
     logits, target = random_batch()
     whole, first, second = (
         ExpertEvaluator(2, [0, 0, 1, 1, 2, 2, 2], subsets=[[1]], max_samples=n) for n in (None, None, 800))
@@ -91,7 +91,7 @@ def test_sums_add_up_over_processes(monkeypatch):
     monkeypatch.setattr(torch.distributed, 'all_reduce', lambda one: one.add_(sums.pop(0)))
     alone = first.summary()
     assert first.compute(distributed=True) == whole.compute() != alone and not sums
-    assert first.summary() == alone  # what was counted here stays as it was
+    assert first.summary() == alone  # the local sums do not change
     assert whole.compute()['per_class']['total'] == torch.bincount(target, minlength=7).tolist()
     assert whole.compute()['per_class']['top1'][-1] is None
     assert whole.compute()['subsets'] == [dict(whole.compute()['experts'][1], experts=[1])]

@@ -48,7 +48,7 @@ COUNTS = [500, 300, 150, 90, 60, 30, 15, 10, 6, 3]
 
 @pytest.fixture(scope='module')
 def analyzed():
-    return analysis.analyze(make_logits(COUNTS))
+    return analysis.Analysis(make_logits(COUNTS))
 
 
 def read_page(folder):
@@ -78,7 +78,7 @@ def plain_metrics(logits, targets, counts):
 
 
 def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_script):
-    """Numbers of page, CSV and JSON agree, and NumPy finds the same in the saved logits."""
+    """The page, the CSV and the JSON hold the same numbers. NumPy computes them from the saved logits too."""
     status, out, err = run_script(
         'eval', '--checkpoint', tiny_run / 'stage_two' / 'last.pth.tar', '--dataset', 'digits_lt', '--workers', '0',
         '--device', 'cpu', '--results-file', tmp_path / 'results.json', '--save-logits', tmp_path / 'logits.npz',
@@ -91,10 +91,10 @@ def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_scrip
     assert len(costs) == 7 and costs[0, 1, 2] == max(costs.values()) < 3 * min(costs.values())
     assert saved.class_counts.tolist() == results['per_class']['class_counts']
     outputs = [saved.logits.mean(1), *saved.logits.transpose(1, 0, 2)]
-    for told, output in zip((results, *results['experts']), outputs):
+    for reported, output in zip((results, *results['experts']), outputs):
         for key, value in plain_metrics(output, saved.targets, saved.class_counts).items():
-            assert told[key] == pytest.approx(value, abs=0.0051 if key != 'ece' else 0.1), key
-    analyzed = analysis.analyze(saved).metrics
+            assert reported[key] == pytest.approx(value, abs=0.0051 if key != 'ece' else 0.1), key
+    analyzed = analysis.Analysis(saved).metrics
     assert analyzed.items() <= {**results, 'per_class': analyzed['per_class']}.items()
 
     text, table = read_page(tmp_path / 'report')
@@ -134,16 +134,16 @@ def test_a_run_is_reported_with_its_first_stage(tiny_run, tmp_path, run_script):
 
 
 def make_run(folder, seed, num_images=600, lr=0.1):
-    """A analyzed model of a run of a seed, its logits made by another."""
+    """The analysis of a run with a seed. Its logits come from another seed."""
     folder.mkdir()
     (folder / 'args.yaml').write_text(f'seed: {seed}\nlr: {lr}\nexperiment: {folder.name}\n')
     made_by = sum(map(ord, folder.name))
-    return analysis.analyze(make_logits(COUNTS, num_images, seed=made_by, name=folder.name, run=folder))
+    return analysis.Analysis(make_logits(COUNTS, num_images, seed=made_by, name=folder.name, run=folder))
 
 
 def test_seeds_of_one_recipe(tmp_path, monkeypatch):
-    """Mean and deviation are of runs that differ in their seed and were analyzed on the same images."""
-    monkeypatch.setattr(page, 'DRAWINGS', {})  # which take seconds
+    """Mean and deviation are of runs that differ only in their seed and saw the same images."""
+    monkeypatch.setattr(page, 'DRAWINGS', {})  # they take seconds
     runs = [make_run(tmp_path / f'run{seed}', seed) for seed in range(3)]
     ((group, values),) = page.seed_groups([*runs, make_run(tmp_path / 'faster', 3, lr=0.2)])
     assert group == runs and set(values) == set(METRICS)
@@ -156,7 +156,7 @@ def test_seeds_of_one_recipe(tmp_path, monkeypatch):
 
     assert not page.seed_groups([*runs, make_run(tmp_path / 'again', 2)])
     assert not page.seed_groups([*runs, make_run(tmp_path / 'elsewhere', 3, num_images=500)])
-    flipped = analysis.analyze(make_logits(COUNTS, seed=9, name='flipped', run=runs[0].saved.run))
+    flipped = analysis.Analysis(make_logits(COUNTS, seed=9, name='flipped', run=runs[0].saved.run))
     assert not page.seed_groups([runs[0], flipped]) and not page.seed_groups(runs[:1])
 
 
@@ -173,7 +173,7 @@ def test_a_run_is_evaluated_on_the_images_that_it_set_aside(tmp_path, run_script
 
 
 def test_intervals_are_those_of_scipy(analyzed):
-    other = analysis.analyze(make_logits(COUNTS, seed=1))
+    other = analysis.Analysis(make_logits(COUNTS, seed=1))
     by_class = [analyzed.right[analyzed.saved.targets == c, 0].astype(float) for c in range(10)]
     few = by_class[6:]
 
@@ -204,7 +204,7 @@ def intervals_of(right, total, *sizes):
 
 
 def test_intervals_of_classes_of_one_image():
-    """They are those of as many images of one class, and neither end without the estimate."""
+    """Forty classes of one image have the interval of one class of forty images. It is never empty."""
     one, right = np.ones(40, dtype=int), np.arange(40) % 2
     intervals = intervals_of(right, one, 0, 0, 40)
     expected = 100 * stats.beta(20.5, 20.5).ppf([0.025, 0.975])
@@ -221,7 +221,7 @@ def test_intervals_of_classes_of_one_image():
 
 @pytest.mark.parametrize('num_classes, num_images, shares', [(40, 1, (0.5, 0.5)), (100, 100, (0, 1))])
 def test_intervals_cover_what_is_true(num_classes, num_images, shares):
-    """Of 200 draws of the test images of classes, half of them of few training images, about 95 % cover the truth."""
+    """Of 200 draws of test images, about 95 % of the intervals cover the truth. Half of the classes are few-shot."""
     rng, covered = np.random.default_rng(0), []
     sizes, total = (num_classes // 2, 0, num_classes // 2), np.full(num_classes, num_images)
     for _ in range(200):
@@ -233,11 +233,11 @@ def test_intervals_cover_what_is_true(num_classes, num_images, shares):
 
 
 def test_numbers_counted_by_hand():
-    """Four images of class 0, of which one is taken for 1, two of class 1 that are both taken for 0."""
+    """One of four images of class 0 is taken for class 1. Both images of class 1 are taken for class 0."""
     saved = make_logits([200, 5], 6, 1)
     saved.targets = np.array([0, 0, 0, 0, 1, 1])
     saved.logits = 2 * np.eye(2, dtype=np.float32)[[0, 0, 0, 1, 0, 0]][:, None]
-    analyzed = analysis.analyze(saved)
+    analyzed = analysis.Analysis(saved)
     assert analyzed.most_confused == [(1, 1), (0, 2)]
     (confusion,) = analysis.tail_confusions(analyzed)
     assert confusion == analysis.Confusion(1, 0, 2, 100., [4, 5])
@@ -246,9 +246,9 @@ def test_numbers_counted_by_hand():
     count, right, confidence = analyzed.reliability()
     assert count.sum() == 6 and right[int(sure * 15)] == 3 and confidence[int(sure * 15)] == pytest.approx(sure)
     assert analyzed.coverage()[1] == pytest.approx([1, 1, 1, 3 / 4, 3 / 5, 3 / 6])
-    plain, told = analyzed.prior_shift()
+    plain, reported = analyzed.prior_shift()
     assert plain[[0, -1]] == pytest.approx([0.375, 0.75 * 200 / 205])
-    assert told[-1] == pytest.approx(200 / 205)  # log 40 beats a margin of 2
+    assert reported[-1] == pytest.approx(200 / 205)  # log 40 beats a margin of 2
 
 
 def test_shares_of_best_experts():
@@ -256,9 +256,9 @@ def test_shares_of_best_experts():
     saved = make_logits([200, 200], 200, 2)
     saved.logits[:] = 5 * np.eye(2, dtype=np.float32)[saved.targets][:, None]
     saved.logits[saved.targets == 0, 0] *= -1
-    shares, chance = analysis.best_expert_shares(analysis.analyze(saved))
+    shares, chance = analysis.best_expert_shares(analysis.Analysis(saved))
     assert shares['many'].tolist() == [0.25, 0.75] and list(shares) == ['many']
-    assert chance['many'] == (0.25, 0.75)  # each class is one's or both's
+    assert chance['many'] == (0.25, 0.75)  # expert 1 has each class alone or shares it
 
 
 @pytest.mark.parametrize('saved, sentences', [
@@ -270,11 +270,11 @@ def test_shares_of_best_experts():
 def test_what_is_missing_is_said(tmp_path, saved, sentences):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        one = analysis.analyze(make_logits(**saved))
+        one = analysis.Analysis(make_logits(**saved))
         page.write_report(tmp_path, [one])
     text, table = read_page(tmp_path)
     found = re.findall(r'<p class="missing">(.*?)</p>', text)
-    assert len(found) == len(sentences) and all(want in told for want, told in zip(sentences, found))
+    assert len(found) == len(sentences) and all(want in reported for want, reported in zip(sentences, found))
     for row in table['rows']:
         assert (row[4] is None) == (row[3] == 0)
     assert len(list(tmp_path.glob('*.svg'))) == len(list(tmp_path.glob('*.png'))) == 9
@@ -282,7 +282,7 @@ def test_what_is_missing_is_said(tmp_path, saved, sentences):
 
 def test_hostile_names_are_text(tmp_path):
     names = HOSTILE[:]
-    models = [analysis.analyze(make_logits(COUNTS, names=names, seed=seed, name=name))
+    models = [analysis.Analysis(make_logits(COUNTS, names=names, seed=seed, name=name))
               for seed, name in enumerate(['<b>one', 'two'])]
     page.write_report(tmp_path, models)
     text, table = read_page(tmp_path)
@@ -297,12 +297,12 @@ def test_hostile_names_are_text(tmp_path):
 
 @pytest.fixture(scope='module', params=[500, pytest.param(8142, marks=pytest.mark.slow)])
 def large_page(request, tmp_path_factory):
-    """A report on many classes, also as many as iNaturalist 2018 has: its folder, their counts, and CPU seconds."""
+    """A report on many classes, once as many as in iNaturalist 2018: its folder, class counts and CPU seconds."""
     counts = np.geomspace(1000, 2, request.param).astype(int)
     saved = make_logits(
         counts, len(counts), 2, HOSTILE + [f'class {c}' for c in range(len(counts) - len(HOSTILE))])
     folder, start = tmp_path_factory.mktemp('large'), time.process_time()
-    page.write_report(folder, [analysis.analyze(saved)])
+    page.write_report(folder, [analysis.Analysis(saved)])
     return folder, counts, time.process_time() - start
 
 
@@ -312,7 +312,7 @@ def test_many_classes(large_page):
 
 
 def test_other_images_are_not_paired(tmp_path, analyzed):
-    page.write_report(tmp_path, [analyzed, analysis.analyze(make_logits(COUNTS, 500))])
+    page.write_report(tmp_path, [analyzed, analysis.Analysis(make_logits(COUNTS, 500))])
     assert 'They did not see the same images' in (tmp_path / 'report.html').read_text()
 
 
@@ -321,16 +321,16 @@ def test_images_of_a_folder(image_folder, tmp_path, run_script, monkeypatch):
     config = timm.data.resolve_model_data_config(model)
     export_model(model, tmp_path / 'model', dict(config, input_size=(3, 16, 16)), ['ant', 'bee', 'cat'], [24, 12, 6])
     monkeypatch.setattr('shike_timm.data.dataset.MAX_UNREADABLE', 0.5)
-    (image_folder / 'validation' / 'ant' / '00.png').write_bytes(b'')  # has no logits and no place among paths
+    (image_folder / 'validation' / 'ant' / '00.png').write_bytes(b'')  # so it has no logits and no path
     status, _, err = run_script(
         'eval', '--model', f'local-dir:{tmp_path}/model', '--data-dir', image_folder, '--workers', '0',
         '--no-check-images', '--device', 'cpu', '--many-shot', '20', '--few-shot', '10', '--save-logits',
         tmp_path / 'logits.npz', '--results-file', tmp_path / 'results.json')
     assert status == 0, err
     saved = load_logits(tmp_path / 'logits.npz')
-    told, analyzed = json.loads((tmp_path / 'results.json').read_text()), analysis.analyze(saved)
+    reported, analyzed = json.loads((tmp_path / 'results.json').read_text()), analysis.Analysis(saved)
     assert [SHOTS[shot] for shot in saved.shots] == ['many', 'medium', 'few']  # of 24, 12 and 6 images
-    assert all(analyzed.metrics[key] == told[key] for key in METRICS)
+    assert all(analyzed.metrics[key] == reported[key] for key in METRICS)
     folders = [path.split('/')[-2] for path in saved.paths]
     assert [['ant', 'bee', 'cat'][target] for target in saved.targets] == folders
     assert saved.paths[0].endswith('ant/0.png') and saved.image(0).size == (10, 12)
@@ -339,7 +339,7 @@ def test_images_of_a_folder(image_folder, tmp_path, run_script, monkeypatch):
 
 
 def test_maps_are_those_of_a_linear_classifier():
-    """Of a linear classifier on pooled features the map of a class is their sum weighted by its weights."""
+    """With a linear classifier on pooled features, the map of a class is their sum with its weights."""
     pytest.importorskip('pytorch_grad_cam')
     from shike_timm.report.cam import expert_maps
     torch.manual_seed(0)
@@ -350,7 +350,7 @@ def test_maps_are_those_of_a_linear_classifier():
         features = model.forward_features(images).unflatten(1, (3, -1))
     weights = model.classifier.weight[:, [2, 0]].transpose(0, 1)
     expected = torch.einsum('bmdhw,bmd->bmhw', features, weights).clamp(min=0).detach()
-    for _ in range(2):  # of what all speaks against, nothing is left
+    for _ in range(2):  # a map that is negative everywhere becomes 0
         low, high = expected.amin((2, 3), keepdim=True), expected.amax((2, 3), keepdim=True)
         expected = torch.nn.functional.interpolate((expected - low) / (high - low + 1e-7), (31, 21), mode='bilinear')
     assert maps.shape == expected.shape == (2, 3, 31, 21) and maps == pytest.approx(expected.numpy(), abs=2e-3)
@@ -359,7 +359,7 @@ def test_maps_are_those_of_a_linear_classifier():
 
 def test_where_experts_look(image_folder, tmp_path, run_script, monkeypatch):
     pytest.importorskip('pytorch_grad_cam')
-    monkeypatch.setattr(page, 'DRAWINGS', {})  # which take seconds
+    monkeypatch.setattr(page, 'DRAWINGS', {})  # they take seconds
     model = timm.create_model('resnet32_shike', num_classes=3, in_chans=1)
     config = dict(timm.data.resolve_model_data_config(model), input_size=(1, 31, 21), mean=(0.5,), std=(0.5,))
     export_model(model, tmp_path / 'model', config, ['ant', '<b>bee', 'cat'], [24, 12, 6])
@@ -376,8 +376,8 @@ def test_where_experts_look(image_folder, tmp_path, run_script, monkeypatch):
     predicted = shike_timm.predict(
         [str(image_folder / 'validation' / 'ant')], model=f'local-dir:{tmp_path}/model', device='cpu', per_expert=True,
         topk=0, workers=0)
-    for row, told in zip(table.split('<tr>')[2:], predicted):
-        at = [one['prob'][one['label'].index(told['label'][0])] for one in (told, *told['experts'])]
+    for row, reported in zip(table.split('<tr>')[2:], predicted):
+        at = [one['prob'][one['label'].index(reported['label'][0])] for one in (reported, *reported['experts'])]
         assert [float(one) for one in re.findall(r'([\d.]+)&nbsp;%', row)] == pytest.approx(
             [100 * one for one in at], abs=0.06)
     (image_folder / 'text.png').write_text('no')
@@ -442,7 +442,7 @@ def test_the_page_in_a_browser(large_page):
         for event in ('console', 'pageerror', 'dialog', 'request'):
             tab.on(event, lambda one, event=event: said.append((event, str(one))))
         tab.goto(f'file://{folder}/report.html')
-        assert [event for event, _ in said] == ['request']  # of the page itself
+        assert [event for event, _ in said] == ['request']  # for the page itself
         first = tab.locator('#classes tbody tr:first-child td:first-child')
         assert first.text_content() == names[0]
         took = tab.evaluate('''() => {
@@ -455,7 +455,7 @@ def test_the_page_in_a_browser(large_page):
                 return performance.now() - start;
             });
         }''')
-        assert min(took) < 1000  # of a machine that also does other things
+        assert min(took) < 1000  # the machine may be busy
         shown = tab.locator('#classes tbody tr:first-child td')
         assert shown.nth(2).text_content() == '2' and shown.nth(1).text_content() == 'few'
         tab.fill('#search', 'OCTOPUS')

@@ -1,4 +1,4 @@
-"""Recorded runs: what a row holds, and tables in the documents that cannot drift from it."""
+"""Recorded runs: the contents of a row, and the tables in the documents, which must agree with the rows."""
 import csv
 import gzip
 import importlib
@@ -79,7 +79,7 @@ def test_a_run_is_recorded_with_its_log(tmp_path, tiny_run, script, monkeypatch,
     assert first.startswith('$ ') and '--lr 0.1' in first and rest == ['training into OUTPUT/lr_0.1']
     assert str(tmp_path) not in log
 
-    assert recorded('def', 'lr_0.1') == (0, row, log)  # a finished run stays what it was
+    assert recorded('def', 'lr_0.1') == (0, row, log)  # a finished run does not change
     (output / 'lr_0.1' / 'metrics.json').write_text(json.dumps(dict(stage_one=one)))
     status, resumed, log = recorded('def', 'lr_0.1')
     assert status == 0 and resumed == dict(row, commit='abc, def')
@@ -198,7 +198,7 @@ def test_a_model_becomes_the_weights_of_a_name(tmp_path, tiny_run, script, run_s
     refused('holds no model', tmp_path / 'none', name)
     status, _, error = run_script('results/weights.py', tmp_path / 'none', name)
     assert status == 2 and error.startswith('weights.py: error: ') and error.count('\n') == 1
-    for _ in range(2):  # a second model takes the place of the first
+    for _ in range(2):  # a second model replaces the first
         place(str(tmp_path / 'fits'), name, weights)
     folder = weights / name
     assert [path.name for path in weights.iterdir()] == [name]

@@ -1,4 +1,4 @@
-"""What every command does around its work: logging, errors of one sentence, exit status."""
+"""The frame of every command: logging, errors of one sentence, exit status."""
 import logging
 import sys
 import time
@@ -16,12 +16,7 @@ from ..training.trainer import NonFiniteError
 
 
 def run_script(main: Callable[[], Any]) -> int:
-    """Run the work of a command.
-
-    Returns:
-        The exit status: 0 for success, 1 if training stopped being finite, memory ran out or the system failed, 2 for
-        bad input, 128 plus the signal that stopped the command.
-    """
+    """Run a command. Its exit status is 0, 1 after a failure, 2 for bad input, or 128 plus a signal."""
     setup_default_logging()
     for name in ('timm', 'httpx', 'httpx2'):  # the last two log every request to the Hub
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -36,14 +31,14 @@ def run_script(main: Callable[[], Any]) -> int:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     except InputError as error:
-        time.sleep(10 if rank() else 0)  # if the first process says the same, torchrun ends this one meanwhile
+        time.sleep(10 if rank() else 0)  # torchrun ends this process meanwhile if the first one says the same
         return fail(2, f'error: {error}')
     except NonFiniteError as error:
         return fail(1, error)
     except torch.OutOfMemoryError:
         return fail(
-            1, 'error: The memory of the device is too small: choose a smaller --batch-size, in training with as many '
-            '--grad-accum-steps more, --amp or --grad-checkpointing.')
+            1, 'error: The memory of the device is too small: choose a smaller --batch-size. In training, also choose '
+            'more --grad-accum-steps, --amp or --grad-checkpointing.')
     except KeyboardInterrupt:
         return 130
     except Interrupted as stop:
@@ -52,7 +47,7 @@ def run_script(main: Callable[[], Any]) -> int:
         if 'DataLoader worker' not in str(error):
             raise
         return fail(
-            1, 'error: A process that loads images is gone, perhaps for lack of memory: choose fewer --workers.')
+            1, 'error: A process that loads images has ended, perhaps for lack of memory: choose fewer --workers.')
     except OSError as error:
         return fail(1, f'error: {error}')
     return 0

@@ -1,7 +1,7 @@
 """The numbers of a report, computed from saved logits."""
-from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections import Counter
+from functools import cached_property
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -9,77 +9,68 @@ import torch
 from ..metrics import MOST_EXPERTS, NUM_BINS, SHOTS, ExpertEvaluator, all_subsets
 from .logits import SavedLogits
 
+TILTS = np.linspace(0, 1, 6)  # exponents T of the training prior
 _TAILS = 2.5, 97.5  # percentiles that bound a 95 % interval
 _Z = 1.959963984540054  # quantile of the normal distribution for 95 %
-_DRAWS = 10_000  # from a posterior
+_POSTERIOR_DRAWS, _CHANCE_DRAWS = 10_000, 300
 _CHUNK = 2 ** 25  # logits to work on at a time
-_TILTS = np.linspace(0, 1, 6)  # exponents of the training prior
 _EDGES = torch.linspace(0, 1, NUM_BINS + 1).numpy()
 
 
-@cache
-def _wilson(right: int, total: int) -> Tuple[float, float]:
-    from scipy.stats import binomtest
-    interval = binomtest(right, total).proportion_ci(method='wilson')
-    return interval.low, interval.high
-
-
 def wilson(right: np.ndarray, total: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """Lower and upper bounds of Wilson's 95 % interval of shares. NaN where `total` is 0.
-
-    Args:
-        right: Number of successes, of any shape.
-        total: Number of trials, of a shape that fits.
-    """
-    right, total = np.broadcast_arrays(right, total)
-    bounds = [_wilson(r, n) if n else (np.nan, np.nan) for r, n in zip(right.ravel().tolist(), total.ravel().tolist())]
-    low, high = np.array(bounds).reshape(*right.shape, 2).transpose(-1, *range(right.ndim))
-    return low, high
+    """Lower and upper bounds of Wilson's 95 % interval of the shares `right / total`. NaN where `total` is 0."""
+    size = total + _Z ** 2
+    with np.errstate(invalid='ignore'):
+        half = _Z * np.sqrt(right * (total - right) / total + _Z ** 2 / 4) / size
+    center = (right + _Z ** 2 / 2) / size
+    return (center - half).clip(0, 1), (center + half).clip(0, 1)
 
 
-@dataclass
+def _count_by_class(saved: SavedLogits, right: np.ndarray) -> np.ndarray:
+    """Correct answers by class and output [C, K] from `right` [N, K]."""
+    return np.stack([np.bincount(saved.targets[one], minlength=saved.num_classes) for one in right.T], axis=1)
+
+
 class Analysis:
     """The numbers of saved logits. Output 0 is the ensemble, output 1 + m is expert m."""
 
-    saved: SavedLogits
-    metrics: Dict[str, Any]  # of `ExpertEvaluator`
-    predictions: np.ndarray  # predicted classes [N, 1 + M]
-    confidence: np.ndarray  # probability that the ensemble gives the predicted class [N]
-    hardest_negative: np.ndarray  # largest probability that the ensemble gives a wrong class [N]
-    subset_top1: List[float]  # top-1 in percent of every subset of the experts, in the order of `all_subsets`
-    tilted: np.ndarray  # accuracy of the ensemble by class [T, C], with a power of the training prior added
-    tilts = _TILTS  # the powers [T]
+    def __init__(self, saved: SavedLogits):
+        num_images, num_experts, num_classes = saved.logits.shape
+        subsets = all_subsets(num_experts) if num_experts <= MOST_EXPERTS else []
+        evaluator = ExpertEvaluator(num_experts, saved.shots.tolist(), subsets=subsets)
+        log_prior = torch.from_numpy(saved.class_counts / saved.class_counts.sum()).clamp(min=1e-12).log().float()
+        parts, size = [], max(_CHUNK // (num_classes * num_experts), 1)
+        for start in range(0, num_images, size):
+            logits = torch.from_numpy(saved.logits[start:start + size]).float()
+            target = torch.from_numpy(saved.targets[start:start + size]).long()
+            evaluator.update(logits, target)
+            ensemble = logits.mean(1)
+            predictions = torch.cat([ensemble[:, None], logits], dim=1).argmax(-1)
+            tilted = torch.stack([(ensemble + tilt * log_prior).argmax(-1) for tilt in TILTS.tolist()], dim=1)
+            probabilities = ensemble.softmax(-1)
+            confidence = probabilities.amax(-1)
+            probabilities.scatter_(1, target[:, None], 0)
+            parts.append((predictions, tilted, confidence, probabilities.amax(-1)))
+        predictions, tilted, confidence, hardest_negative = (torch.cat(one).numpy() for one in zip(*parts))
 
-    @cached_property
-    def right(self) -> np.ndarray:
-        """Whether each output is right on each image [N, 1 + M]."""
-        return self.predictions == self.saved.targets[:, None]
-
-    @cached_property
-    def total(self) -> np.ndarray:
-        """Test images of each class [C]."""
-        return np.bincount(self.saved.targets, minlength=self.saved.num_classes)
-
-    @cached_property
-    def right_by_class(self) -> np.ndarray:
-        """Correct answers by class and output [C, 1 + M]."""
-        return _count_by_class(self.saved.targets, self.right, self.saved.num_classes)
-
-    @cached_property
-    def accuracy(self) -> np.ndarray:
-        """Accuracy by class and output [C, 1 + M], NaN without test images."""
+        self.saved = saved
+        self.metrics = evaluator.compute()
+        # Top-1 in percent of every subset of the experts, in the order of `all_subsets`.
+        self.subset_top1: List[float] = [one['top1'] for one in self.metrics.pop('subsets', ())]
+        self.predictions = predictions  # predicted classes [N, 1 + M]
+        self.confidence = confidence  # probability that the ensemble gives the predicted class [N]
+        self.hardest_negative = hardest_negative  # largest probability that the ensemble gives a wrong class [N]
+        self.right = predictions == saved.targets[:, None]  # [N, 1 + M]
+        self.total = np.bincount(saved.targets, minlength=num_classes)  # test images of each class [C]
+        self.right_by_class = _count_by_class(saved, self.right)  # correct answers [C, 1 + M]
         with np.errstate(invalid='ignore'):
-            return self.right_by_class / self.total[:, None]
-
-    @cached_property
-    def order(self) -> np.ndarray:
-        """The classes by shot division, then from the most training images to the fewest."""
-        return np.lexsort((-self.saved.class_counts, self.saved.shots))
-
-    @cached_property
-    def shots(self) -> Dict[str, np.ndarray]:
-        """Masks [C] of the shot divisions. Classes without test images are left out."""
-        return {shot: (self.saved.shots == number) & (self.total > 0) for number, shot in enumerate(SHOTS)}
+            self.accuracy = self.right_by_class / self.total[:, None]  # [C, 1 + M], NaN without test images
+            # Accuracy of the ensemble with powers of the training prior added to its logits [C, T].
+            self.tilted = _count_by_class(saved, tilted == saved.targets[:, None]) / self.total[:, None]
+        # The classes by shot division, then from the most training images to the fewest.
+        self.order = np.lexsort((-saved.class_counts, saved.shots))
+        # Masks [C] of the shot divisions, without the classes that have no test images.
+        self.shots = {shot: (saved.shots == number) & (self.total > 0) for number, shot in enumerate(SHOTS)}
 
     @cached_property
     def intervals(self) -> Dict[str, Optional[Tuple[float, float]]]:
@@ -88,73 +79,38 @@ class Analysis:
         return mean_intervals(np.stack([right, self.total - right], axis=1), (1, 0), self.shots)
 
     @cached_property
-    def confusions(self) -> List[Tuple[int, int, int]]:
-        """Each true class and the wrong class that the ensemble predicts, with their number, most frequent first."""
+    def confusions(self) -> List[Tuple[Tuple[int, int], int]]:
+        """Pairs of a true class and the wrong class that the ensemble predicts, with their number, largest first."""
         wrong = ~self.right[:, 0]
-        pairs, counts = np.unique(
-            np.stack([self.saved.targets[wrong], self.predictions[wrong, 0]], axis=1), axis=0, return_counts=True)
-        return [(*pairs[i].tolist(), int(counts[i])) for i in np.argsort(-counts, kind='stable')]
+        pairs = zip(self.saved.targets[wrong].tolist(), self.predictions[wrong, 0].tolist())
+        return Counter(sorted(pairs)).most_common()
 
-    @cached_property
+    @property
     def most_confused(self) -> List[Optional[Tuple[int, int]]]:
         """The wrong class that the ensemble predicts most for each class, and how often. None without mistakes."""
-        best = {true: (predicted, count) for true, predicted, count in reversed(self.confusions)}
+        best = {true: (predicted, count) for (true, predicted), count in reversed(self.confusions)}
         return [best.get(c) for c in range(self.saved.num_classes)]
 
     def reliability(self) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images, correct answers and mean confidence in each bin of confidence. The mean of an empty bin is NaN."""
-        bins = np.minimum((np.searchsorted(_EDGES, self.confidence.astype(np.float32), side='right') - 1), NUM_BINS - 1)
-        count, confidence, right = (
-            np.bincount(bins, weights=one, minlength=NUM_BINS)
-            for one in (np.ones_like(self.confidence), self.confidence, self.right[:, 0]))
+        confidence = self.confidence.astype(float)
+        count, right = (np.histogram(one, _EDGES)[0] for one in (confidence, confidence[self.right[:, 0]]))
+        total, _ = np.histogram(confidence, _EDGES, weights=confidence)
         with np.errstate(invalid='ignore'):
-            return count.astype(int), right.astype(int), confidence / count
+            return count, right, total / count
 
     def coverage(self) -> Tuple[np.ndarray, np.ndarray]:
-        """Shares [N] of the images that one keeps from the most confident on, and the accuracy on them [N]."""
+        """Shares [N] of the images, the most confident first, and the accuracy on each share [N]."""
         right = self.right[np.argsort(-self.confidence, kind='stable'), 0]
         kept = np.arange(1, len(right) + 1)
         return kept / len(right), right.cumsum() / kept
 
     def prior_shift(self) -> Tuple[np.ndarray, np.ndarray]:
-        """Expected top-1 [T] under class frequencies from uniform to those of training: as it is, with prior added."""
+        """Expected top-1 [T] under powers of the training frequencies: of the model as it is, and with prior added."""
         seen = self.total > 0
-        priors = (self.saved.class_counts[seen] / self.saved.class_counts.sum())[None] ** _TILTS[:, None]
-        priors /= priors.sum(1, keepdims=True)
-        return priors @ self.accuracy[seen, 0], (priors * self.tilted[:, seen]).sum(1)
-
-
-def _count_by_class(targets: np.ndarray, right: np.ndarray, num_classes: int) -> np.ndarray:
-    """Correct answers by class and output [C, K] from `right` [N, K]."""
-    return np.stack([np.bincount(targets[one], minlength=num_classes) for one in right.T], axis=1)
-
-
-def analyze(saved: SavedLogits) -> Analysis:
-    """Analyze saved logits in chunks of images."""
-    _, num_experts, num_classes = saved.logits.shape
-    subsets = all_subsets(num_experts) if num_experts <= MOST_EXPERTS else []
-    evaluator = ExpertEvaluator(num_experts, saved.shots.tolist(), subsets=subsets)
-    log_prior = torch.from_numpy(saved.class_counts / saved.class_counts.sum()).clamp(min=1e-12).log().float()
-    parts, tilted = [], np.zeros((len(_TILTS), num_classes))
-    size = max(_CHUNK // (num_classes * num_experts), 1)
-    for start in range(0, len(saved.targets), size):
-        logits = torch.from_numpy(saved.logits[start:start + size]).float()
-        target = torch.from_numpy(saved.targets[start:start + size]).long()
-        evaluator.update(logits, target)
-        ensemble = logits.mean(1)
-        for t, tilt in enumerate(_TILTS.tolist()):
-            right = (ensemble + tilt * log_prior).argmax(-1) == target
-            tilted[t] += np.bincount(target[right], minlength=num_classes)
-        probabilities = ensemble.softmax(-1)
-        confidence = probabilities.amax(-1)
-        probabilities.scatter_(1, target[:, None], -1)
-        predictions = torch.cat([ensemble[:, None], logits], dim=1).argmax(-1)
-        parts.append((predictions, confidence, probabilities.amax(-1).clamp(min=0)))
-    predictions, confidence, hardest = (torch.cat(one).numpy() for one in zip(*parts))
-    metrics = evaluator.compute()
-    subset_top1 = [one['top1'] for one in metrics.pop('subsets', ())]
-    total = np.bincount(saved.targets, minlength=num_classes)
-    return Analysis(saved, metrics, predictions, confidence, hardest, subset_top1, tilted / np.maximum(total, 1))
+        priors = (self.saved.class_counts[seen] / self.saved.class_counts.sum())[:, None] ** TILTS
+        priors /= priors.sum(0)
+        return self.accuracy[seen, 0] @ priors, (self.tilted[seen] * priors).sum(0)
 
 
 def mean_intervals(
@@ -162,23 +118,17 @@ def mean_intervals(
         values: Sequence[float],
         shots: Dict[str, np.ndarray],
 ) -> Dict[str, Optional[Tuple[float, float]]]:
-    """95 % intervals, in percent, of mean values over other test images of the same classes.
+    """95 % intervals, in percent, of mean values over other test images of the same classes. None without classes.
+
+    `outcomes` counts the images by class and outcome [C, K], `values` has the value of each outcome, `shots` the masks
+    of the shot divisions. The intervals are of the mean over images, `top1`, over classes, `balanced`, and over the
+    classes of each division. Each interval contains the mean itself.
 
     The mean of the n images of a class has 1 / n of the variance of one image. The shares of the outcomes estimate that
     variance too small by the factor (n - 1) / n, which is 0 for n = 1. The shot division makes up for it: a class gets
-    the variance (v + V / n) / n, where v is its own and V that of the whole division. This is right where the classes
-    of a division are alike, and too wide where they are not. Over the m images of a division it adds up to V / m.
-    The intervals are percentiles of draws from Jeffreys' posterior of such means (a beta distribution for two outcomes,
-    a Dirichlet distribution for more). The draws of the divisions add up to those of all classes.
-
-    Args:
-        outcomes: Number of images by class and outcome [C, K].
-        values: Value of each outcome [K].
-        shots: Masks [C] of the shot divisions, without classes that have no images.
-
-    Returns:
-        Intervals of `top1`, the mean over images, `balanced`, the mean over classes, and the mean over the classes of
-        each division. None for a division without classes. Each contains the mean itself.
+    the variance (v + V / n) / n, where v is its own and V that of the whole division. This is right if the classes of a
+    division are alike, and too wide if not. Over the m images of a division it adds up to V / m. The intervals are
+    percentiles of draws from Jeffreys' posterior of such means. The draws of the divisions add up to those of all.
     """
     total, value = outcomes.sum(1), np.asarray(values)
     means = outcomes @ value / np.maximum(total, 1)
@@ -204,12 +154,11 @@ def _draw_means(outcomes: np.ndarray, values: np.ndarray, weight: np.ndarray, rn
     total = outcomes.sum(1)
     shares = outcomes / total[:, None]
     whole = weight @ shares
-    if outcomes.any(0).sum() > 1:
+    ratio = 1 - 1 / total  # the average if the classes are alike
+    if outcomes.any(0).sum() > 1:  # otherwise the variance is 0
         ratio = variance(shares) / variance(whole)
-    else:
-        ratio = 1 - 1 / total  # the variance is 0: its average if the classes are alike
     size = 1 / np.sum(weight ** 2 / total * (ratio + 1 / total))
-    return rng.dirichlet(size * whole + 0.5, _DRAWS) @ values
+    return rng.dirichlet(size * whole + 0.5, _POSTERIOR_DRAWS) @ values
 
 
 def same_images(a: SavedLogits, b: SavedLogits) -> bool:
@@ -221,72 +170,54 @@ class PairedTest(NamedTuple):
     """Comparison of two models on a group of classes."""
 
     difference: float  # accuracy of the second model minus that of the first, in percent
-    interval: Tuple[float, float]  # its 95 % interval
+    interval: Tuple[float, float]  # 95 % interval of the difference
     p_value: float  # of McNemar's exact test on the images that only one model has right
-    classes: Tuple[int, int, int]  # number of classes where the second model is better, equal and worse
+    classes: Tuple[int, ...]  # number of classes where the second model is better, equal and worse
 
 
-def paired_test(first: Analysis, second: Analysis) -> Dict[str, Optional[PairedTest]]:
-    """Compare two models that saw the same images: on all of them, `top1`, and on each shot division."""
+def paired_test(first: Analysis, second: Analysis) -> Dict[str, PairedTest]:
+    """Compare two models that saw the same images: on all of them, `top1`, and on each shot division with images."""
     from scipy.stats import binomtest
-    one, two = first.right[:, 0], second.right[:, 0]
-    gained, lost = _count_by_class(
-        first.saved.targets, np.stack([two & ~one, one & ~two], axis=1), first.saved.num_classes).T
-    intervals = mean_intervals(
-        np.stack([gained, lost, first.total - gained - lost], axis=1), (1, -1, 0), first.shots)
-    difference = gained - lost
-    results: Dict[str, Optional[PairedTest]] = {}
+    one, two, tests = first.right[:, 0], second.right[:, 0], {}
+    gained, lost = _count_by_class(first.saved, np.stack([two & ~one, one & ~two], axis=1)).T
+    outcomes = np.stack([gained, lost, first.total - gained - lost], axis=1)
+    intervals = mean_intervals(outcomes, (1, -1, 0), first.shots)
     for name, mask in {'top1': first.total > 0, **first.shots}.items():
         interval = intervals[name]
         if interval is None:
-            results[name] = None
             continue
+        difference, total = gained[mask] - lost[mask], first.total[mask]
+        mean = np.average(difference / total, weights=total if name == 'top1' else None)
         wins, losses = int(gained[mask].sum()), int(lost[mask].sum())
-        share = difference[mask].sum() / first.total.sum() if name == 'top1' else (
-            difference[mask] / first.total[mask]).mean()
         p_value = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.
-        better, same, worse = (int((np.sign(difference[mask]) == sign).sum()) for sign in (1, 0, -1))
-        results[name] = PairedTest(100 * float(share), interval, p_value, (better, same, worse))
-    return results
+        classes = tuple(int((np.sign(difference) == sign).sum()) for sign in (1, 0, -1))
+        tests[name] = PairedTest(100 * float(mean), interval, p_value, classes)
+    return tests
 
 
-def best_expert_shares(
-        analysis: Analysis,
-        num_draws: int = 300,
-) -> Tuple[Dict[str, np.ndarray], Dict[str, Tuple[float, float]]]:
-    """Share of the classes that each expert is best at, by shot division. Experts that tie share a class.
+def best_expert_shares(analysis: Analysis) -> Tuple[Dict[str, np.ndarray], Dict[str, Tuple[float, float]]]:
+    """Shares [M] of the classes that each expert is best at, by shot division, and the bounds of 95 % by chance.
 
-    Returns:
-        The shares [M], and the bounds of 95 % of the shares by chance. Chance means equally good experts: on each
-        image any of them could have been the ones that were right.
+    Experts that tie share a class. Chance means equally good experts: on each image any of them could have been right.
     """
-    targets, right = analysis.saved.targets, analysis.right[:, 1:]
-
     def shares(right: np.ndarray) -> Dict[str, np.ndarray]:
-        counts = _count_by_class(targets, right, analysis.saved.num_classes)
+        counts = _count_by_class(analysis.saved, right)
         best = counts == counts.max(1, keepdims=True)
         best = best / best.sum(1, keepdims=True)
         return {shot: best[mask].mean(0) for shot, mask in analysis.shots.items() if mask.any()}
 
-    rng = np.random.default_rng(0)
-    draws = [shares(rng.permuted(right, axis=1)) for _ in range(num_draws)]
+    rng, right = np.random.default_rng(0), analysis.right[:, 1:]
+    draws = [shares(rng.permuted(right, axis=1)) for _ in range(_CHANCE_DRAWS)]
     actual = shares(right)
     # By chance all experts are alike, so the draws of all experts make one distribution.
     return actual, {shot: tuple(np.percentile([draw[shot] for draw in draws], _TAILS).tolist()) for shot in actual}
 
 
-def trend(values: np.ndarray, num_points: int = 200) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A Gaussian moving average over ranks. Its standard deviation is a fifteenth of the values.
-
-    Args:
-        values: Values [C] in order, NaN where there is none.
-
-    Returns:
-        Points, averages, and half the width of their 95 % band.
-    """
+def trend(values: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A moving average of values [C], NaN where there is none: points, averages, half the width of their 95 % band."""
     ranks = np.flatnonzero(~np.isnan(values))
     values = values[ranks]
-    points = np.linspace(ranks[0], ranks[-1], num_points)
+    points = np.linspace(ranks[0], ranks[-1], 200)
     weights = np.exp(-0.5 * ((points[:, None] - ranks) / max(len(ranks) / 15, 1)) ** 2)
     weights /= weights.sum(1, keepdims=True)
     mean = weights @ values
@@ -301,17 +232,17 @@ class Confusion(NamedTuple):
     predicted: int
     count: int
     cost: float  # points of few-shot accuracy
-    images: List[int]  # indices of the first few
+    images: List[int]  # indices of the first four
 
 
-def tail_confusions(analysis: Analysis, limit: int = 15) -> List[Confusion]:
-    """The confusions that cost the few-shot classes most. Empty without such classes or without mistakes."""
-    few, total = analysis.shots['few'], analysis.total
+def tail_confusions(analysis: Analysis) -> List[Confusion]:
+    """The 15 confusions that cost the few-shot classes most. Empty without such classes or without mistakes."""
+    few, total, targets = analysis.shots['few'], analysis.total, analysis.saved.targets
     found = [
         (100 * count / total[true] / few.sum(), true, predicted, count)
-        for true, predicted, count in analysis.confusions if few[true]]
+        for (true, predicted), count in analysis.confusions if few[true]]
     rows = []
-    for cost, true, predicted, count in sorted(found, key=lambda one: -one[0])[:limit]:
-        images = (analysis.saved.targets == true) & (analysis.predictions[:, 0] == predicted)
-        rows.append(Confusion(true, predicted, count, cost, np.flatnonzero(images)[:4].tolist()))
+    for cost, true, predicted, count in sorted(found, key=lambda one: -one[0])[:15]:
+        images = np.flatnonzero((targets == true) & (analysis.predictions[:, 0] == predicted))
+        rows.append(Confusion(true, predicted, count, cost, images[:4].tolist()))
     return rows

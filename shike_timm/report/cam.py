@@ -1,4 +1,4 @@
-"""Class activation maps: where each expert looks in given images, by the grad-cam library."""
+"""Class activation maps show where each expert looks in an image. The grad-cam library makes them."""
 import os
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence
@@ -26,23 +26,12 @@ class CamConfig:
 
 
 def expert_maps(model: Shike, images: Tensor, classes: Sequence[int]) -> np.ndarray:
-    """Grad-CAM of each expert's fused features, for one class of each image.
-
-    Args:
-        model: The model. Its gradients are cleared.
-        images: Normalized images [B, C, H, W] on its device.
-        classes: The class of each image [B].
-
-    Returns:
-        Maps [B, M, H, W] from 0 to 1.
-    """
+    """Grad-CAM [B, M, H, W] of each expert's fused features, for one class of each normalized image, from 0 to 1."""
     from pytorch_grad_cam import GradCAM  # pyright: ignore[reportMissingImports]  # an extra
-    from pytorch_grad_cam.utils.model_targets import (  # pyright: ignore[reportMissingImports]
-        ClassifierOutputTarget,
-    )
-    targets: List[Any] = [ClassifierOutputTarget(one) for one in classes]
+    from pytorch_grad_cam.utils import model_targets  # pyright: ignore[reportMissingImports]
+    targets: List[Any] = [model_targets.ClassifierOutputTarget(one) for one in classes]
     maps = []
-    for expert in model.experts:  # the mean over experts has their gradients, scaled, and maps have no scale
+    for expert in model.experts:  # the mean over experts scales their gradients, but maps have no scale
         with GradCAM(model, [expert]) as cam:
             maps.append(cam(images, targets))
     model.zero_grad()
@@ -58,16 +47,8 @@ def draw_cams(
 ) -> List[Dict[str, Any]]:
     """Maps of each expert for the class that the ensemble predicts.
 
-    Args:
-        model: The model.
-        names: Files, folders and patterns.
-        data_config: What `timm.data.resolve_data_config` returns.
-        class_names: Names of the classes.
-        **decoding: Arguments of `create_file_loader` about decoding.
-
-    Returns:
-        One row an image: its file `name`, the `image` as the model sees it, the predicted class `label` and its
-        probability `prob`, and of the `experts` the `image` with the map on it and the `prob` of the same class.
+    Returns a row for each image: its file `name`, the `image` as the model sees it, the predicted class `label` and its
+    probability `prob`. Each of the `experts` has the `image` with its map on it, and its own `prob` of that class.
     """
     from pytorch_grad_cam.utils.image import show_cam_on_image  # pyright: ignore[reportMissingImports]
     paths, rows = find_images(names), []

@@ -1,4 +1,4 @@
-"""What evaluations hand to a report: logits, images, classes and the costs of experts."""
+"""Collects the contents of a report from an evaluation: logits, images, classes and the costs of experts."""
 import copy
 import os
 from functools import partial
@@ -20,7 +20,7 @@ from .logits import SavedLogits
 
 
 def check_report(folder: str, cam: Optional[Sequence[str]] = None) -> None:
-    """Check that a report can be drawn and written to a folder, with maps of the images `cam` if there are any."""
+    """Check that a report, with maps of the images `cam`, can be drawn and written to a folder."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -49,15 +49,7 @@ def collect(
         shots: ShotConfig,
         **fields: Any,
 ) -> SavedLogits:
-    """Join the logits of an evaluation with what is known of its images and classes.
-
-    Args:
-        trained: The model, with its class counts.
-        data: The evaluation split.
-        kept: The batches that `shike_timm.metrics.evaluate` kept.
-        shots: Borders of the shot divisions.
-        **fields: Other fields of `SavedLogits`.
-    """
+    """The logits that `shike_timm.metrics.evaluate` kept, with the images and classes. Fields are of `SavedLogits`."""
     logits, targets = (torch.cat(one).numpy() for one in zip(*kept))
     names = trained.class_names or data.class_names or [str(c) for c in range(logits.shape[2])]
     paths, open_image = _images(data, len(targets))
@@ -76,13 +68,7 @@ def _reduced_models(model: Shike) -> Iterator[Tuple[Tuple[int, ...], Shike]]:
 
 @torch.inference_mode()
 def count_gmacs(model: Shike, image: Tensor, passes: int = 1) -> List[Dict[str, Any]]:
-    """GMACs of every subset of up to four experts.
-
-    Args:
-        model: The model.
-        image: An image [1, in_chans, H, W].
-        passes: How often the model sees each image: 2 with `--flip`.
-    """
+    """GMACs of every subset of up to four experts, which see an image [1, in_chans, H, W] in `passes` forwards."""
     if model.num_experts > MOST_EXPERTS:
         return []
     return [
@@ -91,9 +77,9 @@ def count_gmacs(model: Shike, image: Tensor, passes: int = 1) -> List[Dict[str, 
 
 
 def add_costs(subsets: List[Dict[str, Any]], model: Shike, images: Tensor, passes: int = 1) -> None:
-    """Add parameters, GMACs and images a second to the metrics of each subset. Arguments as for `count_gmacs`."""
+    """Add parameters, GMACs and images a second to the metrics of each subset."""
     images = images[:16] if images.device.type == 'cpu' else images  # on a CPU large batches are slow and no faster
-    costs = inference_costs({' '.join(map(str, subset)): reduced for subset, reduced in _reduced_models(model)}, images)
+    costs = inference_costs(dict(_reduced_models(model)), images)
     for one in subsets:
-        cost = costs[' '.join(map(str, one['experts']))]
+        cost = costs[tuple(one['experts'])]
         one.update(cost, gmacs=passes * cost['gmacs'], images_per_second=cost['images_per_second'] / passes)

@@ -3,7 +3,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional
 
 import torch
 
@@ -26,7 +26,7 @@ from ..pretrained.load import (
 )
 from .cam import CamConfig, draw_cams
 from .collect import add_costs, check_report, collect, count_gmacs
-from .logits import SavedLogits, save_logits
+from .logits import save_logits
 
 _logger = logging.getLogger(__name__)
 
@@ -57,15 +57,15 @@ def _check(config: EvalConfig) -> None:
     check_results_file(config.results_file)
     check_results_file(config.save_logits, 'save-logits')
     if config.cam and not config.report:
-        raise InputError('--cam shows in a report where experts look: add --report DIR.')
+        raise InputError('--cam draws into a report, but there is none: add --report DIR.')
     if config.report:
         check_report(config.report, config.cam)
     if config.experts and config.expert_subsets:
-        raise InputError('--expert-subsets evaluates every subset of experts, --experts one: leave one of them out.')
+        raise InputError('--expert-subsets and --experts exclude each other: leave one of them out.')
 
 
 def _load_split(config: EvalConfig, trained: TrainedModel) -> AnySet:
-    """The evaluation split. If the model does not know its class counts, it gets those of the data."""
+    """The evaluation split. A model without class counts gets those of the data."""
     counts, source = trained.class_counts, checked(SourceConfig, vars(config))
     if counts is None:
         data = load_training_data(source, workers=config.workers, batch_size=config.batch_size)
@@ -84,62 +84,45 @@ def _load_split(config: EvalConfig, trained: TrainedModel) -> AnySet:
     return split
 
 
-def _log_split(split: AnySet, counts: Sequence[int], origin: str) -> None:
-    left_out = f" Left out: {'; '.join(split.notes)}." if split.notes else ''
-    _logger.info(
-        f"Evaluation: {len(split)} images, {split.origin or 'a split of its own'}.{left_out} Classes are "
-        f'many-, medium- or few-shot by the {max(counts)} to {min(counts)} training images a class of {origin}.')
-
-
 def _log_long_tail(metrics: Dict[str, Any]) -> None:
+    """Advise on --target-prior if the evaluation set is long-tailed."""
     sizes = [size for size in metrics['per_class']['total'] if size]
     if max(sizes) > 2 * min(sizes):
         _logger.info(
-            f'The evaluation set is itself long-tailed, with {min(sizes)} to {max(sizes)} images a class. For top1, '
-            'which counts images, use --target-prior train if classes are as frequent as in training, or a FILE of '
-            'their frequencies. For balanced, which counts classes, use --target-prior uniform.')
-
-
-def _write_results(config: EvalConfig, metrics: Dict[str, Any]) -> None:
-    if config.results_file:
-        write_text(Path(config.results_file), json.dumps(metrics, indent=2) + '\n')
-
-
-def _write_report(folder: str, saved: SavedLogits, cams: Any) -> None:
-    from .analysis import analyze
-    from .page import write_report
-    print(f'Report: {write_report(Path(folder), [analyze(saved)], cams=cams)}')
+            f'The evaluation set is itself long-tailed, with {min(sizes)} to {max(sizes)} images a class. top1 counts '
+            'images: use --target-prior train if classes are as frequent as in training, or a FILE of their '
+            'frequencies. balanced counts classes: use --target-prior uniform.')
 
 
 def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
-    """Evaluate a trained model in float32. Several processes share the images; the first one prints and writes.
+    """Evaluate a trained model in float32. Several processes share the images. The first one prints and writes.
 
-    Returns:
-        The metrics of `shike_timm.metrics.evaluate`. `per_class` also has the `names` of the classes (None if they are
-        unknown) and their training images `class_counts`. With `--expert-subsets` each subset has its costs.
-
-    Raises:
-        InputError: If anything given cannot work.
+    Returns the metrics of `shike_timm.metrics.evaluate`. `per_class` also has the `names` of the classes (None if they
+    are unknown) and their training images `class_counts`. With `--expert-subsets` each subset has its costs.
     """
     _check(config)
     device = join_processes(config.device)
     if world_size() > 1 and (config.save_logits or config.report):
-        raise InputError('--save-logits and --report take all images in one process: leave torchrun out.')
+        raise InputError('--save-logits and --report need all images in one process: leave torchrun out.')
     tune_device(device)
     trained = load_trained_model(config.model, config.checkpoint, True, config.experts)  # as timm's validate.py
     config = with_trained_options(config, trained)
     origin = 'this data' if trained.class_counts is None else 'the model'
     model, split = trained.model, _load_split(config, trained)
     names, counts = trained.class_names, trained.class_counts
-    assert counts is not None  # as the model has them by now
+    assert counts is not None  # _load_split sets them
     shot_counts = trained.shot_counts or counts
     set_target_prior(trained, config.target_prior)
     data_config = resolve_data_config(config, model)
     model.to(device)
-    cams = config.cam and draw_cams(
+    cams = [] if not config.cam else draw_cams(
         model, config.cam, data_config, names, exif=config.exif, pixel_range=config.pixel_range)
     loader = create_eval_loader(split, data_config, config.batch_size, device, config.workers)
-    _log_split(split, shot_counts, origin)
+    left_out = f" Left out: {'; '.join(split.notes)}." if split.notes else ''
+    _logger.info(
+        f"Evaluation: {len(split)} images, {split.origin or 'a split of its own'}.{left_out} Classes are "
+        f'many-, medium- or few-shot by the {max(shot_counts)} to {min(shot_counts)} training images a class of '
+        f'{origin}.')
     subsets = all_subsets(model.num_experts) if config.expert_subsets else ()
     kept = [] if config.save_logits or config.report else None
     metrics = evaluate(
@@ -151,22 +134,24 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     print(format_table({'': metrics}), flush=True)
     _logger.info(balanced_over(metrics, len(counts)))
     _log_long_tail(metrics)
-    _write_results(config, metrics)
     passes = 2 if config.flip else 1
     if subsets:
         images = next(iter(loader))[0].contiguous(memory_format=torch.channels_last)
         add_costs(metrics['subsets'], model, images, passes)
         print(f"\n{format_subsets(metrics['subsets'])}")
-        _write_results(config, metrics)
+    if config.results_file:
+        write_text(config.results_file, json.dumps(metrics, indent=2) + '\n')
     if kept:
-        run = Path(trained.run_folder or '')
-        is_run = bool(trained.run_folder) and (run / 'summary.csv').exists()  # a model folder may lie anywhere
-        name = Path(config.checkpoint).stem if config.checkpoint else str(config.model)
-        saved = collect(
-            trained, split, kept, config, name=run.name if is_run else name, run=run if is_run else None,
-            costs=metrics.get('subsets') or count_gmacs(model, next(iter(loader))[0][:1], passes))
+        run, name = trained.run_folder, Path(config.checkpoint).stem if config.checkpoint else str(config.model)
+        fields: Dict[str, Any] = dict(name=name)
+        if run and Path(run, 'summary.csv').exists():  # a model folder may lie anywhere
+            fields = dict(name=Path(run).name, run=Path(run))
+        costs = metrics.get('subsets') or count_gmacs(model, next(iter(loader))[0][:1], passes)
+        saved = collect(trained, split, kept, config, costs=costs, **fields)
         if config.save_logits:
             save_logits(config.save_logits, saved)
         if config.report:
-            _write_report(config.report, saved, cams or ())
+            from .analysis import Analysis
+            from .page import write_report
+            print(f'Report: {write_report(Path(config.report), [Analysis(saved)], cams=cams)}')
     return metrics

@@ -1,7 +1,7 @@
 """The figures of a report, drawn with matplotlib.
 
-Each takes the `Analysis` of a model and of a second one or None, and returns a figure. If there is nothing to draw, it
-raises `Missing` with a sentence that says why.
+Each function takes the `Analysis` of a model and of a second one or None. If it has nothing to draw, it raises
+`Missing`.
 """
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
@@ -10,11 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..metrics import SHOTS, all_subsets
-from ..plotting import COLORS, INK, NEUTRAL, WIDTH, Missing, add_legend, log_scale, new_figure
+from ..plotting import COLORS, INK, NEUTRAL, Missing, add_legend, log_scale, new_figure
 from ..training.curves import draw_curves, read_curves
-from .analysis import Analysis, best_expert_shares, tail_confusions, trend, wilson
+from .analysis import TILTS, Analysis, best_expert_shares, tail_confusions, trend, wilson
 
-MANY_POINTS = 1000  # more points than this are drawn as pixels, which keeps files small
+MANY_POINTS = 1000  # more points than this are drawn as pixels to keep files small
+
+
 def shorten(name: str, length: int = 24) -> str:
     """A class name that fits into a line of a figure."""
     name = ' '.join(''.join(char if char.isprintable() else ' ' for char in name).split())
@@ -24,9 +26,8 @@ def shorten(name: str, length: int = 24) -> str:
 def _shade_shots(axes: Any, analysis: Analysis) -> None:
     """Shade and name the shot divisions along the ordered classes."""
     shots = analysis.saved.shots
-    sizes = np.bincount(shots, minlength=len(SHOTS))
     start = -0.5
-    for shot, size, alpha in zip(SHOTS, sizes, (0.12, 0.07, 0.03)):
+    for shot, size, alpha in zip(SHOTS, np.bincount(shots, minlength=3), (0.12, 0.07, 0.03)):
         if size:
             axes.axvspan(start, start + size, color=INK, alpha=alpha, linewidth=0)
             axes.text(
@@ -48,13 +49,6 @@ def class_counts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     return figure
 
 
-def _best_expert(analysis: Analysis) -> np.ndarray:
-    """The best expert of each class [C], -1 where several tie."""
-    counts = analysis.right_by_class[:, 1:]
-    best = counts == counts.max(1, keepdims=True)
-    return np.where(best.sum(1) == 1, best.argmax(1), -1)
-
-
 def _draw_trend(axes: Any, values: np.ndarray) -> None:
     if np.sum(~np.isnan(values)) >= 20:
         points, mean, half = trend(values)
@@ -74,37 +68,41 @@ def class_accuracy(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     top.scatter(ranks, accuracy[:, 0], color=NEUTRAL, label='ensemble', **size)
     _draw_trend(top, accuracy[:, 0])
     add_legend(top)
-    best = _best_expert(analysis)[analysis.order]
     highest = accuracy[:, 1:].max(1)
-    for expert in range(-1, analysis.saved.num_experts):
-        mine = best == expert
-        label = 'several' if expert < 0 else f'expert {expert}'
-        color = NEUTRAL if expert < 0 else COLORS[expert % len(COLORS)]
-        if mine.any():
-            bottom.scatter(ranks[mine], highest[mine], color=color, label=label, **size)
+    counts = analysis.right_by_class[analysis.order, 1:]
+    best = counts == counts.max(1, keepdims=True)
+    alone = best.sum(1) == 1
+    groups = [('several', NEUTRAL, ~alone)]
+    groups += [(f'expert {m}', COLORS[m % len(COLORS)], alone & one) for m, one in enumerate(best.T)]
+    for label, color, mask in groups:
+        if mask.any():
+            bottom.scatter(ranks[mask], highest[mask], color=color, label=label, **size)
     _draw_trend(bottom, highest)
     add_legend(bottom, 4, title='best single expert', title_fontsize=9, alignment='left')
     bottom.set_xlabel('classes, most training images first')
     return figure
 
 
+def _bar_places(number: int, num_bars: int, num_groups: int) -> Tuple[np.ndarray, float]:
+    """Places and width of the bars of one kind. Each group has a bar of each kind, side by side."""
+    width = 0.8 / num_bars
+    return np.arange(num_groups) + (number - (num_bars - 1) / 2) * width, 0.9 * width
+
+
 def best_experts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
-    if analysis.saved.num_experts == 1:
+    num_experts = analysis.saved.num_experts
+    if num_experts == 1:
         raise Missing('This model has one expert, which is the best at every class.')
     shares, chance = best_expert_shares(analysis)
+    low, high = 100 * np.array(list(chance.values())).T
     figure, axes = new_figure(3)
-    num_experts = analysis.saved.num_experts
-    width = 0.8 / num_experts
-    for i, shot in enumerate(shares):
-        low, high = (100 * bound for bound in chance[shot])
-        for m in range(num_experts):
-            x = i + (m - (num_experts - 1) / 2) * width
-            axes.bar(
-                x, 100 * shares[shot][m], 0.9 * width, color=COLORS[m % len(COLORS)],
-                label=f'expert {m}' if not i else None)
-            axes.errorbar(
-                x, (low + high) / 2, (high - low) / 2, color=INK, linewidth=1.2, capsize=5, fmt='none',
-                label='chance' if not i and m == num_experts - 1 else None)
+    for m in range(num_experts):
+        x, width = _bar_places(m, num_experts, len(shares))
+        heights = [100 * share[m] for share in shares.values()]
+        axes.bar(x, heights, width, color=COLORS[m % len(COLORS)], label=f'expert {m}')
+        axes.errorbar(
+            x, (low + high) / 2, (high - low) / 2, color=INK, linewidth=1.2, capsize=5, fmt='none',
+            label='chance' if m == num_experts - 1 else None)
     axes.set_xticks(range(len(shares)), [f'{shot} ({analysis.shots[shot].sum()})' for shot in shares])
     axes.set(ylabel='share of classes in %')
     axes.grid(axis='x', visible=False)
@@ -137,15 +135,13 @@ def hardest_negatives(analysis: Analysis, other: Optional[Analysis]) -> Figure:
 def _shot_bars(axes: Any, models: Sequence[Tuple[str, Analysis]]) -> None:
     """Accuracy by shot division with 95 % intervals, a bar for each model."""
     names = {'balanced': 'all', **{shot: shot for shot in SHOTS if any(one.shots[shot].any() for _, one in models)}}
-    width = 0.8 / len(models)
     for k, (label, one) in enumerate(models):
-        for i, name in enumerate(names):
-            value, interval = one.metrics[name], one.intervals[name]
-            if interval is not None:
-                error = [[max(value - interval[0], 0)], [max(interval[1] - value, 0)]]
-                axes.bar(
-                    i + (k - (len(models) - 1) / 2) * width, value, 0.9 * width, yerr=error, ecolor=INK,
-                    error_kw=dict(elinewidth=1), color=COLORS[k % len(COLORS)], label=label if not i else None)
+        x, width = _bar_places(k, len(models), len(names))
+        value = np.array([one.metrics[name] for name in names], dtype=float)
+        low, high = np.array([one.intervals[name] or (np.nan, np.nan) for name in names]).T
+        axes.bar(
+            x, value, width, yerr=np.maximum([value - low, high - value], 0), ecolor=INK,
+            error_kw=dict(elinewidth=1), color=COLORS[k % len(COLORS)], label=label)
     axes.set_xticks(range(len(names)), names.values())
     axes.set_ylabel('accuracy in %')
     axes.grid(axis='x', visible=False)
@@ -161,10 +157,8 @@ def compare_models(models: Sequence[Analysis]) -> Figure:
 
 def stages_and_experts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     figure, (top, bottom) = new_figure(6, 2)
-    if other is None:
-        _shot_bars(top, [(f'{shorten(analysis.saved.name)}, without stage one or a second model', analysis)])
-    else:
-        _shot_bars(top, [(shorten(one.saved.name, 32), one) for one in (other, analysis)])
+    alone = f'{shorten(analysis.saved.name)}, without stage one or a second model'
+    _shot_bars(top, [(shorten(one.saved.name, 32), one) for one in (other, analysis)] if other else [(alone, analysis)])
     subsets = all_subsets(analysis.saved.num_experts)
     costs = {tuple(one['experts']): one['gmacs'] for one in analysis.saved.costs}
     known = all(subset in costs for subset in subsets)
@@ -190,8 +184,7 @@ def reliability(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     seen = count > 0
     count, right, confidence, edges = count[seen], right[seen], confidence[seen], np.linspace(0, 1, len(count) + 1)
     low, high = wilson(right, count)
-    figure = Figure(figsize=(WIDTH, 6.6))
-    top, bars, bottom = figure.subplots(3, 1, height_ratios=(3, 1, 3))
+    figure, (top, bars, bottom) = new_figure(6.6, 3, height_ratios=(3, 1, 3))
     top.plot([0, 1], [0, 100], color=NEUTRAL, linestyle=':', label='calibrated')
     top.plot(confidence, 100 * right / count, 'o-', color=COLORS[0], markersize=4, label='ensemble')
     top.fill_between(confidence, 100 * low, 100 * high, color=COLORS[0], alpha=0.2, linewidth=0)
@@ -228,8 +221,8 @@ def confusions(analysis: Analysis, other: Optional[Analysis]) -> Figure:
 def prior_shift(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     plain, adjusted = analysis.prior_shift()
     figure, axes = new_figure(3)
-    axes.plot(analysis.tilts, 100 * plain, color=COLORS[0], label='as it is')
-    axes.plot(analysis.tilts, 100 * adjusted, color=COLORS[1], linestyle='--', label='prior added')
+    axes.plot(TILTS, 100 * plain, color=COLORS[0], label='as it is')
+    axes.plot(TILTS, 100 * adjusted, color=COLORS[1], linestyle='--', label='prior added')
     axes.set(
         xlabel='class frequencies: from uniform (0) to those of training (1)', ylabel='expected top-1 in %',
         xlim=(0, 1))

@@ -1,4 +1,4 @@
-"""Saved logits of an evaluation split, with what a report needs to know of its images and classes."""
+"""Saved logits of an evaluation split, with all that a report needs of its images and classes."""
 import json
 import os
 import zipfile
@@ -25,10 +25,10 @@ class SavedLogits:
     class_names: List[str]  # in label order [C]
     class_counts: np.ndarray  # training images of each class [C]
     shots: np.ndarray  # shot division of each class [C], as its place in `shike_timm.metrics.SHOTS`
-    costs: List[Dict[str, Any]] = field(default_factory=list)  # subsets of `experts` with their `gmacs`, if known
+    costs: List[Dict[str, Any]] = field(default_factory=list)  # subsets of `experts` with their `gmacs`
     name: str = 'model'
     run: Optional[Path] = None  # the run folder of the model
-    open_image: Optional[Callable[[int], Image.Image]] = None  # opens the image of an index, by its path if None
+    open_image: Optional[Callable[[int], Image.Image]] = None  # opens the image of an index. None: by its path
 
     def __post_init__(self):
         self.class_counts = np.asarray(self.class_counts, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The page of a report: one file that needs no network. Its figures and the table of classes lie beside it."""
+"""The page of a report. It needs no network. The figures and the table of classes are also written beside it."""
 import base64
 import csv
 import io
@@ -21,12 +21,11 @@ from ..version import __version__
 from .analysis import Analysis, paired_test, same_images, tail_confusions, wilson
 from .figures import DRAWINGS, compare_models, shorten
 
-THUMBNAIL, MAP = 56, 224  # largest side of images, in pixels
 SHARES = ('top1', 'balanced', *SHOTS)
 
 
 def class_table(analysis: Analysis) -> Tuple[List[str], List[List[Any]]]:
-    """Header and rows of the table of classes. Cells without a value are None."""
+    """Header and rows of the table of classes. Empty cells are None."""
     saved = analysis.saved
     percent = 100 * np.stack([analysis.accuracy, *wilson(analysis.right_by_class, analysis.total[:, None])], axis=2)
     header = ['class', 'shot', 'training images', 'test images']
@@ -42,7 +41,7 @@ def class_table(analysis: Analysis) -> Tuple[List[str], List[List[Any]]]:
     return [*header, 'most confused with', 'how often'], rows
 
 
-def _data_uri(image: Image.Image, size: int = THUMBNAIL) -> str:
+def _data_uri(image: Image.Image, size: int) -> str:
     image = image.convert('RGB')
     image.thumbnail((size, size))
     buffer, kind = io.BytesIO(), 'png' if image.width <= 32 else 'jpeg'
@@ -50,17 +49,8 @@ def _data_uri(image: Image.Image, size: int = THUMBNAIL) -> str:
     return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 
-def _are_seeds(models: Sequence[Analysis], seeds: Sequence[Any]) -> bool:
-    first, *others = [one.saved for one in models]
-    return len(set(seeds)) == len(seeds) > 1 and all(
-        same_images(first, one) and np.array_equal(first.class_counts, one.class_counts) for one in others)
-
-
 def seed_groups(models: Sequence[Analysis]) -> List[Tuple[List[Analysis], Dict[str, Tuple[float, float]]]]:
-    """Runs that differ only in their seed, with mean and standard deviation of each metric.
-
-    Leaves out recipes where two models have the same seed (such as one run that was saved twice) or saw other images.
-    """
+    """Runs that saw the same images and differ only in their seed, with mean and standard deviation of each metric."""
     groups: Dict[str, List[Tuple[Analysis, Any]]] = {}
     for one in models:
         path = one.saved.run and one.saved.run / 'args.yaml'
@@ -68,13 +58,17 @@ def seed_groups(models: Sequence[Analysis]) -> List[Tuple[List[Analysis], Dict[s
             values = yaml.safe_load(path.read_text(encoding='utf-8'))
             recipe = yaml.safe_dump(dict(card_options(values), seed=None))
             groups.setdefault(recipe, []).append((one, values.get('seed')))
-    found = [[list(part) for part in zip(*group)] for group in groups.values()]
-    return [
-        (members, {
-            key: (statistics.mean(values), statistics.stdev(values)) for key in METRICS
-            if None not in (values := [one.metrics[key] for one in members])})
-        for members, seeds in found if _are_seeds(members, seeds)
-    ]
+    found = []
+    for group in groups.values():
+        members, seeds = [one for one, _ in group], {seed for _, seed in group}
+        first, *others = [one.saved for one in members]
+        if len(seeds) == len(members) > 1 and all(
+                same_images(first, one) and np.array_equal(first.class_counts, one.class_counts) for one in others):
+            columns = {key: [one.metrics[key] for one in members] for key in METRICS}
+            found.append((members, {
+                key: (statistics.mean(values), statistics.stdev(values))
+                for key, values in columns.items() if None not in values}))
+    return found
 
 
 def _compare(first: Analysis, second: Analysis) -> Dict[str, Any]:
@@ -96,27 +90,21 @@ def write_report(
         earlier: Optional[Analysis] = None,
         cams: Sequence[Dict[str, Any]] = (),
 ) -> Path:
-    """Write `report.html`, `classes.csv` and each figure as SVG and PNG.
+    """Write `report.html`, `classes.csv` and each figure as SVG and PNG. Returns the path of the page.
 
-    Args:
-        folder: Folder to write to. It is made if it does not exist.
-        models: The report describes the first in detail and compares the others with it.
-        earlier: Stage one of the first. Figures compare the first with it, or without it with the second model.
-        cams: What `shike_timm.report.cam.draw_cams` returns for the first.
-
-    Returns:
-        The path of the page.
+    The report describes the first model in detail and compares the others with it. `earlier` is stage one of the first
+    model. Figures compare the first model with it, or with the second model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     analysis, other = models[0], earlier or (models[1] if len(models) > 1 else None)
     figures = []
     for name, (function, title, caption) in DRAWINGS.items():
         figure, missing = draw(function, analysis, other)
-        figures.append((name, title, caption, Markup(save(figure, folder / name, name)), missing))
+        figures.append((name, title, caption, Markup(save(figure, folder / name)), missing))
     comparison = None
     if len(models) > 1:
         figure, _ = draw(compare_models, models)
-        comparison = Markup(save(figure, folder / 'comparison', 'comparison'))
+        comparison = Markup(save(figure, folder / 'comparison'))
     header, rows = class_table(analysis)
     with (folder / 'classes.csv').open('w', newline='', encoding='utf-8') as file:
         csv.writer(file).writerows([header, *rows])
@@ -127,7 +115,7 @@ def write_report(
     text = environment.get_template('page.html').render(
         version=__version__, analysis=analysis, saved=analysis.saved, models=models, metrics=METRICS, shares=SHARES,
         figures=figures, comparison=comparison, pairs=[_compare(*pair) for pair in combinations(models, 2)],
-        seeds=seed_groups(models), confusions=tail_confusions(analysis), cams=cams, map_size=MAP,
+        seeds=seed_groups(models), confusions=tail_confusions(analysis), cams=cams,
         table=dict(header=header, rows=rows))
     write_text(folder / 'report.html', text)
     return folder / 'report.html'

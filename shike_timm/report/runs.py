@@ -25,8 +25,8 @@ class ReportOutputConfig:
     """Report."""
 
     runs: List[str] = option(
-        None, 'run folders, which are evaluated on the data of the run, or files of shike eval --save-logits. The '
-        'report describes the first in detail and compares the others with it', 'RUN|FILE.npz', nargs='+',
+        None, 'run folders or files of shike eval --save-logits. A run is evaluated on its own data. The report '
+        'describes the first one in detail and compares the others with it', 'RUN|FILE.npz', nargs='+',
         required=True, positional=True)
     output: str = option('report', 'folder to write report.html, its figures and the table of the classes to', 'DIR')
     data_dir: Optional[str] = option(None, 'folder of the data, if it has moved since the runs', 'DIR')
@@ -43,12 +43,7 @@ def evaluate_run(
         config: ReportConfig,
         cam: Optional[Sequence[str]] = None,
 ) -> Tuple[List[SavedLogits], List[Dict[str, Any]]]:
-    """Evaluate the stages of a run on its own evaluation split.
-
-    Returns:
-        The logits of each stage with a checkpoint, the last stage first, and what `draw_cams` returns for the last
-        stage and the images `cam`.
-    """
+    """Logits of each stage of a run on its evaluation split, last stage first, and the maps of that for images."""
     checkpoints = [run / phase / 'last.pth.tar' for phase in PHASES if (run / phase / 'last.pth.tar').exists()]
     if not checkpoints:
         raise InputError(f"'{run}' holds no checkpoint of a run: give a run folder of shike train.")
@@ -59,13 +54,13 @@ def evaluate_run(
     for path in reversed(checkpoints):
         trained = load_trained_model(checkpoint=str(path))
         model, names = trained.model.to(device), trained.class_names
-        assert trained.class_counts is not None  # checkpoints of runs have them
+        assert trained.class_counts is not None  # every checkpoint of a run has them
         given = dict(data_dir=config.data_dir) if config.data_dir else {}
         run_config = replace(saved_config(load_checkpoint(path), path, given), **given)
         loading = run_config.workers, run_config.batch_size, run_config.seed
-        if data is None and (run_config.holdout or run_config.val_per_class):  # not on the test split
+        if data is None and (run_config.holdout or run_config.val_per_class):  # not the test split
             data = load_training_data(run_config, names, trained.run_folder, *loading).test
-        if data is None:
+        elif data is None:
             data = load_eval_data(run_config, names, model.in_chans, trained.run_folder, *loading)
         data_config = resolve_data_config(run_config, model)
         if cam and not saved:
@@ -84,17 +79,19 @@ def make_report(config: ReportConfig) -> Path:
     """Write the report of runs and files. Returns the path of the page."""
     check_report(config.output, config.cam)
     if config.cam and not Path(config.runs[0]).is_dir():
-        raise InputError(f"--cam needs a model, which '{config.runs[0]}' lacks: give a run folder, or use shike eval.")
-    from .analysis import analyze
+        raise InputError(f"--cam needs a model, but '{config.runs[0]}' has none: give a run folder, or use shike eval.")
+    from .analysis import Analysis
     from .page import write_report
     models, earlier, cams = [], None, []
-    for number, path in enumerate(map(Path, config.runs)):
-        saved, drawn = evaluate_run(path.absolute(), config, None if number else config.cam) if path.is_dir() else (
-            [load_logits(path)], [])
-        cams += drawn
-        models.append(analyze(saved[0]))
-        if not number and len(saved) > 1:
-            earlier = analyze(saved[1])
+    for path in map(Path, config.runs):
+        if path.is_dir():
+            saved, drawn = evaluate_run(path.absolute(), config, None if models else config.cam)
+            cams += drawn
+        else:
+            saved = [load_logits(path)]
+        if not models and len(saved) > 1:
+            earlier = Analysis(saved[1])
+        models.append(Analysis(saved[0]))
     page = write_report(Path(config.output), models, earlier, cams)
     print(f'Report: {page}')
     return page
