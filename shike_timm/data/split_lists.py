@@ -6,20 +6,19 @@ from typing import Dict, Optional, Tuple, Union
 import numpy as np
 
 from ..errors import InputError
+from ..files import write_whole
 from .dataset import AnySet, ImageSet, StreamSet
 
 TRAIN_LIST, EVAL_LIST = 'train.csv', 'validation.csv'  # --train-list and --val-list can read them
 
 
 def write_split_lists(folder: Path, train: ImageSet, evaluation: ImageSet) -> None:
-    """Write the lists of a run into its folder. No half-written list is ever there."""
+    """Write the lists of a run into its folder."""
     for name, data in ((TRAIN_LIST, train), (EVAL_LIST, evaluation)):
-        temporary = folder / f'{name}.tmp'
-        with temporary.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+        with write_whole(folder / name) as file:
             rows = csv.writer(file)
             rows.writerow(('path', 'label'))
             rows.writerows(zip(data.filenames(), (data.class_names[target] for target in data.targets)))
-        temporary.replace(folder / name)
 
 
 def _read(path: Path) -> Dict[str, str]:
