@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..errors import InputError, one_line
 from ..files import write_text
+from .class_names import first_few
 from .dataset import AnySet, ImageSet, StreamSet
 from .decode import HIGHEST, ImageDecoder
 
@@ -130,8 +131,7 @@ def exclude_unreadable(data: ImageSet, workers: int = 0) -> ImageSet:
             raise InputError(
                 f"None of the {before} images of class '{data.class_names[label]}' can be read, of "
                 f"'{data.filename(first)}' because: {faults[first]}; mend them, or remove the class.")
-    left.notes.append(
-        f"{len(bad)} unreadable ({', '.join(data.filename(i) for i in bad[:3])}{', ...' if len(bad) > 3 else ''})")
+    left.notes.append(f'{len(bad)} unreadable ({first_few([data.filename(i) for i in bad])})')
     return left
 
 
@@ -142,7 +142,6 @@ class Inspected:
     Attributes:
         name: Its path, or its index if it has none.
         digest: Digest of its file, or of its pixels if there is no file.
-        mode: Pillow's mode.
         extrema: Lowest and highest value of a deep image.
         look: Perceptual hash of 64 bits, if asked for.
         error: Why it cannot be read.

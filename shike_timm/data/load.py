@@ -144,16 +144,6 @@ def _warn_about_trained(data: AnySet, lists: SplitLists, config: SourceConfig, m
             f"are others, its figures are too good; '{lists.eval_list}' lists those held out.")
 
 
-def _warn_about_groups(train: AnySet, test: AnySet, config: SourceConfig) -> None:
-    if train.groups is None or test.groups is None:
-        return
-    count = int(np.isin(np.unique(train.groups), test.groups).sum())
-    if count:
-        _logger.warning(
-            f"{count} groups of --group-key '{config.group_key}' are in training and in evaluation: figures are too "
-            'good, and shike describe names them.')
-
-
 def load_training_data(
         config: SourceConfig,
         class_names: Optional[Sequence[str]] = None,
@@ -164,17 +154,11 @@ def load_training_data(
 ) -> TrainingData:
     """Load a training set and the set that it is evaluated on. If there is none, a share of each class is held out.
 
-    Args:
-        config: The data to load.
-        class_names: Classes in label order that the data must have, such as those of a checkpoint.
-        run_folder: Run folder whose lists split the training set, if they are there.
-        workers: Worker processes that check images.
-        batch_size: Images a batch of a stream.
-        seed: Seed of the order of a stream.
+    The data must have the classes `class_names`, if they are given. The lists of `run_folder` split the training set,
+    if they are there. `batch_size` and `seed` are for streams.
     """
     config = replace(config, in_chans=image_channels(config))
     name = config.dataset or str(config.data_dir)
-    what = f"'{name}'"
     source = open_dataset(config, batch_size, seed)
     train, stats = source.train(), config.class_stats
     counts = train.class_counts
@@ -183,8 +167,8 @@ def load_training_data(
         train.class_names = train.class_names or stats_names
         if own_counts and counts != own_counts:
             _logger.warning(
-                f"class-stats '{stats}' counts {sum(counts)} images, but {what} has {sum(own_counts)}, or its classes "
-                'have other numbers: those of the file are taken.')
+                f"class-stats '{stats}' counts {sum(counts)} images, but '{name}' has {sum(own_counts)}, or its "
+                'classes have other numbers: those of the file are taken.')
     if counts is None:
         raise InputError(
             f"dataset '{config.dataset}' does not list its labels, so its classes cannot be counted: use a folder of "
@@ -193,7 +177,7 @@ def load_training_data(
     if named != len(counts):
         raise InputError(f"'{stats}' counts {len(counts)} classes, but {named} have names: give what fits.")
     if class_names and train.class_names:
-        labels = match_names(train.class_names, class_names, what, all_of_them=True)
+        labels = match_names(train.class_names, class_names, f"'{name}'", all_of_them=True)
         train = train.relabel(labels, class_names)
         counts = [counts[label] for label in np.argsort(labels)]
     names = train.class_names or [str(c) for c in range(len(counts))]
@@ -202,7 +186,7 @@ def load_training_data(
         raise InputError(f"Class '{bare}' has no training image: add some, or remove the class.")
     if len(counts) < 2:
         raise InputError(
-            f"{what} has a single class, '{names[0]}', and nothing to tell it from: give a folder of several.")
+            f"'{name}' has a single class, '{names[0]}', and nothing to tell it from: give a folder of several.")
     train = _check_images(train, config, workers)
     if train.class_counts and not stats:
         counts = train.class_counts
@@ -214,7 +198,12 @@ def load_training_data(
         test = _check_images(_match_classes(test, names, config), config, workers)
         if lists and config.val_list:
             _warn_about_trained(test, lists, config, moved=False)
-        _warn_about_groups(train, test, config)
+        if train.groups is not None and test.groups is not None:
+            count = int(np.isin(np.unique(train.groups), test.groups).sum())
+            if count:
+                _logger.warning(
+                    f"{count} groups of --group-key '{config.group_key}' are in training and in evaluation: figures "
+                    'are too good, and shike describe names them.')
     else:
         holdout = holdout or HOLDOUT
         if lists and isinstance(train, ImageSet):

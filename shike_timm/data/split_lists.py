@@ -1,7 +1,7 @@
 """Lists of the images that a run trained and was evaluated on, in its run folder."""
 import csv
 from pathlib import Path
-from typing import Dict, Optional, Tuple, Union
+from typing import Dict, Iterable, List, Optional, Tuple, Union
 
 import numpy as np
 
@@ -41,23 +41,21 @@ class SplitLists:
             return None
         return cls(folder)
 
-    def is_same_data(self, data: AnySet) -> bool:
+    def is_same_data(self, data: ImageSet) -> bool:
         """Whether nearly all listed images are in a set."""
-        if isinstance(data, StreamSet) or not data.has_paths:
-            return False
-        paths = set(data.filenames())
+        paths = set(data.filenames() if data.has_paths else ())
         found = sum(path in paths for listed in (self.train, self.evaluation) for path in listed)
         return found >= 0.9 * (len(self.train) + len(self.evaluation))
 
     def count_trained(self, data: AnySet, moved: bool) -> int:
         """How many images of a set have the path of a training image, or its folder and name if they may be moved."""
-        def ending(path: str) -> str:
-            return '/'.join(path.split('/')[-2:]) if moved else path
+        def endings(paths: Iterable[str]) -> List[str]:
+            return ['/'.join(path.split('/')[-2:]) if moved else path for path in paths]
 
         if isinstance(data, StreamSet) or not data.has_paths:
             return 0
-        endings = {ending(path) for path in self.train}
-        return sum(ending(path) in endings for path in data.filenames())
+        trained = set(endings(self.train))
+        return sum(path in trained for path in endings(data.filenames()))
 
     def split(self, data: ImageSet) -> Tuple[ImageSet, ImageSet]:
         """Split a training set as the run did."""
