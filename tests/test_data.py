@@ -78,9 +78,9 @@ def test_a_balanced_set_is_held_out_before_the_cut(cifar_root):
         assert np.array_equal(data.train.images[data.train.targets == c], images[:data.class_counts[c]])
     with pytest.raises(InputError, match='val-per-class 124 leaves class 8 with no training image of 124'):
         load_named('digits_lt', val_per_class=124)
-    with pytest.raises(InputError, match='holdout 0.1 and val-per-class 5 contradict'):
+    with pytest.raises(InputError, match='val-per-class 5 contradicts holdout 0.1'):
         load_named('digits_lt', val_per_class=5, holdout=0.1)
-    with pytest.raises(InputError, match="val-per-class 5 needs one of the .* not 'torch/cifar100'"):
+    with pytest.raises(InputError, match="val-per-class 5 is for the .*_lt data sets, and 'torch/cifar100'"):
         load_named('torch/cifar100', val_per_class=5)
 
 

@@ -23,6 +23,7 @@ from .script import run_script
 
 MAX_LISTED = 10  # lines of a kind in the text; the JSON has all
 
+
 @dataclass(frozen=True)
 class DescribeConfig(DataConfig, ShotConfig, HparamsConfig):
     """Description."""
@@ -133,13 +134,6 @@ def _group_leaks(sets: Dict[str, Tuple[AnySet, List[Inspected]]]) -> List[Dict[s
     return [{split: first[group] for split, first in zip(sets, firsts)} for group in sorted(shared)]
 
 
-def _is_perceptual(wanted: Optional[bool]) -> bool:
-    found = importlib.util.find_spec('imagehash') is not None
-    if wanted and not found:
-        raise InputError("--perceptual needs imagehash: pip install 'shike-timm[describe]'.")
-    return found if wanted is None else wanted
-
-
 def describe_data(config: DescribeConfig) -> Dict[str, Any]:
     """Read a whole data set and summarize it. With `--class-stats` its class counts are written.
 
@@ -147,15 +141,14 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
         config: The data, and what to look for.
 
     Returns:
-        Under `train` and `evaluation`, None where there is no such split, the `images`, `classes` with images,
-        `imbalance_factor`, `class_counts` by name, `classes_without_images`, `images_without_label`, `unreadable` with
-        file and error, `modes` and, of `width` and `height`, smallest, median and largest; of images with more than 8
-        bits their `pixel_range`. Under `shots` the many-, medium- and few-shot classes of training and their images,
-        under `duplicates` groups of equal files, or pixels where there are no files, `within_class`, `across_classes`
-        and `across_splits`, and likewise under `similar` those that look alike, None where that was not looked for;
-        then `label_gaps`, numbers missing among class names, `group_leaks`, an image of each split of groups that are
-        in both, `only_in_train` and `only_in_evaluation`, classes, and `no_evaluation`, why there is no evaluation
-        split.
+        `train` and `evaluation` (None without such a split): `images`, `classes` with images, `imbalance_factor`,
+        `class_counts` by name, `classes_without_images`, `images_without_label`, `unreadable` with file and error,
+        `modes`, smallest, median and largest `width` and `height`, `pixel_range` of images of more than 8 bits.
+        `no_evaluation`: why there is no evaluation split. `shots`: the many-, medium- and few-shot classes of training
+        and their images. `duplicates`: groups of equal files, or pixels without files, `within_class`,
+        `across_classes` and `across_splits`. `similar`: such groups of images that look alike, None if not looked for.
+        `label_gaps`: numbers missing among class names. `group_leaks`: groups in both splits, an image of each split.
+        `only_in_train`, `only_in_evaluation`: classes of one split.
 
     Raises:
         InputError: If there is no such data, or the file of class counts cannot be written.
@@ -163,7 +156,10 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
     check_results_file(config.class_stats)
     if config.class_stats and Path(config.class_stats).exists():
         raise InputError(f"--class-stats '{config.class_stats}' exists: choose another file, or remove it.")
-    perceptual = _is_perceptual(config.perceptual)
+    is_installed = importlib.util.find_spec('imagehash') is not None
+    if config.perceptual and not is_installed:
+        raise InputError("--perceptual needs imagehash: pip install 'shike-timm[describe]'.")
+    perceptual = is_installed if config.perceptual is None else config.perceptual
     train, test, reason = _load(config)
     sets = {'train': (train, inspect_images(train, config.workers, perceptual))}
     if test is not None:
@@ -183,7 +179,7 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
     if config.class_stats:
         names, numbers = zip(*summary['train']['class_counts'].items())
         stats = dict(pos_counts=numbers, num_samples=summary['train']['images'], class_names=names)
-        write_text(Path(config.class_stats), json.dumps(stats, indent=2) + '\n')
+        write_text(config.class_stats, json.dumps(stats, indent=2) + '\n')
     return dict(
         train=summary['train'],
         evaluation=summary.get('evaluation'),

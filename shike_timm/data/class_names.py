@@ -17,6 +17,11 @@ def natural_order(name: str) -> Tuple[str, str]:
     return re.sub('[0-9]+', lambda number: number.group().zfill(20), name.lower()), name
 
 
+def first_few(names: Sequence[str]) -> str:
+    """The first three names, for a message."""
+    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
+
+
 def normalize_name(name: str) -> str:
     """The name in Unicode's composed form, so that equal names are equal strings."""
     return unicodedata.normalize('NFC', name)
@@ -56,14 +61,7 @@ def index_labels(
         order: Optional[Sequence[str]],
         notes: List[str],
 ) -> Tuple[List[str], np.ndarray]:
-    """Class names in label order, and the label of each image [N].
-
-    Args:
-        labels: Name of each image's class.
-        class_map: File of class names in label order. Images of other classes get the label -1.
-        order: All class names in label order. By default the names are sorted.
-        notes: What was left out is added here.
-    """
+    """Class names in label order, and the label of each image [N], -1 if the class map does not name its class."""
     present = {label: normalize_name(label) for label in set(labels)}
     if class_map:
         names, label_of = read_class_map(class_map)
@@ -86,14 +84,7 @@ def index_labels(
 
 
 def match_names(own: Sequence[str], names: Sequence[str], what: str, all_of_them: bool = False) -> np.ndarray:
-    """The place of each class name among others.
-
-    Args:
-        own: Class names of the data.
-        names: The class names to match, in label order.
-        what: The data, in words.
-        all_of_them: Whether the data must have all of `names`.
-    """
+    """The place of each of the own class names among `names`. `what` is the data in words, for the message."""
     label_of = {normalize_name(name): c for c, name in enumerate(names)}
     own = [normalize_name(name) for name in own]
     unknown = [name for name in own if name not in label_of]

@@ -3,6 +3,7 @@ import hashlib
 import logging
 import os
 import re
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -23,11 +24,7 @@ MAX_UNREADABLE = 0.01  # share of a set's images that may turn out to be unreada
 
 
 class Names(Sequence):
-    """Names kept as one array of bytes. Worker processes share it, and millions of names are not Python objects.
-
-    Args:
-        names: The names. File names that are not valid Unicode are kept as they are.
-    """
+    """Names kept as one array of bytes. Worker processes share it, and millions of names are not Python objects."""
 
     def __init__(self, names: Iterable[str]):
         encoded = [os.fsencode(name) for name in names]
@@ -54,8 +51,8 @@ class ImageSource:
 
     Attributes:
         root: The folder, archive or data set that they are in.
-        paths: Path of each image, unique. Empty where images have no names.
-        images: uint8 images [N, H, W, C] where all are in memory, else None.
+        paths: Path of each image, unique. Empty if images have no names.
+        images: uint8 images [N, H, W, C] if all are in memory, else None.
     """
 
     root: str = ''
@@ -71,13 +68,14 @@ class ImageSource:
         raise NotImplementedError
 
 
+@dataclass(eq=False)
 class ImageSet(Dataset):
     """Labelled images that can be indexed: PIL images, or what `transform` makes of them, with their labels.
 
     An image that cannot be read is counted, and named in a warning the first time. In training another image of its
     class takes its place, so the classes stay as frequent as they are counted. In evaluation its item is None.
 
-    Args:
+    Attributes:
         source: Where the images are kept.
         targets: Label of each image [N].
         class_names: Class names in label order.
@@ -86,31 +84,26 @@ class ImageSet(Dataset):
         groups: Number of each image's group [N], None without groups.
         notes: What was left out, and why.
         origin: Where the set comes from, in words.
+        replaces_unreadable: Whether other images take the place of unreadable ones, as in training.
     """
+
+    source: ImageSource
+    targets: np.ndarray
+    class_names: List[str]
+    decoder: ImageDecoder = ImageDecoder()
+    rows: Any = None
+    groups: Optional[np.ndarray] = None
+    notes: List[str] = field(default_factory=list)
+    origin: str = ''
+    transform: Optional[Callable] = field(default=None, init=False)
+    replaces_unreadable: bool = field(default=False, init=False)
 
     is_stream = False
 
-    def __init__(
-            self,
-            source: ImageSource,
-            targets: Union[Sequence[int], np.ndarray],
-            class_names: Sequence[str],
-            decoder: Optional[ImageDecoder] = None,
-            rows: Optional[np.ndarray] = None,
-            groups: Optional[np.ndarray] = None,
-            notes: Sequence[str] = (),
-            origin: str = '',
-    ):
-        self.source = source
-        self.targets = np.asarray(targets, dtype=np.int64)
-        self.class_names = list(class_names)
-        self.decoder = decoder or ImageDecoder()
-        self.rows = rows
-        self.groups = groups
-        self.notes = list(notes)
-        self.origin = origin
-        self.transform: Optional[Callable] = None
-        self.replaces_unreadable = False  # as training does
+    def __post_init__(self) -> None:
+        self.targets = np.asarray(self.targets, dtype=np.int64)
+        self.rows = np.arange(len(self.targets)) if self.rows is None else self.rows
+        self.class_names, self.notes = list(self.class_names), list(self.notes)
         self.unreadable = torch.zeros(len(self.targets), dtype=torch.bool).share_memory_()  # by all workers
 
     def __len__(self) -> int:
@@ -123,45 +116,33 @@ class ImageSet(Dataset):
 
     @cached_property
     def images(self) -> Optional[np.ndarray]:
-        """uint8 images [N, H, W, C] where all are in memory, else None."""
-        images = self.source.images
-        return images if images is None or self.rows is None else images[self.rows]
+        """uint8 images [N, H, W, C] if all are in memory, else None."""
+        return None if self.source.images is None else self.source.images[self.rows]
 
     @property
     def has_paths(self) -> bool:
         """Whether the images have names that tell them apart."""
         return len(self.source.paths) > 0
 
-    def _row(self, index: int) -> int:
-        return index if self.rows is None else int(self.rows[index])
-
     def filename(self, index: int) -> str:
-        """Path of an image in its source, or its index where images have no names."""
-        return self.source.paths[self._row(index)] if self.has_paths else str(index)
+        """Path of an image in its source, or its index if images have no names."""
+        return self.source.paths[self.rows[index]] if self.has_paths else str(index)
 
     def filenames(self) -> List[str]:
         return [self.filename(index) for index in range(len(self))]
 
     def take(self, index: np.ndarray) -> 'ImageSet':
         """A set of the images at these positions."""
-        return ImageSet(
-            self.source, self.targets[index], self.class_names, self.decoder,
-            index if self.rows is None else self.rows[index], None if self.groups is None else self.groups[index],
-            self.notes, self.origin)
+        groups = None if self.groups is None else self.groups[index]
+        return replace(self, targets=self.targets[index], rows=self.rows[index], groups=groups)
 
     def relabel(self, labels: np.ndarray, class_names: Sequence[str]) -> 'ImageSet':
         """The same images, where label c becomes `labels[c]`."""
-        return ImageSet(
-            self.source, labels[self.targets], class_names, self.decoder, self.rows, self.groups, self.notes,
-            self.origin)
+        return replace(self, targets=labels[self.targets], class_names=list(class_names))
 
     def open(self, index: int) -> Image.Image:
         """An image, which need not be decoded yet."""
-        return self.source.open(self._row(index))
-
-    def stamp(self, index: int) -> str:
-        """Text that changes when an image changes."""
-        return self.source.stamp(self._row(index))
+        return self.source.open(int(self.rows[index]))
 
     def read(self, index: int) -> Image.Image:
         """An image, decoded. A damaged image raises whatever its decoder raises."""
@@ -177,19 +158,14 @@ class ImageSet(Dataset):
                 _logger.warning(f"'{self.filename(index)}' cannot be read and is skipped: {error}")
             return None
 
-    def _replacement(self, index: int) -> Image.Image:
-        same = np.flatnonzero(self.targets == self.targets[index])
-        for other in np.roll(same, -int(np.searchsorted(same, index)) - 1):
-            image = self._try(int(other))
-            if image is not None:
-                return image
-        raise OSError(f"No image of the class of '{self.filename(index)}' can be read any more")
-
     def __getitem__(self, index: int) -> Optional[Tuple[Any, int]]:
-        index = int(index)
         image = self._try(index)
         if image is None and self.replaces_unreadable:
-            image = self._replacement(index)
+            same = np.flatnonzero(self.targets == self.targets[index])
+            others = np.roll(same, -int(np.searchsorted(same, index)) - 1)
+            image = next((image for image in map(self._try, others.tolist()) if image is not None), None)
+            if image is None:
+                raise OSError(f"No image of the class of '{self.filename(index)}' can be read any more")
         if image is None:
             return None
         return image if self.transform is None else self.transform(image), int(self.targets[index])
@@ -205,29 +181,23 @@ class ImageSet(Dataset):
 
 
 class StreamSet(IterableImageDataset):
-    """Labelled images that can only be read in the order in which they come.
-
-    Args:
-        reader: timm's reader of the stream.
-        decoder: Decodes the images.
-        class_names: Class names in label order, None where they are unknown.
-    """
+    """Labelled images of timm's `reader`, in the order in which they come. Their classes may have no names."""
 
     is_stream = True
     has_paths = False
     images = targets = groups = class_counts = None
+    origin = ''
 
     def __init__(
             self,
             reader: Any,
             decoder: Optional[ImageDecoder] = None,
-            class_names: Optional[Sequence[str]] = None,
+            class_names: Optional[List[str]] = None,
     ):
         super().__init__(None, reader=reader)
         self.decoder = decoder or ImageDecoder()
-        self.class_names = list(class_names) if class_names else None
+        self.class_names = class_names
         self.notes: List[str] = []
-        self.origin = ''
 
     def __iter__(self) -> Iterator[Tuple[Any, Any]]:
         reader: Any = self.reader
@@ -251,8 +221,6 @@ AnySet = Union[ImageSet, StreamSet]
 
 
 class _MemoryImages(ImageSource):
-    """Images in memory, uint8 [N, H, W, C]."""
-
     images: np.ndarray
 
     def __init__(self, images: np.ndarray):
@@ -262,13 +230,9 @@ class _MemoryImages(ImageSource):
         return Image.fromarray(self.images[row])
 
 
-def in_memory_set(
-        images: np.ndarray,
-        targets: Union[Sequence[int], np.ndarray],
-        class_names: Sequence[str],
-) -> ImageSet:
+def in_memory_set(images: np.ndarray, targets: Any, class_names: Sequence[str]) -> ImageSet:
     """A set of uint8 images [N, H, W, C] in memory with labels [N]."""
-    return ImageSet(_MemoryImages(images), targets, class_names, ImageDecoder(images.shape[-1]))
+    return ImageSet(_MemoryImages(images), targets, list(class_names), ImageDecoder(images.shape[-1]))
 
 
 def _group_hashes(paths: Sequence[str], groups: Optional[Sequence[str]], key: str) -> np.ndarray:
@@ -297,14 +261,14 @@ def label_images(
         order: Optional[Sequence[str]] = None,
         origin: str = '',
 ) -> ImageSet:
-    """The set of a source's images, in an order that only depends on the names of classes and files.
+    """The set of a source's images with paths, in an order that only depends on the names of classes and files.
 
     Args:
         config: How images are decoded, labelled and grouped.
-        source: The images, which must have paths.
+        source: The images.
         labels: Name of each image's class.
         notes: What was left out so far.
-        groups: Group of each image, where the data has a column of them.
+        groups: Group of each image, if the data has a column of them.
         order: Class names in label order. By default they are sorted.
         origin: Where the set comes from, in words.
     """

@@ -30,7 +30,6 @@ class ImageDecoder:
     and 0 to 1. Pillow alone would clip them.
 
     Attributes:
-        channels: Channels of the images, 1 or 3.
         pixel_range: Values of deep images that become black and white, instead of the range of their type.
         exif: Turn images as their EXIF orientation says.
     """

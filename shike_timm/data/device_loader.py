@@ -30,17 +30,7 @@ class DeviceLoader:
     """Batches of normalised images [B, C, H, W] and their labels [B] from tensors on the device.
 
     With a sampler it is a training loader: the sampled images are augmented in rounds of many. Without one it gives
-    this process's share of the images in order.
-
-    Args:
-        images: uint8 images [N, H, W, C].
-        targets: Labels [N].
-        mean: Mean of each channel, of images in 0..1.
-        std: Standard deviation of each channel.
-        batch_size: Images a batch.
-        device: Where the images lie.
-        augmentation: Augmentation of training images. It must have a batched form.
-        sampler: The images of a training epoch.
+    this process's share of the images, uint8 [N, H, W, C], in order.
     """
 
     def __init__(

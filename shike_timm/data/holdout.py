@@ -5,6 +5,7 @@ from typing import Sequence, Tuple, Union
 import numpy as np
 
 from ..errors import InputError
+from .class_names import first_few
 from .dataset import AnySet, ImageSet, StreamSet, name_hashes
 
 
@@ -33,21 +34,8 @@ def _choose_groups(targets: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -
     return chosen
 
 
-def _split(data: ImageSet, held_out: np.ndarray) -> Tuple[ImageSet, ImageSet]:
-    return data.take(np.flatnonzero(~held_out)), data.take(np.flatnonzero(held_out))
-
-
 def hold_out_last(data: ImageSet, sizes: Union[Sequence[int], np.ndarray], option: str) -> Tuple[ImageSet, ImageSet]:
-    """Hold the last images of each class out.
-
-    Args:
-        data: Training set in file order.
-        sizes: Images of each class to hold out.
-        option: The option that asks for it, for the message.
-
-    Returns:
-        The set that is left to train on, and the set that is held out.
-    """
+    """Hold the last `sizes[c]` images of each class c out: the set to train on, and the set held out."""
     held_out = np.zeros(len(data), dtype=bool)
     for c, (count, size) in enumerate(zip(data.class_counts, sizes)):
         if count <= size:
@@ -55,25 +43,17 @@ def hold_out_last(data: ImageSet, sizes: Union[Sequence[int], np.ndarray], optio
                 f'{option} leaves class {c} with no training image of {count}: hold out fewer, or choose a lower '
                 'imb-factor.')
         held_out[np.flatnonzero(data.targets == c)[count - size:]] = True
-    train, evaluation = _split(data, held_out)
+    train, evaluation = data.take(np.flatnonzero(~held_out)), data.take(np.flatnonzero(held_out))
     evaluation.origin = 'held out of the training set'
     return train, evaluation
 
 
 def hold_out_share(data: AnySet, share: float, name: str, take_last: bool = False) -> Tuple[ImageSet, ImageSet]:
-    """Hold a share of each class out of a training set.
+    """Hold a share of each class out, rounded up: the set to train on, and the set held out.
 
     In each class the images whose class and file name have the smallest hashes are chosen. So the choice does not
-    change with other classes, or with images that are added elsewhere. Groups stay together.
-
-    Args:
-        data: Training set.
-        share: Share of each class, rounded up. At least one image stays in training.
-        name: Name of the data set, for the message.
-        take_last: Choose the last images of each class instead.
-
-    Returns:
-        The set that is left to train on, and the set that is held out.
+    change with other classes, or with images that are added elsewhere. Groups stay together. `take_last` chooses the
+    last images of each class instead.
     """
     if isinstance(data, StreamSet):
         raise InputError(
@@ -95,13 +75,12 @@ def hold_out_share(data: AnySet, share: float, name: str, take_last: bool = Fals
         raise InputError(
             f"Nothing of '{name}' can be held out to evaluate on, since each class has a single image or group: add "
             'images, or name others with --val-list.')
-    train, evaluation = _split(data, held_out)
+    train, evaluation = data.take(np.flatnonzero(~held_out)), data.take(np.flatnonzero(held_out))
     bare = [name for name, count in zip(data.class_names, evaluation.class_counts) if not count]
     if bare:
         word = 'class has' if len(bare) == 1 else 'classes have'
         evaluation.notes.append(
-            f"{len(bare)} {word} no image held out, for want of a second image or group "
-            f"({', '.join(bare[:3])}{', ...' if len(bare) > 3 else ''})")
+            f'{len(bare)} {word} no image held out, for want of a second image or group ({first_few(bare)})')
     by_group = '' if data.groups is None else ' by groups'
     evaluation.origin = f'{share:g} of each class of the training set, held out{by_group} by name'
     return train, evaluation

@@ -41,11 +41,9 @@ def _find(name: str) -> List[str]:
 
 
 def find_images(names: Iterable[str]) -> List[str]:
-    """Image files by name.
+    """Image files by name: files, folders to search, patterns such as 'x/**/*.png', or '-' for lines of standard input.
 
-    Args:
-        names: Files, folders to search, patterns such as 'x/**/*.png', or '-' for lines of such names on standard
-            input. A file that does not exist is in the result too.
+    A file that does not exist is in the result too.
     """
     paths: List[str] = []
     for name in names:
@@ -73,18 +71,8 @@ def create_file_loader(
 ) -> Iterable[Tuple[Optional[Tensor], List[Optional[str]]]]:
     """Loader over image files in order.
 
-    Args:
-        paths: The files.
-        data_config: The result of `timm.data.resolve_data_config`.
-        batch_size: Files a batch.
-        num_workers: Worker processes.
-        pin_memory: Give tensors in pinned memory.
-        pixel_range: As for `ImageDecoder`.
-        exif: As for `ImageDecoder`.
-
-    Returns:
-        Batches: uint8 images [n, C, H, W] of the n files that can be read, or None if there are none, and for each
-        file of the batch what is wrong with it, or None.
+    A batch is the uint8 images [n, C, H, W] of the n files that can be read, or None if there are none, and for each
+    file what is wrong with it, or None.
     """
     channels = data_config['input_size'][0]
     if channels not in MODES:

@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -16,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import InputError, one_line
+from ..files import write_text
+from .class_names import first_few
 from .dataset import AnySet, ImageSet, StreamSet
 from .decode import HIGHEST, ImageDecoder
 
@@ -25,24 +29,13 @@ MAX_NAMED = 20  # unreadable images
 MAX_BITS = 3  # of 64 that may differ between the hashes of images that look alike
 
 
+@dataclass(eq=False)
 class ImageReader(Dataset):
-    """Opens images. Each item is what `use` makes of an image, None if it cannot be read, and what is wrong then.
+    """Opens images. Each item is what `use` makes of an image, None if it cannot be read, and what is wrong then."""
 
-    Args:
-        open_image: Opens the image of an index.
-        use: What to do with an opened image. It may be called in a worker process.
-        indices: The images to read.
-    """
-
-    def __init__(
-            self,
-            open_image: Callable[[Any], Image.Image],
-            use: Callable[[Image.Image], Any],
-            indices: Sequence[Any],
-    ):
-        self.open_image = open_image
-        self.use = use
-        self.indices = indices
+    open_image: Callable[[Any], Image.Image]
+    use: Callable[[Image.Image], Any]
+    indices: Sequence[Any]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -66,19 +59,14 @@ def _read_all(reader: ImageReader, workers: int, title: str) -> Iterator[Tuple[A
             progress.update(len(batch))
 
 
-class _Check:
-    """Decodes an image, and gives the extrema of a deep one with the highest value of its type."""
-
-    def __init__(self, decoder: ImageDecoder):
-        self.decoder = decoder
-
-    def __call__(self, image: Image.Image) -> Tuple[float, ...]:
-        deep: Tuple[float, ...] = ()
-        if self.decoder.is_deep(image):
-            low, high = image.getextrema()
-            deep = float(low), float(high), float(HIGHEST.get(image.mode, 65535))  # pyright: ignore[reportArgumentType]
-        self.decoder(image)
-        return deep
+def _check(decoder: ImageDecoder, image: Image.Image) -> Tuple[float, ...]:
+    """Decode an image, and give the extrema of a deep one with the highest value of its type."""
+    deep: Tuple[float, ...] = ()
+    if decoder.is_deep(image):
+        low, high = image.getextrema()
+        deep = float(low), float(high), float(HIGHEST.get(image.mode, 65535))  # pyright: ignore[reportArgumentType]
+    decoder(image)
+    return deep
 
 
 def _memory(data: ImageSet) -> Path:
@@ -88,26 +76,9 @@ def _memory(data: ImageSet) -> Path:
     return Path(cache, 'shike_timm', f'images-{key.hexdigest()}.json')
 
 
-def _recall(path: Path) -> Dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def _remember(path: Path, known: Dict[str, Any]) -> None:
-    temporary = path.with_name(f'{path.name}.{os.getpid()}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(known))
-        temporary.replace(path)
-    except OSError:
-        pass  # the images are only read again
-
-
 def _stamp(data: ImageSet, index: int) -> str:
     try:
-        text = data.stamp(index)
+        text = data.source.stamp(int(data.rows[index]))
     except OSError:
         return ''
     return hashlib.blake2b(text.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()
@@ -117,11 +88,13 @@ def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
     """What is wrong with each unreadable image, by its index. Images that were read before are not read again."""
     stamps = [_stamp(data, index) for index in range(len(data))]
     path = _memory(data)
-    known = _recall(path)
+    known: Dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text())
     faults: Dict[int, str] = {}
     # A readable image is known by '', or by its extrema if it is deep. A fault may have been the disk's.
     unknown = [i for i, stamp in enumerate(stamps) if known.get(stamp) != '' and not isinstance(known.get(stamp), list)]
-    reader = ImageReader(data.open, _Check(data.decoder), unknown)
+    reader = ImageReader(data.open, partial(_check, data.decoder), unknown)
     for index, (deep, fault) in zip(unknown, _read_all(reader, workers, 'checking images')):
         if fault:
             faults[index] = fault
@@ -129,7 +102,9 @@ def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
     deep = [known[stamp] for stamp in stamps if isinstance(known[stamp], list)]
     known.pop('', None)
     if unknown:
-        _remember(path, known)
+        with suppress(OSError):  # without the file, the images are only read again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(known))
     if deep and data.decoder.pixel_range is None:
         low, high, highest = (pick(values) for pick, values in zip((min, max, max), zip(*deep)))
         if high > highest or high <= highest / 8:
@@ -156,8 +131,7 @@ def exclude_unreadable(data: ImageSet, workers: int = 0) -> ImageSet:
             raise InputError(
                 f"None of the {before} images of class '{data.class_names[label]}' can be read, of "
                 f"'{data.filename(first)}' because: {faults[first]}; mend them, or remove the class.")
-    left.notes.append(
-        f"{len(bad)} unreadable ({', '.join(data.filename(i) for i in bad[:3])}{', ...' if len(bad) > 3 else ''})")
+    left.notes.append(f'{len(bad)} unreadable ({first_few([data.filename(i) for i in bad])})')
     return left
 
 
@@ -167,10 +141,7 @@ class Inspected:
 
     Attributes:
         name: Its path, or its index if it has none.
-        target: Its label.
         digest: Digest of its file, or of its pixels if there is no file.
-        size: Width and height.
-        mode: Pillow's mode.
         extrema: Lowest and highest value of a deep image.
         look: Perceptual hash of 64 bits, if asked for.
         error: Why it cannot be read.
@@ -190,59 +161,44 @@ def _digest(content: Any) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-class _Inspect:
-    """Makes an `Inspected` of an image. `perceptual` says whether to hash what it looks like."""
+def _fill(found: Inspected, image: Image.Image, perceptual: bool) -> None:
+    image.load()
+    found.size, found.mode = image.size, image.mode
+    if ImageDecoder.is_deep(image):
+        found.extrema = image.getextrema()
+    if perceptual:
+        import imagehash
+        found.look = int(str(imagehash.phash(ImageDecoder(1)(image))), 16)
 
-    def __init__(self, perceptual: bool):
-        self.perceptual = perceptual
 
-    def _fill(self, found: Inspected, image: Image.Image) -> None:
-        image.load()
-        found.size, found.mode = image.size, image.mode
-        if ImageDecoder.is_deep(image):
-            found.extrema = image.getextrema()
-        if self.perceptual:
-            import imagehash
-            found.look = int(str(imagehash.phash(ImageDecoder(1)(image))), 16)
-
-    def __call__(self, image: Image.Image) -> Inspected:
-        found, file = Inspected(), getattr(image, 'fp', None)
-        try:
-            if file is None:
-                self._fill(found, image)
-                found.digest = _digest(repr((image.size, image.mode)).encode() + image.tobytes())
-            else:
-                file.seek(0)
-                content = file.read()
-                found.digest = _digest(content)
-                with Image.open(io.BytesIO(content)) as copy:
-                    self._fill(found, copy)
-        except Exception as error:  # a decoder may raise anything for a damaged file
-            found.error = one_line(error)
-        return found
+def _inspect(perceptual: bool, image: Image.Image) -> Inspected:
+    found, file = Inspected(), getattr(image, 'fp', None)
+    try:
+        if file is None:
+            _fill(found, image, perceptual)
+            found.digest = _digest(repr((image.size, image.mode)).encode() + image.tobytes())
+        else:
+            file.seek(0)
+            content = file.read()
+            found.digest = _digest(content)
+            with Image.open(io.BytesIO(content)) as copy:
+                _fill(found, copy, perceptual)
+    except Exception as error:  # a decoder may raise anything for a damaged file
+        found.error = one_line(error)
+    return found
 
 
 def inspect_images(data: AnySet, workers: int = 0, perceptual: bool = False) -> List[Inspected]:
-    """Read every image of a set that has no transform.
-
-    Args:
-        data: The set.
-        workers: Worker processes.
-        perceptual: Also hash what images look like. This needs the package imagehash.
-
-    Returns:
-        What each image is, in order.
-    """
-    found, inspect = [], _Inspect(perceptual)
+    """What each image of a set is, in order. Perceptual hashes need the package imagehash."""
+    found, inspect = [], partial(_inspect, perceptual)
     if isinstance(data, StreamSet):
         for index, (image, target) in enumerate(data):
-            found.append(inspect(image))
-            found[-1].name, found[-1].target = str(index), int(target)
+            found.append(replace(inspect(image), name=str(index), target=int(target)))
         return found
     reader = ImageReader(data.open, inspect, range(len(data)))
     for index, (one, error) in enumerate(_read_all(reader, workers, 'reading images')):
-        found.append(one or Inspected(error=error))
-        found[-1].name, found[-1].target = data.filename(index), int(data.targets[index])
+        found.append(replace(
+            one or Inspected(error=error), name=data.filename(index), target=int(data.targets[index])))
     return found
 
 

@@ -30,8 +30,6 @@ class TrainingData:
     """A training set, the set that it is evaluated on, and its classes.
 
     Attributes:
-        train: Training set.
-        test: Evaluation split.
         class_counts: Training images of each class, all positive.
         class_names: Class names in label order.
         shot_counts: Images of each class, with those that are held out. They make a class many-, medium- or few-shot.
@@ -80,46 +78,36 @@ def _refuse(config: SourceConfig, names: Sequence[str], why: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value != options(SourceConfig)[name].default:
-            raise InputError(f"{name.replace('_', '-')} {value!r} is {why}: drop it.")
+            raise InputError(f"{name.replace('_', '-')} {value!r} {why}: drop it.")
 
 
-def check_options(config: SourceConfig, source: Type[DataSource]) -> None:
+def _check_options(config: SourceConfig, source: Type[DataSource]) -> None:
     """Refuse options that do not apply to a data set, or that contradict each other."""
     name = config.dataset or config.data_dir
-    if not source.has_imb_factor:
-        _refuse(config, ('imb_factor', 'imb_type', 'imb_seed'), f"for the *_lt data sets, and '{name}' is none")
-    if source.eval_split:
-        splits = ('train_split', 'val_split') if config.val_split != source.eval_split else ('train_split',)
-        _refuse(config, splits, f"not for '{name}', whose splits are fixed")
-    if not (config.dataset or config.train_list or config.val_list):
-        _refuse(config, ('input_key', 'target_key'), f"for lists, and '{name}' is a folder")
-    if not config.dataset.lower().startswith(STREAMS):
-        _refuse(config, ('train_num_samples', 'val_num_samples'), f"for streams, and '{name}' is none")
-    if config.class_depth and config.train_list:
-        raise InputError(
-            f"class-depth {config.class_depth} is for folders, and the list '{config.train_list}' says the classes: "
-            'drop one of them.')
-    if config.val_per_class and not source.has_imb_factor:
-        raise InputError(
-            f"val-per-class {config.val_per_class} needs one of the *_lt data sets, not '{name}': drop it.")
-    for option in ('val_per_class', 'val_list') if config.holdout else ():
-        value = getattr(config, option)
-        if value:
-            raise InputError(
-                f"holdout {config.holdout:g} and {option.replace('_', '-')} {value!r} contradict each other: drop one.")
-    if config.class_stats and source.has_imb_factor:
-        raise InputError(
-            f"class-stats '{config.class_stats}' is not for '{name}', whose counts follow its imb-factor: drop it.")
-    if config.dataset and source.num_classes is None and (config.train_list or config.val_list):
-        raise InputError(
-            f"List '{config.train_list or config.val_list}' is of images in a folder, and dataset '{name}' is none: "
-            'drop one of them.')
+    for is_refused, names, why in (
+        (not source.has_imb_factor, ('imb_factor', 'imb_type', 'imb_seed', 'val_per_class'),
+         f"is for the *_lt data sets, and '{name}' is none"),
+        (source.eval_split, ('train_split',), f"is not for '{name}', whose splits are fixed"),
+        (source.eval_split not in (None, config.val_split), ('val_split',),
+         f"is not for '{name}', whose splits are fixed"),
+        (not (config.dataset or config.train_list or config.val_list), ('input_key', 'target_key'),
+         f"is for lists, and '{name}' is a folder"),
+        (not config.dataset.lower().startswith(STREAMS), ('train_num_samples', 'val_num_samples'),
+         f"is for streams, and '{name}' is none"),
+        (config.train_list, ('class_depth',), f"is for folders, and the list '{config.train_list}' says the classes"),
+        (config.holdout, ('val_per_class', 'val_list'), f'contradicts holdout {config.holdout:g}'),
+        (source.has_imb_factor, ('class_stats',), f"is not for '{name}', whose counts follow its imb-factor"),
+        (config.dataset and source.num_classes is None, ('train_list', 'val_list'),
+         f"is for images in a folder, and dataset '{name}' is none"),
+    ):
+        if is_refused:
+            _refuse(config, names, why)
 
 
 def open_dataset(config: SourceConfig, batch_size: int = 1, seed: int = 42) -> DataSource:
     """The data set that a configuration names, after its options are checked."""
     source = find_dataset(config.dataset)
-    check_options(config, source)
+    _check_options(config, source)
     return source(config, batch_size, seed)
 
 
@@ -132,7 +120,7 @@ def _check_images(data: AnySet, config: SourceConfig, workers: int) -> AnySet:
             raise InputError(
                 f"'{config.dataset}' has images of {data.images.shape[-1]} channels, not of {config.in_chans}: leave "
                 '--in-chans out.')
-        _refuse(config, UNUSED_IN_MEMORY, f"not for '{config.dataset}', read as it is")
+        _refuse(config, UNUSED_IN_MEMORY, f"is not for '{config.dataset}', read as it is")
         return data
     is_wanted = len(data) <= MAX_CHECKED if config.check_images is None else config.check_images
     return exclude_unreadable(data, workers) if is_wanted else data
@@ -156,25 +144,6 @@ def _warn_about_trained(data: AnySet, lists: SplitLists, config: SourceConfig, m
             f"are others, its figures are too good; '{lists.eval_list}' lists those held out.")
 
 
-def _warn_about_groups(train: AnySet, test: AnySet, config: SourceConfig) -> None:
-    if train.groups is None or test.groups is None:
-        return
-    count = int(np.isin(np.unique(train.groups), test.groups).sum())
-    if count:
-        _logger.warning(
-            f"{count} groups of --group-key '{config.group_key}' are in training and in evaluation: figures are too "
-            'good, and shike describe names them.')
-
-
-def _check_classes(counts: Sequence[int], names: Sequence[str], what: str) -> None:
-    if min(counts) < 1:
-        bare = names[counts.index(min(counts))]
-        raise InputError(f"Class '{bare}' has no training image: add some, or remove the class.")
-    if len(counts) < 2:
-        raise InputError(
-            f"{what} has a single class, '{names[0]}', and nothing to tell it from: give a folder of several.")
-
-
 def load_training_data(
         config: SourceConfig,
         class_names: Optional[Sequence[str]] = None,
@@ -185,21 +154,11 @@ def load_training_data(
 ) -> TrainingData:
     """Load a training set and the set that it is evaluated on. If there is none, a share of each class is held out.
 
-    Args:
-        config: The data to load.
-        class_names: Classes in label order that the data must have, such as those of a checkpoint.
-        run_folder: Run folder whose lists split the training set, if they are there.
-        workers: Worker processes that check images.
-        batch_size: Images a batch of a stream.
-        seed: Seed of the order of a stream.
-
-    Raises:
-        InputError: If data is missing or damaged, a class has no training image, there is only one class, or options
-            contradict each other.
+    The data must have the classes `class_names`, if they are given. The lists of `run_folder` split the training set,
+    if they are there. `batch_size` and `seed` are for streams.
     """
     config = replace(config, in_chans=image_channels(config))
     name = config.dataset or str(config.data_dir)
-    what = f"'{name}'"
     source = open_dataset(config, batch_size, seed)
     train, stats = source.train(), config.class_stats
     counts = train.class_counts
@@ -208,8 +167,8 @@ def load_training_data(
         train.class_names = train.class_names or stats_names
         if own_counts and counts != own_counts:
             _logger.warning(
-                f"class-stats '{stats}' counts {sum(counts)} images, but {what} has {sum(own_counts)}, or its classes "
-                'have other numbers: those of the file are taken.')
+                f"class-stats '{stats}' counts {sum(counts)} images, but '{name}' has {sum(own_counts)}, or its "
+                'classes have other numbers: those of the file are taken.')
     if counts is None:
         raise InputError(
             f"dataset '{config.dataset}' does not list its labels, so its classes cannot be counted: use a folder of "
@@ -218,11 +177,16 @@ def load_training_data(
     if named != len(counts):
         raise InputError(f"'{stats}' counts {len(counts)} classes, but {named} have names: give what fits.")
     if class_names and train.class_names:
-        labels = match_names(train.class_names, class_names, what, all_of_them=True)
+        labels = match_names(train.class_names, class_names, f"'{name}'", all_of_them=True)
         train = train.relabel(labels, class_names)
         counts = [counts[label] for label in np.argsort(labels)]
     names = train.class_names or [str(c) for c in range(len(counts))]
-    _check_classes(counts, names, what)
+    if min(counts) < 1:
+        bare = names[counts.index(min(counts))]
+        raise InputError(f"Class '{bare}' has no training image: add some, or remove the class.")
+    if len(counts) < 2:
+        raise InputError(
+            f"'{name}' has a single class, '{names[0]}', and nothing to tell it from: give a folder of several.")
     train = _check_images(train, config, workers)
     if train.class_counts and not stats:
         counts = train.class_counts
@@ -234,7 +198,12 @@ def load_training_data(
         test = _check_images(_match_classes(test, names, config), config, workers)
         if lists and config.val_list:
             _warn_about_trained(test, lists, config, moved=False)
-        _warn_about_groups(train, test, config)
+        if train.groups is not None and test.groups is not None:
+            count = int(np.isin(np.unique(train.groups), test.groups).sum())
+            if count:
+                _logger.warning(
+                    f"{count} groups of --group-key '{config.group_key}' are in training and in evaluation: figures "
+                    'are too good, and shike describe names them.')
     else:
         holdout = holdout or HOLDOUT
         if lists and isinstance(train, ImageSet):
@@ -255,20 +224,7 @@ def load_eval_data(
         batch_size: int = 1,
         seed: int = 42,
 ) -> AnySet:
-    """Load an evaluation split alone. If the data has none, the images that a run held out are taken.
-
-    Args:
-        config: The data to load.
-        class_names: The model's classes in label order. Those of the data are matched to them by name.
-        in_chans: Channels of the model's images, by default those of the configuration.
-        run_folder: Run folder of the model, whose lists say what was held out.
-        workers: Worker processes that check images.
-        batch_size: Images a batch of a stream.
-        seed: Seed of the order of a stream.
-
-    Raises:
-        InputError: If data is missing or damaged, or a class is not among the model's.
-    """
+    """Load an evaluation split alone, with `in_chans` channels. If there is none, what the run of a folder held out."""
     if in_chans:
         config = replace(config, in_chans=in_chans, input_size=None)
     config = replace(config, in_chans=image_channels(config))

@@ -71,16 +71,13 @@ def _collate_readable(channels: int, batch: List[Optional[Tuple[Any, int]]]) -> 
     return torch.zeros(0, channels, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
 
 
-def _is_on_device(device_data: Optional[bool], why_not: Optional[str]) -> bool:
+def _is_on_device(data: AnySet, device_data: Optional[bool], why_not: Optional[str]) -> bool:
     """Whether the data lies on the device, as asked for, or else if nothing speaks against it."""
+    if data.is_stream and world_size() > 1:
+        raise InputError('A stream of images cannot be shared out among processes exactly: use files, or one process.')
     if device_data and why_not:
         raise InputError(f'--device-data cannot be had with this data set: {why_not}; leave it out.')
     return device_data is not False and not why_not
-
-
-def _refuse_shared_streams(data: AnySet) -> None:
-    if data.is_stream and world_size() > 1:
-        raise InputError('A stream of images cannot be shared out among processes exactly: use files, or one process.')
 
 
 def _create_worker_loader(
@@ -114,14 +111,8 @@ def _create_worker_loader(
         generator=torch.Generator(),  # otherwise starting workers would draw from torch's own generator
     )
     return WorkerLoader(
-        data,
-        loader,
-        mean=data_config['mean'],
-        std=data_config['std'],
-        channels=data_config['input_size'][0],
-        device=device,
-        **erasing,
-    )
+        data, loader, mean=data_config['mean'], std=data_config['std'], channels=data_config['input_size'][0],
+        device=device, **erasing)
 
 
 def mixup_options(
@@ -130,14 +121,7 @@ def mixup_options(
         num_classes: int,
         why_not: Optional[str] = None,
 ) -> Optional[Dict[str, Any]]:
-    """Arguments of `timm.data.FastCollateMixup`, None without Mixup and CutMix.
-
-    Args:
-        config: The batches.
-        augmentation: The mixing.
-        num_classes: Number of classes.
-        why_not: Why labels must be class indices, if they must.
-    """
+    """Arguments of `timm.data.FastCollateMixup`, None without Mixup and CutMix, refused if labels cannot be mixed."""
     if not (augmentation.mixup or augmentation.cutmix):
         return None
     flag = f'--mixup {augmentation.mixup:g}' if augmentation.mixup else f'--cutmix {augmentation.cutmix:g}'
@@ -171,19 +155,9 @@ def create_train_loader(
     Small sets in memory lie on the device as one tensor and are augmented there. Others go through timm's loader and
     its workers. Either way the images of an epoch depend only on the seed that `loader.sampler.set_epoch` or
     `set_stream_epoch` is given, or that torch's generator gives at the start of the epoch, and on its first step. From
-    a later step on the same images come, but on the device with another augmentation.
-
-    Args:
-        data: Training set.
-        data_config: The result of `timm.data.resolve_data_config`.
-        config: The batches.
-        augmentation: The augmentation of each image.
-        device: Device of the batches.
-        num_workers: Worker processes.
-        num_classes: Number of classes, for Mixup and CutMix.
-        why_not_mixed: Why labels must be class indices, if they must.
+    a later step on the same images come, but on the device with another augmentation. `why_not_mixed` says why labels
+    must be class indices, if they must.
     """
-    _refuse_shared_streams(data)
     mixup = mixup_options(config, augmentation, num_classes, why_not_mixed)
     sampler = EpochSampler(len(data), config.batch_size, config.grad_accum_steps)
     if not sampler.num_batches:
@@ -195,7 +169,7 @@ def create_train_loader(
     option = '--mixup or --cutmix' if mixup else why_not_batched(augmentation, device)
     why_not = why_not_on_device(data, data_config, is_training=True)
     why_not = why_not or option and f'{option} works on one image at a time'
-    if _is_on_device(config.device_data, why_not):
+    if _is_on_device(data, config.device_data, why_not):
         return DeviceLoader(
             data.images, data.targets, mean, std, config.batch_size, device, augmentation, sampler)
     try:
@@ -203,18 +177,9 @@ def create_train_loader(
     except (AssertionError, KeyError, ValueError) as error:
         raise InputError(f"aa '{augmentation.aa}' is not a policy that timm knows.") from error
     return _create_worker_loader(
-        data,
-        data_config,
-        config.batch_size,
-        device,
-        num_workers,
-        transform,
-        sampler,
-        _Mixup(**mixup) if mixup else fast_collate,
-        re_prob=0. if augmentation.no_aug else augmentation.reprob,
-        re_mode=augmentation.remode,
-        re_count=augmentation.recount,
-    )
+        data, data_config, config.batch_size, device, num_workers, transform, sampler,
+        _Mixup(**mixup) if mixup else fast_collate, re_prob=0. if augmentation.no_aug else augmentation.reprob,
+        re_mode=augmentation.remode, re_count=augmentation.recount)
 
 
 def create_eval_loader(
@@ -225,18 +190,8 @@ def create_eval_loader(
         num_workers: int = 4,
         device_data: Optional[bool] = None,
 ) -> Loader:
-    """Loader over an evaluation split in order, from the device or timm's. Of several processes each has its share.
-
-    Args:
-        data: Evaluation split.
-        data_config: The result of `timm.data.resolve_data_config`.
-        batch_size: Images a batch.
-        device: Device of the batches.
-        num_workers: Worker processes.
-        device_data: Whether the data lies on the device. By default it does if its images need no resizing.
-    """
-    _refuse_shared_streams(data)
-    if _is_on_device(device_data, why_not_on_device(data, data_config, is_training=False)):
+    """Loader over an evaluation split in order, from the device or timm's. Of several processes each has its share."""
+    if _is_on_device(data, device_data, why_not_on_device(data, data_config, is_training=False)):
         return DeviceLoader(
             data.images, data.targets, data_config['mean'], data_config['std'], batch_size, device)
     transform = timm.data.create_transform(is_training=False, use_prefetcher=True, **data_config)

@@ -12,7 +12,7 @@ class DataSource:
     Attributes:
         has_imb_factor: Whether `--imb-factor` cuts it to a long tail. `--holdout` then takes the last images of each
             class.
-        eval_split: Name of its evaluation split. None where `--val-split` names it.
+        eval_split: Name of its evaluation split. None if `--val-split` names it.
         num_classes: Number of classes of a published set of lists. Other lists may be given for such a set.
         has_uncertain_splits: Whether only reading shows that a split is missing.
 
@@ -38,7 +38,7 @@ class DataSource:
         return False
 
     def train(self, class_names: Optional[Sequence[str]] = None) -> AnySet:
-        """The training set. `class_names` are those of a model, where they are known."""
+        """The training set. `class_names` are those of a model, if they are known."""
         raise NotImplementedError
 
     def evaluation(self, class_names: Optional[Sequence[str]] = None) -> Optional[AnySet]:

@@ -13,13 +13,8 @@ from ..distributed import rank, world_size
 class EpochSampler(Sampler[Tuple[int, int]]):
     """This process's share of a training set in a new order.
 
-    Each process takes the same number of whole batches, and no image comes twice. The images of a step do not depend
-    on the number of processes. Each image comes with its own seed.
-
-    Args:
-        num_images: Images of the training set.
-        batch_size: Images a batch of one process.
-        multiple: The number of batches of an epoch is a multiple of this.
+    Each process takes the same number of whole batches, a multiple of `multiple`, and no image comes twice. The images
+    of a step do not depend on the number of processes. Each image comes with its own seed.
     """
 
     def __init__(self, num_images: int, batch_size: int, multiple: int = 1):
@@ -55,10 +50,7 @@ class EpochSampler(Sampler[Tuple[int, int]]):
 
 
 class SeededDataset(Dataset):
-    """A data set whose items are asked for by index and seed, as `EpochSampler` gives them.
-
-    An item depends on its seed alone, not on the items that a worker made before.
-    """
+    """A data set asked by index and seed. So an item does not depend on the items that a worker made before."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset

@@ -1,25 +1,24 @@
 """Lists of the images that a run trained and was evaluated on, in its run folder."""
 import csv
 from pathlib import Path
-from typing import Dict, Optional, Tuple, Union
+from typing import Dict, Iterable, List, Optional, Tuple, Union
 
 import numpy as np
 
 from ..errors import InputError
+from ..files import write_whole
 from .dataset import AnySet, ImageSet, StreamSet
 
 TRAIN_LIST, EVAL_LIST = 'train.csv', 'validation.csv'  # --train-list and --val-list can read them
 
 
 def write_split_lists(folder: Path, train: ImageSet, evaluation: ImageSet) -> None:
-    """Write the lists of a run into its folder. No half-written list is ever there."""
+    """Write the lists of a run into its folder."""
     for name, data in ((TRAIN_LIST, train), (EVAL_LIST, evaluation)):
-        temporary = folder / f'{name}.tmp'
-        with temporary.open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+        with write_whole(folder / name) as file:
             rows = csv.writer(file)
             rows.writerow(('path', 'label'))
             rows.writerows(zip(data.filenames(), (data.class_names[target] for target in data.targets)))
-        temporary.replace(folder / name)
 
 
 def _read(path: Path) -> Dict[str, str]:
@@ -42,23 +41,21 @@ class SplitLists:
             return None
         return cls(folder)
 
-    def is_same_data(self, data: AnySet) -> bool:
+    def is_same_data(self, data: ImageSet) -> bool:
         """Whether nearly all listed images are in a set."""
-        if isinstance(data, StreamSet) or not data.has_paths:
-            return False
-        paths = set(data.filenames())
+        paths = set(data.filenames() if data.has_paths else ())
         found = sum(path in paths for listed in (self.train, self.evaluation) for path in listed)
         return found >= 0.9 * (len(self.train) + len(self.evaluation))
 
     def count_trained(self, data: AnySet, moved: bool) -> int:
         """How many images of a set have the path of a training image, or its folder and name if they may be moved."""
-        def ending(path: str) -> str:
-            return '/'.join(path.split('/')[-2:]) if moved else path
+        def endings(paths: Iterable[str]) -> List[str]:
+            return ['/'.join(path.split('/')[-2:]) if moved else path for path in paths]
 
         if isinstance(data, StreamSet) or not data.has_paths:
             return 0
-        endings = {ending(path) for path in self.train}
-        return sum(ending(path) in endings for path in data.filenames())
+        trained = set(endings(self.train))
+        return sum(path in trained for path in endings(data.filenames()))
 
     def split(self, data: ImageSet) -> Tuple[ImageSet, ImageSet]:
         """Split a training set as the run did."""

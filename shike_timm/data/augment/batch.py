@@ -13,14 +13,7 @@ NUM_MAGNITUDES = 10  # of torchvision's AutoAugment
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: List[int]) -> Tensor:
-    """Crop each image, padded with black, back to its size.
-
-    Args:
-        images: uint8 images [N, C, H, W].
-        top: First row of each crop [N], in padded rows.
-        left: First column of each crop [N], in padded columns.
-        padding: Rows above and below, columns left and right.
-    """
+    """Crop each uint8 image [N, C, H, W], padded with black, from `top` and `left` [N] in the padded image."""
     rows, columns = padding
     padded = F.pad(images, (columns, columns, rows, rows))
     windows = padded.unfold(2, images.shape[2], 1).unfold(3, images.shape[3], 1)
@@ -28,14 +21,7 @@ def crop(images: Tensor, top: Tensor, left: Tensor, padding: List[int]) -> Tenso
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
-    """Blacken a square of each image, clipped at the borders (DeVries and Taylor, 2017).
-
-    Args:
-        images: uint8 images [N, C, H, W].
-        row: Row of each centre [N].
-        column: Column of each centre [N].
-        size: Side in pixels.
-    """
+    """Blacken a square at `row` and `column` [N] of each image, clipped at the borders (DeVries and Taylor, 2017)."""
     def covered(centre: Tensor, length: int) -> Tensor:
         offset = torch.arange(length, device=images.device) - (centre - size // 2)[:, None]
         return (offset >= 0) & (offset < size)
@@ -45,13 +31,10 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
 
 
 def auto_augment(images: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
-    """torchvision's AutoAugment CIFAR-10 policy with grey (128) as fill, drawn for each image.
+    """torchvision's AutoAugment CIFAR-10 policy for uint8 images [N, 3, H, W], with grey (128) as fill.
 
-    Each image draws one of 25 pairs of operations and, for each of the two, whether it is applied and its sign.
-
-    Args:
-        images: uint8 images [N, 3, H, W].
-        generator: Source of random numbers on the CPU. So draws are the same on every device, and no device waits.
+    Each image draws one of 25 pairs of operations and, for each of the two, whether it is applied and its sign. The
+    generator is on the CPU, so draws are the same on every device, and no device waits.
     """
     transform = AutoAugment(AutoAugmentPolicy.CIFAR10)
     space = transform._augmentation_space(NUM_MAGNITUDES, (images.shape[-2], images.shape[-1]))
@@ -81,13 +64,7 @@ def augment_batch(
         augmentation: AugmentationConfig,
         generator: Optional[torch.Generator] = None,
 ) -> Tensor:
-    """Augment a batch as `create_train_transform` augments single images. `why_not_batched` must give None.
-
-    Args:
-        images: uint8 images [N, 3, H, W].
-        augmentation: Crop, flips, AutoAugment and Cutout, in that order.
-        generator: Source of random numbers, on the CPU.
-    """
+    """Augment uint8 images [N, 3, H, W] as `create_train_transform` does. `why_not_batched` must give None."""
     num_images, _, height, width = images.shape
     device = images.device
 

@@ -4,7 +4,7 @@ Images are uint8 tensors [N, 3, H, W] on any device and come back as such; magni
 to `torchvision.transforms.AutoAugment`. Geometric operations take the nearest pixel and fill with grey (128).
 """
 import math
-from typing import Callable, Dict
+from typing import Any, Callable, Dict, Union
 
 import torch
 import torch.nn.functional as F
@@ -98,46 +98,42 @@ def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
     return _lookup(images, torch.where(step > 0, table, _levels(images, torch.int64)))
 
 
-def _affine(images: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> Tensor:
+Number = Union[float, Tensor]
+
+
+def _affine(images: Tensor, a: Number, b: Number, c: Number, d: Number, e: Number, f: Number) -> Tensor:
     """Output pixel (x, y) takes input pixel (a x + b y + c, d x + e y + f), in Pillow's 16-bit fixed point."""
     height, width = images.shape[-2:]
 
-    def fixed(value: Tensor) -> Tensor:
+    def fixed(value: Number) -> Number:
+        if isinstance(value, float):
+            return math.floor(value * 65536 + 0.5)
         return (value * 65536 + 0.5).floor().long().view(-1, 1, 1)
 
     x = torch.arange(width, device=images.device)
     y = torch.arange(height, device=images.device)[:, None]
-    column = (fixed(a) * x + fixed(b) * y + fixed(c + 0.5 * a + 0.5 * b)) >> 16
-    row = (fixed(d) * x + fixed(e) * y + fixed(f + 0.5 * d + 0.5 * e)) >> 16
+    column: Any = (fixed(a) * x + fixed(b) * y + fixed(c + 0.5 * a + 0.5 * b)) >> 16
+    row: Any = (fixed(d) * x + fixed(e) * y + fixed(f + 0.5 * d + 0.5 * e)) >> 16
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     index = (row * width + column).where(inside, 0).flatten(1)[:, None].expand(-1, images.shape[1], -1)
     taken = images.flatten(2).gather(2, index).view_as(images)
     return taken.where(inside[:, None], FILL)
 
 
-def _constants(magnitude: Tensor):
-    one = torch.ones_like(magnitude, dtype=torch.float64)
-    return one, torch.zeros_like(one), magnitude.double()
-
-
 def shear_x(images: Tensor, magnitude: Tensor) -> Tensor:
-    one, zero, shear = _constants(magnitude)
-    return _affine(images, one, shear, zero, zero, one, zero)
+    return _affine(images, 1., magnitude.double(), 0., 0., 1., 0.)
 
 
 def shear_y(images: Tensor, magnitude: Tensor) -> Tensor:
-    one, zero, shear = _constants(magnitude)
-    return _affine(images, one, zero, zero, shear, one, zero)
+    return _affine(images, 1., 0., 0., magnitude.double(), 1., 0.)
 
 
 def translate_x(images: Tensor, magnitude: Tensor) -> Tensor:
-    one, zero, pixels = _constants(magnitude.trunc())
-    return _affine(images, one, zero, -pixels, zero, one, zero)
+    return _affine(images, 1., 0., -magnitude.trunc().double(), 0., 1., 0.)
 
 
 def translate_y(images: Tensor, magnitude: Tensor) -> Tensor:
-    one, zero, pixels = _constants(magnitude.trunc())
-    return _affine(images, one, zero, zero, zero, one, -pixels)
+    return _affine(images, 1., 0., 0., 0., 1., -magnitude.trunc().double())
 
 
 def rotate(images: Tensor, magnitude: Tensor) -> Tensor:

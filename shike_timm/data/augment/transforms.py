@@ -13,9 +13,6 @@ class Cutout(torch.nn.Module):
     """Blacken one square at a random place of an image (DeVries and Taylor, 2017).
 
     The centre may be any pixel. The square is clipped at the borders, to a quarter at least.
-
-    Args:
-        size: Side of the square in pixels.
     """
 
     def __init__(self, size: int):
@@ -40,30 +37,13 @@ def create_train_transform(
         mean: Tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
         std: Tuple[float, ...] = IMAGENET_DEFAULT_STD,
 ) -> transforms.Compose:
-    """Transform from PIL images to the uint8 tensors that timm's prefetching loader takes.
-
-    Args:
-        input_size: Channels, height and width.
-        augmentation: The augmentation. Random erasing is left to the loader.
-        mean: Mean of each channel, of images in 0..1. Some of timm's policies fill with it.
-        std: Standard deviation of each channel.
-    """
-    options: Dict[str, Any] = dict(
-        input_size=input_size,
-        is_training=True,
-        use_prefetcher=True,
-        mean=mean,
-        std=std,
-        scale=augmentation.scale,
-        ratio=augmentation.ratio,
-        hflip=augmentation.hflip,
-        vflip=augmentation.vflip,
-        color_jitter=augmentation.color_jitter,
-        color_jitter_prob=augmentation.color_jitter_prob,
-        grayscale_prob=augmentation.grayscale_prob,
-        gaussian_blur_prob=augmentation.gaussian_blur_prob,
-        interpolation=augmentation.train_interpolation,
-    )
+    """Transform from PIL images to the uint8 tensors that timm's loader takes. Random erasing is left to the loader."""
+    same_names = (
+        'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob')
+    options: Dict[str, Any] = {name: getattr(augmentation, name) for name in same_names}
+    options.update(
+        input_size=input_size, is_training=True, use_prefetcher=True, mean=mean, std=std,
+        interpolation=augmentation.train_interpolation)
     if augmentation.no_aug:
         return cast(transforms.Compose, create_transform(no_aug=True, **options))
     pad_crop = augmentation.train_crop_mode == 'pad'

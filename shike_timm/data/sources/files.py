@@ -29,14 +29,7 @@ class FolderImages(ImageSource):
 
 
 class TarImages(ImageSource):
-    """Members of uncompressed tar archives.
-
-    Args:
-        root: The archive, or the folder of several.
-        paths: Paths of the members.
-        places: Archive, first byte and length of each [N, 3].
-        archives: The archives, by default `root` alone.
-    """
+    """Members of uncompressed tar archives: the archive, first byte and length of each are its place [N, 3]."""
 
     def __init__(self, root: str, paths: Sequence[str], places: np.ndarray, archives: Sequence[str] = ()):
         self.root = root

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Dict, List, Optional, Sequence
 
 from ...errors import InputError
-from ..class_names import normalize_name
+from ..class_names import first_few, normalize_name
 from ..config import SourceConfig
 from ..dataset import ImageSet, label_images
 from ..decode import image_extensions
@@ -51,14 +51,13 @@ def list_folder(root: str, hidden: Counter) -> Listing:
 def _list_archive(members: Sequence[Member], hidden: Counter) -> Listing:
     listed: Listing = {'': []}
     for name, _, length in members:
-        odd = next((part for part in name.split('/') if _is_hidden(part)), None)
+        odd = next(filter(_is_hidden, name.split('/')), None)
         if odd is not None:
             hidden[odd] += 1
-            continue
-        folder, _, file = ('', '', name) if length < 0 or '/' not in name else name.rpartition('/')
-        if length < 0:
+        elif length < 0:
             listed.setdefault(name, [])
         else:
+            folder, _, file = name.rpartition('/')
             listed.setdefault(folder, []).append(file)
     return listed
 
@@ -102,11 +101,10 @@ def _unwrap(listed: Listing, splits: Sequence[str]) -> str:
 
 
 def _named(folders: Dict[str, str]) -> Dict[str, str]:
-    """Class name of each folder: the last part of its class's path, or the whole path where last parts are equal."""
-    paths = set(folders.values())
-    last = {path: path.rpartition('/')[2] for path in paths}
-    if len(set(last.values())) < len(paths):
-        last = {path: path for path in paths}
+    """Class name of each folder: the last part of its class's path, or the whole path if last parts are equal."""
+    last = {path: path.rpartition('/')[2] for path in folders.values()}
+    if len(set(last.values())) < len(last):
+        return folders
     return {folder: last[path] for folder, path in folders.items()}
 
 
@@ -137,14 +135,6 @@ def _classes(folders: Sequence[str], depth: Optional[int], root: str, known: Opt
     raise InputError(
         f"'{example}' in '{root}' may be of class '{first[example]}', one of {len(tops)}, or a class of its own, one "
         f'of {len(folders)}: choose with --class-depth 1 or --class-depth {deepest}.')
-
-
-def _some(names: Sequence[str]) -> str:
-    return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
-
-
-def _number(count: int, one: str) -> str:
-    return f'{count} {one}' + ('s' if count != 1 else '')
 
 
 class _Files:
@@ -191,16 +181,16 @@ class _Files:
         classes = _classes(full, self.config.class_depth, os.path.join(self.root, where.rstrip('/')), known)
         paths = [f'{where}{folder}/{file}' for folder in full for file in folders[folder]]
         labels = [classes[folder] for folder in full for _ in folders[folder]]
-        notes = []
-        if loose:
-            notes.append(f'{_number(len(loose), "image")} beside the class folders ({_some(sorted(loose))})')
-        if empty:
-            notes.append(f'{_number(len(empty), "folder")} without images ({_some(empty)})')
-        if unused:
-            notes.append(f'{_number(sum(unused.values()), "file")} of other types ({_some(sorted(unused))})')
-        if self.hidden:
-            notes.append(f'{_number(sum(self.hidden.values()), "hidden name")} ({_some(sorted(self.hidden))})')
-            self.hidden = Counter()  # noted once
+        hidden, self.hidden = self.hidden, Counter()  # they are noted once
+        left_out = (
+            (len(loose), 'image', ' beside the class folders', loose),
+            (len(empty), 'folder', ' without images', empty),
+            (sum(unused.values()), 'file', ' of other types', unused),
+            (sum(hidden.values()), 'hidden name', '', hidden),
+        )
+        notes = [
+            f"{count} {kind}{'s' if count != 1 else ''}{where} ({first_few(sorted(names))})"
+            for count, kind, where, names in left_out if count]
         return label_images(self.config, open_files(self.root, paths, self.members), labels, notes)
 
 

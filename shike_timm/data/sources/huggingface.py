@@ -7,7 +7,7 @@ from PIL import Image
 from ...errors import InputError
 from ..dataset import ImageSet, ImageSource, Names, label_images
 from ..registry import register_dataset
-from .timm import TimmSource
+from .timm_source import TimmSource
 
 
 class _TableImages(ImageSource):

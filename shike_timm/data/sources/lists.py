@@ -19,14 +19,7 @@ TARGET_KEYS = ('label', 'target', 'class', 'category')
 
 @dataclass
 class ImageList:
-    """Entries of a list.
-
-    Attributes:
-        paths: Paths of the images.
-        labels: Names of their classes.
-        groups: The column that `--group-key` names, if there is one.
-        order: Class names in the list's own order, if it has one.
-    """
+    """Entries of a list. It may have groups of images, and class names in its own order."""
 
     paths: List[str] = field(default_factory=list)
     labels: List[str] = field(default_factory=list)
@@ -147,11 +140,8 @@ def _drop_repetitions(listed: ImageList, path: str, notes: List[str]) -> ImageLi
 def load_list(config: SourceConfig, path: str, spellings: Sequence[Tuple[str, str]] = ()) -> ImageSet:
     """The images that a list names, below the folder or in the archive of the data.
 
-    Args:
-        config: Where the images are, and how they are labelled.
-        path: The list.
-        spellings: Patterns with replacements. The first one that leads to an image is used if the paths of the list do
-            not lead to one.
+    `spellings` are patterns with replacements. The first one that leads to an image is used if the paths of the list do
+    not lead to one.
     """
     notes: List[str] = []
     root = config.data_dir or '.'

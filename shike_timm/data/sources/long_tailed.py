@@ -16,17 +16,10 @@ DIGITS_TEST_IMAGES = 50  # the last ones of each class
 
 
 def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_type: str = 'exp') -> List[int]:
-    """Number of images that each class keeps.
+    """Number of images that each class keeps, in label order.
 
-    Args:
-        max_count: Images of the largest class.
-        num_classes: Classes C.
-        imb_factor: Imbalance factor, at least 1: the largest class over the smallest.
-        imb_type: 'exp': class i keeps int(max_count * imb_factor^(-i / (C - 1))); 'step': the first half of the
-            classes keep max_count, the others int(max_count / imb_factor).
-
-    Returns:
-        C counts in label order.
+    With 'exp' class i of C keeps int(max_count * imb_factor^(-i / (C - 1))). With 'step' the first half of the classes
+    keep max_count, the others int(max_count / imb_factor).
     """
     if not imb_factor >= 1:
         raise InputError(f'imb-factor {imb_factor:g} is below 1: give the size of the largest class over the smallest.')
@@ -49,12 +42,9 @@ def long_tailed_indices(
         counts: Sequence[int],
         seed: Optional[int] = None,
 ) -> np.ndarray:
-    """Positions of `counts[c]` images of each class c, in file order.
+    """Positions of `counts[c]` images of each class c, in file order: its first ones without a seed.
 
-    Args:
-        targets: Class indices [N].
-        counts: Images of each class to keep.
-        seed: Draw the images with this seed, as LDAM-DRW does. None keeps the first images of each class.
+    With a seed they are drawn as LDAM-DRW draws them.
     """
     targets = np.asarray(targets)
     random = None if seed is None else np.random.RandomState(seed)

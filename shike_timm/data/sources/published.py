@@ -30,9 +30,7 @@ class PublishedSource(DataSource):
     """A published long-tailed data set.
 
     Attributes:
-        title: Its name in print.
-        train_list: Usual name of its training list, and the SHA-256 of that list.
-        eval_list: The same for the list to evaluate on.
+        train_list: Usual name of its training list, and the SHA-256 of that list. `eval_list` is alike.
         spellings: Patterns and replacements that lead from a path on the lists to other places of the image.
         whole: Folder of all images by class. If there is no training list, the images that are not evaluated on are
             trained on.
@@ -56,13 +54,15 @@ class PublishedSource(DataSource):
             raise InputError(f"data-dir '{root}' does not exist: give the folder of {self.title}.")
         return root
 
-    def _find_list(self, name: str, given: Optional[str]) -> Optional[str]:
+    def _find_list(self, name: str, option: str) -> str:
         """Path of a list: the given one, or the one of its usual name in the folder of the data or a folder in it."""
         places = (Path(self.root, name), *sorted(Path(self.root).glob(f'*/{name}')))
-        return given or next((str(place) for place in places if place.is_file()), None)
-
-    def _missing(self, name: str, option: str) -> InputError:
-        return InputError(f"data-dir '{self.root}' holds no '{name}': put the list there, or name one with {option}.")
+        path = getattr(self.config, option) or next((str(place) for place in places if place.is_file()), '')
+        if not path and (option == 'val_list' or self.whole is None):
+            raise InputError(
+                f"data-dir '{self.root}' holds no '{name}': put the list there, or name one with "
+                f"--{option.replace('_', '-')}.")
+        return path
 
     def _load_list(self, path: str, digest: str) -> ImageSet:
         data = load_list(self.config, path, self.spellings)
@@ -74,9 +74,7 @@ class PublishedSource(DataSource):
     def _evaluation(self) -> Tuple[str, ImageSet]:
         """The path of the list to evaluate on, and its images."""
         name, digest = self.eval_list
-        path = self._find_list(name, self.config.val_list)
-        if path is None:
-            raise self._missing(name, '--val-list')
+        path = self._find_list(name, 'val_list')
         return path, self._load_list(path, digest)
 
     def evaluation(self, class_names: Optional[Sequence[str]] = None) -> ImageSet:
@@ -84,11 +82,9 @@ class PublishedSource(DataSource):
 
     def train(self, class_names: Optional[Sequence[str]] = None) -> ImageSet:
         name, digest = self.train_list
-        path = self._find_list(name, self.config.train_list)
-        if path is None and self.whole is None:
-            raise self._missing(name, '--train-list')
+        path = self._find_list(name, 'train_list')
         eval_path, evaluation = self._evaluation
-        if path is None:
+        if not path:
             return self._load_rest(eval_path, evaluation)
         train = self._load_list(path, digest)
         check_disjoint(train, evaluation, path, eval_path)

@@ -13,7 +13,7 @@ from ..dataset import AnySet, ImageSet, StreamSet, label_images
 from ..decode import create_decoder, image_extensions
 from ..registry import register_dataset
 from .files import TarImages, tar_members
-from .timm import TimmSource
+from .timm_source import TimmSource
 
 
 def _read_label(file: Any, place: Tuple[int, int], target_key: Optional[str], key: str) -> str:

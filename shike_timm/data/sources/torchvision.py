@@ -8,7 +8,7 @@ from torchvision.datasets import QMNIST
 from ...errors import InputError
 from ..dataset import ImageSet, ImageSource, Names, in_memory_set, label_images
 from ..registry import register_dataset
-from .timm import TimmSource
+from .timm_source import TimmSource
 
 IN_MEMORY = ('torch/cifar10', 'torch/cifar100')  # as uint8 arrays [N, H, W, 3]
 
