@@ -29,7 +29,7 @@ def write_whole(path: Union[str, Path], mode: str = 'w') -> Iterator[IO[Any]]:
     text: Any = {} if 'b' in mode else dict(encoding='utf-8', errors='surrogateescape', newline='')
     replaced = not os.path.exists(path) or os.path.isfile(path)
     target = os.path.realpath(path)
-    opened = f'{target}.tmp' if replaced else path
+    opened = f'{target}.{os.getpid()}.tmp' if replaced else path
     try:
         with open(opened, mode, **text) as file:
             yield file
