@@ -47,7 +47,7 @@ def run_script(main: Callable[[], Any]) -> int:
         if 'DataLoader worker' not in str(error):
             raise
         return fail(
-            1, 'error: A process that loads images has ended, perhaps for lack of memory: choose fewer --workers.')
+            1, 'error: A process that loads images is gone, perhaps for lack of memory: choose fewer --workers.')
     except OSError as error:
         return fail(1, f'error: {error}')
     return 0
