@@ -258,7 +258,7 @@ def describe(config: DescribeConfig) -> None:
 
 
 parse_describe_args = partial(
-    parse, DescribeConfig, 'Tell what a data set holds: classes, counts, sizes, duplicates, unreadable files.')
+    parse, DescribeConfig, 'Describe a data set: classes, counts, sizes, duplicates, unreadable files.')
 
 
 CONFIG = DescribeConfig

@@ -135,12 +135,14 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     _logger.info(balanced_over(metrics, len(counts)))
     _log_long_tail(metrics)
     passes = 2 if config.flip else 1
-    if subsets:
-        images = next(iter(loader))[0].contiguous(memory_format=torch.channels_last)
-        add_costs(metrics['subsets'], model, images, passes)
-        print(f"\n{format_subsets(metrics['subsets'])}")
-    if config.results_file:
-        write_text(config.results_file, json.dumps(metrics, indent=2) + '\n')
+    try:
+        if subsets:
+            images = next(iter(loader))[0].contiguous(memory_format=torch.channels_last)
+            add_costs(metrics['subsets'], model, images, passes)
+            print(f"\n{format_subsets(metrics['subsets'])}")
+    finally:  # the metrics are kept if costs cannot be measured
+        if config.results_file:
+            write_text(config.results_file, json.dumps(metrics, indent=2) + '\n')
     if kept:
         run, name = trained.run_folder, Path(config.checkpoint).stem if config.checkpoint else str(config.model)
         fields: Dict[str, Any] = dict(name=name)
