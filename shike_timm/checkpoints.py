@@ -23,7 +23,7 @@ _AUTHORS_LAYOUT = re.compile(r'(module\.)?(layer3s|shallow_exps|rt_classifiers|c
 class StageSaver(CheckpointSaver):
     """timm's saver for one stage. It keeps the newest checkpoints, and replaces `last` in one step.
 
-    `last` may be from the middle of an epoch. Its entry `saver` then says under `done` how far the epoch is.
+    `last` may be from the middle of an epoch. Then its entry ['saver']['done'] holds the batches that are done.
     """
 
     def __init__(self, folder: Union[str, Path], **kwargs: Any):

@@ -34,7 +34,7 @@ def resolve_device(name: Optional[str]) -> torch.device:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16. Of CPUs, those with AVX-512 BF16 or AMX are known to."""
+    """Whether a device computes bfloat16 natively. Of CPUs, those with AVX-512 BF16 or AMX do."""
     if device.type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != 'cpu':

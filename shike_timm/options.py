@@ -40,22 +40,22 @@ class Option:
     """What is known of one option.
 
     Attributes:
-        default: Its value where none is given. Where that is None, it may be set to None.
+        default: The value if the user gives none. An option whose default is None may be set to None.
         help: What it does, in a line or two.
         metavar: Placeholder for the value in the help.
         choices: All valid values.
         nargs: Length of a list, '+' for any length but zero.
-        const: Value of the flag alone. Its twin with `--no-` gives None.
+        const: The value of a flag without a value. The flag with `--no-` then gives None.
         low: Least value.
-        below: The value must be less than this.
+        below: Bound that the value must be less than.
         flags: Further flags.
         required: Whether it must be given.
         positional: Whether it is given without a flag.
         may_change: Whether a resumed run may have another value than it began with.
-        card: When a model card shows it: 'always', where it was 'changed' from its default, or 'never'.
-        name: Its name in hparams files, in `args.yaml` and in Python. Its flag has hyphens.
-        kind: Type of the value or of each item: int, float, str, dict (KEY=VALUE KEY=VALUE), or bool, whose flag has
-            a twin that begins with `--no-`.
+        card: When a model card shows the option: 'always', if it was 'changed' from its default, or 'never'.
+        name: Name in hparams files, in `args.yaml` and in Python. The flag has hyphens instead of underscores.
+        kind: Type of the value or of each item: int, float, str, dict (KEY=VALUE KEY=VALUE) or bool. A bool also has
+            a flag with `--no-`.
     """
 
     default: Any
@@ -87,7 +87,7 @@ class Option:
 
     @property
     def shown_default(self) -> str:
-        """The default as on the command line, empty where it says nothing."""
+        """The default as on the command line, empty for switches and for None."""
         if self.kind in (bool, dict) or self.default is None:
             return ''
         return ' '.join(f'{item:g}' if self.kind is float else str(item) for item in _items(self.default))

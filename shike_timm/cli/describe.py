@@ -125,8 +125,8 @@ def _label_gaps(names: Sequence[str]) -> List[int]:
 
 
 def _group_leaks(sets: Dict[str, Tuple[AnySet, List[Inspected]]]) -> List[Dict[str, str]]:
-    """Groups of `--group-key` with images in both splits, an image of each."""
-    firsts: List[Dict[int, str]] = []  # the first image of each group, in each split
+    """For each group with images in both splits, one image of each split."""
+    firsts: List[Dict[int, str]] = []  # for each split: the first image of each group
     for data, found in sets.values():
         groups = [] if data.groups is None else data.groups.tolist()
         firsts.append({group: one.name for group, one in zip(reversed(groups), reversed(found))})

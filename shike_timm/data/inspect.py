@@ -26,7 +26,7 @@ from .decode import HIGHEST, ImageDecoder
 _logger = logging.getLogger(__name__)
 
 MAX_NAMED = 20  # unreadable images
-MAX_BITS = 3  # of 64 that may differ between the hashes of images that look alike
+MAX_BITS = 3  # two images look alike if at most so many of their 64 hash bits differ
 
 
 @dataclass(eq=False)

@@ -73,7 +73,7 @@ class ScheduleConfig:
         None, 'learning rate for a batch of --lr-base-size images. --lr is scaled from it, linearly or, for Adam-like '
         'optimizers, by the square root. An explicit --lr wins.', 'LR', low=0)
     lr_base_size: int = option(256, 'batch that --lr-base is meant for', low=1, card='changed')
-    warmup_epochs: int = option(5, 'epochs of linear warm-up of stage one', low=0)
+    warmup_epochs: int = option(5, 'linear warm-up at the start of stage one, in epochs', low=0)
     warmup_lr: float = option(1e-5, 'learning rate at the start of the warm-up', 'LR', low=0)
     min_lr: float = option(0., 'learning rate at the end of the schedule', 'LR', low=0)
     decay_epochs: float = option(90., 'epochs between the steps of a step schedule', low=1, card='changed')
@@ -83,7 +83,7 @@ class ScheduleConfig:
         'other methods)', low=0, may_change=True)
     crt_lr: float = option(0.1, 'peak learning rate of stage two', 'LR', low=0)
     crt_lr_base: Optional[float] = option(None, '--lr-base of stage two', 'LR', low=0)
-    crt_warmup_epochs: int = option(0, 'epochs of linear warm-up of stage two', low=0)
+    crt_warmup_epochs: int = option(0, 'linear warm-up at the start of stage two, in epochs', low=0)
     crt_warmup_lr: float = option(1e-5, '--warmup-lr of stage two', 'LR', low=0)
 
 
