@@ -25,7 +25,6 @@ from shike_timm.cli.script import run_script  # noqa: E402
 from shike_timm.costs import count_flops, rates_by_turns  # noqa: E402
 from shike_timm.data import TrainingData, find_dataset  # noqa: E402
 from shike_timm.data.dataset import in_memory_set  # noqa: E402
-from shike_timm.data.decode import image_channels  # noqa: E402
 from shike_timm.data.device_loader import DeviceLoader  # noqa: E402
 from shike_timm.devices import resolve_device, tune_device  # noqa: E402
 from shike_timm.errors import InputError, one_line  # noqa: E402
@@ -125,7 +124,7 @@ def _shike(config: BenchmarkConfig) -> Trainer:
         raise InputError(
             f"--kd-model-name '{config.kd_model_name}' teaches the classes of a data set: add --dataset or --data-dir.")
     known: Any = config.num_classes or published or timm.get_pretrained_cfg_value(config.model, 'num_classes')
-    model = create_model(config, known, image_channels(config))
+    model = create_model(config, known, config.channels)
     return _on_noise(config, model, resolve_data_config(config, model))
 
 

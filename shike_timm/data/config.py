@@ -2,6 +2,7 @@
 from dataclasses import dataclass
 from typing import List, Optional
 
+from ..errors import InputError
 from ..options import option
 
 
@@ -93,6 +94,18 @@ class PreprocessingConfig:
         None, 'standard deviation of each channel, of images in 0..1', nargs='+', card='changed')
     interpolation: Optional[str] = option(
         None, 'interpolation in evaluation', choices=('nearest', 'bilinear', 'bicubic', 'lanczos'), card='changed')
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images, from `--in-chans` or `--input-size`."""
+        channels = self.in_chans or (self.input_size or (3,))[0]
+        if self.input_size and channels != self.input_size[0]:
+            raise InputError(
+                f'--in-chans {channels} contradicts the {self.input_size[0]} channels of --input-size: drop one of '
+                'them.')
+        if self.input_size and self.img_size:
+            raise InputError(f'--input-size and --img-size {self.img_size} contradict each other: drop one of them.')
+        return channels
 
 
 @dataclass(frozen=True)

@@ -63,20 +63,9 @@ class ImageDecoder:
         return Image.fromarray(np.nan_to_num(values).round().clip(0, 255).astype(np.uint8))
 
 
-def image_channels(config: PreprocessingConfig) -> int:
-    """Channels of the images, from `--in-chans` or `--input-size`."""
-    channels = config.in_chans or (config.input_size or (3,))[0]
-    if config.input_size and channels != config.input_size[0]:
-        raise InputError(
-            f'--in-chans {channels} contradicts the {config.input_size[0]} channels of --input-size: drop one of them.')
-    if config.input_size and config.img_size:
-        raise InputError(f'--input-size and --img-size {config.img_size} contradict each other: drop one of them.')
-    return channels
-
-
 def create_decoder(config: PreprocessingConfig) -> ImageDecoder:
     """The decoder that a configuration describes."""
-    channels = image_channels(config)
+    channels = config.channels
     if channels not in MODES:
         raise InputError(f'Images of {channels} channels are not read: choose 1 or 3 with --in-chans.')
     low, high = config.pixel_range or (0., 1.)

@@ -11,7 +11,6 @@ from ..options import options
 from .class_names import match_names, read_class_stats
 from .config import SourceConfig
 from .dataset import AnySet, ImageSet, StreamSet
-from .decode import image_channels
 from .holdout import hold_out_share
 from .inspect import exclude_unreadable
 from .registry import DataSource, find_dataset
@@ -157,7 +156,7 @@ def load_training_data(
     The data must have the classes `class_names`, if they are given. The lists of `run_folder` split the training set,
     if they are there. `batch_size` and `seed` are for streams.
     """
-    config = replace(config, in_chans=image_channels(config))
+    config = replace(config, in_chans=config.channels)
     name = config.dataset or str(config.data_dir)
     source = open_dataset(config, batch_size, seed)
     train, stats = source.train(), config.class_stats
@@ -227,7 +226,7 @@ def load_eval_data(
     """Load an evaluation split alone, with `in_chans` channels. If there is none, what the run of a folder held out."""
     if in_chans:
         config = replace(config, in_chans=in_chans, input_size=None)
-    config = replace(config, in_chans=image_channels(config))
+    config = replace(config, in_chans=config.channels)
     source = open_dataset(config, batch_size, seed)
     lists, data = SplitLists.find(run_folder), source.evaluation(class_names)
     is_whole, may_be_trained = data is None, False

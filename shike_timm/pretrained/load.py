@@ -10,7 +10,6 @@ import timm
 
 from ..checkpoints import load_checkpoint, load_weights, model_weights
 from ..data.config import PreprocessingConfig
-from ..data.decode import image_channels
 from ..errors import InputError, one_line
 from ..models import Shike
 from ..models.config import ModelConfig
@@ -76,7 +75,7 @@ def from_checkpoint(checkpoint: Dict[str, Any], path: str) -> TrainedModel:
     config, preprocessing = checked(ModelConfig, vars(saved)), checked(PreprocessingConfig, vars(saved))
     if config.classifier != 'linear':  # each stage has its own scale
         config = replace(config, cosine_scale=getattr(saved, 'classifier_scale', None))
-    model = create_model(config, len(saved.class_counts), image_channels(preprocessing))
+    model = create_model(config, len(saved.class_counts), preprocessing.channels)
     load_weights(model, weights, path)
     model.set_training_prior(saved.class_counts, getattr(saved, 'classifier_prior', None))
     return TrainedModel(

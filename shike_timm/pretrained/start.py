@@ -6,7 +6,6 @@ from typing import Optional, Sequence
 
 from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, load_weights, model_weights
 from ..data.config import PreprocessingConfig
-from ..data.decode import image_channels
 from ..errors import InputError
 from ..models import Shike
 from ..models.config import ModelConfig
@@ -28,7 +27,7 @@ def _from_weights(path: str, config: ModelConfig, preprocessing: PreprocessingCo
     linear = 'classifier.bias' in weights
     config = replace(
         config, classifier='linear' if linear else 'cosine', cosine_scale=None if linear else config.cosine_scale)
-    model = create_model(config, num_classes, image_channels(preprocessing))
+    model = create_model(config, num_classes, preprocessing.channels)
     load_weights(model, weights, path)
     return TrainedModel(path, model)
 

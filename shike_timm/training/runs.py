@@ -12,7 +12,6 @@ from torch import nn
 
 from ..checkpoints import load_weights, model_weights
 from ..data import TrainingData, create_eval_loader, create_train_loader, load_training_data
-from ..data.decode import image_channels
 from ..devices import tune_device
 from ..distributed import join_processes, local_primary_first, world_size
 from ..errors import InputError
@@ -127,7 +126,7 @@ def prepare(
     config = replace(config, holdout=data.holdout)
     _check_eval_metric(config, data)
     seed_all(config.seed, 1, -1)
-    model = create_model(config, data.num_classes, image_channels(config), fresh).to(device)
+    model = create_model(config, data.num_classes, config.channels, fresh).to(device)
     if config.recovery_interval and data.train.is_stream:
         raise InputError('--recovery-interval saves the middle of an epoch, where no stream can begin: leave it out.')
     if config.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):
