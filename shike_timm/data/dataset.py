@@ -3,6 +3,7 @@ import hashlib
 import logging
 import os
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
@@ -46,7 +47,7 @@ def name_hashes(names: Sequence[str]) -> np.ndarray:
     return np.frombuffer(digests, dtype='<u8')
 
 
-class ImageSource:
+class ImageSource(ABC):
     """Where images are kept, one a row.
 
     Attributes:
@@ -59,13 +60,13 @@ class ImageSource:
     paths: Names = Names(())
     images: Optional[np.ndarray] = None
 
+    @abstractmethod
     def open(self, row: int) -> Image.Image:
         """The image of a row, which need not be decoded yet."""
-        raise NotImplementedError
 
     def stamp(self, row: int) -> str:
-        """Text that changes when the image of a row changes."""
-        raise NotImplementedError
+        """Text that changes when the image of a row changes. By default images do not change."""
+        return f'{self.root}|{row}'
 
 
 @dataclass(eq=False)

@@ -1,4 +1,5 @@
 """The registry of data sets: what `--dataset` may name."""
+from abc import ABC, abstractmethod
 from typing import Any, Callable, Dict, Optional, Sequence, Type
 
 from ..errors import InputError
@@ -6,7 +7,7 @@ from .config import SourceConfig
 from .dataset import AnySet
 
 
-class DataSource:
+class DataSource(ABC):
     """A data set, which loads a split when it is asked for it. A subclass gives `train` and `evaluation`.
 
     Attributes:
@@ -37,13 +38,13 @@ class DataSource:
         """Whether there are no splits, so that all images may be evaluated on."""
         return False
 
+    @abstractmethod
     def train(self, class_names: Optional[Sequence[str]] = None) -> AnySet:
         """The training set. `class_names` are those of a model, if they are known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluation(self, class_names: Optional[Sequence[str]] = None) -> Optional[AnySet]:
         """The evaluation split, None if there is none."""
-        raise NotImplementedError
 
 
 DATASETS: Dict[str, Type[DataSource]] = {}

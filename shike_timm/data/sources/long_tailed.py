@@ -1,4 +1,5 @@
 """Long-tailed subsets of balanced data sets, as data sets of their own."""
+from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple, Type, Union
@@ -76,9 +77,9 @@ class LongTailedSource(DataSource):
     has_imb_factor = True
     eval_split = 'test'
 
+    @abstractmethod
     def load(self, is_training: bool) -> ImageSet:
         """The whole training set, or the test set."""
-        raise NotImplementedError
 
     @cached_property
     def _whole(self) -> Tuple[ImageSet, Optional[ImageSet]]:

@@ -1,5 +1,6 @@
 """What the data sets of `timm.data.create_dataset` have in common."""
 import re
+from abc import abstractmethod
 from typing import Any, Optional, Sequence
 
 import timm.data
@@ -27,8 +28,9 @@ class TimmSource(DataSource):
             raise InputError(
                 f"The {split} split of '{config.dataset or root}' cannot be read: {one_line(error)}.") from error
 
+    @abstractmethod
     def load(self, split: str, is_training: bool) -> AnySet:
-        raise NotImplementedError
+        """The images of a split."""
 
     def _load(self, split: str, is_training: bool) -> AnySet:
         data = self.load(split, is_training)
