@@ -23,13 +23,20 @@ class DeviceConfig:
 
 
 def resolve_device(name: Optional[str]) -> torch.device:
-    """The named device, or by default CUDA if there is one, else the CPU."""
+    """Give the named device, by default CUDA if there is one, else the CPU. Set the process up for it."""
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
         torch.ones(1, device=device).add_(1).item()  # a card too old for this build of torch lacks the kernel
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == 'cpu':
+        keep_freed_memory()
+    elif device.type == 'cuda':
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = True  # as in timm; convolutions use it by default
     return device
 
 
@@ -60,14 +67,3 @@ def keep_freed_memory() -> bool:
         and any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_KEPT)
         and mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
     )
-
-
-def tune_device(device: torch.device) -> None:
-    """Set the process up for many steps of equal shapes on a device."""
-    if device.type == 'cpu':
-        keep_freed_memory()
-    elif device.type == 'cuda':
-        if device.index is not None:
-            torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = True  # as in timm; convolutions use it by default

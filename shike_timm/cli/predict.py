@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..checkpoints import CONFIG_FILE
 from ..data.config import PreprocessingConfig
 from ..data.image_files import create_file_loader, find_images
-from ..devices import DeviceConfig, resolve_device, tune_device
+from ..devices import DeviceConfig, resolve_device
 from ..errors import InputError, one_line
 from ..files import check_results_file, write_whole
 from ..models.create import resolve_data_config
@@ -103,7 +103,6 @@ def _make_predictor(config: RowsConfig) -> _Predictor:
         if path.suffix == '.onnx' and path.is_file():
             return _onnx_predictor(config, path)
     device = resolve_device(config.device)
-    tune_device(device)
     trained = load_trained_model(config.model, config.checkpoint, True, config.experts)
     set_target_prior(trained, config.target_prior)
     model = trained.model.to(device).eval()

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 
-from ..checkpoints import load_checkpoint, load_weights, model_weights
+from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, load_weights, model_weights
 from ..data.config import PreprocessingConfig
 from ..errors import InputError, one_line
 from ..models import Shike
@@ -66,11 +66,25 @@ def _from_name(name: str, pretrained: bool) -> TrainedModel:
         {key: config.get(key) for key in ('exif', 'pixel_range')})
 
 
-def from_checkpoint(checkpoint: Dict[str, Any], path: str) -> TrainedModel:
-    """The trained model in a checkpoint that was read from a path."""
+def from_checkpoint(
+        checkpoint: Dict[str, Any], path: str, described: Optional[ModelConfig] = None, in_chans: int = 3,
+) -> TrainedModel:
+    """The trained model in a checkpoint that was read from a path.
+
+    If the checkpoint holds weights alone, `described` and `in_chans` describe the model, except for its classifiers.
+    """
     weights, saved = model_weights(checkpoint, path), checkpoint.get('args')
     if not isinstance(saved, argparse.Namespace) or not hasattr(saved, 'class_counts'):
-        raise InputError(f"checkpoint '{path}' does not say which model it is of: use one of shike train.")
+        if described is None:
+            raise InputError(f"checkpoint '{path}' does not say which model it is of: use one of shike train.")
+        head = weights.get('classifier.weight')
+        if 'classifier.bias' in weights:
+            described = replace(described, classifier='linear', cosine_scale=None)
+        else:
+            described = replace(described, classifier='cosine')
+        model = create_model(described, head.shape[1] if head is not None and head.ndim == 3 else 0, in_chans)
+        load_weights(model, weights, path)
+        return TrainedModel(path, model)
     # Options that an older version did not have get their defaults.
     config, preprocessing = checked(ModelConfig, vars(saved)), checked(PreprocessingConfig, vars(saved))
     if config.classifier != 'linear':  # each stage has its own scale
@@ -88,20 +102,26 @@ def load_trained_model(
         checkpoint: Optional[str] = None,
         pretrained: bool = False,
         experts: Optional[Sequence[int]] = None,
+        described: Optional[ModelConfig] = None,
+        in_chans: int = 3,
 ) -> TrainedModel:
     """Load a trained model to the CPU: by a name that `--model` takes, or from a checkpoint.
 
-    `pretrained` loads the published weights of a registered name. `experts` are those to keep.
+    `pretrained` loads the published weights of a registered name. `experts` are those to keep. `described` and
+    `in_chans` describe the model of a checkpoint that holds weights alone.
     """
     if bool(name) == bool(checkpoint):
         raise InputError('Give the model, either as --model or as --checkpoint.')
     if name and os.path.exists(name) and not is_registered(name):
-        if os.path.isfile(name):
+        path = Path(name)
+        if path.name == WEIGHTS_FILE and path.with_name(CONFIG_FILE).is_file():
+            path = path.parent
+        if path.is_file():
             name, checkpoint = None, name
         else:
-            name = f'local-dir:{find_model(name)}'
+            name = f'local-dir:{find_model(str(path))}'
     if checkpoint:
-        trained = from_checkpoint(load_checkpoint(checkpoint), checkpoint)
+        trained = from_checkpoint(load_checkpoint(checkpoint), checkpoint, described, in_chans)
     else:
         trained = _from_name(name or '', pretrained)
     if experts is not None:

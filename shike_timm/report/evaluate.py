@@ -10,7 +10,7 @@ import torch
 from ..data import create_eval_loader, load_eval_data, load_training_data
 from ..data.config import CheckConfig, EvalDataConfig, PreprocessingConfig, SourceConfig
 from ..data.dataset import AnySet
-from ..devices import DeviceConfig, tune_device
+from ..devices import DeviceConfig
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..files import check_results_file, write_text
@@ -104,7 +104,6 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     device = join_processes(config.device)
     if world_size() > 1 and (config.save_logits or config.report):
         raise InputError('--save-logits and --report need all images in one process: leave torchrun out.')
-    tune_device(device)
     trained = load_trained_model(config.model, config.checkpoint, True, config.experts)  # as timm's validate.py
     config = with_trained_options(config, trained)
     origin = 'this data' if trained.class_counts is None else 'the model'

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..checkpoints import load_checkpoint
 from ..data import create_eval_loader, load_eval_data, load_training_data
-from ..devices import DeviceConfig, resolve_device, tune_device
+from ..devices import DeviceConfig, resolve_device
 from ..errors import InputError
 from ..metrics import evaluate
 from ..models.create import resolve_data_config
@@ -48,7 +48,6 @@ def evaluate_run(
     if not checkpoints:
         raise InputError(f"'{run}' holds no checkpoint of a run: give a run folder of shike train.")
     device = resolve_device(config.device)
-    tune_device(device)
     saved: List[SavedLogits] = []
     data, cams = None, []
     for path in reversed(checkpoints):

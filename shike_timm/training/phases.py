@@ -54,8 +54,8 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
         config: Configuration of the run.
         retraining: Retrain classifiers whatever the method, for `RETRAINING_EPOCHS` by default.
     """
-    method = get_method(config.method)
-    crt_epochs = config.crt_epochs
+    lr, crt_lr = _peak_lr(config), _peak_lr(config, 'crt_')
+    method, crt_epochs = get_method(config.method), config.crt_epochs
     if crt_epochs is None:
         crt_epochs = RETRAINING_EPOCHS if retraining else method.crt_epochs
     if retraining and not crt_epochs:
@@ -65,11 +65,11 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
             f'--crt-cosine-scale {config.crt_cosine_scale:g} does not go with --classifier linear: drop one of them.')
     taught = config.kd_model_name and config.distill_loss_weight  # the logits then follow neither prior
     phases = [Phase(
-        1, config.epochs, _peak_lr(config), config.warmup_epochs, config.warmup_lr,
+        1, config.epochs, lr, config.warmup_epochs, config.warmup_lr,
         indices_only=method.indices_only(config), prior=None if taught else method.prior(config))]
     if crt_epochs:
         phases.append(Phase(
-            2, crt_epochs, _peak_lr(config, 'crt_'), config.crt_warmup_epochs, config.crt_warmup_lr,
+            2, crt_epochs, crt_lr, config.crt_warmup_epochs, config.crt_warmup_lr,
             first_row=config.epochs, prior='uniform'))
     for phase, prefix in zip(phases, ('', 'crt-')):
         if phase.warmup_epochs >= phase.epochs:
