@@ -28,7 +28,7 @@ from .script import run_script
 
 _logger = logging.getLogger(__name__)
 
-DECODING = ('pixel_range', 'exif')  # options of `create_file_loader` that a saved model keeps
+DECODING = ('pixel_range', 'exif')  # Options of `create_file_loader` that a saved model keeps.
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Predictor:
     num_experts: int
     num_classes: int
     class_names: Optional[Sequence[str]]
-    decoding: Dict[str, Any]  # the `DECODING` options
+    decoding: Dict[str, Any]  # The values of the `DECODING` options.
 
 
 def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
@@ -87,7 +87,7 @@ def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
         num_classes = run(torch.zeros(1, *data_config['input_size'])).shape[-1]
     except ImportError as error:
         raise InputError(f"'{path}' needs onnxruntime: pip install \"shike-timm[export]\".") from error
-    except Exception as error:  # a damaged file can make onnxruntime raise anything
+    except Exception as error:  # A damaged file can make onnxruntime raise anything.
         raise InputError(
             f"'{path}' and the {CONFIG_FILE} beside it cannot be used ({one_line(error)}): export the model "
             'anew.') from error
@@ -147,7 +147,7 @@ def _predict_files(
             logits = predictor.run(images.contiguous(memory_format=torch.channels_last)).float().cpu()
             found = _predictions(logits, predictor, config)
         for error, path in zip(errors, remaining):
-            name = path.encode('utf-8', 'backslashreplace').decode()  # a name may have bytes that are no text
+            name = path.encode('utf-8', 'backslashreplace').decode()  # The bytes of a file name need not be valid text.
             yield {'filename': name, 'error': None, **(dict(error=error) if error else next(found))}
 
 

@@ -59,7 +59,7 @@ def set_mixup(loader: Any, enabled: bool) -> None:
 
 def set_stream_epoch(loader: Any, epoch: int, seed: int) -> None:
     """Set the epoch of a stream and the seed of its workers, in a loader that `create_train_loader` made."""
-    loader.dataset.set_epoch(epoch)  # otherwise each epoch would have the order of the first
+    loader.dataset.set_epoch(epoch)  # Otherwise each epoch would have the order of the first.
     loader.loader.generator.manual_seed(seed)
 
 
@@ -108,7 +108,7 @@ def _create_worker_loader(
         pin_memory=device.type == 'cuda',
         # The images of a stream depend on what their worker did before, so its workers start anew.
         persistent_workers=num_workers > 0 and not data.is_stream,
-        generator=torch.Generator(),  # otherwise starting workers would draw from torch's own generator
+        generator=torch.Generator(),  # Otherwise starting workers would draw from torch's own generator.
     )
     return WorkerLoader(
         data, loader, mean=data_config['mean'], std=data_config['std'], channels=data_config['input_size'][0],

@@ -38,13 +38,13 @@ class TrainedModelConfig:
 class TrainedModel:
     """A trained model and the known facts of its training. None stands for unknown."""
 
-    name: str  # for messages
+    name: str  # Name in messages.
     model: Shike
-    class_counts: Optional[List[int]] = None  # training images of each class
-    class_names: Optional[List[str]] = None  # in label order
-    shot_counts: Optional[List[int]] = None  # images of each class that make the shot divisions
-    run_folder: Optional[str] = None  # of its training
-    options: Dict[str, Any] = field(default_factory=dict)  # of its training, for its preprocessing
+    class_counts: Optional[List[int]] = None  # Training images of each class.
+    class_names: Optional[List[str]] = None  # Class names in label order.
+    shot_counts: Optional[List[int]] = None  # Images of each class that decide its shot division.
+    run_folder: Optional[str] = None  # Run folder of the training.
+    options: Dict[str, Any] = field(default_factory=dict)  # Options of the training that concern the preprocessing.
 
 
 def _from_name(name: str, pretrained: bool) -> TrainedModel:
@@ -53,7 +53,7 @@ def _from_name(name: str, pretrained: bool) -> TrainedModel:
         model = timm.create_model(name, pretrained=saved)
         if saved and isinstance(model, Shike):
             config = read_config(name, model.pretrained_cfg.get('file'))
-    except Exception as error:  # a damaged folder can make timm, torch or safetensors raise nearly anything
+    except Exception as error:  # A damaged folder can make timm, torch or safetensors raise nearly anything.
         raise InputError(f"model '{name}' cannot be loaded: {one_line(error)}.") from error
     if not isinstance(model, Shike):
         raise InputError(f"model '{name}' is a {type(model).__name__}, expected a SHIKE model.")
@@ -87,7 +87,7 @@ def from_checkpoint(
         return TrainedModel(path, model)
     # Options that an older version did not have get their defaults.
     config, preprocessing = checked(ModelConfig, vars(saved)), checked(PreprocessingConfig, vars(saved))
-    if config.classifier != 'linear':  # each stage has its own scale
+    if config.classifier != 'linear':  # Each phase has its own scale.
         config = replace(config, cosine_scale=getattr(saved, 'classifier_scale', None))
     model = create_model(config, len(saved.class_counts), preprocessing.channels)
     load_weights(model, weights, path)

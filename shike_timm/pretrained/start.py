@@ -30,16 +30,16 @@ def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optio
             f"--initial-checkpoint '{name}' does not exist: give a file, a run folder, local-dir:FOLDER or "
             'hf-hub:USER/NAME.')
     trained = load_trained_model(name, pretrained=True, described=config, in_chans=preprocessing.channels)
-    if not trained.options:  # a checkpoint of weights alone
+    if not trained.options:  # The checkpoint holds weights alone.
         return trained
     own = checked(PreprocessingConfig, trained.options)
     options = dict(vars(own), **resolve_data_config(own, trained.model), img_size=None, in_chans=None)
-    del options['crop_mode']  # there is no such option
+    del options['crop_mode']  # There is no such option.
     if preprocessing.img_size or preprocessing.input_size or preprocessing.in_chans:
         options['input_size'] = None
     fusion = trained.model.fusion
     if fusion != 'none':
-        options['fusion_type'] = fusion  # the weights do not show it
+        options['fusion_type'] = fusion  # The weights do not show the type of fusion.
         if config.fusion_type not in (None, fusion):
             raise InputError(
                 f"--fusion-type {config.fusion_type} differs from that of '{name}', {fusion}: leave it out.")

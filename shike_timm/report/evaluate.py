@@ -104,12 +104,13 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     device = join_processes(config.device)
     if world_size() > 1 and (config.save_logits or config.report):
         raise InputError('--save-logits and --report need all images in one process: leave torchrun out.')
-    trained = load_trained_model(config.model, config.checkpoint, True, config.experts)  # as timm's validate.py
+    # timm's validate.py loads the published weights too.
+    trained = load_trained_model(config.model, config.checkpoint, True, config.experts)
     config = with_trained_options(config, trained)
     origin = 'this data' if trained.class_counts is None else 'the model'
     model, split = trained.model, _load_split(config, trained)
     names, counts = trained.class_names, trained.class_counts
-    assert counts is not None  # _load_split sets them
+    assert counts is not None  # `_load_split` has set them.
     shot_counts = trained.shot_counts or counts
     set_target_prior(trained, config.target_prior)
     data_config = resolve_data_config(config, model)
@@ -139,13 +140,13 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
             images = next(iter(loader))[0].contiguous(memory_format=torch.channels_last)
             add_costs(metrics['subsets'], model, images, passes)
             print(f"\n{format_subsets(metrics['subsets'])}")
-    finally:  # the metrics are kept if costs cannot be measured
+    finally:  # The metrics are kept if costs cannot be measured.
         if config.results_file:
             write_text(config.results_file, json.dumps(metrics, indent=2) + '\n')
     if kept:
         run, name = trained.run_folder, Path(config.checkpoint).stem if config.checkpoint else str(config.model)
         fields: Dict[str, Any] = dict(name=name)
-        if run and Path(run, 'summary.csv').exists():  # a model folder may lie anywhere
+        if run and Path(run, 'summary.csv').exists():  # A model folder may lie anywhere.
             fields = dict(name=Path(run).name, run=Path(run))
         costs = metrics.get('subsets') or count_gmacs(model, next(iter(loader))[0][:1], passes)
         saved = collect(trained, split, kept, config, costs=costs, **fields)

@@ -53,11 +53,11 @@ def evaluate_run(
     for path in reversed(checkpoints):
         trained = load_trained_model(checkpoint=str(path))
         model, names = trained.model.to(device), trained.class_names
-        assert trained.class_counts is not None  # every checkpoint of a run has them
+        assert trained.class_counts is not None  # Every checkpoint of a run has them.
         given = dict(data_dir=config.data_dir) if config.data_dir else {}
         run_config = replace(saved_config(load_checkpoint(path), path, given), **given)
         loading = run_config.workers, run_config.batch_size, run_config.seed
-        if data is None and (run_config.holdout or run_config.val_per_class):  # not the test split
+        if data is None and (run_config.holdout or run_config.val_per_class):  # This is not the test split.
             data = load_training_data(run_config, names, trained.run_folder, *loading).test
         elif data is None:
             data = load_eval_data(run_config, names, model.in_chans, trained.run_folder, *loading)

@@ -22,7 +22,7 @@ def run_folder(config: TrainConfig) -> Optional[str]:
         return None
     if config.resume:
         path = os.path.abspath(config.resume)
-        # RUN, or RUN/stage_one/last.pth.tar
+        # The path is RUN or RUN/stage_one/last.pth.tar.
         return os.path.dirname(os.path.dirname(path)) if os.path.isfile(path) else path
     if not config.experiment:
         raise InputError('--resume without a path needs --experiment NAME, the run folder to go on with.')
