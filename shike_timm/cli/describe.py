@@ -32,7 +32,7 @@ class DescribeConfig(DataConfig, ShotConfig, HparamsConfig):
     class_stats: Optional[str] = option(
         None, "JSON file to write the training images of each class to, in timm's format", 'FILE')
     perceptual: Optional[bool] = option(
-        None, 'also find images that look alike, by perceptual hashes; by default where the package imagehash is '
+        None, 'also find images that look alike, by perceptual hashes. This is the default if the package imagehash is '
         'installed')
     workers: int = option(4, 'processes that read images', low=0, flags=('-j',))
 

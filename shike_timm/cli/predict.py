@@ -38,12 +38,12 @@ class PredictionConfig:
     inputs: List[str] = option(
         None, "image files, folders, patterns such as 'x/**/*.png', or - for a list of them on standard input",
         'INPUT', nargs='+', positional=True, required=True)
-    topk: int = option(1, 'how many classes to write for each image, 0 for all', low=0)
+    topk: int = option(1, 'number of classes to write for each image. 0 writes all', low=0)
     output_type: str = option(
         'prob', 'what to write for each class: its probability or its logit', choices=('prob', 'logit'))
     include_index: bool = option(False, 'also write the indices of the classes')
     per_expert: bool = option(False, 'also write the prediction of each expert')
-    batch_size: int = option(256, 'images a batch', low=1, flags=('-b',))
+    batch_size: int = option(256, 'images in a batch', low=1, flags=('-b',))
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class RowsConfig(TrainedModelConfig, PredictionConfig, PreprocessingConfig, Devi
 class PredictConfig(RowsConfig):
     """Output."""
 
-    results_file: Optional[str] = option(None, 'file to write, standard output by default', 'FILE')
-    results_format: str = option('csv', 'csv, or jsonl: a JSON object a line', choices=('csv', 'jsonl'))
+    results_file: Optional[str] = option(None, 'file to write. By default standard output', 'FILE')
+    results_format: str = option('csv', 'csv, or jsonl with a JSON object on each line', choices=('csv', 'jsonl'))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The frame of every command: logging, errors of one sentence, exit status."""
+"""Runs every command: logging, errors as one sentence, exit status."""
 import logging
 import sys
 import time

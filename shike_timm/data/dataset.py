@@ -25,7 +25,7 @@ MAX_UNREADABLE = 0.01  # This share of a set's images may turn out to be unreada
 
 
 class Names(Sequence):
-    """Names kept as one array of bytes. Worker processes share it, and millions of names are not Python objects."""
+    """Names kept as one array of bytes. Worker processes share it. Millions of names need no Python objects."""
 
     def __init__(self, names: Iterable[str]):
         encoded = [os.fsencode(name) for name in names]
@@ -48,7 +48,7 @@ def name_hashes(names: Sequence[str]) -> np.ndarray:
 
 
 class ImageSource(ABC):
-    """Where images are kept, one a row.
+    """Images in a folder, an archive or a data set, one in each row.
 
     Attributes:
         root: The folder, archive or data set that they are in.
@@ -65,7 +65,7 @@ class ImageSource(ABC):
         """The image of a row, which need not be decoded yet."""
 
     def stamp(self, row: int) -> str:
-        """Text that changes when the image of a row changes. By default images do not change."""
+        """Text that changes when the image of a row changes. By default it never changes."""
         return f'{self.root}|{row}'
 
 

@@ -1,4 +1,4 @@
-"""Reading every image of a set: before training, to describe a data set, and to predict."""
+"""Reads every image of a set: before training, for `shike describe` and for `shike predict`."""
 import hashlib
 import io
 import json
@@ -31,7 +31,7 @@ MAX_BITS = 3  # Two images look alike if at most this many of their 64 hash bits
 
 @dataclass(eq=False)
 class ImageReader(Dataset):
-    """Opens images. Each item is what `use` makes of an image, None if it cannot be read, and what is wrong then."""
+    """Opens images. Each item is the result of `use` and None, or None and the fault if the image cannot be read."""
 
     open_image: Callable[[Any], Image.Image]
     use: Callable[[Image.Image], Any]
@@ -85,7 +85,7 @@ def _stamp(data: ImageSet, index: int) -> str:
 
 
 def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
-    """What is wrong with each unreadable image, by its index. Images that were read before are not read again."""
+    """The fault of each unreadable image, by its index. Images that were read before are not read again."""
     stamps = [_stamp(data, index) for index in range(len(data))]
     path = _memory(data)
     known: Dict[str, Any] = {}
@@ -116,7 +116,7 @@ def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
 
 
 def exclude_unreadable(data: ImageSet, workers: int = 0) -> ImageSet:
-    """A set without its unreadable images, which are named in warnings. Each class must keep an image."""
+    """A set without its unreadable images. Warnings name them. Each class must keep an image."""
     faults = find_unreadable(data, workers)
     if not faults:
         return data
@@ -138,7 +138,7 @@ def exclude_unreadable(data: ImageSet, workers: int = 0) -> ImageSet:
 
 @dataclass
 class Inspected:
-    """What an image is.
+    """The facts of an image.
 
     Attributes:
         name: Its path, or its index if it has none.
@@ -190,7 +190,7 @@ def _inspect(perceptual: bool, image: Image.Image) -> Inspected:
 
 
 def inspect_images(data: AnySet, workers: int = 0, perceptual: bool = False) -> List[Inspected]:
-    """What each image of a set is, in order. Perceptual hashes need the package imagehash."""
+    """The facts of each image of a set, in order. Perceptual hashes need the package imagehash."""
     found, inspect = [], partial(_inspect, perceptual)
     if isinstance(data, StreamSet):
         for index, (image, target) in enumerate(data):

@@ -60,7 +60,7 @@ class TrainingData:
             write_split_lists(folder, train, test)
 
     def describe(self) -> str:
-        """A line that tells what was found."""
+        """One line about the data that was found."""
         counts, names = self.class_counts, self.class_names
         largest, smallest = max(counts), min(counts)
         line = (

@@ -72,7 +72,7 @@ def _collate_readable(channels: int, batch: List[Optional[Tuple[Any, int]]]) -> 
 
 
 def _is_on_device(data: AnySet, device_data: Optional[bool], why_not: Optional[str]) -> bool:
-    """Whether the data lies on the device, as asked for, or else if nothing speaks against it."""
+    """Whether the data lies on the device: as the option says, or by default if that is possible."""
     if data.is_stream and world_size() > 1:
         raise InputError('A stream of images cannot be shared out among processes exactly: use files, or one process.')
     if device_data and why_not:
@@ -153,7 +153,7 @@ def create_train_loader(
     """Loader over a training set. Each process has its share; batches that not all processes have are dropped.
 
     Small sets in memory lie on the device as one tensor and are augmented there. Others go through timm's loader and
-    its workers. Either way the images of an epoch depend only on the seed that `loader.sampler.set_epoch` or
+    its workers. In both cases the images of an epoch depend only on the seed that `loader.sampler.set_epoch` or
     `set_stream_epoch` is given, or that torch's generator gives at the start of the epoch, and on its first step. From
     a later step on the same images come, but on the device with another augmentation. `why_not_mixed` says why labels
     must be class indices, if they must.

@@ -23,15 +23,15 @@ class TrainedModelConfig:
     """Trained model."""
 
     model: Optional[str] = option(
-        None, 'run folder, model folder, checkpoint, hf-hub:USER/NAME or a registered name; for predict also an '
-        'exported ONNX file')
+        None, 'run folder, model folder, checkpoint, hf-hub:USER/NAME or a registered name. shike predict also takes '
+        'an exported ONNX file')
     pretrained: bool = option(
-        False, "load the published weights of a registered name; eval and predict always do")
+        False, "load the published weights of a registered name. shike eval and shike predict always do")
     checkpoint: Optional[str] = option(None, 'checkpoint of shike train, in place of --model', 'FILE')
     experts: Optional[List[int]] = option(None, 'experts to keep, counted from 0', nargs='+')
     target_prior: Optional[str] = option(
         None, 'class frequencies that the logits are to stand for: uniform, train (those of the training set), or a '
-        "JSON file with one number for each class; the model's own by default", 'uniform|train|FILE')
+        "JSON file with one number for each class. By default the model's own", 'uniform|train|FILE')
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The card of a published model. Every number on it comes from the files of its run."""
+"""The card of a published model. Every number on the card comes from the files of the run."""
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional

@@ -36,7 +36,7 @@ class PublishConfig:
         None, 'folder that shike report wrote of the model; two of its figures and the table of classes go along with '
         'the card; RUN/report by default, if it exists', 'DIR')
     license: Optional[str] = option(
-        None, "license on the card, such as mit; by default that of the backbone's weights", 'ID')
+        None, "license on the card, such as mit. By default that of the backbone's weights", 'ID')
 
 
 def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The numbers of a report, computed from saved logits."""
+"""Computes the numbers of a report from saved logits."""
 from collections import Counter
 from functools import cached_property
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple

@@ -1,4 +1,4 @@
-"""The work of `shike eval`: evaluate a trained model, print tables, write files and a report."""
+"""Evaluates a trained model, prints tables, and writes files and a report. `shike eval` calls it."""
 import json
 import logging
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class EvaluationConfig:
 
     expert_subsets: bool = option(False, 'also measure accuracy and cost of every subset of the experts')
     flip: bool = option(False, 'average the logits with those of the mirrored images, at twice the cost')
-    batch_size: int = option(256, 'images of a batch', low=1, flags=('-b',))
+    batch_size: int = option(256, 'images in a batch', low=1, flags=('-b',))
     results_file: Optional[str] = option(None, 'JSON file to write the metrics to', 'FILE')
     save_logits: Optional[str] = option(
         None, 'npz file to write the logits of each expert to, with targets, paths and classes', 'FILE')
@@ -85,7 +85,7 @@ def _load_split(config: EvalConfig, trained: TrainedModel) -> AnySet:
 
 
 def _log_long_tail(metrics: Dict[str, Any]) -> None:
-    """Advise on --target-prior if the evaluation set is long-tailed."""
+    """Suggest --target-prior if the evaluation set is long-tailed."""
     sizes = [size for size in metrics['per_class']['total'] if size]
     if max(sizes) > 2 * min(sizes):
         _logger.info(

@@ -1,4 +1,4 @@
-"""The work of `shike report`: a report of runs and files of saved logits."""
+"""Makes a report of runs and of files with saved logits. `shike report` calls it."""
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -30,7 +30,7 @@ class ReportOutputConfig:
         required=True, positional=True)
     output: str = option('report', 'folder to write report.html, its figures and the table of the classes to', 'DIR')
     data_dir: Optional[str] = option(None, 'folder of the data, if it has moved since the runs', 'DIR')
-    batch_size: int = option(256, 'images of a batch', low=1, flags=('-b',))
+    batch_size: int = option(256, 'images in a batch', low=1, flags=('-b',))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ RETRAINING_EPOCHS = 20
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """What a training task is made of."""
+    """The parts of a training task."""
 
     config: TaskConfig
     model: Shike
@@ -44,11 +44,11 @@ class TaskInputs:
 
 @dataclass(frozen=True)
 class Method:
-    """What stage one trains with. Classifier retraining can follow any method."""
+    """How stage one trains. Classifier retraining can follow any method."""
 
     make_task: Callable[[TaskInputs], ExpertTask]
     crt_epochs: int = 0  # Epochs of classifier retraining, if --crt-epochs is not given.
-    # Says why targets must be class indices and what to do about it. None if targets may be mixed.
+    # Says why targets must be class indices, and what to do. None if targets may be mixed.
     indices_only: Callable[[TaskConfig], Optional[str]] = lambda config: None
     # Gives the class prior that the logits follow without a teacher: 'train', 'uniform', or None for another one.
     prior: Callable[[TaskConfig], Optional[str]] = lambda config: None

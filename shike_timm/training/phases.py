@@ -20,17 +20,17 @@ class Phase:
     warmup_epochs: int = 0
     warmup_lr: float = 1e-5
     first_row: int = 0  # Row of the summary for the first epoch.
-    indices_only: Optional[str] = None  # Why targets must be class indices and what to do about it.
+    indices_only: Optional[str] = None  # Why targets must be class indices, and what to do.
     prior: Optional[str] = None  # Class prior that the logits follow, for `Shike.set_training_prior`.
 
     @property
     def name(self) -> str:
-        """The name in files."""
+        """The name of the phase in files."""
         return PHASES[self.number - 1]
 
     @property
     def title(self) -> str:
-        """The name in logs."""
+        """The name of the phase in logs."""
         return self.name.replace('_', ' ')
 
     @property

@@ -1,4 +1,4 @@
-"""Your own images, in a folder, an archive or on lists: which files are images, their splits and their classes."""
+"""Your own images, in a folder, an archive or on lists: finds the images, their splits and their classes."""
 import os
 from collections import Counter
 from functools import cached_property

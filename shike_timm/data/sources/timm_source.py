@@ -1,4 +1,4 @@
-"""What the data sets of `timm.data.create_dataset` have in common."""
+"""The common part of the data sets of `timm.data.create_dataset`."""
 import re
 from abc import abstractmethod
 from typing import Any, Optional, Sequence
