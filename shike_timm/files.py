@@ -36,7 +36,7 @@ def write_whole(path: Union[str, Path], mode: str = 'w') -> Iterator[IO[Any]]:
         if replaced:
             os.replace(opened, target)
     except OSError as error:
-        if error.filename is None:  # a full disk does not say what was written
+        if error.filename is None:  # The error of a full disk does not name the file.
             error.filename = str(path)
         raise
     finally:

@@ -1,4 +1,4 @@
-"""The work of `shike eval`: evaluate a trained model, print tables, write files and a report."""
+"""Evaluates a trained model, prints tables, and writes files and a report. `shike eval` calls it."""
 import json
 import logging
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from ..data import create_eval_loader, load_eval_data, load_training_data
 from ..data.config import CheckConfig, EvalDataConfig, PreprocessingConfig, SourceConfig
 from ..data.dataset import AnySet
-from ..devices import DeviceConfig, tune_device
+from ..devices import DeviceConfig
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..files import check_results_file, write_text
@@ -37,7 +37,7 @@ class EvaluationConfig:
 
     expert_subsets: bool = option(False, 'also measure accuracy and cost of every subset of the experts')
     flip: bool = option(False, 'average the logits with those of the mirrored images, at twice the cost')
-    batch_size: int = option(256, 'images of a batch', low=1, flags=('-b',))
+    batch_size: int = option(256, 'images in a batch', low=1, flags=('-b',))
     results_file: Optional[str] = option(None, 'JSON file to write the metrics to', 'FILE')
     save_logits: Optional[str] = option(
         None, 'npz file to write the logits of each expert to, with targets, paths and classes', 'FILE')
@@ -85,7 +85,7 @@ def _load_split(config: EvalConfig, trained: TrainedModel) -> AnySet:
 
 
 def _log_long_tail(metrics: Dict[str, Any]) -> None:
-    """Advise on --target-prior if the evaluation set is long-tailed."""
+    """Suggest --target-prior if the evaluation set is long-tailed."""
     sizes = [size for size in metrics['per_class']['total'] if size]
     if max(sizes) > 2 * min(sizes):
         _logger.info(
@@ -104,13 +104,13 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     device = join_processes(config.device)
     if world_size() > 1 and (config.save_logits or config.report):
         raise InputError('--save-logits and --report need all images in one process: leave torchrun out.')
-    tune_device(device)
-    trained = load_trained_model(config.model, config.checkpoint, True, config.experts)  # as timm's validate.py
+    # timm's validate.py loads the published weights too.
+    trained = load_trained_model(config.model, config.checkpoint, True, config.experts)
     config = with_trained_options(config, trained)
     origin = 'this data' if trained.class_counts is None else 'the model'
     model, split = trained.model, _load_split(config, trained)
     names, counts = trained.class_names, trained.class_counts
-    assert counts is not None  # _load_split sets them
+    assert counts is not None  # `_load_split` has set them.
     shot_counts = trained.shot_counts or counts
     set_target_prior(trained, config.target_prior)
     data_config = resolve_data_config(config, model)
@@ -140,13 +140,13 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
             images = next(iter(loader))[0].contiguous(memory_format=torch.channels_last)
             add_costs(metrics['subsets'], model, images, passes)
             print(f"\n{format_subsets(metrics['subsets'])}")
-    finally:  # the metrics are kept if costs cannot be measured
+    finally:  # The metrics are kept if costs cannot be measured.
         if config.results_file:
             write_text(config.results_file, json.dumps(metrics, indent=2) + '\n')
     if kept:
         run, name = trained.run_folder, Path(config.checkpoint).stem if config.checkpoint else str(config.model)
         fields: Dict[str, Any] = dict(name=name)
-        if run and Path(run, 'summary.csv').exists():  # a model folder may lie anywhere
+        if run and Path(run, 'summary.csv').exists():  # A model folder may lie anywhere.
             fields = dict(name=Path(run).name, run=Path(run))
         costs = metrics.get('subsets') or count_gmacs(model, next(iter(loader))[0][:1], passes)
         saved = collect(trained, split, kept, config, costs=costs, **fields)

@@ -11,7 +11,7 @@ from ..files import write_text
 from .config import RunConfig
 
 LOCK = '.lock'
-NOT_SAVED = ('hparams', 'resume', 'checkpoint')  # options that name files of one start of a run
+NOT_SAVED = ('hparams', 'resume', 'checkpoint')  # These options name files for one start of a run.
 
 
 def check_folder(folder: Path, resumed: bool) -> None:
@@ -35,7 +35,7 @@ def claim_folder(folder: Path, config: RunConfig, resumed: bool) -> FileLock:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
-        if not resumed and (folder / 'args.yaml').exists():  # another process began a run meanwhile
+        if not resumed and (folder / 'args.yaml').exists():  # Another process may have begun a run meanwhile.
             raise _taken(folder)
         (folder / LOCK).write_text(f'process {os.getpid()} on {socket.gethostname()}')
         values = {key: value for key, value in vars(config).items() if key not in NOT_SAVED}
