@@ -33,7 +33,7 @@ from ..models import Shike
 from ..pretrained.folder import export_model
 from .build import create_optimizer, create_schedule, resolve_autocast
 from .config import RunConfig, StepConfig
-from .folder import check_folder, claim_folder
+from .folder import check_folder, claim_folder, read_metrics
 from .methods import TaskInputs, create_task
 from .phases import Phase
 from .progress import progress_bar, read_columns, read_seconds
@@ -143,7 +143,7 @@ class Trainer:
         self.start(self.phases[0])  # a wrong option shows here, before there is a folder
         on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
-        metrics = json.loads(path.read_text()) if path.exists() else {}
+        metrics = read_metrics(self.folder)
         num_steps = sum(phase.epochs for phase in self.phases) * len(self.train_loader)
         with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
               progress_bar(num_steps) as self.progress, self._own_folder(resumed)):
