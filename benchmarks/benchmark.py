@@ -26,7 +26,7 @@ from shike_timm.costs import count_flops, rates_by_turns  # noqa: E402
 from shike_timm.data import TrainingData, find_dataset  # noqa: E402
 from shike_timm.data.dataset import in_memory_set  # noqa: E402
 from shike_timm.data.device_loader import DeviceLoader  # noqa: E402
-from shike_timm.devices import resolve_device, tune_device  # noqa: E402
+from shike_timm.devices import resolve_device  # noqa: E402
 from shike_timm.errors import InputError, one_line  # noqa: E402
 from shike_timm.files import check_results_file, write_text  # noqa: E402
 from shike_timm.models import Shike  # noqa: E402
@@ -251,7 +251,6 @@ def benchmark(config: BenchmarkConfig) -> Dict[str, Any]:
     if config.bench == 'memory':
         return count_memory(config)
     device = resolve_device(config.device)
-    tune_device(device)
     check_compiler(config.torchcompile, config.torchcompile_mode, device)
     dtype = resolve_autocast(config, device) or torch.float32
     contestants = []

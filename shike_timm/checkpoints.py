@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import DamagedError, InputError, one_line
 
-WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'  # of a model folder in timm's local-dir format
+WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'  # Files of a model folder in timm's local-dir format.
 
 _AUTHORS_LAYOUT = re.compile(r'(module\.)?(layer3s|shallow_exps|rt_classifiers|classifiers)\.')
 
@@ -31,12 +31,12 @@ class StageSaver(CheckpointSaver):
         self.done: Dict[str, Any] = {}
 
     def _replace(self, src: str, dst: str) -> None:
-        os.replace(src, dst)  # timm removes dst first: for a moment there is no `last`
+        os.replace(src, dst)  # timm removes dst first, so for a moment there would be no `last`.
 
     def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
         try:
             super()._save(save_path, epoch, metric)
-        except (OSError, RuntimeError) as error:  # torch's error on a full disk is a RuntimeError
+        except (OSError, RuntimeError) as error:  # On a full disk torch raises a RuntimeError.
             Path(save_path).unlink(missing_ok=True)
             raise OSError(
                 f"checkpoint '{save_path}' cannot be written ({one_line(error)}): free some space.") from error
@@ -48,7 +48,8 @@ class StageSaver(CheckpointSaver):
         """Save a whole epoch, also as `model_best` if its value of the metric is the best so far."""
         if value is not None and (self.best_metric is None or self.cmp(value, self.best_metric)):
             self.best_epoch, self.best_metric = epoch, value
-            # Before `last`, which records it: if the run ends in between, the epoch is repeated and saved again.
+            # The best one is saved first. If the run ends before `last` is saved, the epoch is repeated and saved
+            # again.
             self._save_as('model_best', epoch)
         self.save_checkpoint(epoch)
 
@@ -76,9 +77,9 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         if path.suffix == '.safetensors':
             return {'state_dict': safetensors.torch.load_file(path)}
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch warns of files that are refused below
+            warnings.simplefilter('ignore')  # torch warns of some files that are refused below.
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # a damaged file can make the unpickler raise nearly anything
+    except Exception as error:  # A damaged file can make the unpickler raise nearly anything.
         with path.open('rb') as file:
             bare_pickle = file.read(1) == pickle.PROTO
         if isinstance(error, pickle.UnpicklingError) and (bare_pickle or 'GLOBAL' in str(error)):

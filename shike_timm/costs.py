@@ -47,7 +47,8 @@ def inference_costs(
     A turn of a model takes about `seconds_per_turn`, but at least one batch. The median turn counts.
     """
     steps = [partial(model, images) for model in models.values()]
-    flops = [count_flops(step) for step in steps]  # also the first call, which is slow and not timed
+    # This is also the first call of each step. It is slow, so it is not timed.
+    flops = [count_flops(step) for step in steps]
     turns = {step: max(round(seconds_per_turn / seconds_per_call(step, images.device, 1)), 1) for step in steps}
     rates = rates_by_turns(turns, images.device, num_rounds)
     return {

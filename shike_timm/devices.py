@@ -9,8 +9,8 @@ import torch
 from .errors import InputError
 from .options import option
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGEST_KEPT = (2 ** 30, 2 ** 25)  # bytes; older releases of glibc take at most the second
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # These are constants of glibc's malloc.h.
+LARGEST_KEPT = (2 ** 30, 2 ** 25)  # Bytes. Older releases of glibc take at most the second value.
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,20 @@ class DeviceConfig:
 
 
 def resolve_device(name: Optional[str]) -> torch.device:
-    """The named device, or by default CUDA if there is one, else the CPU."""
+    """Give the named device, by default CUDA if there is one, else the CPU. Set the process up for it."""
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
-        torch.ones(1, device=device).add_(1).item()  # a card too old for this build of torch lacks the kernel
+        torch.ones(1, device=device).add_(1).item()  # On a GPU that is too old for this build of torch this fails.
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == 'cpu':
+        keep_freed_memory()
+    elif device.type == 'cuda':
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = True  # timm does the same. Convolutions use TF32 by default.
     return device
 
 
@@ -42,7 +49,7 @@ def computes_bfloat16(device: torch.device) -> bool:
     if hasattr(torch.cpu, 'get_capabilities'):
         capabilities = torch.cpu.get_capabilities()
         return capabilities.get('avx512_bf16', False) or capabilities.get('amx_tile', False)
-    # Older releases of torch have nothing public.
+    # Older releases of torch have no public function for this.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -60,14 +67,3 @@ def keep_freed_memory() -> bool:
         and any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_KEPT)
         and mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
     )
-
-
-def tune_device(device: torch.device) -> None:
-    """Set the process up for many steps of equal shapes on a device."""
-    if device.type == 'cpu':
-        keep_freed_memory()
-    elif device.type == 'cuda':
-        if device.index is not None:
-            torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = True  # as in timm; convolutions use it by default

@@ -41,12 +41,12 @@ def join_processes(name: Optional[str]) -> torch.device:
     if number:
         logging.getLogger().setLevel(logging.CRITICAL)
     elif not dist.is_initialized() and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-        # The store of torchrun keeps addresses of dead processes, and new processes may use them.
+        # torchrun's store keeps addresses of dead processes. New processes may then connect to those.
         if os.environ['TORCHELASTIC_MAX_RESTARTS'] != '0':
             _logger.warning(
                 'torchrun restarts processes reliably only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: set it.')
     if not dist.is_initialized():
-        # gloo carries numbers and objects of the host, so that no GPU has to be waited for.
+        # gloo carries numbers and objects of the host. So no process waits for a GPU.
         backend = 'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo'
         try:
             init_distributed_device(argparse.Namespace(device=kind, dist_backend=backend))

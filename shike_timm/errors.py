@@ -2,7 +2,7 @@
 import difflib
 from typing import Iterable, Union
 
-LONGEST = 300  # characters of another library's message, which may list every parameter
+LONGEST = 300  # Longest text taken from another library's message, in characters. Some messages list every parameter.
 
 
 class InputError(ValueError):

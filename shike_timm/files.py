@@ -9,13 +9,13 @@ from typing import IO, Any, Dict, Iterator, Optional, Union
 
 from .errors import InputError, one_line
 
-_numbers = itertools.count()  # of temporary files
+_numbers = itertools.count()  # Numbers of temporary files.
 
 
 def read_json(path: Union[str, Path]) -> Dict[str, Any]:
     """The names and values in a JSON file. Whatever is wrong with the file is an InputError."""
     try:
-        if not os.path.isfile(path):  # a pipe would make its reader wait
+        if not os.path.isfile(path):  # A pipe would make its reader wait.
             raise FileNotFoundError('there is no such file')
         values = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as error:

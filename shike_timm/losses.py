@@ -65,7 +65,7 @@ def mutual_distillation(logits: Tensor) -> Tensor:
     """
     num_experts = logits.shape[1]
     log_prob = _log_softmax(_widen(logits))
-    gap = log_prob - log_prob[:, :1]  # relative to one expert, so that equal experts give exactly zero
+    gap = log_prob - log_prob[:, :1]  # The difference from one expert makes the loss of equal experts exactly zero.
     gap = gap - gap.mean(1, keepdim=True)
     return num_experts * (log_prob.exp() * gap).sum((1, 2)).mean()
 
@@ -91,10 +91,10 @@ def dynamic_knowledge_transfer(logits: Tensor, target: Tensor, detach_teacher: b
     if target.shape != (batch_size,):
         raise ValueError(f'Expected target as class indices of shape ({batch_size},), got {tuple(target.shape)}.')
     index = torch.arange(num_classes - 1, device=logits.device).expand(batch_size, -1)
-    index = index + (index >= target[:, None])  # the C - 1 classes other than the target
+    index = index + (index >= target[:, None])  # These are the C - 1 classes other than the target.
     logits = _widen(logits).gather(2, index[:, None].expand(-1, num_experts, -1))
 
-    mean = (logits / num_experts).sum(1)  # Eq. 5, divided first so that no finite logits overflow
+    mean = (logits / num_experts).sum(1)  # Eq. 5. The division comes first so that no finite logits overflow.
     hardest = mean.argmax(1, keepdim=True)
     teacher = logits.amax(1).scatter(1, hardest, mean.gather(1, hardest))
     if detach_teacher:
@@ -163,7 +163,7 @@ def focal(logits: Tensor, target: Tensor, gamma: float = 2., smoothing: float = 
         smoothing: As for `expert_cross_entropy`.
     """
     log_prob = _log_softmax(_widen(logits))
-    # 1 - p without cancellation, and not 0, where a power below 1 has no finite slope.
+    # This is 1 - p without cancellation. It is kept above 0, where a power below 1 has no finite slope.
     rest = -torch.expm1(log_prob)
     return -_expected(rest.clamp(min=torch.finfo(rest.dtype).tiny) ** gamma * log_prob, target, smoothing)
 

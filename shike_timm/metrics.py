@@ -16,8 +16,8 @@ from .options import option
 
 SHOTS = ('many', 'medium', 'few')
 METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
-MOST_EXPERTS = 4  # with more experts, reports do not try every subset
-NUM_BINS = 15  # of the calibration error
+MOST_EXPERTS = 4  # With more experts reports do not try every subset.
+NUM_BINS = 15  # Bins of the calibration error.
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class ExpertEvaluator(ClassificationEvaluator):
         self.top5 = torch.zeros_like(self.top1)
         dtype = torch.float32 if self.device.type == 'mps' else torch.float64
         self.loss_sum = torch.zeros(num_classes, num_outputs, dtype=dtype, device=self.device)
-        # For each bin the sum of confidence minus correct answers. A confidence of exactly 1 has its own bin.
+        # Each bin holds the sum of confidences minus the number of correct answers. A confidence of exactly 1 has its
+        # own bin.
         self.overconfidence = torch.zeros(NUM_BINS + 1, num_outputs, dtype=dtype, device=self.device)
 
     @torch.no_grad()
@@ -195,7 +196,7 @@ def evaluate(
     evaluator = ExpertEvaluator(model.num_experts, divisions, device, subsets=subsets)
     for images, target in loader:
         if not len(target):
-            continue  # no image of the batch could be read
+            continue  # No image of the batch could be read.
         # The same weights must give the same metrics, so the layout is always the same.
         images = images.contiguous(memory_format=torch.channels_last)
         logits = model.forward_experts(images)

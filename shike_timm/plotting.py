@@ -55,9 +55,9 @@ def draw(function: Callable[..., Figure], *args: Any) -> Tuple[Figure, Optional[
 def save(figure: Figure, stem: Path) -> str:
     """Write a figure as STEM.svg and STEM.png. Returns the SVG in the colours of the page."""
     with matplotlib.rc_context({**STYLE, 'svg.hashsalt': stem.name}), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')  # PNGs lack letters of other scripts, SVGs hold text
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # PNGs lack letters of other scripts. SVGs hold text.
         figure.savefig(f'{stem}.png')
-        figure.set_layout_engine('none')  # the layout is done
+        figure.set_layout_engine('none')  # The layout is done already.
         figure.savefig(f'{stem}.svg', metadata={'Date': None})
     text = Path(f'{stem}.svg').read_text(encoding='utf-8')
     return text[text.index('<svg'):].replace(INK, 'currentColor').replace(PAPER, 'none')

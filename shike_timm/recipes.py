@@ -9,7 +9,7 @@ from .errors import InputError, nearest, one_line
 
 _INSTALLED = Path(__file__).with_name('hparams')
 RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / 'hparams'  # else those of a clone
-MOST_VALUES = 10_000  # of a file
+MOST_VALUES = 10_000  # Values in a file.
 
 
 def _find(name: str, folder: str = '') -> str:
@@ -36,7 +36,7 @@ def read_yaml(path: str) -> Dict[Any, Any]:
         raise InputError(f"hparams file '{path}' does not exist{nearest(path, recipes)}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"hparams file '{path}' cannot be read: {error}.") from error
-    except Exception as error:  # PyYAML also raises KeyError, IndexError, RecursionError and others
+    except Exception as error:  # PyYAML also raises KeyError, IndexError, RecursionError and others.
         mark = getattr(error, 'problem_mark', None)
         line = f' at line {mark.line + 1}' if mark else ''
         problem = one_line(getattr(error, 'problem', None) or error)
@@ -67,6 +67,6 @@ def read_hparams(name: str) -> Dict[str, Dict[Any, Any]]:
         if base is not None and not (isinstance(base, str) and base):
             raise InputError(f"hparams file '{path}': 'base' is {base!r}, expected the path of another hparams file.")
         path = _find(base, os.path.dirname(path)) if base else ''
-        if os.path.exists(path) and not os.path.isfile(path):  # the user named the first one, which may be a pipe
+        if os.path.exists(path) and not os.path.isfile(path):  # The first one may be a pipe of the user.
             raise InputError(f"hparams file '{path}' is not a file: name another as 'base'.")
     return dict(reversed(chain.items()))

@@ -72,7 +72,6 @@ def fake_cuda(monkeypatch):
     """As if there were a GPU, in the test."""
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: True)
-    monkeypatch.setattr(runs, 'tune_device', lambda device: None)
     monkeypatch.setattr(nn.Module, '_apply', apply)
     host_generator = torch.Generator
     monkeypatch.setattr(torch, 'Generator', lambda device=None: host_generator())  # timm's average makes one of its own

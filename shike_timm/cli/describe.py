@@ -21,7 +21,7 @@ from ..metrics import ShotConfig, shot_divisions
 from ..options import HparamsConfig, checked, option, parse
 from .script import run_script
 
-MAX_LISTED = 10  # lines of a kind in the text; the JSON has all
+MAX_LISTED = 10  # Longest list in the text. The JSON lists all.
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,15 @@ class DescribeConfig(DataConfig, ShotConfig, HparamsConfig):
     class_stats: Optional[str] = option(
         None, "JSON file to write the training images of each class to, in timm's format", 'FILE')
     perceptual: Optional[bool] = option(
-        None, 'also find images that look alike, by perceptual hashes; by default where the package imagehash is '
+        None, 'also find images that look alike, by perceptual hashes. This is the default if the package imagehash is '
         'installed')
     workers: int = option(4, 'processes that read images', low=0, flags=('-j',))
 
 
 def _load(config: DescribeConfig) -> Tuple[AnySet, Optional[AnySet], Optional[str]]:
     """The training set, the evaluation split, and why there is none."""
-    source_config = replace(checked(SourceConfig, vars(config)), class_stats=None)  # here a file to write
+    # `describe` writes this file, the data reads it.
+    source_config = replace(checked(SourceConfig, vars(config)), class_stats=None)
     source = open_dataset(source_config)
     train = source.train()
     if config.holdout:
@@ -85,7 +86,7 @@ def _describe_split(data: AnySet, seen: List[Inspected]) -> Dict[str, Any]:
     return summary
 
 
-Found = Tuple[str, str, Inspected]  # an image's split and class
+Found = Tuple[str, str, Inspected]  # The split, the class and the facts of an image.
 
 
 def _equal(found: List[Found]) -> List[List[Found]]:
@@ -126,7 +127,7 @@ def _label_gaps(names: Sequence[str]) -> List[int]:
 
 def _group_leaks(sets: Dict[str, Tuple[AnySet, List[Inspected]]]) -> List[Dict[str, str]]:
     """For each group with images in both splits, one image of each split."""
-    firsts: List[Dict[int, str]] = []  # for each split: the first image of each group
+    firsts: List[Dict[int, str]] = []  # The first image of each group, for each split.
     for data, found in sets.values():
         groups = [] if data.groups is None else data.groups.tolist()
         firsts.append({group: one.name for group, one in zip(reversed(groups), reversed(found))})
@@ -166,7 +167,7 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
         sets['evaluation'] = (test, inspect_images(test, config.workers, perceptual))
     summary: Dict[str, Any] = {split: _describe_split(*one) for split, one in sets.items()}
     counts = {split: {name: count for name, count in summary[split]['class_counts'].items() if count} for split in sets}
-    whole = [  # with what is held out, as a training run tells its shots
+    whole = [  # A training run counts the held-out images too when it divides the classes.
         count + (summary['evaluation']['class_counts'].get(name, 0) if config.holdout else 0)
         for name, count in counts['train'].items()]
     shots = {

@@ -23,9 +23,9 @@ class ExportConfig(TrainedModelConfig, HparamsConfig):
     """Export."""
 
     format: str = option('onnx', 'file format', choices=tuple(FILES))
-    opset: Optional[int] = option(None, "version of ONNX's operators, torch's choice by default")
-    img_size: Optional[int] = option(None, "side of the images, the model's own by default", low=1)
-    output: Optional[str] = option(None, 'folder to write, exported/NAME-FORMAT by default', 'DIR')
+    opset: Optional[int] = option(None, "version of ONNX's operators. By default torch chooses")
+    img_size: Optional[int] = option(None, "side of the images. By default the model's own", low=1)
+    output: Optional[str] = option(None, 'folder to write. By default exported/NAME-FORMAT', 'DIR')
 
 
 def export(config: ExportConfig) -> Path:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..checkpoints import CONFIG_FILE
 from ..data.config import PreprocessingConfig
 from ..data.image_files import create_file_loader, find_images
-from ..devices import DeviceConfig, resolve_device, tune_device
+from ..devices import DeviceConfig, resolve_device
 from ..errors import InputError, one_line
 from ..files import check_results_file, write_whole
 from ..models.create import resolve_data_config
@@ -28,7 +28,7 @@ from .script import run_script
 
 _logger = logging.getLogger(__name__)
 
-DECODING = ('pixel_range', 'exif')  # options of `create_file_loader` that a saved model keeps
+DECODING = ('pixel_range', 'exif')  # Options of `create_file_loader` that a saved model keeps.
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class PredictionConfig:
     inputs: List[str] = option(
         None, "image files, folders, patterns such as 'x/**/*.png', or - for a list of them on standard input",
         'INPUT', nargs='+', positional=True, required=True)
-    topk: int = option(1, 'how many classes to write for each image, 0 for all', low=0)
+    topk: int = option(1, 'number of classes to write for each image. 0 writes all', low=0)
     output_type: str = option(
         'prob', 'what to write for each class: its probability or its logit', choices=('prob', 'logit'))
     include_index: bool = option(False, 'also write the indices of the classes')
     per_expert: bool = option(False, 'also write the prediction of each expert')
-    batch_size: int = option(256, 'images a batch', low=1, flags=('-b',))
+    batch_size: int = option(256, 'images in a batch', low=1, flags=('-b',))
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class RowsConfig(TrainedModelConfig, PredictionConfig, PreprocessingConfig, Devi
 class PredictConfig(RowsConfig):
     """Output."""
 
-    results_file: Optional[str] = option(None, 'file to write, standard output by default', 'FILE')
-    results_format: str = option('csv', 'csv, or jsonl: a JSON object a line', choices=('csv', 'jsonl'))
+    results_file: Optional[str] = option(None, 'file to write. By default standard output', 'FILE')
+    results_format: str = option('csv', 'csv, or jsonl with a JSON object on each line', choices=('csv', 'jsonl'))
 
 
 @dataclass
@@ -69,7 +69,7 @@ class _Predictor:
     num_experts: int
     num_classes: int
     class_names: Optional[Sequence[str]]
-    decoding: Dict[str, Any]  # the `DECODING` options
+    decoding: Dict[str, Any]  # The values of the `DECODING` options.
 
 
 def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
@@ -87,7 +87,7 @@ def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
         num_classes = run(torch.zeros(1, *data_config['input_size'])).shape[-1]
     except ImportError as error:
         raise InputError(f"'{path}' needs onnxruntime: pip install \"shike-timm[export]\".") from error
-    except Exception as error:  # a damaged file can make onnxruntime raise anything
+    except Exception as error:  # A damaged file can make onnxruntime raise anything.
         raise InputError(
             f"'{path}' and the {CONFIG_FILE} beside it cannot be used ({one_line(error)}): export the model "
             'anew.') from error
@@ -103,7 +103,6 @@ def _make_predictor(config: RowsConfig) -> _Predictor:
         if path.suffix == '.onnx' and path.is_file():
             return _onnx_predictor(config, path)
     device = resolve_device(config.device)
-    tune_device(device)
     trained = load_trained_model(config.model, config.checkpoint, True, config.experts)
     set_target_prior(trained, config.target_prior)
     model = trained.model.to(device).eval()
@@ -148,7 +147,7 @@ def _predict_files(
             logits = predictor.run(images.contiguous(memory_format=torch.channels_last)).float().cpu()
             found = _predictions(logits, predictor, config)
         for error, path in zip(errors, remaining):
-            name = path.encode('utf-8', 'backslashreplace').decode()  # a name may have bytes that are no text
+            name = path.encode('utf-8', 'backslashreplace').decode()  # The bytes of a file name need not be valid text.
             yield {'filename': name, 'error': None, **(dict(error=error) if error else next(found))}
 
 

@@ -9,7 +9,7 @@ from .script import run_script
 
 CONFIG = RetrainConfig
 
-# Options of stage one that say nothing of other data.
+# Options that describe the data of stage one. They do not apply to other data.
 OF_ITS_DATA = {
     'num_classes', 'holdout', 'val_per_class', 'class_map', 'class_depth', 'class_stats', 'train_list', 'val_list',
     'input_key', 'target_key', 'group_key', 'train_num_samples', 'val_num_samples',
@@ -29,7 +29,7 @@ def parse_retrain_args(argv: Optional[Sequence[str]] = None) -> Tuple[RetrainCon
         own -= OF_ITS_DATASET
     saved = {key: value for key, value in before.items() if key in own}
     if saved.get('crt_epochs') == 0:
-        del saved['crt_epochs']  # a stage two is asked for now
+        del saved['crt_epochs']  # Stage one may have run with --crt-epochs 0. Now a stage two is asked for.
     saved = check_file_values(RunConfig, saved, f"checkpoint '{given['checkpoint']}'", given)
     return complete(RetrainConfig, given, saved=saved), checkpoint
 

@@ -1,4 +1,4 @@
-"""The frame of every command: logging, errors of one sentence, exit status."""
+"""Runs every command: logging, errors as one sentence, exit status."""
 import logging
 import sys
 import time
@@ -18,7 +18,7 @@ from ..training.trainer import NonFiniteError
 def run_script(main: Callable[[], Any]) -> int:
     """Run a command. Its exit status is 0, 1 after a failure, 2 for bad input, or 128 plus a signal."""
     setup_default_logging()
-    for name in ('timm', 'httpx', 'httpx2'):  # the last two log every request to the Hub
+    for name in ('timm', 'httpx', 'httpx2'):  # httpx and httpx2 log every request to the Hub.
         logging.getLogger(name).setLevel(logging.WARNING)
     name = Path(sys.argv[0]).name
 
@@ -31,7 +31,8 @@ def run_script(main: Callable[[], Any]) -> int:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     except InputError as error:
-        time.sleep(10 if rank() else 0)  # torchrun ends this process meanwhile if the first one says the same
+        # If the first process has the same error, torchrun ends this one while it waits.
+        time.sleep(10 if rank() else 0)
         return fail(2, f'error: {error}')
     except NonFiniteError as error:
         return fail(1, error)

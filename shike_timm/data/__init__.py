@@ -1,5 +1,5 @@
 """Data sets by name, and loaders over them."""
-from . import sources as sources  # registers the data sets
+from . import sources as sources  # This import registers the data sets.
 from .augment import AugmentationConfig as AugmentationConfig
 from .config import LoaderConfig as LoaderConfig
 from .config import SourceConfig as SourceConfig

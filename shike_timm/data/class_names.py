@@ -32,14 +32,14 @@ def read_class_map(path: str) -> Tuple[List[str], Dict[str, int]]:
     try:
         label_of = load_class_map(path)
         if Path(path).suffix == '.txt':
-            label_of.pop('', None)  # an empty line at the end
+            label_of.pop('', None)  # The file may end with an empty line.
         names: List[str] = []
         for name, label in sorted(label_of.items(), key=lambda item: item[1]):
             if label == len(names):
                 names.append(normalize_name(str(name)))
             elif label != len(names) - 1:
                 raise ValueError(f"class '{name}' has index {label}, expected {len(names)}; are there repetitions?")
-    except Exception as error:  # timm uses assertions, and a pickled map can raise anything
+    except Exception as error:  # timm uses assertions, and a pickled map can raise anything.
         raise InputError(f"class-map '{path}' cannot be read: {one_line(error)}.") from error
     return names, {normalize_name(str(name)): label for name, label in label_of.items()}
 
@@ -65,7 +65,7 @@ def index_labels(
     present = {label: normalize_name(label) for label in set(labels)}
     if class_map:
         names, label_of = read_class_map(class_map)
-        if not set(present.values()) & set(label_of):  # the labels are numbers
+        if not set(present.values()) & set(label_of):  # The labels of the data are numbers.
             label_of = {str(c): c for c in range(len(names))}
         targets = np.array([label_of.get(present[label], -1) for label in labels], dtype=np.int64)
         unknown = set(present.values()) - set(label_of)

@@ -21,11 +21,11 @@ from .decode import ImageDecoder, create_decoder
 
 _logger = logging.getLogger(__name__)
 
-MAX_UNREADABLE = 0.01  # share of a set's images that may turn out to be unreadable while it is used
+MAX_UNREADABLE = 0.01  # This share of a set's images may turn out to be unreadable while the set is used.
 
 
 class Names(Sequence):
-    """Names kept as one array of bytes. Worker processes share it, and millions of names are not Python objects."""
+    """Names kept as one array of bytes. Worker processes share it. Millions of names need no Python objects."""
 
     def __init__(self, names: Iterable[str]):
         encoded = [os.fsencode(name) for name in names]
@@ -48,7 +48,7 @@ def name_hashes(names: Sequence[str]) -> np.ndarray:
 
 
 class ImageSource(ABC):
-    """Where images are kept, one a row.
+    """Images in a folder, an archive or a data set, one in each row.
 
     Attributes:
         root: The folder, archive or data set that they are in.
@@ -65,7 +65,7 @@ class ImageSource(ABC):
         """The image of a row, which need not be decoded yet."""
 
     def stamp(self, row: int) -> str:
-        """Text that changes when the image of a row changes. By default images do not change."""
+        """Text that changes when the image of a row changes. By default it never changes."""
         return f'{self.root}|{row}'
 
 
@@ -105,7 +105,8 @@ class ImageSet(Dataset):
         self.targets = np.asarray(self.targets, dtype=np.int64)
         self.rows = np.arange(len(self.targets)) if self.rows is None else self.rows
         self.class_names, self.notes = list(self.class_names), list(self.notes)
-        self.unreadable = torch.zeros(len(self.targets), dtype=torch.bool).share_memory_()  # by all workers
+        # All workers share this mask.
+        self.unreadable = torch.zeros(len(self.targets), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -153,7 +154,7 @@ class ImageSet(Dataset):
     def _try(self, index: int) -> Optional[Image.Image]:
         try:
             return self.read(index)
-        except Exception as error:  # a decoder may raise anything for a damaged file
+        except Exception as error:  # A decoder may raise anything for a damaged file.
             if not self.unreadable[index]:
                 self.unreadable[index] = True
                 _logger.warning(f"'{self.filename(index)}' cannot be read and is skipped: {error}")

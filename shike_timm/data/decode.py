@@ -9,8 +9,8 @@ from PIL import Image, ImageOps
 from ..errors import InputError
 from .config import PreprocessingConfig
 
-HIGHEST = {'F': 1., 'I': 2 ** 31 - 1}  # the other deep modes have 16 bits
-NO_IMAGES = ('BUFR', 'GRIB', 'HDF5', 'MPEG')  # formats that Pillow knows but cannot decode
+HIGHEST = {'F': 1., 'I': 2 ** 31 - 1}  # The other deep modes have 16 bits.
+NO_IMAGES = ('BUFR', 'GRIB', 'HDF5', 'MPEG')  # Pillow knows these formats but cannot decode them.
 MODES = {1: 'L', 3: 'RGB'}
 
 
@@ -46,14 +46,15 @@ class ImageDecoder:
     def __call__(self, image: Image.Image) -> Image.Image:
         """Decode an image. A damaged image raises whatever Pillow raises."""
         if self.exif:
-            ImageOps.exif_transpose(image, in_place=True)  # a copy would lose its format
+            ImageOps.exif_transpose(image, in_place=True)  # A copy would lose the format of the image.
         if self.is_deep(image):
             image = self._scaled(image)
-        if image.mode in ('P', 'RGBa', 'La'):  # Pillow warns about their transparency, or has multiplied it in
+        # Pillow warns about the transparency of the first, and has multiplied it into the others.
+        if image.mode in ('P', 'RGBa', 'La'):
             image = image.convert('LA' if image.mode == 'La' else 'RGBA')
         elif image.mode == 'LAB':
             raise OSError('LAB colours are not read')
-        return image.convert(MODES[self.channels])  # this loads the image in any case
+        return image.convert(MODES[self.channels])  # `convert` also loads an image that has the mode already.
 
     def _scaled(self, image: Image.Image) -> Image.Image:
         # Pillow reads 16-bit portable grey maps as 32-bit images. Older releases do so with 16-bit PNG too.

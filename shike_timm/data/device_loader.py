@@ -10,7 +10,7 @@ from .augment.batch import augment_batch
 from .dataset import AnySet
 from .sampler import EpochSampler
 
-AUGMENTED_AT_ONCE = 16384  # images; this limits the memory that a round of augmentation takes
+AUGMENTED_AT_ONCE = 16384  # Number of images. It limits the memory that a round of augmentation takes.
 
 
 def why_not_on_device(data: AnySet, data_config: Dict[str, Any], is_training: bool) -> Optional[str]:
@@ -67,7 +67,8 @@ class DeviceLoader:
             return
         order, generator = self.sampler.draw()
         if self.sampler.share.start:
-            generator.manual_seed(generator.initial_seed() + self.sampler.share.start)  # the process has its own draws
+            # Each process has its own random draws.
+            generator.manual_seed(generator.initial_seed() + self.sampler.share.start)
         order = order.to(self.images.device)
         for chosen in order.split(max(AUGMENTED_AT_ONCE // self.batch_size, 1) * self.batch_size):
             yield augment_batch(self.images[chosen], self.augmentation, generator), self.targets[chosen]

@@ -1,4 +1,4 @@
-"""Holding out: which training images are evaluated on instead."""
+"""Holding out: some training images are evaluated on, not trained on."""
 import math
 from typing import Sequence, Tuple, Union
 

@@ -1,4 +1,4 @@
-"""Image files without labels, named by a user. A file that cannot be read is reported and stops nothing."""
+"""Image files without labels, which a user names. A file that cannot be read is reported, and the others go on."""
 import glob
 import os
 import sys
@@ -41,7 +41,7 @@ def _find(name: str) -> List[str]:
 
 
 def find_images(names: Iterable[str]) -> List[str]:
-    """Image files by name: files, folders to search, patterns such as 'x/**/*.png', or '-' for lines of standard input.
+    """Find image files. A name is a file, a folder, a pattern such as 'x/**/*.png', or '-' for standard input.
 
     A file that does not exist is in the result too.
     """

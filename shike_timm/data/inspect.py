@@ -1,4 +1,4 @@
-"""Reading every image of a set: before training, to describe a data set, and to predict."""
+"""Reads every image of a set: before training, for `shike describe` and for `shike predict`."""
 import hashlib
 import io
 import json
@@ -25,13 +25,13 @@ from .decode import HIGHEST, ImageDecoder
 
 _logger = logging.getLogger(__name__)
 
-MAX_NAMED = 20  # unreadable images
-MAX_BITS = 3  # two images look alike if at most so many of their 64 hash bits differ
+MAX_NAMED = 20  # Unreadable images that a warning names.
+MAX_BITS = 3  # Two images look alike if at most this many of their 64 hash bits differ.
 
 
 @dataclass(eq=False)
 class ImageReader(Dataset):
-    """Opens images. Each item is what `use` makes of an image, None if it cannot be read, and what is wrong then."""
+    """Opens images. Each item is the result of `use` and None, or None and the fault if the image cannot be read."""
 
     open_image: Callable[[Any], Image.Image]
     use: Callable[[Image.Image], Any]
@@ -44,7 +44,7 @@ class ImageReader(Dataset):
         try:
             with self.open_image(self.indices[position]) as image:
                 return self.use(image), None
-        except Exception as error:  # a decoder may raise anything for a damaged file
+        except Exception as error:  # A decoder may raise anything for a damaged file.
             return None, one_line(error)
 
 
@@ -85,14 +85,15 @@ def _stamp(data: ImageSet, index: int) -> str:
 
 
 def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
-    """What is wrong with each unreadable image, by its index. Images that were read before are not read again."""
+    """The fault of each unreadable image, by its index. Images that were read before are not read again."""
     stamps = [_stamp(data, index) for index in range(len(data))]
     path = _memory(data)
     known: Dict[str, Any] = {}
     with suppress(OSError, ValueError):
         known = json.loads(path.read_text())
     faults: Dict[int, str] = {}
-    # A readable image is known by '', or by its extrema if it is deep. A fault may have been the disk's.
+    # The memory holds '' for a readable image, or its extrema if it is deep. Other entries are read again, since a
+    # fault may have been the disk's.
     unknown = [i for i, stamp in enumerate(stamps) if known.get(stamp) != '' and not isinstance(known.get(stamp), list)]
     reader = ImageReader(data.open, partial(_check, data.decoder), unknown)
     for index, (deep, fault) in zip(unknown, _read_all(reader, workers, 'checking images')):
@@ -102,7 +103,7 @@ def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
     deep = [known[stamp] for stamp in stamps if isinstance(known[stamp], list)]
     known.pop('', None)
     if unknown:
-        with suppress(OSError):  # without the file, the images are only read again
+        with suppress(OSError):  # Without the file the images are read again next time. Nothing else is lost.
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(known))
     if deep and data.decoder.pixel_range is None:
@@ -115,7 +116,7 @@ def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
 
 
 def exclude_unreadable(data: ImageSet, workers: int = 0) -> ImageSet:
-    """A set without its unreadable images, which are named in warnings. Each class must keep an image."""
+    """A set without its unreadable images. Warnings name them. Each class must keep an image."""
     faults = find_unreadable(data, workers)
     if not faults:
         return data
@@ -137,7 +138,7 @@ def exclude_unreadable(data: ImageSet, workers: int = 0) -> ImageSet:
 
 @dataclass
 class Inspected:
-    """What an image is.
+    """The facts of an image.
 
     Attributes:
         name: Its path, or its index if it has none.
@@ -183,13 +184,13 @@ def _inspect(perceptual: bool, image: Image.Image) -> Inspected:
             found.digest = _digest(content)
             with Image.open(io.BytesIO(content)) as copy:
                 _fill(found, copy, perceptual)
-    except Exception as error:  # a decoder may raise anything for a damaged file
+    except Exception as error:  # A decoder may raise anything for a damaged file.
         found.error = one_line(error)
     return found
 
 
 def inspect_images(data: AnySet, workers: int = 0, perceptual: bool = False) -> List[Inspected]:
-    """What each image of a set is, in order. Perceptual hashes need the package imagehash."""
+    """The facts of each image of a set, in order. Perceptual hashes need the package imagehash."""
     found, inspect = [], partial(_inspect, perceptual)
     if isinstance(data, StreamSet):
         for index, (image, target) in enumerate(data):
@@ -204,7 +205,7 @@ def inspect_images(data: AnySet, workers: int = 0, perceptual: bool = False) -> 
 
 def find_similar(looks: Sequence[int]) -> List[List[int]]:
     """Groups of positions whose perceptual hashes differ in at most `MAX_BITS` bits from another of the group."""
-    from scipy.sparse import coo_array  # a requirement of imagehash
+    from scipy.sparse import coo_array  # imagehash requires scipy.
     from scipy.sparse.csgraph import connected_components
     hashes, which = np.unique(np.array(looks, dtype=np.uint64), return_inverse=True)
     pairs = [np.empty((2, 0), dtype=np.int64)]

@@ -18,8 +18,8 @@ from .split_lists import SplitLists, write_split_lists
 
 _logger = logging.getLogger(__name__)
 
-HOLDOUT = 0.2  # if there is nothing else to evaluate on
-MAX_CHECKED = 100_000  # images that are read before training, unless --check-images says otherwise
+HOLDOUT = 0.2  # Share of each class that is held out if there is nothing else to evaluate on.
+MAX_CHECKED = 100_000  # Larger sets are read before training only with --check-images.
 STREAMS = ('hfids/', 'tfds/', 'wds/')
 UNUSED_IN_MEMORY = ('class_map', 'class_depth', 'group_key', 'input_key', 'target_key')
 
@@ -60,7 +60,7 @@ class TrainingData:
             write_split_lists(folder, train, test)
 
     def describe(self) -> str:
-        """A line that tells what was found."""
+        """One line about the data that was found."""
         counts, names = self.class_counts, self.class_names
         largest, smallest = max(counts), min(counts)
         line = (
@@ -237,7 +237,8 @@ def load_eval_data(
             _, data = lists.split(data)
             lists.check_labels(data)
             may_be_trained = False
-        elif is_whole or config.val_list or not config.dataset:  # other data sets may number the images of each split
+        # Other data sets may number the images of each split from 0.
+        elif is_whole or config.val_list or not config.dataset:
             _warn_about_trained(data, lists, config, is_whole)
     if data is None or may_be_trained:
         raise InputError(

@@ -59,7 +59,7 @@ def set_mixup(loader: Any, enabled: bool) -> None:
 
 def set_stream_epoch(loader: Any, epoch: int, seed: int) -> None:
     """Set the epoch of a stream and the seed of its workers, in a loader that `create_train_loader` made."""
-    loader.dataset.set_epoch(epoch)  # otherwise each epoch would have the order of the first
+    loader.dataset.set_epoch(epoch)  # Otherwise each epoch would have the order of the first.
     loader.loader.generator.manual_seed(seed)
 
 
@@ -72,7 +72,7 @@ def _collate_readable(channels: int, batch: List[Optional[Tuple[Any, int]]]) -> 
 
 
 def _is_on_device(data: AnySet, device_data: Optional[bool], why_not: Optional[str]) -> bool:
-    """Whether the data lies on the device, as asked for, or else if nothing speaks against it."""
+    """Whether the data lies on the device: as the option says, or by default if that is possible."""
     if data.is_stream and world_size() > 1:
         raise InputError('A stream of images cannot be shared out among processes exactly: use files, or one process.')
     if device_data and why_not:
@@ -108,7 +108,7 @@ def _create_worker_loader(
         pin_memory=device.type == 'cuda',
         # The images of a stream depend on what their worker did before, so its workers start anew.
         persistent_workers=num_workers > 0 and not data.is_stream,
-        generator=torch.Generator(),  # otherwise starting workers would draw from torch's own generator
+        generator=torch.Generator(),  # Otherwise starting workers would draw from torch's own generator.
     )
     return WorkerLoader(
         data, loader, mean=data_config['mean'], std=data_config['std'], channels=data_config['input_size'][0],
@@ -153,7 +153,7 @@ def create_train_loader(
     """Loader over a training set. Each process has its share; batches that not all processes have are dropped.
 
     Small sets in memory lie on the device as one tensor and are augmented there. Others go through timm's loader and
-    its workers. Either way the images of an epoch depend only on the seed that `loader.sampler.set_epoch` or
+    its workers. In both cases the images of an epoch depend only on the seed that `loader.sampler.set_epoch` or
     `set_stream_epoch` is given, or that torch's generator gives at the start of the epoch, and on its first step. From
     a later step on the same images come, but on the device with another augmentation. `why_not_mixed` says why labels
     must be class indices, if they must.

@@ -1,4 +1,4 @@
-"""The registry of data sets: what `--dataset` may name."""
+"""The registry of data sets: the names that `--dataset` takes."""
 from abc import ABC, abstractmethod
 from typing import Any, Callable, Dict, Optional, Sequence, Type
 
@@ -8,14 +8,14 @@ from .dataset import AnySet
 
 
 class DataSource(ABC):
-    """A data set, which loads a split when it is asked for it. A subclass gives `train` and `evaluation`.
+    """A data set. It loads a split on request. A subclass gives `train` and `evaluation`.
 
     Attributes:
         has_imb_factor: Whether `--imb-factor` cuts it to a long tail. `--holdout` then takes the last images of each
             class.
         eval_split: Name of its evaluation split. None if `--val-split` names it.
         num_classes: Number of classes of a published set of lists. Other lists may be given for such a set.
-        has_uncertain_splits: Whether only reading shows that a split is missing.
+        has_uncertain_splits: Whether a missing split shows only when the data is read.
 
     Args:
         config: The data to load.

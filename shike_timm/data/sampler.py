@@ -1,4 +1,4 @@
-"""The images of an epoch: which of them each process takes, and with which seeds."""
+"""The images of an epoch, the share of each process, and the seed of each image."""
 import random
 from typing import Any, Iterator, Optional, Tuple
 
@@ -50,7 +50,7 @@ class EpochSampler(Sampler[Tuple[int, int]]):
 
 
 class SeededDataset(Dataset):
-    """A data set asked by index and seed. So an item does not depend on the items that a worker made before."""
+    """A data set whose items depend only on their index and seed, not on the items that a worker made before."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset

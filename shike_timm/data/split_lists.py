@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..files import write_whole
 from .dataset import AnySet, ImageSet, StreamSet
 
-TRAIN_LIST, EVAL_LIST = 'train.csv', 'validation.csv'  # --train-list and --val-list can read them
+TRAIN_LIST, EVAL_LIST = 'train.csv', 'validation.csv'  # These are lists for --train-list and --val-list.
 
 
 def write_split_lists(folder: Path, train: ImageSet, evaluation: ImageSet) -> None:

@@ -11,9 +11,9 @@ COSINE_SCALE = 30.
 
 
 def _normalize(x: Tensor) -> Tensor:
-    # Not F.normalize: its Expand stops ONNX's shape inference.
+    # F.normalize exports an Expand, which stops ONNX's shape inference.
     if not torch.jit.is_scripting():
-        if torch.compiler.is_exporting():  # onnxruntime's preprocessing for quantization does not know ReduceL2
+        if torch.compiler.is_exporting():  # onnxruntime's preprocessing for quantization does not know ReduceL2.
             return x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
@@ -22,12 +22,13 @@ def _normalize(x: Tensor) -> Tensor:
 def cosines(x: Tensor, weight: Tensor) -> Tensor:
     """Cosines [B, M, C] between features [B, M, D] and class weights [M, C, D], expert by expert."""
     if x.dtype != weight.dtype:
-        x = x.to(weight.dtype)  # only where needed: it ties an exported program to this device
+        # The conversion ties an exported program to this device, so it is left out if it changes nothing.
+        x = x.to(weight.dtype)
     x, weight = _normalize(x), _normalize(weight)
     if torch.jit.is_scripting():
         return torch.einsum('bmd,mcd->bmc', x, weight)
     if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):  # at a scale of 30, bfloat16 rounds logits to steps of 1/8
+        with torch.autocast(x.device.type, enabled=False):  # At a scale of 30, bfloat16 rounds logits to steps of 1/8.
             return torch.einsum('bmd,mcd->bmc', x, weight)
     return torch.einsum('bmd,mcd->bmc', x, weight)
 

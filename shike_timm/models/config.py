@@ -18,11 +18,11 @@ class ModelConfig:
         None, 'start from a trained SHIKE model: a run folder, a checkpoint, local-dir:RUN/model or hf-hub:USER/NAME. '
         'Its classifiers are left out if its classes differ', 'FILE|NAME')
     pretrained: bool = option(False, "start from the model's published weights, as with --initial-checkpoint")
-    freeze_trunk: bool = option(False, 'do not train the shared stages; their BatchNorm stays in eval mode')
-    num_classes: Optional[int] = option(None, 'classes, those of the data by default', low=1, card='changed')
-    num_experts: Optional[int] = option(None, 'experts, 3 by default')
+    freeze_trunk: bool = option(False, 'do not train the shared stages. Their BatchNorm stays in eval mode')
+    num_classes: Optional[int] = option(None, 'number of classes. By default that of the data', low=1, card='changed')
+    num_experts: Optional[int] = option(None, 'number of experts. By default 3')
     private_stages: Optional[int] = option(
-        None, 'how many of the last stages each expert has for itself, 1 by default', low=1, card='changed')
+        None, 'number of last stages that each expert has for itself. By default 1', low=1, card='changed')
     depths: Optional[List[int]] = option(
         None, 'shared stage that each expert fuses, counted from 1 at the shallowest; by default 1, 2, ..., and again '
         'from 1 after the deepest', nargs='+')
@@ -31,13 +31,13 @@ class ModelConfig:
     fusion_type: Optional[str] = option(
         None, 'product (the paper), or residual: it starts as the backbone, and is the default with '
         '--pretrained-backbone', choices=['product', 'residual'])
-    classifier: Optional[str] = option(None, 'kind of classifier, cosine by default', choices=('cosine', 'linear'))
+    classifier: Optional[str] = option(None, 'kind of classifier. By default cosine', choices=('cosine', 'linear'))
     cosine_scale: Optional[float] = option(
-        None, 'factor from cosines to logits, 30 by default', 'S', low=0.01, card='changed')
+        None, 'factor from cosines to logits. By default 30', 'S', low=0.01, card='changed')
     aligner: Optional[str] = option(
         None, 'kind of aligner, by default conv for resnet32_shike and bottleneck for the others',
         choices=('conv', 'bottleneck', 'separable'))
     drop: Optional[float] = option(None, 'dropout rate', 'RATE', low=0, below=1)
     drop_path: Optional[float] = option(None, 'stochastic depth rate', 'RATE', low=0, below=1)
     grad_checkpointing: bool = option(
-        False, 'recompute activations to save memory; BatchNorm then sees each batch twice', card='changed')
+        False, 'recompute activations to save memory. BatchNorm then sees each batch twice', card='changed')

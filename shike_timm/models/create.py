@@ -56,8 +56,9 @@ def create_model(config: ModelConfig, num_classes: int, in_chans: int = 3, fresh
         if source and fresh:
             model.load_backbone(source)
         elif source:
-            model.set_preprocessing(source)  # the weights of the checkpoint started from these
-    except (ValueError, RuntimeError, OSError) as error:  # the Hub's errors are OSErrors
+            # The weights of the checkpoint started from these weights and keep their preprocessing.
+            model.set_preprocessing(source)
+    except (ValueError, RuntimeError, OSError) as error:  # Errors of the Hub are OSErrors.
         raise InputError(f"model '{config.model}' cannot be made: {one_line(error)}.") from error
     if fresh and '.' in config.model and model.pretrained_cfg.get('file') and not config.pretrained:
         raise InputError(
@@ -80,7 +81,7 @@ def resolve_data_config(config: PreprocessingConfig, model: Shike) -> Dict[str, 
         raise InputError(f'The model takes images of {model.in_chans} channels, not of {given}: drop --in-chans.')
     data_config = timm.data.resolve_data_config(dict(vars(config), in_chans=model.in_chans), model=model)
     data_config['input_size'] = (model.in_chans, *data_config['input_size'][1:])
-    for name in ('mean', 'std'):  # a model of one channel may have those of three
+    for name in ('mean', 'std'):  # A model of one channel may have the values of three.
         values = data_config[name]
         if len(values) != model.in_chans:
             data_config[name] = (sum(values) / len(values),) * model.in_chans

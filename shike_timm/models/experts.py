@@ -15,11 +15,11 @@ def _conv_norm(
 def conv_aligner(in_chs: int, out_chs: int, num_halvings: int, **dd: Any) -> nn.Sequential:
     """The paper's aligner: strided 3x3 convolutions that double the channels, each with BatchNorm and ReLU."""
     layers = []
-    num_links = max(num_halvings, 1)  # if the resolution is not halved, one convolution keeps it
+    num_links = max(num_halvings, 1)  # If the resolution is not halved, one convolution keeps it.
     for k in range(num_links):
         width = out_chs if k == num_links - 1 else in_chs * 2
         layers += _conv_norm(in_chs, width, 3, stride=2 if num_halvings else 1, **dd)
-        if k != 1:  # as in the authors' code
+        if k != 1:  # The authors' code does the same.
             layers.append(nn.ReLU(inplace=True))
         in_chs = width
     return nn.Sequential(*layers)

@@ -5,7 +5,7 @@ from typing import Optional, Sequence, Union
 import torch
 from torch import Tensor
 
-Frequencies = Union[None, str, Sequence[float]]  # 'uniform', 'train', or one positive number for each class
+Frequencies = Union[None, str, Sequence[float]]  # 'uniform', 'train', or one positive number for each class.
 
 
 def check_frequencies(values: Sequence[float], num_classes: int, what: str) -> None:
@@ -41,7 +41,7 @@ def prior_offset(
 
     def log(prior: Union[str, Sequence[float]]) -> Tensor:
         if prior == 'uniform':
-            return torch.zeros(num_classes, dtype=torch.float64)  # softmax ignores a constant
+            return torch.zeros(num_classes, dtype=torch.float64)  # Softmax ignores a constant.
         values = torch.tensor(class_counts if prior == 'train' else prior, dtype=torch.float64)
         return (values / values.sum()).log()
 

@@ -21,7 +21,7 @@ from ..errors import InputError
 from .backbones import BackboneFn, cifar_resnet, preprocessing, timm_backbone
 from .shike import OLD_ARGUMENTS, Shike
 
-PACKAGED_WEIGHTS = Path(__file__).parents[1] / 'weights'  # model folders, called NAME.TAG
+PACKAGED_WEIGHTS = Path(__file__).parents[1] / 'weights'  # Model folders called NAME.TAG.
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
@@ -42,7 +42,7 @@ def _cifar_cfg(name: str) -> Dict[str, Any]:
     cfg = _cfg(
         num_classes=100, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR_MEAN, std=CIFAR_STD)
     folder = PACKAGED_WEIGHTS / name
-    if folder.is_dir():  # absent while results/weights.py makes them
+    if folder.is_dir():  # The folder is absent while results/weights.py makes it.
         labels = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))['label_names']
         cfg.update(file=str(folder / WEIGHTS_FILE), label_names=tuple(labels))
     return cfg
@@ -78,7 +78,7 @@ def _create_shike(
 ) -> Shike:
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     if overlay.get('url') or overlay.get('hf_hub_id'):
-        # timm would prefer the file in the package to the weights that were asked for.
+        # timm would load the file in the package, not the weights that were asked for.
         kwargs['pretrained_cfg_overlay'] = {'file': None, **overlay}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     if pretrained and not (cfg.has_weights or cfg.state_dict):
@@ -140,7 +140,7 @@ def shike(pretrained: bool = False, backbone: str = 'resnet50', **kwargs) -> Shi
         backbone: Name of timm's network.
         **kwargs: Arguments of `Shike`.
     """
-    # Otherwise pretrained_cfg is a tag, and says no more than the name.
+    # Otherwise pretrained_cfg is a tag, which says no more than the name.
     if not isinstance(kwargs.get('pretrained_cfg'), (dict, PretrainedCfg)):
         kwargs['pretrained_cfg'] = _cfg(**preprocessing(backbone))
     return _create_shike('shike', partial(timm_backbone, backbone), pretrained, **kwargs)

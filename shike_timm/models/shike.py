@@ -118,7 +118,7 @@ class Shike(nn.Module):
         self.grad_checkpointing = False
         self.trunk_frozen = False
         self.backbone_name = net.name
-        self.pretrained_cfg = dict[str, Any]()  # timm replaces it
+        self.pretrained_cfg = dict[str, Any]()  # timm replaces it.
         self.register_buffer('prior_offset', None, persistent=False)
 
         self.stem = net.stem
@@ -149,7 +149,7 @@ class Shike(nn.Module):
                 num_halvings = round(math.log2(last['reduction'] / shallow['reduction']))
                 align = ALIGNERS[aligner](shallow['num_chs'], last['num_chs'], num_halvings, **dd)
                 if residual and isinstance(align[-1], nn.ReLU):
-                    del align[-1]  # residual fusion starts at zero, where a ReLU lets no gradient through
+                    del align[-1]  # Residual fusion starts at zero, where a ReLU lets no gradient through.
                 if net.initialised:
                     init_convolutions(align)
             experts.append(Expert(stage, depth, align, residual))
@@ -157,7 +157,7 @@ class Shike(nn.Module):
             for part in (self.stem, self.stages, experts):
                 init_convolutions(part)
         for expert in experts if residual else ():
-            nn.init.zeros_(expert.aligner[-1].weight)  # a BatchNorm
+            nn.init.zeros_(expert.aligner[-1].weight)  # This layer is a BatchNorm.
         return experts
 
     @torch.jit.ignore()
@@ -174,7 +174,7 @@ class Shike(nn.Module):
             experts=[
                 (r'^experts\.\d+\.stage' + inner, None),
                 (r'^experts\.\d+\.stage' + block, None),
-                (r'^experts', (9999,)),  # fresh aligners learn as fast as the layers beside the classifiers
+                (r'^experts', (9999,)),  # Fresh aligners learn as fast as the layers beside the classifiers.
             ],
         )
 
@@ -208,7 +208,7 @@ class Shike(nn.Module):
     def set_preprocessing(self, source: Source = True) -> None:
         """Configure the preprocessing of pretrained weights of the backbone, without loading them."""
         config = preprocessing(self.backbone_name, source)
-        self.pretrained_cfg.pop('license', None)  # of other weights
+        self.pretrained_cfg.pop('license', None)  # The licence is that of other weights.
         self.pretrained_cfg.update(config)
 
     def freeze_trunk(self) -> None:

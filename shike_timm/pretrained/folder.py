@@ -57,13 +57,14 @@ def export_model(
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
     if class_counts and isinstance(model, Shike) and model.class_counts is None:
         model.set_training_prior(class_counts)
-    model.pretrained_cfg.pop('label_names', None)  # these belong to the weights in the package
-    config: Dict[str, Any] = {'pretrained_cfg': {'tag': ''}}  # these weights are not those of the default tag
+    model.pretrained_cfg.pop('label_names', None)  # These names belong to the weights in the package.
+    config: Dict[str, Any] = {'pretrained_cfg': {'tag': ''}}  # These weights are not those of the default tag.
     facts = dict(label_names=class_names, class_counts=class_counts, **facts)
     config.update({key: value for key, value in facts.items() if value})
     save_for_hf(model, str(temporary), config, safe_serialization=True, data_config=data_config)
     config = read_config(f'local-dir:{temporary}')
-    config['model_args'].pop('num_classes', None)  # transformers takes the one at the top level, and refuses a second
+    # transformers takes the number at the top level and refuses a second one.
+    config['model_args'].pop('num_classes', None)
     (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 
-from ..checkpoints import load_checkpoint, load_weights, model_weights
+from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, load_weights, model_weights
 from ..data.config import PreprocessingConfig
 from ..errors import InputError, one_line
 from ..models import Shike
@@ -23,28 +23,28 @@ class TrainedModelConfig:
     """Trained model."""
 
     model: Optional[str] = option(
-        None, 'run folder, model folder, checkpoint, hf-hub:USER/NAME or a registered name; for predict also an '
-        'exported ONNX file')
+        None, 'run folder, model folder, checkpoint, hf-hub:USER/NAME or a registered name. shike predict also takes '
+        'an exported ONNX file')
     pretrained: bool = option(
-        False, "load the published weights of a registered name; eval and predict always do")
+        False, "load the published weights of a registered name. shike eval and shike predict always do")
     checkpoint: Optional[str] = option(None, 'checkpoint of shike train, in place of --model', 'FILE')
     experts: Optional[List[int]] = option(None, 'experts to keep, counted from 0', nargs='+')
     target_prior: Optional[str] = option(
         None, 'class frequencies that the logits are to stand for: uniform, train (those of the training set), or a '
-        "JSON file with one number for each class; the model's own by default", 'uniform|train|FILE')
+        "JSON file with one number for each class. By default the model's own", 'uniform|train|FILE')
 
 
 @dataclass
 class TrainedModel:
     """A trained model and the known facts of its training. None stands for unknown."""
 
-    name: str  # for messages
+    name: str  # Name in messages.
     model: Shike
-    class_counts: Optional[List[int]] = None  # training images of each class
-    class_names: Optional[List[str]] = None  # in label order
-    shot_counts: Optional[List[int]] = None  # images of each class that make the shot divisions
-    run_folder: Optional[str] = None  # of its training
-    options: Dict[str, Any] = field(default_factory=dict)  # of its training, for its preprocessing
+    class_counts: Optional[List[int]] = None  # Training images of each class.
+    class_names: Optional[List[str]] = None  # Class names in label order.
+    shot_counts: Optional[List[int]] = None  # Images of each class that decide its shot division.
+    run_folder: Optional[str] = None  # Run folder of the training.
+    options: Dict[str, Any] = field(default_factory=dict)  # Options of the training that concern the preprocessing.
 
 
 def _from_name(name: str, pretrained: bool) -> TrainedModel:
@@ -53,7 +53,7 @@ def _from_name(name: str, pretrained: bool) -> TrainedModel:
         model = timm.create_model(name, pretrained=saved)
         if saved and isinstance(model, Shike):
             config = read_config(name, model.pretrained_cfg.get('file'))
-    except Exception as error:  # a damaged folder can make timm, torch or safetensors raise nearly anything
+    except Exception as error:  # A damaged folder can make timm, torch or safetensors raise nearly anything.
         raise InputError(f"model '{name}' cannot be loaded: {one_line(error)}.") from error
     if not isinstance(model, Shike):
         raise InputError(f"model '{name}' is a {type(model).__name__}, expected a SHIKE model.")
@@ -66,14 +66,28 @@ def _from_name(name: str, pretrained: bool) -> TrainedModel:
         {key: config.get(key) for key in ('exif', 'pixel_range')})
 
 
-def from_checkpoint(checkpoint: Dict[str, Any], path: str) -> TrainedModel:
-    """The trained model in a checkpoint that was read from a path."""
+def from_checkpoint(
+        checkpoint: Dict[str, Any], path: str, described: Optional[ModelConfig] = None, in_chans: int = 3,
+) -> TrainedModel:
+    """The trained model in a checkpoint that was read from a path.
+
+    If the checkpoint holds weights alone, `described` and `in_chans` describe the model, except for its classifiers.
+    """
     weights, saved = model_weights(checkpoint, path), checkpoint.get('args')
     if not isinstance(saved, argparse.Namespace) or not hasattr(saved, 'class_counts'):
-        raise InputError(f"checkpoint '{path}' does not say which model it is of: use one of shike train.")
+        if described is None:
+            raise InputError(f"checkpoint '{path}' does not say which model it is of: use one of shike train.")
+        head = weights.get('classifier.weight')
+        if 'classifier.bias' in weights:
+            described = replace(described, classifier='linear', cosine_scale=None)
+        else:
+            described = replace(described, classifier='cosine')
+        model = create_model(described, head.shape[1] if head is not None and head.ndim == 3 else 0, in_chans)
+        load_weights(model, weights, path)
+        return TrainedModel(path, model)
     # Options that an older version did not have get their defaults.
     config, preprocessing = checked(ModelConfig, vars(saved)), checked(PreprocessingConfig, vars(saved))
-    if config.classifier != 'linear':  # each stage has its own scale
+    if config.classifier != 'linear':  # Each phase has its own scale.
         config = replace(config, cosine_scale=getattr(saved, 'classifier_scale', None))
     model = create_model(config, len(saved.class_counts), preprocessing.channels)
     load_weights(model, weights, path)
@@ -88,20 +102,26 @@ def load_trained_model(
         checkpoint: Optional[str] = None,
         pretrained: bool = False,
         experts: Optional[Sequence[int]] = None,
+        described: Optional[ModelConfig] = None,
+        in_chans: int = 3,
 ) -> TrainedModel:
     """Load a trained model to the CPU: by a name that `--model` takes, or from a checkpoint.
 
-    `pretrained` loads the published weights of a registered name. `experts` are those to keep.
+    `pretrained` loads the published weights of a registered name. `experts` are those to keep. `described` and
+    `in_chans` describe the model of a checkpoint that holds weights alone.
     """
     if bool(name) == bool(checkpoint):
         raise InputError('Give the model, either as --model or as --checkpoint.')
     if name and os.path.exists(name) and not is_registered(name):
-        if os.path.isfile(name):
+        path = Path(name)
+        if path.name == WEIGHTS_FILE and path.with_name(CONFIG_FILE).is_file():
+            path = path.parent
+        if path.is_file():
             name, checkpoint = None, name
         else:
-            name = f'local-dir:{find_model(name)}'
+            name = f'local-dir:{find_model(str(path))}'
     if checkpoint:
-        trained = from_checkpoint(load_checkpoint(checkpoint), checkpoint)
+        trained = from_checkpoint(load_checkpoint(checkpoint), checkpoint, described, in_chans)
     else:
         trained = _from_name(name or '', pretrained)
     if experts is not None:

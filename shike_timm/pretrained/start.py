@@ -4,32 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Optional, Sequence
 
-from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, load_weights, model_weights
+from ..checkpoints import load_weights
 from ..data.config import PreprocessingConfig
 from ..errors import InputError
 from ..models import Shike
 from ..models.config import ModelConfig
-from ..models.create import create_model, is_registered, resolve_data_config
-from .load import TrainedModel, load_trained_model, with_trained_options
+from ..models.create import is_registered, resolve_data_config
+from ..options import checked
+from .load import TrainedModel, load_trained_model
 
 _logger = logging.getLogger(__name__)
-
-
-def _from_weights(path: str, config: ModelConfig, preprocessing: PreprocessingConfig) -> Optional[TrainedModel]:
-    """The model in a checkpoint that holds weights alone; None if the checkpoint also describes its model."""
-    checkpoint = load_checkpoint(path)
-    weights = model_weights(checkpoint, path)
-    if hasattr(checkpoint.get('args'), 'class_counts'):
-        return None
-    # The options describe the model, except for its classifiers.
-    head = weights.get('classifier.weight')
-    num_classes = head.shape[1] if head is not None and head.ndim == 3 else 0
-    linear = 'classifier.bias' in weights
-    config = replace(
-        config, classifier='linear' if linear else 'cosine', cosine_scale=None if linear else config.cosine_scale)
-    model = create_model(config, num_classes, preprocessing.channels)
-    load_weights(model, weights, path)
-    return TrainedModel(path, model)
 
 
 def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optional[TrainedModel]:
@@ -41,26 +25,21 @@ def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optio
         raise InputError(f'{flags} both bring weights to start from: drop one of them.')
     if name is None:
         return None
-    path = Path(name)
-    if path.name == WEIGHTS_FILE and path.with_name(CONFIG_FILE).is_file():
-        name = str(path.parent)
-    elif path.is_file():
-        trained = _from_weights(name, config, preprocessing)
-        if trained:
-            return trained
-    elif config.initial_checkpoint and ':' not in name and not path.exists() and not is_registered(name):
+    if config.initial_checkpoint and ':' not in name and not Path(name).exists() and not is_registered(name):
         raise InputError(
             f"--initial-checkpoint '{name}' does not exist: give a file, a run folder, local-dir:FOLDER or "
             'hf-hub:USER/NAME.')
-    trained = load_trained_model(name, pretrained=True)
-    own = with_trained_options(PreprocessingConfig(), trained)
+    trained = load_trained_model(name, pretrained=True, described=config, in_chans=preprocessing.channels)
+    if not trained.options:  # The checkpoint holds weights alone.
+        return trained
+    own = checked(PreprocessingConfig, trained.options)
     options = dict(vars(own), **resolve_data_config(own, trained.model), img_size=None, in_chans=None)
-    del options['crop_mode']  # there is no such option
+    del options['crop_mode']  # There is no such option.
     if preprocessing.img_size or preprocessing.input_size or preprocessing.in_chans:
         options['input_size'] = None
     fusion = trained.model.fusion
     if fusion != 'none':
-        options['fusion_type'] = fusion  # the weights do not show it
+        options['fusion_type'] = fusion  # The weights do not show the type of fusion.
         if config.fusion_type not in (None, fusion):
             raise InputError(
                 f"--fusion-type {config.fusion_type} differs from that of '{name}', {fusion}: leave it out.")

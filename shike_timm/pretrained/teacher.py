@@ -19,14 +19,14 @@ def load_teacher(
     """
     try:
         teacher = DistillationTeacher(name, in_chans=input_size[0], device=device)
-        if input_size[0] == 1:  # the teacher may be for colour images
+        if input_size[0] == 1:  # The teacher may take colour images.
             teacher.mean_kd, teacher.std_kd = (
                 value.mean(1, keepdim=True) for value in (teacher.mean_kd, teacher.std_kd))
         with torch.no_grad():
             num_classes = teacher(torch.zeros(1, *input_size, device=device)).shape[-1]
         cfg = getattr(teacher.model, 'pretrained_cfg', {})
         config = read_config(name, cfg.get('file')) if ':' in name or cfg.get('file') else {}
-    except Exception as error:  # a wrong name or damaged folder can make timm, torch or safetensors raise anything
+    except Exception as error:  # A wrong name or a damaged folder can make timm, torch or safetensors raise anything.
         raise InputError(f"--kd-model-name '{name}' cannot teach: {one_line(error)}.") from error
     if num_classes != data.num_classes:
         raise InputError(

@@ -1,1 +1,1 @@
-"""What leaves this package: exports, model cards, the Hub."""
+"""Exports, model cards and publishing on the Hub."""

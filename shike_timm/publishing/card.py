@@ -1,4 +1,4 @@
-"""The card of a published model. Every number on it comes from the files of its run."""
+"""The card of a published model. Every number on the card comes from the files of the run."""
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -24,7 +24,7 @@ METRIC_NAMES = {
     'medium': 'Medium-shot accuracy',
     'few': 'Few-shot accuracy',
 }
-PATHS = {  # options that name files or folders, or can do so
+PATHS = {  # Options that may name files or folders.
     'class_map', 'initial_checkpoint', 'kd_model_name', 'pretrained_backbone', 'train_list', 'train_split', 'val_list',
     'val_split',
 }
@@ -43,7 +43,8 @@ def _without_folder(name: str) -> str:
 def _dataset(name: str) -> str:
     """The name of a data set. If it names a folder, as `hfds//home/me/photos` does, only the last part is kept."""
     prefix, _, rest = name.partition('/')
-    is_path = re.match(r'[/.~]|[A-Za-z]:', rest) or len(re.findall(r'[/\\]', rest)) > 1  # names on the Hub have one
+    # Names on the Hub have one slash.
+    is_path = re.match(r'[/.~]|[A-Za-z]:', rest) or len(re.findall(r'[/\\]', rest)) > 1
     return f'{prefix}/{_without_folder(rest)}' if is_path else name
 
 
@@ -98,7 +99,7 @@ def _recipe(metrics: Dict[str, Any], args: Dict[str, Any]) -> Dict[str, Any]:
         unused |= {'imb_factor', 'imb_type'}
     if 'stage_two' not in metrics:
         unused |= {key for key in args if key.startswith('crt_')} - {'crt_epochs'}
-        args = dict(args, crt_epochs=0)  # some methods have another default
+        args = dict(args, crt_epochs=0)  # Some methods have another default.
     if not args.get('kd_model_name'):
         unused |= set(options(TeacherConfig))
     recipe = {key: value for key, value in card_options(args).items() if key not in unused}

@@ -15,9 +15,9 @@ from ..pretrained.folder import export_model
 
 FILES = {'onnx': 'model.onnx', 'torchscript': 'model.torchscript.pt', 'torch-export': 'model.pt2'}
 
-_TRACED_BATCH = 2  # torch.export would take a batch size of 1 for a constant
+_TRACED_BATCH = 2  # torch.export would take a batch size of 1 for a constant.
 _CHECKED_BATCHES = (1, 5)
-_TOLERANCE = 1e-4  # of the largest logit
+_TOLERANCE = 1e-4  # Largest accepted difference, as a share of the largest logit.
 
 
 def find_place(folder: Path) -> Path:
@@ -35,31 +35,31 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: Optional[in
     from timm.utils.onnx import onnx_export
 
     for name in ('onnx_ir', 'onnxscript', 'torch.onnx'):
-        logging.getLogger(name).setLevel(logging.ERROR)  # they log every rewriting
+        logging.getLogger(name).setLevel(logging.ERROR)  # These loggers log every rewriting.
     onnx_export(
         model, str(path), images, opset=opset, use_dynamo=True, input_names=['images'], output_names=['logits'])
     program = onnx.load(path, load_external_data=False)
     written = program.opset_import[0].version
-    if opset is not None and written != opset:  # the exporter only warns
+    if opset is not None and written != opset:  # The exporter only warns.
         raise InputError(f'--opset {opset} cannot be written, torch gives {written}: leave it out.')
     for node in program.graph.node:
-        del node.metadata_props[:]  # paths and source lines of this machine
+        del node.metadata_props[:]  # This removes paths and source lines of this machine.
     onnx.save(program, path)
 
 
 def _write(model: nn.Module, images: Tensor, path: Path, format: str, opset: Optional[int]) -> None:
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)  # torch.jit is deprecated, but the user asks for it
+        warnings.simplefilter('ignore', FutureWarning)  # torch.jit is deprecated, but the user asks for it.
         if format == 'onnx':
             _write_onnx(model, images, path, opset)
-        elif format == 'torchscript':  # traced: some backbones cannot be scripted
+        elif format == 'torchscript':  # The model is traced, since some backbones cannot be scripted.
             torch.jit.save(torch.jit.trace(model, images, check_trace=False), path)
         else:
             batch = torch.export.Dim('batch', max=2 ** 31 - 1)
             program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
             for module in program.graph_module.modules():
                 for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-                    node.meta.pop('stack_trace', None)  # paths and source lines of this machine
+                    node.meta.pop('stack_trace', None)  # This removes paths and source lines of this machine.
             torch.export.save(program, path)
 
 
@@ -119,7 +119,7 @@ def save_exported(
     """
     folder = Path(folder).absolute()
     with tempfile.TemporaryDirectory(dir=find_place(folder)) as temporary:
-        inside = Path(temporary, folder.name)  # others may read this folder, but not the temporary one
+        inside = Path(temporary, folder.name)  # Others may read this folder, but not the temporary one.
         inside.mkdir()
         path = inside / FILES[format]
         images = torch.randn(_TRACED_BATCH, *data_config['input_size'])
@@ -128,7 +128,7 @@ def save_exported(
             difference = _compare(model, load_exported(path, format), images.shape[1:])
         except (InputError, OSError):
             raise
-        except Exception as error:  # torch and onnxruntime can raise anything
+        except Exception as error:  # torch and onnxruntime can raise anything.
             raise InputError(f'The model cannot be exported: {one_line(error)}; choose another --format.') from error
         saved = Path(temporary, 'saved')
         export_model(model, saved, data_config, **facts)

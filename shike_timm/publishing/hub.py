@@ -36,7 +36,7 @@ class PublishConfig:
         None, 'folder that shike report wrote of the model; two of its figures and the table of classes go along with '
         'the card; RUN/report by default, if it exists', 'DIR')
     license: Optional[str] = option(
-        None, "license on the card, such as mit; by default that of the backbone's weights", 'ID')
+        None, "license on the card, such as mit. By default that of the backbone's weights", 'ID')
 
 
 def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
@@ -70,7 +70,8 @@ def find_report(
     names, problem = config.get('label_names'), None
     if names and config.get('class_counts') and counts != dict(zip(names, config['class_counts'])):
         problem = 'its classes or their training images are not those of the model'
-    elif abs(result.get('top1', top1) - top1) > 0.5:  # another device differs by less, stage one by far more
+    # Another device differs by less than this. Stage one differs by far more.
+    elif abs(result.get('top1', top1) - top1) > 0.5:
         problem = f"its top-1 is {top1:.2f} and that of the run {result['top1']:.2f}"
     if problem:
         raise InputError(f"'{report}' is of another model, as {problem}: make it anew, or move it away.")
@@ -82,7 +83,7 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> Exception:
     if isinstance(error, OfflineModeIsEnabled):
         return InputError('HF_HUB_OFFLINE is set, which forbids every request to the Hub: unset it to publish.')
     while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
-        error = error.__cause__  # errors of an upload are wrapped
+        error = error.__cause__  # Errors of an upload are wrapped in others.
     status, reason = 0, one_line(error)
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
@@ -103,12 +104,13 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> Exception:
 def _prepare_repo(api: HfApi, config: PublishConfig, card: ModelCard) -> Optional[str]:
     """Let the Hub check the card, make the repository, and give the newest commit in it."""
     try:
-        card.validate()  # before the repository is made
+        card.validate()  # The Hub checks the card before the repository is made.
     except ValueError as error:
         raise InputError(
             f'The Hub does not accept the metadata of the card ({one_line(error)}): check that --license is one of its '
             'identifiers, such as mit.') from error
-    api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)  # None: the organisation's default
+    # None gives the organisation's default.
+    api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)
     info = api.model_info(config.repo_id)
     # An attempt that failed before its commit leaves .gitattributes.
     if not config.update and {file.rfilename for file in info.siblings or []} - {'.gitattributes'}:
@@ -133,16 +135,16 @@ def publish(config: PublishConfig) -> str:
     metrics, run_args = read_run(folder)
     model = load_trained_model(f'local-dir:{folder}').model
     model_config = read_config(f'local-dir:{folder}')
-    model_config.get('model_args', {}).pop('pretrained_backbone', None)  # may be a path of this machine
+    model_config.get('model_args', {}).pop('pretrained_backbone', None)  # The value may be a path of this machine.
     report = find_report(config.report, folder, model_config, list(metrics.values())[-1] if metrics else {})
     card = model_card(
         config.repo_id, model, model_config, metrics, run_args, config.license, with_report=bool(report))
-    if not re.fullmatch('[!-~]+', get_token() or ''):  # an error about other characters would show the token
+    if not re.fullmatch('[!-~]+', get_token() or ''):  # An error about other characters would show the token.
         raise InputError(
             "There is no token for the Hub, or it is not valid: log in with 'hf auth login --force', or set "
             'HF_TOKEN.')
 
-    hub_logging.set_verbosity_error()  # do not log every attempt
+    hub_logging.set_verbosity_error()  # This keeps every attempt out of the log.
     disable_progress_bars()
     api = HfApi()
     url = f'{api.endpoint}/{config.repo_id}'
@@ -159,7 +161,7 @@ def publish(config: PublishConfig) -> str:
             config.repo_id, additions, commit_message='Publish model with shike-timm', parent_commit=parent)
     except InputError:
         raise
-    except Exception as error:  # huggingface_hub can raise anything
+    except Exception as error:  # huggingface_hub can raise anything.
         raise _explain(error, config.repo_id, api.endpoint) from error
     print(
         f"{url} - load it with: import shike_timm, timm; "

@@ -1,4 +1,4 @@
-"""The numbers of a report, computed from saved logits."""
+"""Computes the numbers of a report from saved logits."""
 from collections import Counter
 from functools import cached_property
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -9,11 +9,11 @@ import torch
 from ..metrics import MOST_EXPERTS, NUM_BINS, SHOTS, ExpertEvaluator, all_subsets
 from .logits import SavedLogits
 
-TILTS = np.linspace(0, 1, 6)  # exponents T of the training prior
-_TAILS = 2.5, 97.5  # percentiles that bound a 95 % interval
-_Z = 1.959963984540054  # quantile of the normal distribution for 95 %
+TILTS = np.linspace(0, 1, 6)  # Exponents T of the training prior.
+_TAILS = 2.5, 97.5  # Percentiles that bound a 95 % interval.
+_Z = 1.959963984540054  # Quantile of the normal distribution for 95 %.
 _POSTERIOR_DRAWS, _CHANCE_DRAWS = 10_000, 300
-_CHUNK = 2 ** 25  # logits to work on at a time
+_CHUNK = 2 ** 25  # Number of logits to work on at a time.
 _EDGES = torch.linspace(0, 1, NUM_BINS + 1).numpy()
 
 
@@ -57,7 +57,7 @@ class Analysis:
         self.metrics = evaluator.compute()
         # Top-1 in percent of every subset of the experts, in the order of `all_subsets`.
         self.subset_top1: List[float] = [one['top1'] for one in self.metrics.pop('subsets', ())]
-        self.predictions = predictions  # predicted classes [N, 1 + M]
+        self.predictions = predictions  # Predicted classes [N, 1 + M].
         self.confidence = confidence  # probability that the ensemble gives the predicted class [N]
         self.hardest_negative = hardest_negative  # largest probability that the ensemble gives a wrong class [N]
         self.right = predictions == saved.targets[:, None]  # [N, 1 + M]
@@ -154,8 +154,8 @@ def _draw_means(outcomes: np.ndarray, values: np.ndarray, weight: np.ndarray, rn
     total = outcomes.sum(1)
     shares = outcomes / total[:, None]
     whole = weight @ shares
-    ratio = 1 - 1 / total  # the average if the classes are alike
-    if outcomes.any(0).sum() > 1:  # otherwise the variance is 0
+    ratio = 1 - 1 / total  # This is the average if the classes are alike.
+    if outcomes.any(0).sum() > 1:  # Otherwise the variance is 0.
         ratio = variance(shares) / variance(whole)
     size = 1 / np.sum(weight ** 2 / total * (ratio + 1 / total))
     return rng.dirichlet(size * whole + 0.5, _POSTERIOR_DRAWS) @ values

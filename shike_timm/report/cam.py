@@ -27,11 +27,11 @@ class CamConfig:
 
 def expert_maps(model: Shike, images: Tensor, classes: Sequence[int]) -> np.ndarray:
     """Grad-CAM [B, M, H, W] of each expert's fused features, for one class of each normalized image, from 0 to 1."""
-    from pytorch_grad_cam import GradCAM  # pyright: ignore[reportMissingImports]  # an extra
+    from pytorch_grad_cam import GradCAM  # pyright: ignore[reportMissingImports]
     from pytorch_grad_cam.utils import model_targets  # pyright: ignore[reportMissingImports]
     targets: List[Any] = [model_targets.ClassifierOutputTarget(one) for one in classes]
     maps = []
-    for expert in model.experts:  # the mean over experts scales their gradients, but maps have no scale
+    for expert in model.experts:  # The mean over experts scales their gradients, but maps have no scale.
         with GradCAM(model, [expert]) as cam:
             maps.append(cam(images, targets))
     model.zero_grad()
@@ -61,7 +61,7 @@ def draw_cams(
         for path, error in zip(paths[len(rows):], errors):
             if error:
                 raise InputError(f"--cam: image '{path}' cannot be read ({error}): leave it out.")
-        assert pixels is not None  # as there is no error
+        assert pixels is not None  # There is no error, so there is an image.
         images = (pixels.to(device, torch.float32) - mean) / std
         with torch.no_grad():
             logits = model.forward_experts(images).float()

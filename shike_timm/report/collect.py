@@ -36,7 +36,7 @@ def check_report(folder: str, cam: Optional[Sequence[str]] = None) -> None:
 def _images(data: AnySet, number: int) -> Tuple[List[str], Optional[Callable[[int], Image.Image]]]:
     """Paths (or indices) of the readable images in order, and a function that opens one of them."""
     if not isinstance(data, ImageSet):
-        return [str(i) for i in range(number)], None  # a stream may be shorter than it says
+        return [str(i) for i in range(number)], None  # A stream may be shorter than it says.
     read = (~data.unreadable).nonzero()[:, 0].tolist()
     root = os.path.abspath(data.source.root) if data.has_paths else ''
     return [os.path.join(root, data.filename(i)) for i in read], lambda i: data.read(read[i])
@@ -78,7 +78,7 @@ def count_gmacs(model: Shike, image: Tensor, passes: int = 1) -> List[Dict[str, 
 
 def add_costs(subsets: List[Dict[str, Any]], model: Shike, images: Tensor, passes: int = 1) -> None:
     """Add parameters, GMACs and images a second to the metrics of each subset."""
-    images = images[:16] if images.device.type == 'cpu' else images  # on a CPU large batches are slow and no faster
+    images = images[:16] if images.device.type == 'cpu' else images  # On a CPU larger batches are no faster.
     costs = inference_costs(dict(_reduced_models(model)), images)
     for one in subsets:
         cost = costs[tuple(one['experts'])]

@@ -1,4 +1,4 @@
-"""The work of `shike eval`: evaluate a trained model, print tables, write files and a report."""
+"""Evaluates a trained model, prints tables, and writes files and a report. `shike eval` calls it."""
 import json
 import logging
 import os
@@ -11,7 +11,7 @@ import torch
 from ..data import create_eval_loader, load_eval_data, load_training_data
 from ..data.config import CheckConfig, EvalDataConfig, PreprocessingConfig, SourceConfig
 from ..data.dataset import AnySet
-from ..devices import DeviceConfig, tune_device
+from ..devices import DeviceConfig
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..files import check_results_file, write_text
@@ -39,7 +39,7 @@ class EvaluationConfig:
 
     expert_subsets: bool = option(False, 'also measure accuracy and cost of every subset of the experts')
     flip: bool = option(False, 'average the logits with those of the mirrored images, at twice the cost')
-    batch_size: int = option(256, 'images of a batch', low=1, flags=('-b',))
+    batch_size: int = option(256, 'images in a batch', low=1, flags=('-b',))
     results_file: Optional[str] = option(None, 'JSON file to write the metrics to', 'FILE')
     save_logits: Optional[str] = option(
         None, 'npz file to write the logits of each expert to, with targets, paths and classes', 'FILE')
@@ -90,7 +90,7 @@ def _load_split(config: EvalConfig, trained: TrainedModel) -> AnySet:
 
 
 def _log_long_tail(metrics: Dict[str, Any]) -> None:
-    """Advise on --target-prior if the evaluation set is long-tailed."""
+    """Suggest --target-prior if the evaluation set is long-tailed."""
     sizes = [size for size in metrics['per_class']['total'] if size]
     if max(sizes) > 2 * min(sizes):
         _logger.info(
@@ -109,17 +109,17 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     device = join_processes(config.device)
     if world_size() > 1 and (config.save_logits or config.report):
         raise InputError('--save-logits and --report need all images in one process: leave torchrun out.')
-    tune_device(device)
-    trained = load_trained_model(config.model, config.checkpoint, True, config.experts)  # as timm's validate.py
+    # timm's validate.py loads the published weights too.
+    trained = load_trained_model(config.model, config.checkpoint, True, config.experts)
     config = with_trained_options(config, trained)
     run = Path(trained.run_folder) if trained.run_folder else None
-    run = run if run and (run / 'summary.csv').exists() else None  # a model folder may lie anywhere
+    run = run if run and (run / 'summary.csv').exists() else None  # A model folder may lie anywhere.
     if run and config.report:
-        read_args(run)  # what is wrong with it shows before the work
+        read_args(run)  # A damaged file shows before the work.
     origin = 'this data' if trained.class_counts is None else 'the model'
     model, split = trained.model, _load_split(config, trained)
     names, counts = trained.class_names, trained.class_counts
-    assert counts is not None  # _load_split sets them
+    assert counts is not None  # `_load_split` has set them.
     shot_counts = trained.shot_counts or counts
     set_target_prior(trained, config.target_prior)
     data_config = resolve_data_config(config, model)
@@ -149,7 +149,7 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
             images = next(iter(loader))[0].contiguous(memory_format=torch.channels_last)
             add_costs(metrics['subsets'], model, images, passes)
             print(f"\n{format_subsets(metrics['subsets'])}")
-    finally:  # the metrics are kept if costs cannot be measured
+    finally:  # The metrics are kept if costs cannot be measured.
         if config.results_file:
             write_text(config.results_file, json.dumps(metrics, indent=2) + '\n')
     if kept:

@@ -14,7 +14,7 @@ from ..plotting import COLORS, INK, NEUTRAL, Missing, add_legend, log_scale, new
 from ..training.curves import draw_curves, read_curves
 from .analysis import TILTS, Analysis, best_expert_shares, tail_confusions, trend, wilson
 
-MANY_POINTS = 1000  # more points than this are drawn as pixels to keep files small
+MANY_POINTS = 1000  # More points than this are drawn as pixels, which keeps files small.
 
 
 def shorten(name: str, length: int = 24) -> str:
@@ -127,7 +127,7 @@ def hardest_negatives(analysis: Analysis, other: Optional[Analysis]) -> Figure:
         ax.set_ylabel('images in %')
         ax.set_title(f'{shot}-shot')
         ax.legend(loc='upper right')
-    axes[0, 0].set_ylim(top=600)  # leaves room for legends
+    axes[0, 0].set_ylim(top=600)  # This leaves room for legends.
     axes[-1, 0].set_xlabel('probability of the hardest negative class')
     return figure
 
@@ -167,7 +167,7 @@ def stages_and_experts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
         for subset, top1 in zip(subsets, analysis.subset_top1):
             x = costs[subset] if known else len(subset)
             bottom.plot(x, top1, 'o', color=COLORS[len(subset) - 1])
-            if best[len(subset)] == subset:  # other labels would overlap
+            if best[len(subset)] == subset:  # Other labels would overlap.
                 bottom.annotate(
                     ' '.join(map(str, subset)), (x, top1), xytext=(0, 6), textcoords='offset points', ha='center')
         bottom.margins(x=0.15, y=0.15)
@@ -213,7 +213,7 @@ def confusions(analysis: Analysis, other: Optional[Analysis]) -> Figure:
         range(len(found)), [f'{shorten(names[one.true])} → {shorten(names[one.predicted])}' for one in found])
     axes.margins(y=0.01)
     axes.invert_yaxis()
-    axes.set_xlabel('points of few-shot accuracy lost', loc='right')  # long names leave the axes little room
+    axes.set_xlabel('points of few-shot accuracy lost', loc='right')  # Long names leave the axes little room.
     axes.grid(axis='y', visible=False)
     return figure
 

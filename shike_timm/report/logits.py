@@ -1,4 +1,4 @@
-"""Saved logits of an evaluation split, with all that a report needs of its images and classes."""
+"""Saved logits of an evaluation split, and the facts of its images and classes for a report."""
 import json
 import os
 import zipfile

@@ -1,4 +1,4 @@
-"""The work of `shike report`: a report of runs and files of saved logits."""
+"""Makes a report of runs and of files with saved logits. `shike report` calls it."""
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..checkpoints import load_checkpoint
 from ..data import create_eval_loader, load_eval_data, load_training_data
-from ..devices import DeviceConfig, resolve_device, tune_device
+from ..devices import DeviceConfig, resolve_device
 from ..errors import InputError
 from ..metrics import evaluate
 from ..models.create import resolve_data_config
@@ -31,7 +31,7 @@ class ReportOutputConfig:
         required=True, positional=True)
     output: str = option('report', 'folder to write report.html, its figures and the table of the classes to', 'DIR')
     data_dir: Optional[str] = option(None, 'folder of the data, if it has moved since the runs', 'DIR')
-    batch_size: int = option(256, 'images of a batch', low=1, flags=('-b',))
+    batch_size: int = option(256, 'images in a batch', low=1, flags=('-b',))
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,16 @@ def evaluate_run(
     if not checkpoints:
         raise InputError(f"'{run}' holds no checkpoint of a run: give a run folder of shike train.")
     device = resolve_device(config.device)
-    tune_device(device)
     saved: List[SavedLogits] = []
     data, cams = None, []
     for path in reversed(checkpoints):
         trained = load_trained_model(checkpoint=str(path))
         model, names = trained.model.to(device), trained.class_names
-        assert trained.class_counts is not None  # every checkpoint of a run has them
+        assert trained.class_counts is not None  # Every checkpoint of a run has them.
         given = dict(data_dir=config.data_dir) if config.data_dir else {}
         run_config = replace(saved_config(load_checkpoint(path), path, given), **given)
         loading = run_config.workers, run_config.batch_size, run_config.seed
-        if data is None and (run_config.holdout or run_config.val_per_class):  # not the test split
+        if data is None and (run_config.holdout or run_config.val_per_class):  # This is not the test split.
             data = load_training_data(run_config, names, trained.run_folder, *loading).test
         elif data is None:
             data = load_eval_data(run_config, names, model.in_chans, trained.run_folder, *loading)
@@ -82,7 +81,7 @@ def make_report(config: ReportConfig) -> Path:
     if config.cam and not Path(config.runs[0]).is_dir():
         raise InputError(f"--cam needs a model, but '{config.runs[0]}' has none: give a run folder, or use shike eval.")
     for path in map(Path, config.runs):
-        read_args(path if path.is_dir() else path.parent)  # what is wrong with it shows before the work
+        read_args(path if path.is_dir() else path.parent)  # A damaged file shows before the work.
     from .analysis import Analysis
     from .page import write_report
     models, earlier, cams = [], None, []

@@ -46,7 +46,7 @@ def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.de
         return
     try:
         torch.compile(lambda x: x + 1, backend=backend, mode=mode)(torch.ones(1, device=device))
-    except Exception as error:  # each backend has its own
+    except Exception as error:  # Each backend raises its own errors.
         given = f"--torchcompile '{backend}'" + (f" with --torchcompile-mode '{mode}'" if mode else '')
         reason = one_line(str(error).splitlines()[0])
         raise InputError(f'{given} does not work here ({reason}): mend that, or add --no-torchcompile.') from error
@@ -58,7 +58,7 @@ def _takes_fused(config: OptimizerConfig) -> bool:
         return False
     try:
         opt_class = get_optimizer_info(config.opt).opt_class
-    except ValueError:  # unknown, or a lookahead_ one
+    except ValueError:  # The name is unknown, or begins with lookahead_.
         return False
     return inspect.isclass(opt_class) and 'fused' in inspect.signature(opt_class).parameters
 
@@ -96,5 +96,5 @@ def create_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, ph
         decay_epochs=config.decay_epochs,
         decay_rate=config.decay_rate,
     )
-    assert scheduler is not None  # as the name is one of the choices
+    assert scheduler is not None  # The name is one of the choices.
     return scheduler

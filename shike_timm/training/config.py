@@ -14,7 +14,7 @@ from ..options import HparamsConfig, option, options
 class MethodConfig:
     """Method and loss."""
 
-    method: str = option('shike', 'method of stage one; an unknown name lists all of them', card='changed')
+    method: str = option('shike', 'method of stage one. An unknown name lists all of them', card='changed')
     tau: float = option(1., 'strength of the logit adjustment of logit_adjusted', 'T', card='changed')
     focal_gamma: float = option(2., 'exponent of the focal loss', 'G', low=0, card='changed')
     alpha: float = option(
@@ -27,7 +27,7 @@ class MethodConfig:
         choices=['sum', 'mean'], card='changed')
     detach_teacher: bool = option(False, 'stop gradients through the teacher of dynamic knowledge transfer')
     crt_cosine_scale: Optional[float] = option(
-        None, 'scale of the cosines of the retrained classifiers (default: the scale of the model)', 'S', low=0.01,
+        None, 'scale of the cosines of the retrained classifiers. By default that of the model', 'S', low=0.01,
         card='changed')
 
 
@@ -79,8 +79,8 @@ class ScheduleConfig:
     decay_epochs: float = option(90., 'epochs between the steps of a step schedule', low=1, card='changed')
     decay_rate: float = option(0.1, 'factor of a step, or power of poly', 'RATE', card='changed')
     crt_epochs: Optional[int] = option(
-        None, 'epochs of stage two, classifier retraining, warm-up included; 0 for none (default: 20 for shike, 0 for '
-        'other methods)', low=0, may_change=True)
+        None, 'epochs of stage two, classifier retraining, warm-up included. 0 leaves stage two out. By default 20 '
+        'for --method shike, 0 for others', low=0, may_change=True)
     crt_lr: float = option(0.1, 'peak learning rate of stage two', 'LR', low=0)
     crt_lr_base: Optional[float] = option(None, '--lr-base of stage two', 'LR', low=0)
     crt_warmup_epochs: int = option(0, 'linear warm-up at the start of stage two, in epochs', low=0)
@@ -107,12 +107,12 @@ class LoopConfig:
     dist_bn: str = option(
         'reduce', 'BatchNorm statistics of several processes after an epoch: their mean, or those of the first process',
         choices=('reduce', 'broadcast'), card='never')
-    model_ema: bool = option(False, 'also average the weights over the updates, and keep the average')
+    model_ema: bool = option(False, 'also average the weights over the updates, and save the average')
     model_ema_decay: float = option(0.9998, 'decay of the averaged weights', 'D', card='changed')
     model_ema_warmup: bool = option(
         True, 'start with a small decay of the averaged weights (default: on)', card='changed')
     log_interval: Optional[int] = option(
-        None, 'steps between log lines (default: one line an epoch, and a progress bar on a terminal)', low=1,
+        None, 'steps between log lines. By default one line an epoch, and a progress bar on a terminal', low=1,
         may_change=True, card='never')
     val_interval: int = option(1, 'epochs between evaluations', low=1, may_change=True, card='never')
     eval_metric: Optional[str] = option(

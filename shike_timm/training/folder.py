@@ -15,7 +15,7 @@ from ..recipes import read_yaml
 from .config import RunConfig, TrainConfig
 
 LOCK = '.lock'
-NOT_SAVED = ('hparams', 'resume', 'checkpoint')  # options that name files of one start of a run
+NOT_SAVED = ('hparams', 'resume', 'checkpoint')  # These options name files for one start of a run.
 
 
 def read_args(folder: Path) -> Dict[str, Any]:
@@ -62,7 +62,7 @@ def claim_folder(folder: Path, config: RunConfig, resumed: bool) -> FileLock:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
-        if not resumed and (folder / 'args.yaml').exists():  # another process began a run meanwhile
+        if not resumed and (folder / 'args.yaml').exists():  # Another process may have begun a run meanwhile.
             raise _taken(folder)
         (folder / LOCK).write_text(f'process {os.getpid()} on {socket.gethostname()}')
         values = {key: value for key, value in vars(config).items() if key not in NOT_SAVED}

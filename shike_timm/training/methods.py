@@ -19,7 +19,7 @@ RETRAINING_EPOCHS = 20
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """What a training task is made of."""
+    """The parts of a training task."""
 
     config: TaskConfig
     model: Shike
@@ -27,7 +27,7 @@ class TaskInputs:
     device: torch.device
     mean: Sequence[float]  # channel means that the images are normalized with
     std: Sequence[float]
-    teacher: Optional[DistillationTeacher] = None  # every expert learns its logits as well
+    teacher: Optional[DistillationTeacher] = None  # Every expert also learns its logits.
 
     @property
     def counts(self) -> torch.Tensor:
@@ -44,13 +44,13 @@ class TaskInputs:
 
 @dataclass(frozen=True)
 class Method:
-    """What stage one trains with. Classifier retraining can follow any method."""
+    """How stage one trains. Classifier retraining can follow any method."""
 
     make_task: Callable[[TaskInputs], ExpertTask]
-    crt_epochs: int = 0  # of classifier retraining, unless --crt-epochs gives another number
-    # Why targets must be class indices and what to do about it, None where they may be mixed.
+    crt_epochs: int = 0  # Epochs of classifier retraining, if --crt-epochs is not given.
+    # Says why targets must be class indices, and what to do. None if targets may be mixed.
     indices_only: Callable[[TaskConfig], Optional[str]] = lambda config: None
-    # The class prior that the logits follow without a teacher: 'train', 'uniform' or None for another one.
+    # Gives the class prior that the logits follow without a teacher: 'train', 'uniform', or None for another one.
     prior: Callable[[TaskConfig], Optional[str]] = lambda config: None
 
 

@@ -7,30 +7,30 @@ from ..errors import InputError
 from .config import RunConfig
 from .methods import RETRAINING_EPOCHS, get_method
 
-PHASES = ('stage_one', 'stage_two')  # names in files, in their order
+PHASES = ('stage_one', 'stage_two')  # The names of the phases in files, in order.
 
 
 @dataclass(frozen=True)
 class Phase:
     """A part of training that has its own optimizer, schedule and checkpoints."""
 
-    number: int  # 1 for stage one, 2 for classifier retraining
-    epochs: int  # warm-up included
-    lr: float  # at its peak
+    number: int  # 1 is stage one, 2 is classifier retraining.
+    epochs: int  # The warm-up is included.
+    lr: float  # The peak learning rate.
     warmup_epochs: int = 0
     warmup_lr: float = 1e-5
-    first_row: int = 0  # row of the summary for the first epoch
-    indices_only: Optional[str] = None  # why targets must be class indices and what to do about it
-    prior: Optional[str] = None  # class prior that the logits follow, for `Shike.set_training_prior`
+    first_row: int = 0  # Row of the summary for the first epoch.
+    indices_only: Optional[str] = None  # Why targets must be class indices, and what to do.
+    prior: Optional[str] = None  # Class prior that the logits follow, for `Shike.set_training_prior`.
 
     @property
     def name(self) -> str:
-        """The name in files."""
+        """The name of the phase in files."""
         return PHASES[self.number - 1]
 
     @property
     def title(self) -> str:
-        """The name in logs."""
+        """The name of the phase in logs."""
         return self.name.replace('_', ' ')
 
     @property
@@ -54,8 +54,8 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
         config: Configuration of the run.
         retraining: Retrain classifiers whatever the method, for `RETRAINING_EPOCHS` by default.
     """
-    method = get_method(config.method)
-    crt_epochs = config.crt_epochs
+    lr, crt_lr = _peak_lr(config), _peak_lr(config, 'crt_')
+    method, crt_epochs = get_method(config.method), config.crt_epochs
     if crt_epochs is None:
         crt_epochs = RETRAINING_EPOCHS if retraining else method.crt_epochs
     if retraining and not crt_epochs:
@@ -63,13 +63,13 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
     if crt_epochs and config.crt_cosine_scale is not None and config.classifier == 'linear':
         raise InputError(
             f'--crt-cosine-scale {config.crt_cosine_scale:g} does not go with --classifier linear: drop one of them.')
-    taught = config.kd_model_name and config.distill_loss_weight  # the logits then follow neither prior
+    taught = config.kd_model_name and config.distill_loss_weight  # With a teacher the logits follow neither prior.
     phases = [Phase(
-        1, config.epochs, _peak_lr(config), config.warmup_epochs, config.warmup_lr,
+        1, config.epochs, lr, config.warmup_epochs, config.warmup_lr,
         indices_only=method.indices_only(config), prior=None if taught else method.prior(config))]
     if crt_epochs:
         phases.append(Phase(
-            2, crt_epochs, _peak_lr(config, 'crt_'), config.crt_warmup_epochs, config.crt_warmup_lr,
+            2, crt_epochs, crt_lr, config.crt_warmup_epochs, config.crt_warmup_lr,
             first_row=config.epochs, prior='uniform'))
     for phase, prefix in zip(phases, ('', 'crt-')):
         if phase.warmup_epochs >= phase.epochs:

@@ -1,4 +1,4 @@
-"""What shows the progress of a run: the bar on a terminal, and the summary of its epochs."""
+"""The progress of a run: the bar on a terminal, and the summary of its epochs."""
 import csv
 import sys
 from contextlib import contextmanager, nullcontext

@@ -1,4 +1,4 @@
-"""Where a run goes on from: its newest whole checkpoint, and which options may differ from when it began."""
+"""Resuming: the newest whole checkpoint of a run, and the options that may change."""
 import argparse
 import logging
 import os
@@ -22,7 +22,7 @@ def run_folder(config: TrainConfig) -> Optional[str]:
         return None
     if config.resume:
         path = os.path.abspath(config.resume)
-        # RUN, or RUN/stage_one/last.pth.tar
+        # The path is RUN or RUN/stage_one/last.pth.tar.
         return os.path.dirname(os.path.dirname(path)) if os.path.isfile(path) else path
     if not config.experiment:
         raise InputError('--resume without a path needs --experiment NAME, the run folder to go on with.')
@@ -71,7 +71,7 @@ def _resume_points(config: TrainConfig, folder: Path) -> List[Tuple[int, Path]]:
 
 
 def read_newest(config: TrainConfig, folder: Path) -> Tuple[int, Optional[Path], Optional[Dict[str, Any]]]:
-    """Phase number, path and content of the newest whole checkpoint, or 1, None and None if nothing was saved yet."""
+    """Phase number, path and content of the newest whole checkpoint, or 1, None and None if there is none."""
     points = _resume_points(config, folder)
     for number, path in points:
         try:
@@ -86,7 +86,7 @@ def read_newest(config: TrainConfig, folder: Path) -> Tuple[int, Optional[Path],
 
 
 def changed_option(config: TrainConfig, before: Mapping[str, Any]) -> Optional[Option]:
-    """The first option of a resumed run that changed though it may not. A value that `before` lacks was the default."""
+    """The first option of a resumed run that must not change but did. A value that `before` lacks was the default."""
     for name, one in options(TrainConfig).items():
         if not one.may_change and getattr(config, name) != before.get(name, one.default):
             return one

@@ -12,7 +12,6 @@ from torch import nn
 
 from ..checkpoints import load_weights, model_weights
 from ..data import TrainingData, create_eval_loader, create_train_loader, load_training_data
-from ..devices import tune_device
 from ..distributed import join_processes, local_primary_first, world_size
 from ..errors import InputError
 from ..metrics import SHOTS, shot_divisions
@@ -117,7 +116,8 @@ def prepare(
     Unless the model is `fresh`, a checkpoint brings its weights, with its class names and its run folder `source`.
     """
     check_trackers(config)
-    tune_device(device)
+    if not all(phase.is_retraining for phase in phases):
+        check_compiler(config.torchcompile, config.torchcompile_mode, device)
     with local_primary_first():
         data = load_training_data(config, class_names, source, config.workers, config.batch_size, config.seed)
     if config.num_classes not in (None, data.num_classes):
@@ -135,8 +135,6 @@ def prepare(
         if device.type == 'cpu':
             raise InputError("--sync-bn needs GPUs, since torch's SyncBatchNorm refuses a CPU: leave it out.")
         model = cast(Shike, convert_sync_batchnorm(model))
-    if not all(phase.is_retraining for phase in phases):
-        check_compiler(config.torchcompile, config.torchcompile_mode, device)
     data_config = resolve_data_config(config, model)
     indices_only = next((phase.indices_only for phase in phases if phase.indices_only), None)
     train_loader = create_train_loader(

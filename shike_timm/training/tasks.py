@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..losses import RepresentationLoss, balanced_softmax, knowledge_distillation, representation_loss
 from ..models import Shike
 
-TERMS = (*RepresentationLoss._fields[1:], 'kd')  # terms that a task may give beside its loss
+TERMS = (*RepresentationLoss._fields[1:], 'kd')  # A task may give these terms beside its loss.
 
 
 class ExpertLogits(nn.Module):

@@ -31,15 +31,15 @@ def check_trackers(config: OutputConfig) -> None:
 
 def _start_wandb(config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
     """Start Weights & Biases; timm's `update_summary` logs to it."""
-    import wandb  # pyright: ignore[reportMissingImports]  # an extra of the user's choice
+    import wandb  # pyright: ignore[reportMissingImports]
     wandb.init(project=config.wandb_project, name=config.experiment, config=vars(config))
     stack.callback(wandb.finish)
     return lambda values: None
 
 
 def _start_trackio(config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
-    import trackio  # pyright: ignore[reportMissingImports]  # an extra of the user's choice
-    resume = 'never' if getattr(config, 'resume', None) is None else 'allow'  # a retraining has no such option
+    import trackio  # pyright: ignore[reportMissingImports]
+    resume = 'never' if getattr(config, 'resume', None) is None else 'allow'  # A retraining has no such option.
     trackio.init(project=config.trackio_project, name=config.experiment, config=vars(config), resume=resume)
     stack.callback(trackio.finish)
     return lambda values: trackio.log(values, step=int(values['epoch']))
@@ -77,7 +77,7 @@ def tracking(config: OutputConfig, folder: Path) -> Iterator[Callable[[Path], No
             if getattr(config, name) and not rank():
                 try:
                     trackers.append(start(config, folder, stack))
-                except Exception as error:  # a service that refuses, or a full disk, may raise anything
+                except Exception as error:  # A service that refuses may raise anything, and so may a full disk.
                     flag = name.replace('_', '-')
                     raise InputError(
                         f'--{flag} could not start ({one_line(error)}): mend that, or leave it out.') from error

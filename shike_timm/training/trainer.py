@@ -41,7 +41,7 @@ from .signals import Interrupted, StopFlag, stop_signals
 from .tasks import TERMS
 from .trackers import tracking
 
-CHECK_INTERVAL = 50  # steps between looks at the loss, each of which waits for the device
+CHECK_INTERVAL = 50  # Steps between two checks of the loss. Each check waits for the device.
 
 _logger = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ class NonFiniteError(RuntimeError):
 class Done:
     """What is done of an epoch, over all processes."""
 
-    step: int = 0  # batches of each process
+    step: int = 0  # Batches that each process has done.
     num_images: int = 0
     seconds: float = 0.
-    sums: Dict[str, float] = field(default_factory=dict)  # over images, of what the task returns
+    sums: Dict[str, float] = field(default_factory=dict)  # Sums over images of what the task returns.
 
 
 def seed_all(seed: int, phase: int, epoch: int, part: int = 0) -> None:
@@ -122,12 +122,12 @@ class Trainer:
     config: RunConfig
     phases: Sequence[Phase]
     data: TrainingData
-    data_config: Dict[str, Any]  # preprocessing, from timm.data.resolve_data_config
+    data_config: Dict[str, Any]  # The preprocessing, from `timm.data.resolve_data_config`.
     model: Shike
     train_loader: Any
     eval_loader: Any
     device: torch.device
-    teacher: Optional[DistillationTeacher] = None  # every expert learns its logits as well
+    teacher: Optional[DistillationTeacher] = None  # Every expert also learns its logits.
 
     def __post_init__(self) -> None:
         self.autocast = resolve_autocast(self.config, self.device)
@@ -140,7 +140,7 @@ class Trainer:
 
     def train(self, resumed: bool = False, checkpoint: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
         """Train all phases, the first from a checkpoint if there is one. Write and give the metrics of each by name."""
-        self.start(self.phases[0])  # a wrong option shows here, before there is a folder
+        self.start(self.phases[0])  # A wrong option fails here, before there is a folder.
         on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
         metrics = read_metrics(self.folder)
@@ -167,7 +167,7 @@ class Trainer:
         """Make task, optimizer and schedule of a phase."""
         self.phase, config = phase, self.config
         if phase.is_retraining:
-            seed_all(config.seed, phase.number, -1)  # so that new classifiers do not depend on what came before
+            seed_all(config.seed, phase.number, -1)  # New classifiers must not depend on what was drawn before.
         self.task = create_task(
             TaskInputs(
                 config, self.model, self.data.class_counts, self.device, self.data_config['mean'],
@@ -249,14 +249,15 @@ class Trainer:
             return
         self.saver.load_state_dict(checkpoint['saver'])
         if getattr(checkpoint['args'], 'eval_metric', None) != config.eval_metric:
-            self.saver.best_metric = None  # it is the best of another metric
+            self.saver.best_metric = None  # The saved value is of another metric.
 
     def _train_epochs(self, first_epoch: int, done: Done) -> Dict[str, Any]:
         """Train the remaining epochs and give the metrics after the last one and the seconds of all of them."""
         config, phase, summary = self.config, self.phase, self.folder / 'summary.csv'
         on_primary(trim_summary, str(summary), phase.first_row + first_epoch)
         columns = read_columns(summary)
-        terms = [term for term in TERMS if not columns or f'train_{term}' in columns]  # an older run has none
+        # An older run lacks some columns.
+        terms = [term for term in TERMS if not columns or f'train_{term}' in columns]
         metrics, start = None, time.perf_counter()
         for epoch in range(first_epoch, phase.epochs):
             done, status = self.train_epoch(epoch, done)
@@ -267,7 +268,8 @@ class Trainer:
             trained['seconds'] = round(done.seconds, 3)
             metrics = None
             if epoch == phase.epochs - 1 or (epoch + 1) % config.val_interval == 0:
-                on_primary(self.saver.save_last, epoch - 1, asdict(done))  # since the evaluation may fail
+                # The evaluation may fail, so the epoch is saved before it.
+                on_primary(self.saver.save_last, epoch - 1, asdict(done))
                 metrics = self._evaluate()
                 status += '  Eval: ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS)
             left = (time.perf_counter() - start) / (epoch + 1 - first_epoch) * (phase.epochs - epoch - 1)
@@ -322,11 +324,11 @@ class Trainer:
             if signum:
                 raise Interrupted(signum)
             last = step == end - 1
-            update = last or (step + 1) % config.grad_accum_steps == 0  # a stream may end within an update
+            update = last or (step + 1) % config.grad_accum_steps == 0  # A stream may end within an update.
             num_updates = (epoch * num_steps + step + 1) // config.grad_accum_steps
             result = self.step(images, target, update, num_updates)
             finite = result['loss'].detach().isfinite()
-            # Loss scaling skips the update of a loss that overflowed. Only one that stays so ends the run.
+            # Loss scaling skips the update of a loss that overflowed. Only a loss that stays so ends the run.
             first_bad_step = torch.where(
                 finite, first_bad_step if self.loss_scaler is None else never, first_bad_step.clamp(max=step))
 
@@ -363,7 +365,7 @@ class Trainer:
         seed = self.config.seed
         seed_all(seed, self.phase.number, epoch)
         order_seed = int(torch.randint(2 ** 62, ()))
-        if hasattr(self.train_loader.sampler, 'set_epoch'):  # a stream has no such sampler
+        if hasattr(self.train_loader.sampler, 'set_epoch'):  # A stream has no such sampler.
             self.train_loader.sampler.set_epoch(order_seed, done.step, end)
         else:
             set_stream_epoch(self.train_loader, self.phase.first_row + epoch, order_seed)
@@ -417,7 +419,8 @@ class Trainer:
         """Create the run folder, and keep other processes out of it."""
         locks: List[FileLock] = []
         on_primary(lambda: locks.append(claim_folder(self.folder, self.config, resumed)))
-        on_primary(partial((self.folder / self.phase.name).mkdir, exist_ok=True))  # tells a retraining from a run
+        # This folder tells a retraining from a whole run.
+        on_primary(partial((self.folder / self.phase.name).mkdir, exist_ok=True))
         try:
             yield
         finally:
@@ -430,7 +433,7 @@ class Trainer:
         export_model(
             self.model, self.folder / 'model', self.data_config, data.class_names, data.class_counts,
             shot_counts=data.shot_counts, exif=config.exif, pixel_range=config.pixel_range)
-        if find_spec('matplotlib') is not None:  # an extra
+        if find_spec('matplotlib') is not None:
             from .curves import write_curves
             write_curves(self.folder)
 
@@ -443,8 +446,8 @@ class Trainer:
             if any(self.folder.glob('*/last.pth.tar')):
                 _logger.error(f'The last checkpoint is kept. Go on with: shike train --resume {self.folder}')
             if self.stop.signum and not isinstance(error, Interrupted):
-                raise Interrupted(self.stop.signum) from error  # the workers of a loader got the signal too
-            if 'DataLoader worker' in str(error) or isinstance(error, ConnectionError):  # of the pipe from a worker
+                raise Interrupted(self.stop.signum) from error  # The workers of a loader got the signal too.
+            if 'DataLoader worker' in str(error) or isinstance(error, ConnectionError):  # The pipe from a worker broke.
                 raise OSError(
                     f'A process that loads images is gone, perhaps for want of memory ({one_line(error)}): go on with '
                     'fewer --workers.') from error
@@ -455,6 +458,6 @@ def _sync_lookahead(optimizer: Lookahead) -> None:
     """Replace the fast weights of Lookahead by the slow ones, as it does every few updates."""
     for group in optimizer.param_groups:
         for parameter in group['params']:
-            parameter.grad = torch.zeros_like(parameter)  # timm leaves out parameters without gradients
+            parameter.grad = torch.zeros_like(parameter)  # timm leaves out parameters without gradients.
     optimizer.sync_lookahead()
     optimizer.zero_grad()

@@ -9,7 +9,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from . import AugmentationConfig
 from .ops import OPS
 
-NUM_MAGNITUDES = 10  # of torchvision's AutoAugment
+NUM_MAGNITUDES = 10  # torchvision's AutoAugment has ten magnitudes.
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: List[int]) -> Tensor:

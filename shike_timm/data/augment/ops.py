@@ -79,7 +79,7 @@ def autocontrast(images: Tensor, magnitude: Tensor) -> Tensor:
     """Stretch each channel to 0..255."""
     low = images.amin((2, 3)).double()[..., None]
     high = images.amax((2, 3)).double()[..., None]
-    scale = torch.full_like(high, 255).div_(high - low)  # 255 / tensor would round twice
+    scale = torch.full_like(high, 255).div_(high - low)  # `255 / tensor` would round twice.
     levels = _levels(images, torch.float64)
     table = (levels * scale - low * scale).trunc().clamp(0, 255)
     return _lookup(images, torch.where(high > low, table, levels))
@@ -91,7 +91,7 @@ def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
     histogram = torch.zeros(*flat.shape[:2], 256, dtype=torch.int64, device=images.device)
     histogram.scatter_add_(2, flat, torch.ones_like(flat))
     num_pixels = flat.shape[-1]
-    last = histogram.gather(2, flat.amax(2, keepdim=True))  # how many pixels have the highest value
+    last = histogram.gather(2, flat.amax(2, keepdim=True))  # The number of pixels with the highest value.
     step = (num_pixels - last) // 255
     before = histogram.cumsum(2) - histogram
     table = ((step // 2 + before) // step.clamp(min=1)).clamp(max=255)

@@ -59,10 +59,12 @@ def create_train_transform(
         size = input_size[-2:]
         first[:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=[side // 8 for side in size[::-1]])]
     if cifar_policy:
-        grey: Any = [128] * 3  # of Pillow images, which take no float
-        second[:1] = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=grey)]  # for colour jitter
+        grey: Any = [128] * 3  # Pillow takes no float as fill.
+        # Colour jitter takes this place.
+        second[:1] = [transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=grey)]
     if augmentation.force_color_jitter and augmentation.aa:
-        jitter = transforms.ColorJitter(*[augmentation.color_jitter] * 3)  # brightness, contrast, saturation
+        # The three are brightness, contrast and saturation.
+        jitter = transforms.ColorJitter(*[augmentation.color_jitter] * 3)
         probability = augmentation.color_jitter_prob
         second.insert(0, jitter if probability is None else transforms.RandomApply([jitter], probability))
     if augmentation.cutout:

@@ -10,7 +10,7 @@ from PIL import Image
 from ...errors import InputError, one_line
 from ..dataset import ImageSource, Names
 
-Member = Tuple[str, int, int]  # name, first byte and length, which is -1 for a folder
+Member = Tuple[str, int, int]  # Name, first byte and length. The length of a folder is -1.
 
 
 class FolderImages(ImageSource):

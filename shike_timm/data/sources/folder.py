@@ -1,4 +1,4 @@
-"""Your own images, in a folder, an archive or on lists: which files are images, their splits and their classes."""
+"""Your own images, in a folder, an archive or on lists: finds the images, their splits and their classes."""
 import os
 from collections import Counter
 from functools import cached_property
@@ -13,12 +13,12 @@ from ..registry import DataSource, register_dataset
 from .files import Member, open_files, tar_members
 from .lists import check_disjoint, exclude, load_list
 
-# The default names of the splits stand for all of these.
+# A default split name stands for all names of its line.
 TRAIN_SPLITS = ('train', 'training')
 EVAL_SPLITS = ('validation', 'val', 'valid', 'eval', 'evaluation', 'test')
 NOT_DATA = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'lost+found', '__pycache__', 'Thumbs.db', 'desktop.ini')
 
-Listing = Dict[str, List[str]]  # names of the files by the path of their folder, '' for the root
+Listing = Dict[str, List[str]]  # Names of the files by the path of their folder. The path of the root is ''.
 
 
 def _is_hidden(name: str) -> bool:
@@ -118,19 +118,20 @@ def _classes(folders: Sequence[str], depth: Optional[int], root: str, known: Opt
 
     deepest = max(folder.count('/') + 1 for folder in folders)
     if depth is not None:
-        # Where several folders have one name, the class is the whole path. A split with fewer folders must follow.
+        # If several folders have one name, the class is the whole path. Another split with fewer folders must use the
+        # same names.
         return cut(depth) if is_known(cut(depth)) else _named(cut(depth))
     first, whole = cut(1), cut(deepest)
-    if known:  # the classes of a model or of the training split decide
+    if known:  # The known classes of a model or of the training split decide.
         for reading in (first, whole, _named(whole), *(_named(cut(level)) for level in range(2, deepest))):
             if is_known(reading):
                 return reading
     tops = set(first.values())
     if len(tops) == len(folders) or any(top in first for top in tops if any(
             folder.startswith(f'{top}/') for folder in folders)):
-        return first  # each class is one folder, or a folder has both images and folders of images
+        return first  # Each class is one folder, or some folder has both images and folders of images.
     if all(len(top) == 1 and folder[2:].lower().startswith(top.lower()) for folder, top in first.items()):
-        return _named(whole)  # an index of letters, such as b/bazaar/outdoor
+        return _named(whole)  # The first level is an index of letters, such as b/bazaar/outdoor.
     example = max(folders, key=lambda folder: folder.count('/'))
     raise InputError(
         f"'{example}' in '{root}' may be of class '{first[example]}', one of {len(tops)}, or a class of its own, one "
@@ -181,7 +182,7 @@ class _Files:
         classes = _classes(full, self.config.class_depth, os.path.join(self.root, where.rstrip('/')), known)
         paths = [f'{where}{folder}/{file}' for folder in full for file in folders[folder]]
         labels = [classes[folder] for folder in full for _ in folders[folder]]
-        hidden, self.hidden = self.hidden, Counter()  # they are noted once
+        hidden, self.hidden = self.hidden, Counter()  # Hidden files are noted once.
         left_out = (
             (len(loose), 'image', ' beside the class folders', loose),
             (len(empty), 'folder', ' without images', empty),

@@ -45,7 +45,7 @@ class HuggingFaceSource(TimmSource):
         if any(value is None or order and value < 0 for value in values):
             raise InputError(f"'{config.dataset}' has images without a label in its column '{label_key}'.")
         labels = [order[value] if order else str(value) for value in values]
-        # Paths are read chunk by chunk: the whole column would read all images, and Arrow joins no more than 2 GiB.
+        # Paths are read chunk by chunk. The whole column would read all images, and Arrow joins at most 2 GiB.
         chunks = table.data[image_key].chunks
         paths = [path for chunk in chunks for path in chunk.field('path').to_pylist()]
         paths = [f'{path}' if path else f'{i}' for i, path in enumerate(paths)]

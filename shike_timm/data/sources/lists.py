@@ -19,7 +19,7 @@ TARGET_KEYS = ('label', 'target', 'class', 'category')
 
 @dataclass
 class ImageList:
-    """Entries of a list. It may have groups of images, and class names in its own order."""
+    """The entries of a list, with groups of images and an order of class names if it has them."""
 
     paths: List[str] = field(default_factory=list)
     labels: List[str] = field(default_factory=list)

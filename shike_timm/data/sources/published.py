@@ -120,7 +120,7 @@ class ImageNetLT(PublishedSource):
     title, num_classes, eval_split = 'ImageNet-LT', 1000, 'test'
     train_list = 'ImageNet_LT_train.txt', 'efdbdad4f050237c310b2f354cf95a8b1d7c8d57a63c4ea4bb6bf2bcb012f37f'
     eval_list = 'ImageNet_LT_test.txt', 'd1590191cf8a71fada7b1aaedaa2d139a2aea93ff2f1b755319d0bd8dbaa55d5'
-    # As it is downloaded: in the folders of the archive, the validation images not in folders of classes.
+    # The download has the folders of the archive, and its validation images are in one folder.
     spellings = (r'^', 'ILSVRC/Data/CLS-LOC/'), (r'^val/[^/]+', 'val'), (r'^val/[^/]+', 'ILSVRC/Data/CLS-LOC/val')
 
 

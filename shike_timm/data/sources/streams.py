@@ -71,7 +71,8 @@ class StreamSource(TimmSource):
     def load(self, split: str, is_training: bool) -> AnySet:
         config, is_wds = self.config, self.config.dataset.lower().startswith('wds/')
         if is_wds:
-            reader: Any = self._create(split, is_training=False).reader  # without the number of images
+            # This opens the stream without its number of images.
+            reader: Any = self._create(split, is_training=False).reader
             info = getattr(reader, 'split_info', None)
             shards = [os.path.join(reader.root, name) for name in info.filenames] if info else []
             if shards and all(shard.endswith('.tar') and os.path.isfile(shard) for shard in shards):
@@ -84,9 +85,9 @@ class StreamSource(TimmSource):
 
     def _create(self, split: str, is_training: bool) -> IterableImageDataset:
         config, options = self.config, {}
-        if config.dataset.lower().startswith('hfids/'):  # a class map names the labels of other streams
+        if config.dataset.lower().startswith('hfids/'):  # A class map names the labels of other streams.
             options.update(class_map=config.class_map)
         return self.create(
             split, is_training, input_key=config.input_key, target_key=config.target_key, batch_size=self.batch_size,
-            seed=self.seed, input_img_mode='',  # the decoder decides
+            seed=self.seed, input_img_mode='',  # The decoder chooses the mode.
             num_samples=config.train_num_samples if is_training else config.val_num_samples, **options)

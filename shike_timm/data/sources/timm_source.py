@@ -1,4 +1,4 @@
-"""What the data sets of `timm.data.create_dataset` have in common."""
+"""The common part of the data sets of `timm.data.create_dataset`."""
 import re
 from abc import abstractmethod
 from typing import Any, Optional, Sequence
@@ -24,7 +24,7 @@ class TimmSource(DataSource):
             return timm.data.create_dataset(
                 config.dataset, root=root, split=split, is_training=is_training, download=config.dataset_download,
                 **options)
-        except Exception as error:  # each library has its own
+        except Exception as error:  # Each library raises its own errors.
             raise InputError(
                 f"The {split} split of '{config.dataset or root}' cannot be read: {one_line(error)}.") from error
 

@@ -10,7 +10,7 @@ from ..dataset import ImageSet, ImageSource, Names, in_memory_set, label_images
 from ..registry import register_dataset
 from .timm_source import TimmSource
 
-IN_MEMORY = ('torch/cifar10', 'torch/cifar100')  # as uint8 arrays [N, H, W, 3]
+IN_MEMORY = ('torch/cifar10', 'torch/cifar100')  # torchvision holds the images of these as uint8 arrays [N, H, W, 3].
 
 
 class _TorchImages(ImageSource):
@@ -25,7 +25,7 @@ class _TorchImages(ImageSource):
         return self.dataset[row][0]
 
     def stamp(self, row: int) -> str:
-        return f'{type(self.dataset).__name__}|{len(self.dataset)}|{row}'  # the files do not change
+        return f'{type(self.dataset).__name__}|{len(self.dataset)}|{row}'  # The files of these data sets do not change.
 
 
 @register_dataset('torch/')
@@ -43,15 +43,15 @@ class TorchSource(TimmSource):
         if targets is None:
             samples = getattr(dataset, 'samples', None)
             targets = [target for _, target in samples] if samples else [
-                target for target, _ in getattr(dataset, 'index', ())]  # of iNaturalist
+                target for target, _ in getattr(dataset, 'index', ())]  # iNaturalist has this index.
         targets = np.asarray(targets)
         if isinstance(dataset, QMNIST):
-            targets = targets[:, 0]  # the other columns describe the scan
+            targets = targets[:, 0]  # The other columns describe the scan.
         if not len(targets) or targets.ndim > 1 or targets.min() < 0:
             raise InputError(f"The {split} split of '{name}' has images without a label.")
         classes = getattr(dataset, 'classes', None) or getattr(dataset, 'all_categories', None)
         order = [str(one if isinstance(one, str) else one[0]) for one in classes] if classes else None
-        if order and len(set(order)) < len(order):  # ImageNet has two cranes
+        if order and len(set(order)) < len(order):  # ImageNet has two classes called crane.
             order = getattr(dataset, 'wnids', None)
         labels = [order[target] if order else str(target) for target in targets]
         return label_images(self.config, _TorchImages(dataset, len(labels)), labels, order=order)
