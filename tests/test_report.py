@@ -408,7 +408,7 @@ def test_bad_files(tmp_path, run_script):
     save_logits(tmp_path / 'lengths.npz', saved)
     np.savez(tmp_path / 'other.npz', a=1)
     for name, message in (
-            ('text', 'is damaged or not a file of'), ('targets', 'outside its 10 classes'), ('lengths', 'do not fit'),
+            ('text', 'is damaged or not a file of'), ('targets', '10 classes cannot have'), ('lengths', 'expected'),
             ('other', 'is damaged or not a file of'), ('nowhere', 'does not exist')):
         with pytest.raises(InputError, match=message):
             load_logits(tmp_path / f'{name}.npz')

@@ -445,6 +445,8 @@ class Trainer:
         except (RuntimeError, OSError) as error:
             if any(self.folder.glob('*/last.pth.tar')):
                 _logger.error(f'The last checkpoint is kept. Go on with: shike train --resume {self.folder}')
+            if isinstance(error, OSError) and error.errno and error.filename is None:
+                error.filename = str(self.folder)  # The error of a full disk names no file.
             if self.stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(self.stop.signum) from error  # The workers of a loader got the signal too.
             if 'DataLoader worker' in str(error) or isinstance(error, ConnectionError):  # The pipe from a worker broke.
