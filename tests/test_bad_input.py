@@ -48,6 +48,7 @@ def refused(run_script, tmp_path):
     ("'digits_lt' has images of 3 channels, not of 1", ['--in-chans', '1']),
     ('--clip-grad -1.0 ', ['--clip-grad', '-1']),
     ('--crt-cosine-scale 20 ', ['--crt-cosine-scale', '20', '--classifier', 'linear']),
+    ('--head-init means would average', ['--head-init', 'means']),
     ('got 16.0 with linear ones', ['--cosine-scale', '16', '--classifier', 'linear']),
     ('--mixup 0.2', ['--mixup', '0.2']),
     ('--amp-dtype float16', ['--amp', '--amp-dtype', 'float16']),

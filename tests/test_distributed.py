@@ -47,7 +47,7 @@ def seen(request, tmp_path_factory):
         torchrun(
             n, ROOT / 'tests' / 'distributed_worker.py', folder / f'{n}.json', *TINY, '--output', folder,
             '--experiment', n, '--batch-size', 48 // n, '--no-aug', '--warmup-epochs', 0, '--epochs', epochs,
-            '--crt-epochs', epochs, '--lr', 0.0003, '--crt-lr', 0.005,
+            '--crt-epochs', epochs, '--lr', 0.0003, '--crt-lr', 0.005, '--crt-init', 'means',
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for n in counts
     ]

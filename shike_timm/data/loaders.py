@@ -89,6 +89,7 @@ def _create_worker_loader(
         transform: Any,
         sampler: Union[EpochSampler, range],
         collate: Callable,
+        drop_last: bool = False,
         **erasing: Any,
 ) -> WorkerLoader:
     """timm's loader over sampled images, or over a stream as it comes."""
@@ -102,7 +103,7 @@ def _create_worker_loader(
         SeededDataset(data) if is_training and not data.is_stream else data,
         batch_size,
         sampler=None if data.is_stream else sampler,
-        drop_last=is_training,
+        drop_last=drop_last,
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=device.type == 'cuda',
@@ -149,6 +150,7 @@ def create_train_loader(
         num_workers: int = 4,
         num_classes: int = 0,
         why_not_mixed: Optional[str] = None,
+        every_image: bool = False,
 ) -> Loader:
     """Loader over a training set. Each process has its share; batches that not all processes have are dropped.
 
@@ -156,15 +158,17 @@ def create_train_loader(
     its workers. In both cases the images of an epoch depend only on the seed that `loader.sampler.set_epoch` or
     `set_stream_epoch` is given, or that torch's generator gives at the start of the epoch, and on its first step. From
     a later step on the same images come, but on the device with another augmentation. `why_not_mixed` says why labels
-    must be class indices, if they must.
+    must be class indices, if they must. `every_image` is for one pass: no image is dropped, and none are mixed.
     """
-    mixup = mixup_options(config, augmentation, num_classes, why_not_mixed)
+    mixup = None if every_image else mixup_options(config, augmentation, num_classes, why_not_mixed)
     sampler = EpochSampler(len(data), config.batch_size, config.grad_accum_steps)
     if not sampler.num_batches:
         factor = world_size() * config.grad_accum_steps
         times = f' times {factor}' if factor > 1 else ''
         raise InputError(
             f'batch-size {config.batch_size}{times} exceeds the {len(data)} training images: choose a smaller one.')
+    if every_image:
+        sampler.take_all()
     mean, std = data_config['mean'], data_config['std']
     option = '--mixup or --cutmix' if mixup else why_not_batched(augmentation, device)
     why_not = why_not_on_device(data, data_config, is_training=True)
@@ -178,8 +182,9 @@ def create_train_loader(
         raise InputError(f"aa '{augmentation.aa}' is not a policy that timm knows.") from error
     return _create_worker_loader(
         data, data_config, config.batch_size, device, num_workers, transform, sampler,
-        _Mixup(**mixup) if mixup else fast_collate, re_prob=0. if augmentation.no_aug else augmentation.reprob,
-        re_mode=augmentation.remode, re_count=augmentation.recount)
+        _Mixup(**mixup) if mixup else fast_collate, drop_last=not every_image,
+        re_prob=0. if augmentation.no_aug else augmentation.reprob, re_mode=augmentation.remode,
+        re_count=augmentation.recount)
 
 
 def create_eval_loader(

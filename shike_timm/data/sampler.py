@@ -33,6 +33,11 @@ class EpochSampler(Sampler[Tuple[int, int]]):
         self.seed = seed
         self.share = self._share(first, last)
 
+    def take_all(self) -> None:
+        """Let all passes take every image once. The batches of the processes may then differ in number by one."""
+        self.share = slice(rank(), self.num_images, world_size())
+        self.num_batches = -(-len(range(self.num_images)[self.share]) // self.batch_size)
+
     def draw(self) -> Tuple[Tensor, torch.Generator]:
         """Indices of the next pass, and the generator that gave their order. Without `set_epoch` the order is new."""
         seed = int(torch.randint(2 ** 62, ())) if self.seed is None else self.seed

@@ -44,6 +44,22 @@ class LinearClassifier(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
+    @torch.no_grad()
+    def set_class_means(self, means: Tensor, has_images: Tensor, norms: Tensor) -> None:
+        """Begin at class means: `w = s mu`, `b = 0` with `s` = 30 over the mean norm of the expert's features.
+
+        As all means have unit length, the largest logit is at the nearest mean, as with cosines, and the logits are
+        about as large as those of a cosine classifier.
+
+        Args:
+            means: Class means of unit length [M, C, D].
+            has_images: Whether a class has a mean [C]. The others keep their random weights.
+            norms: Mean norm of each expert's features [M].
+        """
+        means = means * (COSINE_SCALE / norms)[:, None, None]
+        self.weight[:, has_images] = means[:, has_images].to(self.weight)
+        self.bias[:, has_images] = 0.
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum('bmd,mcd->bmc', x, self.weight) + self.bias
 
@@ -55,6 +71,11 @@ class CosineClassifier(nn.Module):
         super().__init__()
         self.scale = scale
         self.weight = nn.Parameter(F.normalize(torch.randn(num_experts, num_classes, in_features, **dd), dim=-1))
+
+    @torch.no_grad()
+    def set_class_means(self, means: Tensor, has_images: Tensor, norms: Tensor) -> None:
+        """Begin at class means, which are taken as they are. Arguments are those of `LinearClassifier`."""
+        self.weight[:, has_images] = means[:, has_images].to(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * cosines(x, self.weight)

@@ -26,6 +26,12 @@ class MethodConfig:
         'sum', 'gradient of the shared stages: the sum or the mean of the gradients that the experts send',
         choices=['sum', 'mean'], card='changed')
     detach_teacher: bool = option(False, 'stop gradients through the teacher of dynamic knowledge transfer')
+    head_init: str = option(
+        'random', 'classifiers at the start of stage one: random ones, or the class means of the features that '
+        'pretrained weights give', choices=('random', 'means'), card='changed')
+    crt_init: str = option(
+        'random', 'classifiers at the start of stage two: random ones, or the class means of the features',
+        choices=('random', 'means'), card='changed')
     crt_cosine_scale: Optional[float] = option(
         None, 'scale of the cosines of the retrained classifiers. By default that of the model', 'S', low=0.01,
         card='changed')

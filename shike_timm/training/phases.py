@@ -22,6 +22,7 @@ class Phase:
     first_row: int = 0  # Row of the summary for the first epoch.
     indices_only: Optional[str] = None  # Why targets must be class indices, and what to do.
     prior: Optional[str] = None  # Class prior that the logits follow, for `Shike.set_training_prior`.
+    class_means: bool = False  # The classifiers begin at the class means of the features.
 
     @property
     def name(self) -> str:
@@ -63,14 +64,18 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
     if crt_epochs and config.crt_cosine_scale is not None and config.classifier == 'linear':
         raise InputError(
             f'--crt-cosine-scale {config.crt_cosine_scale:g} does not go with --classifier linear: drop one of them.')
+    if config.head_init == 'means' and not (
+            config.pretrained_backbone or config.initial_checkpoint or config.pretrained):
+        raise InputError('--head-init means would average features of random weights: add --pretrained-backbone.')
     taught = config.kd_model_name and config.distill_loss_weight  # With a teacher the logits follow neither prior.
     phases = [Phase(
         1, config.epochs, lr, config.warmup_epochs, config.warmup_lr,
-        indices_only=method.indices_only(config), prior=None if taught else method.prior(config))]
+        indices_only=method.indices_only(config), prior=None if taught else method.prior(config),
+        class_means=config.head_init == 'means')]
     if crt_epochs:
         phases.append(Phase(
             2, crt_epochs, crt_lr, config.crt_warmup_epochs, config.crt_warmup_lr,
-            first_row=config.epochs, prior='uniform'))
+            first_row=config.epochs, prior='uniform', class_means=config.crt_init == 'means'))
     for phase, prefix in zip(phases, ('', 'crt-')):
         if phase.warmup_epochs >= phase.epochs:
             raise InputError(

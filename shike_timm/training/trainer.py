@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checkpoints import StageSaver
-from ..data import TrainingData, set_mixup, set_stream_epoch
+from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoch
 from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
 from ..errors import one_line
 from ..files import write_text
@@ -32,6 +32,7 @@ from ..metrics import METRICS, balanced_over, evaluate, format_table
 from ..models import Shike
 from ..pretrained.folder import export_model
 from .build import create_optimizer, create_schedule, resolve_autocast
+from .class_means import begin_at_class_means
 from .config import RunConfig, StepConfig
 from .folder import check_folder, claim_folder, read_metrics
 from .methods import TaskInputs, create_task
@@ -190,6 +191,8 @@ class Trainer:
         """Train the phase from its start or from a checkpoint, and give its metrics. The model is left trained."""
         config, phase = self.config, self.phase
         first_epoch, done = (0, Done()) if checkpoint is None else self._restore(checkpoint)
+        if checkpoint is None and phase.class_means:
+            self._begin_at_class_means()
         if config.torchcompile and not phase.is_retraining:
             self.task.compile(backend=config.torchcompile, mode=config.torchcompile_mode)
         images = config.batch_size * world_size() * config.grad_accum_steps
@@ -208,6 +211,21 @@ class Trainer:
                 f"The averaged weights of {phase.title} are kept. Their top1 is {metrics['top1']}, that of the plain "
                 f"weights {metrics['plain']['top1']}.")
         return metrics
+
+    def _begin_at_class_means(self) -> None:
+        """Let the classifiers begin at the class means of all images, augmented as the phase augments them."""
+        config, start = self.config, time.perf_counter()
+        loader = create_train_loader(
+            self.data.train, self.data_config, config, config, self.device, config.workers, every_image=True)
+        seed_all(config.seed, self.phase.number, -1)
+        if self.data.train.is_stream:
+            set_stream_epoch(loader, self.phase.first_row, int(torch.randint(2 ** 62, ())))
+        num_images = begin_at_class_means(self.model, loader, lambda: self.stop.signum)
+        if config.model_ema:
+            self._eval_model(ema=True).load_state_dict(self.model.state_dict())
+        _logger.info(
+            f'{self.phase.title.capitalize()}: the classifiers begin at the class means of {num_images} images, '
+            f'in {time.perf_counter() - start:.1f} s.')
 
     def _restore(self, checkpoint: Dict[str, Any]) -> Tuple[int, Done]:
         """Load a checkpoint of the phase, and give the epoch to go on with and what is done of it."""

@@ -1,0 +1,62 @@
+"""Classifiers that begin at the class means of the features."""
+from typing import Any, Callable, Iterable, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..distributed import over_processes
+from ..models import Shike
+from .signals import Interrupted
+
+
+@torch.no_grad()
+def class_means(
+        model: Shike, loader: Iterable[Tuple[Tensor, Tensor]], stopped: Callable[[], int] = lambda: 0,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Per expert, the normalised mean of each class's normalised features, over the images of all processes.
+
+    The model runs in eval mode and float32, so that no image depends on the others of its batch. Sums are in float64.
+
+    Args:
+        model: The model, on the device of the images.
+        loader: Gives batches of images [B, in_chans, H, W] and class indices [B].
+        stopped: Gives the number of the signal that asked for a stop, 0 for none.
+
+    Returns:
+        Means [M, C, D], zero for classes without images; images of each class [C]; the mean norm of the features of
+        each expert [M]. All are in float64 on the CPU.
+
+    Raises:
+        Interrupted: If a signal asked for a stop.
+    """
+    num_experts, num_classes = model.num_experts, model.num_classes
+    # The CPU adds in the same order each time.
+    sums = torch.zeros(num_classes, num_experts, model.num_features // num_experts, dtype=torch.float64)
+    counts = torch.zeros(num_classes, dtype=torch.float64)
+    norms = torch.zeros(num_experts, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    for images, target in loader:
+        if stopped():
+            raise Interrupted(stopped())
+        features = model.forward_features(images.contiguous(memory_format=torch.channels_last))
+        features = model.forward_head(features, pre_logits=True).unflatten(1, (num_experts, -1)).cpu().double()
+        target = target.cpu()
+        sums.index_add_(0, target, F.normalize(features, dim=-1))
+        counts.index_add_(0, target, torch.ones(len(target), dtype=torch.float64))
+        norms += features.norm(dim=-1).sum(0)
+    model.train(was_training)
+    sums, counts, norms = map(over_processes, (sums, counts, norms))
+    return F.normalize(sums.transpose(0, 1), dim=-1), counts, norms / counts.sum()
+
+
+def begin_at_class_means(model: Shike, loader: Iterable[Tuple[Tensor, Tensor]], stopped: Callable[[], int]) -> int:
+    """Let the classifiers begin at the means of `class_means`, and give the number of images.
+
+    Classes without images keep their random weights.
+    """
+    means, counts, norms = class_means(model, loader, stopped)
+    classifier: Any = model.get_classifier()
+    classifier.set_class_means(means, counts > 0, norms)
+    return int(counts.sum())
