@@ -51,6 +51,14 @@ def analyzed():
     return analysis.Analysis(make_logits(COUNTS))
 
 
+def test_equal_logits_are_one_answer_everywhere():
+    saved = make_logits(COUNTS)
+    saved.logits[:] = 0.
+    found = analysis.Analysis(saved)
+    assert found.metrics['top1'] == 100 * found.right[:, 0].mean() == pytest.approx(10, abs=1)
+    assert found.metrics['top5'] >= found.metrics['top1']
+
+
 def read_page(folder):
     text = (folder / 'report.html').read_text(encoding='utf-8')
     table = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
