@@ -79,19 +79,21 @@ class CheckConfig:
 class PreprocessingConfig:
     """Preprocessing."""
 
-    img_size: Optional[int] = option(None, "side of the images in pixels. By default the model's own", low=1)
+    img_size: Optional[int] = option(
+        None, "side of the images in pixels. By default the model's own", low=1, below=2 ** 14)
     input_size: Optional[List[int]] = option(
-        None, 'channels, height and width of the images', nargs=3, low=1, card='changed')
+        None, 'channels, height and width of the images', nargs=3, low=1, below=2 ** 14, card='changed')
     in_chans: Optional[int] = option(None, 'channels of the images, 1 or 3', low=1, card='changed')
     exif: Optional[bool] = option(None, 'turn images as their EXIF orientation says', card='changed')
     pixel_range: Optional[List[float]] = option(
         None, 'values that become black and white, in images of more than 8 bits. By default the range of their type',
         'X', nargs=2, card='changed')
     crop_pct: Optional[float] = option(
-        None, 'share of the side that the centre crop keeps in evaluation', low=0.01, card='changed')
-    mean: Optional[List[float]] = option(None, 'mean of each channel, of images in 0..1', nargs='+', card='changed')
+        None, 'share of the side that the centre crop keeps in evaluation', low=0.01, below=10, card='changed')
+    mean: Optional[List[float]] = option(
+        None, 'mean of each channel, of images in 0..1', nargs='+', low=-100, below=100, card='changed')
     std: Optional[List[float]] = option(
-        None, 'standard deviation of each channel, of images in 0..1', nargs='+', card='changed')
+        None, 'standard deviation of each channel, of images in 0..1', nargs='+', low=1e-6, below=100, card='changed')
     interpolation: Optional[str] = option(
         None, 'interpolation in evaluation', choices=('nearest', 'bilinear', 'bicubic', 'lanczos'), card='changed')
 

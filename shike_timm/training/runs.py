@@ -116,6 +116,11 @@ def prepare(
     Unless the model is `fresh`, a checkpoint brings its weights, with its class names and its run folder `source`.
     """
     check_trackers(config)
+    shorter, longer = sorted((config.train_split, config.val_split), key=len)
+    if f'{longer}/'.startswith(f'{shorter}/') and not (config.holdout or config.train_list or config.val_list):
+        raise InputError(
+            f"--val-split '{config.val_split}' has images of --train-split '{config.train_split}': name another one, "
+            'or use --holdout.')
     if not all(phase.is_retraining for phase in phases):
         check_compiler(config.torchcompile, config.torchcompile_mode, device)
     with local_primary_first():
