@@ -86,7 +86,7 @@ def init_convolutions(module: nn.Module) -> None:
 class Expert(nn.Module):
     """The private stages of an expert, the aligner for the shared stage that it fuses (Eq. 3), and a head of its own.
 
-    The head, if it is not plain pooling, makes vectors of the fused features, as timm's head does before its classifier.
+    The head, if it is not plain pooling, makes vectors of the fused features, as timm's does before its classifier.
     """
 
     def __init__(
