@@ -38,8 +38,8 @@ class StageSaver(CheckpointSaver):
             super()._save(save_path, epoch, metric)
         except (OSError, RuntimeError) as error:  # On a full disk torch raises a RuntimeError.
             Path(save_path).unlink(missing_ok=True)
-            raise OSError(
-                f"checkpoint '{save_path}' cannot be written ({one_line(error)}): free some space.") from error
+            advice = 'free some space' if os.path.isdir(self.checkpoint_dir) else 'its folder is gone, begin anew'
+            raise OSError(f"checkpoint '{save_path}' cannot be written ({one_line(error)}): {advice}.") from error
 
     def state_dict(self, epoch: Optional[int] = None, metric: Optional[float] = None) -> Dict[str, Any]:
         return dict(super().state_dict(epoch, metric), done=self.done)

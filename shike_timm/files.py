@@ -1,19 +1,55 @@
-"""Files of results: they appear whole or not at all."""
+"""Files: results appear whole or not at all, and whatever is wrong with a file of values is one sentence."""
+import itertools
+import json
 import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Iterator, Optional, Union
+from typing import IO, Any, Dict, Iterator, Optional, Union
 
-from .errors import InputError
+from .errors import InputError, one_line
+
+_numbers = itertools.count()  # Numbers of temporary files.
+
+
+def read_json(path: Union[str, Path]) -> Dict[str, Any]:
+    """The names and values in a JSON file. Whatever is wrong with the file is an InputError."""
+    try:
+        if not os.path.isfile(path):  # A pipe would make its reader wait.
+            raise FileNotFoundError('there is no such file')
+        values = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"'{path}' cannot be read as JSON: {one_line(error)}.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"'{path}' cannot be used: it holds a {type(values).__name__}, expected names and values.")
+    return values
 
 
 def check_results_file(path: Optional[str], option: str = 'results-file') -> None:
     """Check that a results file can be written, before the work begins."""
-    if path and Path(path).is_dir():
+    if not path:
+        return
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"{option} '{path}' cannot be written ({error.strerror}): give another name.") from error
+    if os.path.isdir(path):
         raise InputError(f"{option} '{path}' is a folder: give the name of a file.")
-    if path and not Path(path).absolute().parent.is_dir():
+    if not Path(path).absolute().parent.is_dir():
         raise InputError(f"{option} '{path}' is in a folder that does not exist: make it first.")
+
+
+@contextmanager
+def named_errors(path: Union[str, Path]) -> Iterator[None]:
+    """Let a system error that names no file, such as that of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -24,21 +60,20 @@ def write_whole(path: Union[str, Path], mode: str = 'w') -> Iterator[IO[Any]]:
     standard output.
     """
     if str(path) == '-':
+        if sys.stdout is None:
+            raise InputError('Standard output is closed: name a file to write to.')
         yield sys.stdout.buffer if 'b' in mode else sys.stdout
         return
     text: Any = {} if 'b' in mode else dict(encoding='utf-8', errors='surrogateescape', newline='')
     replaced = not os.path.exists(path) or os.path.isfile(path)
     target = os.path.realpath(path)
-    opened = f'{target}.{os.getpid()}.tmp' if replaced else path
+    # The name of the target may have all the letters that a name can have.
+    opened = os.path.join(os.path.dirname(target), f'.{os.getpid()}-{next(_numbers)}.tmp') if replaced else path
     try:
-        with open(opened, mode, **text) as file:
+        with named_errors(path), open(opened, mode, **text) as file:
             yield file
         if replaced:
             os.replace(opened, target)
-    except OSError as error:
-        if error.filename is None:  # The error of a full disk does not name the file.
-            error.filename = str(path)
-        raise
     finally:
         if replaced:
             Path(opened).unlink(missing_ok=True)

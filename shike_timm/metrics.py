@@ -98,14 +98,15 @@ class ExpertEvaluator(ClassificationEvaluator):
         logits = torch.cat([output.mean(1, keepdim=True), output, *ensembles], dim=1).float()
         index = target[:, None].expand(logits.shape[:2])
         loss = F.cross_entropy(logits.transpose(1, 2), index, reduction='none').to(self.loss_sum.dtype)
-        hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == target[:, None, None]
+        right = logits.argmax(-1) == index  # Of equal logits topk may choose another than argmax, as reports use it.
+        hits = (logits.topk(min(5, logits.shape[-1]), dim=-1).indices == target[:, None, None]).any(-1) | right
         self.total.index_add_(0, target, torch.ones_like(target))
-        self.top1.index_add_(0, target, hits[..., 0].long())
-        self.top5.index_add_(0, target, hits.any(-1).long())
+        self.top1.index_add_(0, target, right.long())
+        self.top5.index_add_(0, target, hits.long())
         self.loss_sum.index_add_(0, target, loss)
         confidence = logits.softmax(-1).amax(-1)
         bins = torch.bucketize(confidence, self.bin_edges, right=True) - 1
-        self.overconfidence.scatter_add_(0, bins, confidence.to(loss.dtype) - hits[..., 0].to(loss.dtype))
+        self.overconfidence.scatter_add_(0, bins, confidence.to(loss.dtype) - right.to(loss.dtype))
 
     def summary(self) -> Dict[str, Any]:
         """The metrics of this process alone."""

@@ -257,6 +257,11 @@ def check_values(config: Type[Any], values: Mapping[Any, Any], source: str) -> D
     return checked
 
 
+def check_saved(config: Type[Any], values: Mapping[Any, Any], source: str) -> Dict[str, Any]:
+    """As `check_values`, for what may have been saved by another version: other names are passed over."""
+    return check_values(config, {name: value for name, value in values.items() if name in options(config)}, source)
+
+
 def check_file_values(
         config: Type[Any],
         values: Mapping[Any, Any],

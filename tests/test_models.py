@@ -3,8 +3,10 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import shike_timm  # noqa: F401
+from shike_timm.models.classifiers import CLASSIFIERS
 from shike_timm.models.experts import ALIGNERS, conv_aligner
 
 
@@ -62,10 +64,10 @@ def test_residual_fusion_starts_as_the_backbone(name):
     assert all(norm.weight.grad.abs().max() > 0 for norm in norms)
     nn.init.ones_(norms[0].weight)
     with torch.inference_mode():
-        shared = model._forward_trunk(images)
+        x, shared = model._forward_trunk(images)
         expert = model.experts[0]
-        own, aligned = expert.stage(shared[-1]), expert.aligner(shared[expert.depth])
-        assert torch.allclose(expert(shared), own * (1 + aligned))
+        own, aligned = expert.stage(x), expert.aligner(shared[expert.depth])
+        assert torch.allclose(expert(x, shared), own * (1 + aligned))
 
 
 def test_a_saved_model_keeps_its_fusion_and_stages(tmp_path):
@@ -201,3 +203,31 @@ def test_dropout_acts_in_training_only():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model('shike' if 'backbone' in arguments else 'resnet32_shike', **arguments)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_cosines_of_half_precision_are_those_of_float32(dtype):
+    """Also of features that are all zero, and of those whose norm float16 does not hold."""
+    classifier = CLASSIFIERS['cosine'](2, 64, 5)
+    features = torch.randn(4, 2, 64)
+    features[0] = 0.
+    features[1] *= 9_000
+    logits = classifier(features)
+    assert not logits[0].any() and logits[1].abs().max() > 1
+    half = CLASSIFIERS['cosine'](2, 64, 5).to(dtype)
+    half.load_state_dict(classifier.state_dict())
+    for given in (features, features.to(dtype)):
+        found = half(given)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), logits, atol=0.3, rtol=0)
+
+
+@pytest.mark.parametrize('classifier', list(CLASSIFIERS))
+def test_symbolic_tracing(classifier):
+    model = timm.create_model('resnet32_shike', num_classes=5, classifier=classifier).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(images), model(images), atol=0, rtol=0)
+    extractor = create_feature_extractor(model, ['stages.0', 'classifier'])
+    with torch.no_grad():
+        found = extractor(images)
+        torch.testing.assert_close(found['classifier'].mean(1), model(images), atol=0, rtol=0)

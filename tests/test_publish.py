@@ -293,7 +293,7 @@ def test_bad_arguments_are_refused_before_the_first_request(hub, run_copy, publi
         assert status == 2 and f"'{folder}' holds no model" in error
     (run_copy / 'metrics.json').write_text('{"top1": ')
     status, error = publish(run_copy)
-    assert status == 2 and "metrics.json' is damaged" in error
+    assert status == 2 and "metrics.json' cannot be read as JSON" in error
     (run_copy / 'model' / 'model.safetensors').write_bytes(b'no weights')
     (run_copy / 'metrics.json').unlink()
     status, error = publish(run_copy)

@@ -51,6 +51,14 @@ def analyzed():
     return analysis.Analysis(make_logits(COUNTS))
 
 
+def test_equal_logits_are_one_answer_everywhere():
+    saved = make_logits(COUNTS)
+    saved.logits[:] = 0.
+    found = analysis.Analysis(saved)
+    assert found.metrics['top1'] == 100 * found.right[:, 0].mean() == pytest.approx(10, abs=1)
+    assert found.metrics['top5'] >= found.metrics['top1']
+
+
 def read_page(folder):
     text = (folder / 'report.html').read_text(encoding='utf-8')
     table = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
@@ -408,7 +416,7 @@ def test_bad_files(tmp_path, run_script):
     save_logits(tmp_path / 'lengths.npz', saved)
     np.savez(tmp_path / 'other.npz', a=1)
     for name, message in (
-            ('text', 'is damaged or not a file of'), ('targets', 'outside its 10 classes'), ('lengths', 'do not fit'),
+            ('text', 'is damaged or not a file of'), ('targets', '10 classes cannot have'), ('lengths', 'expected'),
             ('other', 'is damaged or not a file of'), ('nowhere', 'does not exist')):
         with pytest.raises(InputError, match=message):
             load_logits(tmp_path / f'{name}.npz')

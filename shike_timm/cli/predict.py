@@ -19,9 +19,10 @@ from ..data.config import PreprocessingConfig
 from ..data.image_files import create_file_loader, find_images
 from ..devices import DeviceConfig, resolve_device
 from ..errors import InputError, one_line
-from ..files import check_results_file, write_whole
+from ..files import check_results_file, read_json, write_whole
 from ..models.create import resolve_data_config
 from ..options import HparamsConfig, option, parse
+from ..pretrained.folder import check_classes, check_config
 from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_trained_options
 from ..publishing.export import FILES, load_exported
 from .script import run_script
@@ -81,10 +82,12 @@ def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
         wrong = '--per-expert' if config.per_expert else f'--device {config.device}'
         raise InputError(f"{wrong} does not go with '{path}', which gives averages on the CPU: leave it out.")
     try:
-        saved = json.loads(path.with_name(CONFIG_FILE).read_text(encoding='utf-8'))
+        saved = read_json(path.with_name(CONFIG_FILE))
+        check_config(saved, f"'{path.with_name(CONFIG_FILE)}'")
         run = load_exported(path, 'onnx')
         data_config = timm.data.resolve_data_config(vars(config), pretrained_cfg=saved['pretrained_cfg'])
         num_classes = run(torch.zeros(1, *data_config['input_size'])).shape[-1]
+        check_classes(f"'{path}'", num_classes, saved.get('label_names'))
     except ImportError as error:
         raise InputError(f"'{path}' needs onnxruntime: pip install \"shike-timm[export]\".") from error
     except Exception as error:  # A damaged file can make onnxruntime raise anything.

@@ -1,5 +1,6 @@
 """Runs every command: logging, errors as one sentence, exit status."""
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,11 @@ from ..training.trainer import NonFiniteError
 
 def run_script(main: Callable[[], Any]) -> int:
     """Run a command. Its exit status is 0, 1 after a failure, 2 for bad input, or 128 plus a signal."""
+    for number in range(3):  # Otherwise the next file that is opened would be taken for a closed one of these.
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     setup_default_logging()
     for name in ('timm', 'httpx', 'httpx2'):  # httpx and httpx2 log every request to the Hub.
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -28,6 +34,8 @@ def run_script(main: Callable[[], Any]) -> int:
 
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     except InputError as error:
@@ -49,6 +57,9 @@ def run_script(main: Callable[[], Any]) -> int:
             raise
         return fail(
             1, 'error: A process that loads images is gone, perhaps for lack of memory: choose fewer --workers.')
+    except BrokenPipeError:  # Who reads the output has seen enough, as `head` has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141  # 128 plus SIGPIPE
     except OSError as error:
         return fail(1, f'error: {error}')
     return 0

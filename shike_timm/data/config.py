@@ -1,6 +1,6 @@
 """Options of the data: which images, how they are read and how they come in batches."""
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from ..errors import InputError
 from ..options import option
@@ -79,19 +79,21 @@ class CheckConfig:
 class PreprocessingConfig:
     """Preprocessing."""
 
-    img_size: Optional[int] = option(None, "side of the images in pixels. By default the model's own", low=1)
+    img_size: Optional[int] = option(
+        None, "side of the images in pixels. By default the model's own", low=1, below=2 ** 14)
     input_size: Optional[List[int]] = option(
-        None, 'channels, height and width of the images', nargs=3, low=1, card='changed')
+        None, 'channels, height and width of the images', nargs=3, low=1, below=2 ** 14, card='changed')
     in_chans: Optional[int] = option(None, 'channels of the images, 1 or 3', low=1, card='changed')
     exif: Optional[bool] = option(None, 'turn images as their EXIF orientation says', card='changed')
     pixel_range: Optional[List[float]] = option(
         None, 'values that become black and white, in images of more than 8 bits. By default the range of their type',
         'X', nargs=2, card='changed')
     crop_pct: Optional[float] = option(
-        None, 'share of the side that the centre crop keeps in evaluation', low=0.01, card='changed')
-    mean: Optional[List[float]] = option(None, 'mean of each channel, of images in 0..1', nargs='+', card='changed')
+        None, 'share of the side that the centre crop keeps in evaluation', low=0.01, below=10, card='changed')
+    mean: Optional[List[float]] = option(
+        None, 'mean of each channel, of images in 0..1', nargs='+', low=-100, below=100, card='changed')
     std: Optional[List[float]] = option(
-        None, 'standard deviation of each channel, of images in 0..1', nargs='+', card='changed')
+        None, 'standard deviation of each channel, of images in 0..1', nargs='+', low=1e-6, below=100, card='changed')
     interpolation: Optional[str] = option(
         None, 'interpolation in evaluation', choices=('nearest', 'bilinear', 'bicubic', 'lanczos'), card='changed')
 
@@ -106,6 +108,13 @@ class PreprocessingConfig:
         if self.input_size and self.img_size:
             raise InputError(f'--input-size and --img-size {self.img_size} contradict each other: drop one of them.')
         return channels
+
+    @property
+    def image_size(self) -> Optional[Tuple[int, int]]:
+        """Height and width of the images, if the options give them."""
+        if self.input_size:
+            return self.input_size[1], self.input_size[2]
+        return (self.img_size, self.img_size) if self.img_size else None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """Decoding: from image files of any kind to PIL images with the channels that a model takes."""
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import FrozenSet, Optional, Tuple
@@ -20,6 +21,13 @@ def image_extensions() -> FrozenSet[str]:
     known = Image.registered_extensions()
     return frozenset(
         extension for extension, kind in known.items() if kind in Image.OPEN and kind not in NO_IMAGES)
+
+
+def open_image(path: str) -> Image.Image:
+    """An image file, not decoded yet. A pipe or a device is refused, since its reader may wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError('it is no file')
+    return Image.open(path)
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,17 @@ import glob
 import os
 import sys
 from collections import Counter
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import timm.data
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose
 
 from ..errors import InputError
-from .decode import MODES, ImageDecoder
+from .decode import MODES, ImageDecoder, open_image
 from .inspect import ImageReader
 from .sources.folder import list_folder, list_images
 
@@ -40,12 +39,14 @@ def _find(name: str) -> List[str]:
     return [path for match in found for path in (_images_below(match) if os.path.isdir(match) else [match])]
 
 
-def find_images(names: Iterable[str]) -> List[str]:
+def find_images(names: Sequence[str]) -> List[str]:
     """Find image files. A name is a file, a folder, a pattern such as 'x/**/*.png', or '-' for standard input.
 
     A file that does not exist is in the result too.
     """
     paths: List[str] = []
+    if '-' in names and sys.stdin is None:
+        raise InputError('Standard input is closed: name files, folders or patterns instead of -.')
     for name in names:
         # File names are bytes, and need not be valid text.
         lines = (os.fsdecode(line).rstrip('\r\n') for line in sys.stdin.buffer) if name == '-' else [name]
@@ -78,5 +79,5 @@ def create_file_loader(
     if channels not in MODES:
         raise InputError(f'The model takes images of {channels} channels, expected 1 or 3: no files have such.')
     transform: Any = timm.data.create_transform(**data_config, is_training=False, use_prefetcher=True)
-    reader = ImageReader(Image.open, Compose([ImageDecoder(channels, pixel_range, exif), transform]), paths)
+    reader = ImageReader(open_image, Compose([ImageDecoder(channels, pixel_range, exif), transform]), paths)
     return DataLoader(reader, batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin_memory)

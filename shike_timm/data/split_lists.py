@@ -5,7 +5,7 @@ from typing import Dict, Iterable, List, Optional, Tuple, Union
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import write_whole
 from .dataset import AnySet, ImageSet, StreamSet
 
@@ -22,8 +22,14 @@ def write_split_lists(folder: Path, train: ImageSet, evaluation: ImageSet) -> No
 
 
 def _read(path: Path) -> Dict[str, str]:
-    with path.open(newline='', encoding='utf-8', errors='surrogateescape') as file:
-        return {row['path']: row['label'] for row in csv.DictReader(file)}
+    try:
+        with path.open(newline='', encoding='utf-8', errors='surrogateescape') as file:
+            rows = csv.reader(file)
+            if next(rows, None) != ['path', 'label']:
+                raise ValueError("its first line is not 'path,label'")
+            return {path: label for path, label in filter(None, rows)}
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"'{path}' of the run is damaged ({one_line(error)}): restore it.") from error
 
 
 class SplitLists:
@@ -33,6 +39,11 @@ class SplitLists:
         self.folder = folder
         self.train_list, self.eval_list = Path(folder, TRAIN_LIST), Path(folder, EVAL_LIST)
         self.train, self.evaluation = _read(self.train_list), _read(self.eval_list)
+        both = next((path for path in self.train if path in self.evaluation), None)
+        if both is not None:
+            raise InputError(
+                f"'{both}' is in '{self.train_list}' and in '{self.eval_list}': the run would be evaluated on what it "
+                'learnt. Restore the lists.')
 
     @classmethod
     def find(cls, folder: Union[None, str, Path]) -> Optional['SplitLists']:

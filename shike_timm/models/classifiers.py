@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 COSINE_SCALE = 30.
 
 
 def _normalize(x: Tensor) -> Tensor:
+    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
+        x = x.float()  # In float16 a norm above 65,504 is infinite, and 1e-12 is 0.
     # F.normalize exports an Expand, which stops ONNX's shape inference.
     if not torch.jit.is_scripting():
         if torch.compiler.is_exporting():  # onnxruntime's preprocessing for quantization does not know ReduceL2.
@@ -18,13 +19,16 @@ def _normalize(x: Tensor) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-@register_notrace_function
+@torch.fx.wrap  # What it does depends on the data types, which a tracer does not know.
 def cosines(x: Tensor, weight: Tensor) -> Tensor:
     """Cosines [B, M, C] between features [B, M, D] and class weights [M, C, D], expert by expert."""
-    if x.dtype != weight.dtype:
-        # The conversion ties an exported program to this device, so it is left out if it changes nothing.
-        x = x.to(weight.dtype)
+    dtype = weight.dtype
     x, weight = _normalize(x), _normalize(weight)
+    # A conversion ties an exported program to this device, so it is left out if it changes nothing.
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
     if torch.jit.is_scripting():
         return torch.einsum('bmd,mcd->bmc', x, weight)
     if x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type):

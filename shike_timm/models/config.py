@@ -22,7 +22,9 @@ class ModelConfig:
     num_classes: Optional[int] = option(None, 'number of classes. By default that of the data', low=1, card='changed')
     num_experts: Optional[int] = option(None, 'number of experts. By default 3')
     private_stages: Optional[int] = option(
-        None, 'number of last stages that each expert has for itself. By default 1', low=1, card='changed')
+        None, 'how many of the last stages each expert has for itself, 1 by default', low=1, card='changed')
+    private_blocks: Optional[int] = option(
+        None, 'the same for a backbone of equal blocks (ViT), a sixth of them by default', low=1, card='changed')
     depths: Optional[List[int]] = option(
         None, 'shared stage that each expert fuses, counted from 1 at the shallowest; by default 1, 2, ..., and again '
         'from 1 after the deepest', nargs='+')

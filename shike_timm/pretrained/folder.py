@@ -1,18 +1,24 @@
 """Model folders in timm's local-dir format: a configuration and the weights."""
 import copy
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
 from timm.models import parse_model_name, save_for_hf
 from torch import nn
 
 from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE
-from ..errors import InputError
+from ..data.config import PreprocessingConfig
+from ..errors import InputError, one_line
+from ..files import read_json
 from ..models import Shike
+from ..options import check_saved, checked
 
 
 def find_model(path: str) -> Path:
@@ -26,7 +32,10 @@ def find_model(path: str) -> Path:
 
 
 def read_config(name: str, weights: Optional[str] = None) -> Dict[str, Any]:
-    """The configuration of `local-dir:FOLDER` or `hf-hub:USER/NAME`, or else the one beside a file of weights."""
+    """The configuration of `local-dir:FOLDER` or `hf-hub:USER/NAME`, or else the one beside a file of weights.
+
+    It is refused if it contradicts itself or the weights beside it.
+    """
     source, model_id = parse_model_name(name)
     if source == 'local-dir':
         path = Path(model_id, CONFIG_FILE)
@@ -35,7 +44,64 @@ def read_config(name: str, weights: Optional[str] = None) -> Dict[str, Any]:
         path = Path(hf_hub_download(repo_id, CONFIG_FILE, revision=revision or None))
     else:
         path = Path(weights or '').with_name(CONFIG_FILE)
-    return json.loads(path.read_text(encoding='utf-8'))
+    config = read_json(path)
+    check_config(config, f"'{path}'")
+    if path.with_name(WEIGHTS_FILE).is_file() and str(config.get('architecture')).endswith('shike'):
+        _check_weights(config, path)
+    return config
+
+
+def check_config(config: Dict[str, Any], source: str) -> None:
+    """Refuse a configuration with impossible preprocessing or contradictory classes. `source` begins the message."""
+    cfg, args = config.get('pretrained_cfg', config), config.get('model_args') or {}
+    if not isinstance(cfg, dict) or not isinstance(args, dict):
+        raise InputError(f"{source} is damaged: 'pretrained_cfg' and 'model_args' must hold names and values.")
+    try:
+        found = check_saved(PreprocessingConfig, {**cfg, **config}, source)
+        checked(PreprocessingConfig, found)
+    except InputError as error:
+        raise InputError(f'{source} is damaged: {error}') from error
+    channels = args.get('in_chans') or (found.get('input_size') or [3])[0]
+    for name in ('mean', 'std'):
+        if len(found.get(name) or '1') not in (1, 3, channels):
+            raise InputError(f"{source} is damaged: '{name}' has {len(found[name])} values, expected {channels}.")
+    num_classes = config.get('num_classes', cfg.get('num_classes'))
+    if num_classes is None:
+        return
+    if not isinstance(num_classes, int) or args.get('num_classes', num_classes) != num_classes:
+        raise InputError(
+            f"{source} contradicts itself: it is of {num_classes!r} classes and of {args.get('num_classes')!r}.")
+    check_classes(
+        source, num_classes, config.get('label_names'), config.get('class_counts'), config.get('shot_counts'))
+
+
+def check_classes(
+        source: str,
+        num_classes: int,
+        names: Optional[Sequence[str]] = None,
+        counts: Optional[Sequence[int]] = None,
+        shot_counts: Optional[Sequence[int]] = None,
+) -> None:
+    """Refuse names and numbers of images that are not one for each class. `source` begins the message."""
+    for what, values, kind in (
+            ('class names', names, str), ('class counts', counts, int), ('counts for the shots', shot_counts, int)):
+        if values is not None and (not isinstance(values, (list, tuple)) or len(values) != num_classes or not all(
+                isinstance(one, kind) and (kind is str or 0 < one < 2 ** 53) for one in values)):
+            raise InputError(f'{source} contradicts itself: its {what} are not one for each of {num_classes} classes.')
+    if names is not None and len(set(names)) < num_classes:
+        raise InputError(f'{source} contradicts itself: two of its classes have the same name.')
+
+
+def _check_weights(config: Dict[str, Any], path: Path) -> None:
+    """Refuse a configuration of other numbers of classes or experts than its weights, which timm may load in part."""
+    with safe_open(path.with_name(WEIGHTS_FILE), 'pt') as file:
+        names = list(file.keys())
+        head = file.get_slice('classifier.weight').get_shape() if 'classifier.weight' in names else (0, 0)
+    experts = {found[1] for found in map(re.compile(r'experts\.(\d+)\.').match, names) if found}
+    told = config.get('num_classes', 0), config.get('model_args', {}).get('num_experts', 3)
+    for what, said, found in zip(('classes', 'experts'), told, (head[1], len(experts))):
+        if said != found:
+            raise InputError(f"'{path}' is of {said} {what}, but the weights beside it are of {found}: restore both.")
 
 
 def export_model(
@@ -51,7 +117,7 @@ def export_model(
     The model was made by `timm.create_model`, the preprocessing by `timm.data.resolve_data_config`. The facts go into
     `config.json`, unless they are empty.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))
     temporary = folder.with_name(folder.name + '.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
@@ -61,10 +127,15 @@ def export_model(
     config: Dict[str, Any] = {'pretrained_cfg': {'tag': ''}}  # These weights are not those of the default tag.
     facts = dict(label_names=class_names, class_counts=class_counts, **facts)
     config.update({key: value for key, value in facts.items() if value})
-    save_for_hf(model, str(temporary), config, safe_serialization=True, data_config=data_config)
-    config = read_config(f'local-dir:{temporary}')
-    # transformers takes the number at the top level and refuses a second one.
-    config['model_args'].pop('num_classes', None)
-    (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    try:
+        save_for_hf(model, str(temporary), config, safe_serialization=True, data_config=data_config)
+        config = read_json(temporary / CONFIG_FILE)
+        # transformers takes the number at the top level and refuses a second one.
+        config['model_args'].pop('num_classes', None)
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:  # The second is what safetensors raises on a full disk.
+        raise OSError(f"model folder '{folder}' cannot be written ({one_line(error)})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -14,8 +14,8 @@ from ..errors import InputError, one_line
 from ..models import Shike
 from ..models.config import ModelConfig
 from ..models.create import create_model, is_registered
-from ..options import Config, checked, option
-from .folder import find_model, read_config
+from ..options import Config, check_saved, checked, option
+from .folder import check_classes, find_model, read_config
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,14 @@ class TrainedModel:
 
 
 def _from_name(name: str, pretrained: bool) -> TrainedModel:
-    saved, config = ':' in name or pretrained and is_registered(name), {}
+    saved = ':' in name or pretrained and is_registered(name)
     try:
+        config = read_config(name) if ':' in name else {}
         model = timm.create_model(name, pretrained=saved)
         if saved and isinstance(model, Shike):
-            config = read_config(name, model.pretrained_cfg.get('file'))
+            config = config or read_config(name, model.pretrained_cfg.get('file'))
+            if config.get('num_classes', model.num_classes) != model.num_classes:
+                raise ValueError(f"it is of {config['num_classes']} classes and of {model.num_classes}")
     except Exception as error:  # A damaged folder can make timm, torch or safetensors raise nearly anything.
         raise InputError(f"model '{name}' cannot be loaded: {one_line(error)}.") from error
     if not isinstance(model, Shike):
@@ -85,16 +88,24 @@ def from_checkpoint(
         model = create_model(described, head.shape[1] if head is not None and head.ndim == 3 else 0, in_chans)
         load_weights(model, weights, path)
         return TrainedModel(path, model)
+    source, counts = f"checkpoint '{path}'", saved.class_counts
+    shot_counts, names = getattr(saved, 'shot_counts', counts), getattr(saved, 'class_names', None)
+    check_classes(source, len(counts) if isinstance(counts, list) else 0, names, counts, shot_counts)
     # Options that an older version did not have get their defaults.
-    config, preprocessing = checked(ModelConfig, vars(saved)), checked(PreprocessingConfig, vars(saved))
+    config = checked(ModelConfig, check_saved(ModelConfig, vars(saved), source))
+    preprocessing = checked(PreprocessingConfig, check_saved(PreprocessingConfig, vars(saved), source))
     if config.classifier != 'linear':  # Each phase has its own scale.
         config = replace(config, cosine_scale=getattr(saved, 'classifier_scale', None))
-    model = create_model(config, len(saved.class_counts), preprocessing.channels)
-    load_weights(model, weights, path)
-    model.set_training_prior(saved.class_counts, getattr(saved, 'classifier_prior', None))
+    try:
+        model = create_model(config, len(counts), preprocessing.channels, img_size=preprocessing.image_size)
+        load_weights(model, weights, path)
+        model.set_training_prior(counts, getattr(saved, 'classifier_prior', None))
+    except TypeError as error:
+        raise InputError(f'{source} is damaged: {one_line(error)}.') from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
     return TrainedModel(
-        path, model, saved.class_counts, saved.class_names, getattr(saved, 'shot_counts', saved.class_counts),
-        str(Path(path).absolute().parent.parent), vars(preprocessing))
+        path, model, counts, names, shot_counts, str(Path(path).absolute().parent.parent), vars(preprocessing))
 
 
 def load_trained_model(

@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import find_dataset
+from ..data.config import DataConfig
 from ..data.decode import MODES
 from ..metrics import ShotConfig, shot_divisions
 from ..models import Shike
@@ -50,7 +51,8 @@ def _dataset(name: str) -> str:
 def _data_name(args: Dict[str, Any]) -> str:
     name = args.get('dataset')
     if name and find_dataset(name).has_imb_factor:
-        return f"{name}, imbalance factor {args['imb_factor']:g} ({args['imb_type']})"
+        data = checked(DataConfig, args)
+        return f'{name}, imbalance factor {data.imb_factor:g} ({data.imb_type})'
     return name or 'a folder of images'
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub import logging as hub_logging
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -15,8 +14,9 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from ..errors import InputError, one_line
 from ..options import option
-from ..pretrained.folder import find_model
+from ..pretrained.folder import find_model, read_config
 from ..pretrained.load import load_trained_model
+from ..training.folder import read_args, read_metrics
 from .card import model_card
 
 REPORT_TABLE = 'classes.csv'
@@ -42,15 +42,9 @@ class PublishConfig:
 def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """Metrics and arguments of the run that wrote a model folder, empty if it does not lie in a run folder."""
     model_folder = model_folder.resolve()
-    found = []
-    for name, parse in (('metrics.json', json.loads), ('args.yaml', yaml.safe_load)):
-        path = model_folder.parent / name
-        try:
-            found.append(dict(parse(path.read_text())) if model_folder.name == 'model' and path.is_file() else {})
-        except (ValueError, TypeError, yaml.YAMLError) as error:
-            raise InputError(
-                f"'{path}' is damaged ({one_line(error)}): restore it, or move the model away.") from error
-    return found[0], found[1]
+    if model_folder.name != 'model':
+        return {}, {}
+    return read_metrics(model_folder.parent), read_args(model_folder.parent)
 
 
 def find_report(
@@ -140,7 +134,7 @@ def publish(config: PublishConfig) -> str:
     folder = find_model(config.model)
     metrics, run_args = read_run(folder)
     model = load_trained_model(f'local-dir:{folder}').model
-    model_config = json.loads((folder / CONFIG_FILE).read_bytes())
+    model_config = read_config(f'local-dir:{folder}')
     model_config.get('model_args', {}).pop('pretrained_backbone', None)  # The value may be a path of this machine.
     report = find_report(config.report, folder, model_config, list(metrics.values())[-1] if metrics else {})
     card = model_card(

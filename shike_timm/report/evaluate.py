@@ -1,6 +1,7 @@
 """Evaluates a trained model, prints tables, and writes files and a report. `shike eval` calls it."""
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -24,6 +25,7 @@ from ..pretrained.load import (
     set_target_prior,
     with_trained_options,
 )
+from ..training.folder import read_args
 from .cam import CamConfig, draw_cams
 from .collect import add_costs, check_report, collect, count_gmacs
 from .logits import save_logits
@@ -56,6 +58,9 @@ class EvalConfig(
 def _check(config: EvalConfig) -> None:
     check_results_file(config.results_file)
     check_results_file(config.save_logits, 'save-logits')
+    if config.save_logits and config.results_file and (
+            os.path.realpath(config.save_logits) == os.path.realpath(config.results_file)):
+        raise InputError(f"--save-logits and --results-file are both '{config.results_file}': name two files.")
     if config.cam and not config.report:
         raise InputError('--cam draws into a report, but there is none: add --report DIR.')
     if config.report:
@@ -107,6 +112,10 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     # timm's validate.py loads the published weights too.
     trained = load_trained_model(config.model, config.checkpoint, True, config.experts)
     config = with_trained_options(config, trained)
+    run = Path(trained.run_folder) if trained.run_folder else None
+    run = run if run and (run / 'summary.csv').exists() else None  # A model folder may lie anywhere.
+    if run and config.report:
+        read_args(run)  # A damaged file shows before the work.
     origin = 'this data' if trained.class_counts is None else 'the model'
     model, split = trained.model, _load_split(config, trained)
     names, counts = trained.class_names, trained.class_counts
@@ -144,12 +153,9 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
         if config.results_file:
             write_text(config.results_file, json.dumps(metrics, indent=2) + '\n')
     if kept:
-        run, name = trained.run_folder, Path(config.checkpoint).stem if config.checkpoint else str(config.model)
-        fields: Dict[str, Any] = dict(name=name)
-        if run and Path(run, 'summary.csv').exists():  # A model folder may lie anywhere.
-            fields = dict(name=Path(run).name, run=Path(run))
+        name = run.name if run else Path(config.checkpoint).stem if config.checkpoint else str(config.model)
         costs = metrics.get('subsets') or count_gmacs(model, next(iter(loader))[0][:1], passes)
-        saved = collect(trained, split, kept, config, costs=costs, **fields)
+        saved = collect(trained, split, kept, config, costs=costs, name=name, run=run)
         if config.save_logits:
             save_logits(config.save_logits, saved)
         if config.report:

@@ -1,7 +1,6 @@
 """Saved logits of an evaluation split, and the facts of its images and classes for a report."""
 import json
 import os
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Union
@@ -9,7 +8,8 @@ from typing import Any, Callable, Dict, List, Optional, Union
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
+from ..data.decode import open_image
+from ..errors import InputError, one_line
 from ..files import write_whole
 
 _ARRAYS = ('logits', 'targets', 'paths', 'class_names', 'class_counts', 'shots', 'costs')
@@ -49,8 +49,8 @@ class SavedLogits:
         if self.open_image is not None:
             return self.open_image(index)
         try:
-            return Image.open(self.paths[index]).convert('RGB') if os.path.isabs(self.paths[index]) else None
-        except OSError:
+            return open_image(self.paths[index]).convert('RGB') if os.path.isabs(self.paths[index]) else None
+        except Exception:  # A decoder may raise anything for a damaged file.
             return None
 
 
@@ -71,20 +71,24 @@ def load_logits(path: Union[str, Path]) -> SavedLogits:
         raise InputError(f"'{path}' does not exist: give a run folder, or a file of shike eval --save-logits.")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in _ARRAYS}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            logits, targets, paths, names, counts, shots, costs = (file[key] for key in _ARRAYS)
+        num_images, _, num_classes = logits.shape
+        for array, kinds, shape in (
+                (logits, 'f', (num_images, max(logits.shape[1], 1), max(num_classes, 1))),
+                (targets, 'iu', (max(num_images, 1),)), (paths, 'U', (num_images,)), (names, 'U', (num_classes,)),
+                (counts, 'iu', (num_classes,)), (shots, 'iu', (num_classes,))):
+            if array.dtype.kind not in kinds or array.shape != shape:
+                raise ValueError(f'an array of {array.dtype} is {array.shape}, expected {shape}')
+        if not np.isfinite(logits).all():
+            raise ValueError('its logits are not finite')
+        if targets.min() < 0 or targets.max() >= num_classes or counts.min() < 1 or not set(shots) <= {0, 1, 2}:
+            raise ValueError(f'it has targets, counts or shots that {num_classes} classes cannot have')
+        costs = [dict(one, experts=list(one['experts']), gmacs=float(one['gmacs'])) for one in json.loads(str(costs))]
+    except Exception as error:  # A damaged file can make NumPy raise nearly anything.
         raise InputError(
-            f"'{path}' is damaged or not a file of shike eval --save-logits: save the logits again.") from error
-    logits, targets, paths, names, counts, shots, costs = arrays.values()
-    shape, problem = logits.shape, None
-    if len(shape) != 3 or not all(shape):
-        problem = f'logits of shape {shape}, expected [images, experts, classes]'
-    elif {len(targets), len(paths)} != {shape[0]} or {len(names), len(counts), len(shots)} != {shape[2]}:
-        problem = f'arrays that do not fit its logits of shape {shape}'
-    elif targets.min() < 0 or targets.max() >= shape[2]:
-        problem = f'targets outside its {shape[2]} classes'
-    if problem:
-        raise InputError(f"'{path}' has {problem}: save the logits again.")
+            f"'{path}' is damaged or not a file of shike eval --save-logits ({one_line(error)}): save the logits "
+            'again.') from error
     run = path.parent if (path.parent / 'summary.csv').exists() else None
     return SavedLogits(
-        logits, targets, paths.tolist(), names.tolist(), counts, shots, json.loads(str(costs)), path.stem, run)
+        logits.astype(np.float32, copy=False), targets, paths.tolist(), names.tolist(), counts, shots, costs, path.stem,
+        run)

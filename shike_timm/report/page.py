@@ -17,6 +17,7 @@ from ..files import write_text
 from ..metrics import METRICS, SHOTS
 from ..plotting import draw, save
 from ..training.config import card_options
+from ..training.folder import read_args
 from ..version import __version__
 from .analysis import Analysis, paired_test, same_images, tail_confusions, wilson
 from .figures import DRAWINGS, compare_models, shorten
@@ -53,9 +54,8 @@ def seed_groups(models: Sequence[Analysis]) -> List[Tuple[List[Analysis], Dict[s
     """Runs that saw the same images and differ only in their seed, with mean and standard deviation of each metric."""
     groups: Dict[str, List[Tuple[Analysis, Any]]] = {}
     for one in models:
-        path = one.saved.run and one.saved.run / 'args.yaml'
-        if path and path.exists():
-            values = yaml.safe_load(path.read_text(encoding='utf-8'))
+        values = read_args(one.saved.run) if one.saved.run else {}
+        if values:
             recipe = yaml.safe_dump(dict(card_options(values), seed=None))
             groups.setdefault(recipe, []).append((one, values.get('seed')))
     found = []

@@ -13,6 +13,7 @@ from ..metrics import evaluate
 from ..models.create import resolve_data_config
 from ..options import option
 from ..pretrained.load import load_trained_model
+from ..training.folder import read_args
 from ..training.phases import PHASES
 from ..training.resume import saved_config
 from .cam import CamConfig, draw_cams
@@ -79,6 +80,8 @@ def make_report(config: ReportConfig) -> Path:
     check_report(config.output, config.cam)
     if config.cam and not Path(config.runs[0]).is_dir():
         raise InputError(f"--cam needs a model, but '{config.runs[0]}' has none: give a run folder, or use shike eval.")
+    for path in map(Path, config.runs):
+        read_args(path if path.is_dir() else path.parent)  # A damaged file shows before the work.
     from .analysis import Analysis
     from .page import write_report
     models, earlier, cams = [], None, []

@@ -7,6 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..errors import one_line
 from ..metrics import SHOTS
 from ..plotting import COLORS, STYLE, Missing, add_legend, draw, log_scale, new_figure
 from .tasks import TERMS
@@ -14,9 +15,12 @@ from .tasks import TERMS
 
 def read_curves(run: Path) -> Dict[str, List[Optional[float]]]:
     """The columns of a run's `summary.csv`. None where an epoch has no value."""
-    with (run / 'summary.csv').open(newline='') as file:
-        rows = list(csv.DictReader(file))
-    return {key: [float(row[key]) if row[key] else None for row in rows] for key in (rows[0] if rows else ())}
+    try:
+        with (run / 'summary.csv').open(newline='') as file:
+            rows = list(csv.DictReader(file))
+        return {key: [float(row[key]) if row[key] else None for row in rows] for key in (rows[0] if rows else ())}
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise Missing(f'The summary.csv of the run cannot be read: {one_line(error)}.') from error
 
 
 def draw_curves(curves: Dict[str, List[Optional[float]]]) -> Figure:
@@ -48,6 +52,6 @@ def draw_curves(curves: Dict[str, List[Optional[float]]]) -> Figure:
 
 def write_curves(run: Path) -> None:
     """Draw the learning curves of a run folder as its `curves.png`."""
-    figure, _ = draw(draw_curves, read_curves(run))
+    figure, _ = draw(lambda: draw_curves(read_curves(run)))
     with matplotlib.rc_context(STYLE):
         figure.savefig(run / 'curves.png')

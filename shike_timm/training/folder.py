@@ -2,21 +2,47 @@
 import os
 import socket
 from pathlib import Path
+from typing import Any, Dict
 
 import yaml
 from filelock import FileLock, Timeout
 
 from ..errors import InputError
-from ..files import write_text
-from .config import RunConfig
+from ..files import read_json, write_text
+from ..metrics import METRICS
+from ..options import check_saved
+from ..recipes import read_yaml
+from .config import RunConfig, TrainConfig
 
 LOCK = '.lock'
 NOT_SAVED = ('hparams', 'resume', 'checkpoint')  # These options name files for one start of a run.
 
 
+def read_args(folder: Path) -> Dict[str, Any]:
+    """The options in the `args.yaml` of a run folder, empty without one. Other versions may have had others."""
+    path = folder / 'args.yaml'
+    values = read_yaml(str(path)) if os.path.isfile(path) else {}
+    return check_saved(TrainConfig, values, f"'{path}'")
+
+
+def read_metrics(folder: Path) -> Dict[str, Any]:
+    """The metrics by phase in the `metrics.json` of a run folder, empty without one."""
+    path = folder / 'metrics.json'
+    metrics = read_json(path) if os.path.isfile(path) else {}
+    for phase, result in metrics.items():
+        experts = result.get('experts') if isinstance(result, dict) else None
+        for one in [result, *experts] if isinstance(experts, list) else [None]:
+            if not isinstance(one, dict) or not all(
+                    isinstance(one.get(name), (int, float, type(None))) for name in (*METRICS, 'balanced_classes')):
+                raise InputError(
+                    f"'{path}' is damaged: '{phase}' does not hold the metrics of a model and its experts. Restore "
+                    'it, or remove it.')
+    return metrics
+
+
 def check_folder(folder: Path, resumed: bool) -> None:
     """Raise an InputError if a folder holds a run that is not to be resumed."""
-    if not resumed and folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+    if not resumed and os.path.isdir(folder) and any(path.name != LOCK for path in folder.iterdir()):
         raise _taken(folder)
 
 

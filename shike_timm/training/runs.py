@@ -116,6 +116,11 @@ def prepare(
     Unless the model is `fresh`, a checkpoint brings its weights, with its class names and its run folder `source`.
     """
     check_trackers(config)
+    shorter, longer = sorted((config.train_split, config.val_split), key=len)
+    if f'{longer}/'.startswith(f'{shorter}/') and not (config.holdout or config.train_list or config.val_list):
+        raise InputError(
+            f"--val-split '{config.val_split}' has images of --train-split '{config.train_split}': name another one, "
+            'or use --holdout.')
     if not all(phase.is_retraining for phase in phases):
         check_compiler(config.torchcompile, config.torchcompile_mode, device)
     with local_primary_first():
@@ -126,7 +131,7 @@ def prepare(
     config = replace(config, holdout=data.holdout)
     _check_eval_metric(config, data)
     seed_all(config.seed, 1, -1)
-    model = create_model(config, data.num_classes, config.channels, fresh).to(device)
+    model = create_model(config, data.num_classes, config.channels, fresh, config.image_size).to(device)
     if config.recovery_interval and data.train.is_stream:
         raise InputError('--recovery-interval saves the middle of an epoch, where no stream can begin: leave it out.')
     if config.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):

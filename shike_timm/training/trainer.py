@@ -34,7 +34,7 @@ from ..pretrained.folder import export_model
 from .build import create_optimizer, create_schedule, resolve_autocast
 from .class_means import begin_at_class_means
 from .config import RunConfig, StepConfig
-from .folder import check_folder, claim_folder
+from .folder import check_folder, claim_folder, read_metrics
 from .methods import TaskInputs, create_task
 from .phases import Phase
 from .progress import progress_bar, read_columns, read_seconds
@@ -145,7 +145,7 @@ class Trainer:
         self.start(self.phases[0])  # A wrong option fails here, before there is a folder.
         on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
-        metrics = json.loads(path.read_text()) if path.exists() else dict(self.before)
+        metrics = read_metrics(self.folder) or dict(self.before)
         num_steps = sum(phase.epochs for phase in self.phases) * len(self.train_loader)
         with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
               progress_bar(num_steps) as self.progress, self._own_folder(resumed)):
@@ -466,6 +466,8 @@ class Trainer:
         except (RuntimeError, OSError) as error:
             if any(self.folder.glob('*/last.pth.tar')):
                 _logger.error(f'The last checkpoint is kept. Go on with: shike train --resume {self.folder}')
+            if isinstance(error, OSError) and error.errno and error.filename is None:
+                error.filename = str(self.folder)  # The error of a full disk names no file.
             if self.stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(self.stop.signum) from error  # The workers of a loader got the signal too.
             if 'DataLoader worker' in str(error) or isinstance(error, ConnectionError):  # The pipe from a worker broke.

@@ -149,11 +149,11 @@ class _Files:
             raise InputError(
                 f"data-dir '{self.root}' does not exist: give a folder with a sub-folder of images per class.")
         self.hidden: Counter = Counter()
-        self.members = None
+        self.members, self.notes = None, []
         if os.path.isdir(self.root):
             listed = list_folder(self.root, self.hidden)
         else:
-            self.members = tar_members(self.root)
+            self.members = tar_members(self.root, self.notes)
             listed = _list_archive(self.members, self.hidden)
         self.prefix = _unwrap(listed, (config.train_split, config.val_split, *TRAIN_SPLITS, *EVAL_SPLITS))
         self.listed = _below(listed, self.prefix[:-1]) if self.prefix else listed
@@ -192,7 +192,8 @@ class _Files:
         notes = [
             f"{count} {kind}{'s' if count != 1 else ''}{where} ({first_few(sorted(names))})"
             for count, kind, where, names in left_out if count]
-        return label_images(self.config, open_files(self.root, paths, self.members), labels, notes)
+        source = open_files(self.root, paths, self.notes, self.members)
+        return label_images(self.config, source, labels, [*notes, *self.notes])
 
 
 @register_dataset('', 'torch/image_folder', 'torch/folder')

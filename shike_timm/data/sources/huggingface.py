@@ -6,6 +6,7 @@ from PIL import Image
 
 from ...errors import InputError
 from ..dataset import ImageSet, ImageSource, Names, label_images
+from ..decode import open_image
 from ..registry import register_dataset
 from .timm_source import TimmSource
 
@@ -20,7 +21,7 @@ class _TableImages(ImageSource):
 
     def open(self, row: int) -> Image.Image:
         image = self.reader.dataset[row][self.reader.image_key]
-        return Image.open(io.BytesIO(image['bytes']) if image['bytes'] else image['path'])
+        return Image.open(io.BytesIO(image['bytes'])) if image['bytes'] else open_image(image['path'])
 
     def stamp(self, row: int) -> str:
         return f'{self.root}|{row}'

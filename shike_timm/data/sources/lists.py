@@ -160,8 +160,9 @@ def load_list(config: SourceConfig, path: str, spellings: Sequence[Tuple[str, st
                 f"'{os.path.join(root, paths[0])}' does not exist: give the folder that the paths of '{path}' "
                 'begin in as --data-dir.')
         paths = present[0]
+    source = open_files(root, paths, notes)
     return label_images(
-        config, open_files(root, paths), listed.labels, notes, listed.groups, listed.order, f"the list '{path}'")
+        config, source, listed.labels, notes, listed.groups, listed.order, f"the list '{path}'")
 
 
 def exclude(train: ImageSet, evaluation: ImageSet, origin: str) -> ImageSet:

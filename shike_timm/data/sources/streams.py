@@ -30,10 +30,11 @@ def _shard_set(config: SourceConfig, root: str, shards: List[str]) -> ImageSet:
     kinds = set(config.input_key.split(';')) if config.input_key else {one[1:] for one in image_extensions()}
     paths: List[str] = []
     labels: List[str] = []
+    notes: List[str] = []
     places: List[Tuple[int, int, int]] = []
     for number, shard in enumerate(shards):
         samples: Dict[str, Dict[str, Tuple[int, int]]] = {}
-        for name, start, length in tar_members(shard):
+        for name, start, length in tar_members(shard, notes):
             folder, slash, file = name.rpartition('/')
             stem, _, suffix = file.partition('.')
             if length >= 0 and stem:
@@ -61,7 +62,7 @@ def _shard_set(config: SourceConfig, root: str, shards: List[str]) -> ImageSet:
     if len(set(paths)) < len(paths):
         paths = [f'{os.path.basename(shards[place[0]])}/{path}' for path, place in zip(paths, places)]
     source = TarImages(root, paths, np.array(places, dtype=np.int64), shards)
-    return label_images(config, source, labels, order=order)
+    return label_images(config, source, labels, notes, order=order)
 
 
 @register_dataset('wds/', 'hfids/', 'tfds/')
