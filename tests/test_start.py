@@ -49,7 +49,7 @@ def test_every_source_of_weights(tiny_run, tmp_path):
             (['--initial-checkpoint', '/nowhere'], "initial-checkpoint '/nowhere' does not exist"),
             (['--initial-checkpoint', str(bare), '--pretrained'], 'both bring weights'),
             (['--initial-checkpoint', str(tiny_run), '--fusion-type', 'residual'], 'residual differs from that of'),
-            (['--pretrained', '--model', 'resnet50_shike'], 'No weights are published')):
+            (['--pretrained', '--model', 'resnet50_shike.untrained'], 'No weights are published')):
         with pytest.raises(InputError, match=message):
             load_from(*argv)
 

@@ -17,7 +17,9 @@ class ModelConfig:
     initial_checkpoint: Optional[str] = option(
         None, 'start from a trained SHIKE model: a run folder, a checkpoint, local-dir:RUN/model or hf-hub:USER/NAME. '
         'Its classifiers are left out if its classes differ', 'FILE|NAME')
-    pretrained: bool = option(False, "start from the model's published weights, as with --initial-checkpoint")
+    pretrained: bool = option(
+        False, "start from the model's published weights, as with --initial-checkpoint. Where these are timm's of the "
+        'backbone, as with --pretrained-backbone')
     freeze_trunk: bool = option(False, 'do not train the shared stages. Their BatchNorm stays in eval mode')
     num_classes: Optional[int] = option(None, 'number of classes. By default that of the data', low=1, card='changed')
     num_experts: Optional[int] = option(None, 'number of experts. By default 3')

@@ -14,7 +14,16 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .backbones import Backbone, BackboneFn, Source, is_column, preprocessing, pretrained_options, timm_backbone
+from .backbones import (
+    Backbone,
+    BackboneFn,
+    Source,
+    fetching,
+    is_column,
+    preprocessing,
+    pretrained_options,
+    timm_backbone,
+)
 from .classifiers import CLASSIFIERS, COSINE_SCALE
 from .experts import ALIGNERS, Expert, VectorAligner, init_convolutions
 from .prior import Frequencies, check_frequencies, prior_offset
@@ -154,6 +163,7 @@ class Shike(nn.Module):
         self.trunk_frozen = False
         self.backbone_name = net.name
         self._backbone_args: Dict[str, Any] = dict(private, **kwargs, global_pool=global_pool, img_size=net.img_size)
+        self.implied_args: Dict[str, Any] = {}  # Arguments that its registered name chose.
         self.pretrained_cfg = dict[str, Any]()  # timm replaces it.
         self.register_buffer('prior_offset', None, persistent=False)
 
@@ -254,9 +264,11 @@ class Shike(nn.Module):
             RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
         """
         options = pretrained_options(self.backbone_name, source)
-        net = timm_backbone(
-            options.pop('name'), num_experts=1, in_chans=self.in_chans, **self._backbone_args,
-            weights=dict(options, cache_dir=cache_dir))
+        name = options.pop('name')
+        with fetching(name):
+            net = timm_backbone(
+                name, num_experts=1, in_chans=self.in_chans, **self._backbone_args,
+                weights=dict(options, cache_dir=cache_dir))
         for own, loaded in zip([self.stem, *self.stages], [net.stem, *net.stages]):
             own.load_state_dict(loaded.state_dict())
         for expert in self.experts:
@@ -399,7 +411,8 @@ class Shike(nn.Module):
     @property
     def _model_args(self) -> Dict[str, Any]:
         """Arguments that timm writes into the configuration of a saved model: as created, and as set since."""
-        args = {name: _without_numpy(value) for name, value in self.__dict__.get('_made_with', {}).items()}
+        made_with = {**self.implied_args, **self.__dict__.get('_made_with', {})}
+        args = {name: _without_numpy(value) for name, value in made_with.items()}
         now: Dict[str, Any] = dict(
             class_counts=self.class_counts, classifier_prior=self.classifier_prior, target_prior=self.target_prior)
         scale = getattr(self.classifier, 'scale', self.cosine_scale)

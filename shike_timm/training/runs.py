@@ -16,7 +16,7 @@ from ..distributed import join_processes, local_primary_first, world_size
 from ..errors import InputError
 from ..metrics import SHOTS, shot_divisions
 from ..models import Shike
-from ..models.create import create_model, resolve_data_config
+from ..models.create import create_model, resolve_data_config, with_backbone_weights
 from ..pretrained.load import from_checkpoint, with_trained_options
 from ..pretrained.start import load_start, start_from
 from ..pretrained.teacher import load_teacher
@@ -42,6 +42,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         NonFiniteError: If the loss or the weights stopped being finite.
     """
     device = join_processes(config.device)
+    config = with_backbone_weights(config)
     phases = plan_phases(config)
     config = replace(config, crt_epochs=sum(phase.epochs for phase in phases[1:]))
     checkpoint = path = folder = None

@@ -1,11 +1,14 @@
 """Pretrained weights of timm's networks, by tag or from a file, and the preprocessing for them."""
 import os
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Iterator, Optional, Union
 
 import timm
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor
+
+from ...errors import one_line
 
 # True for timm's default weights, the tag of others, a file with a state dict in timm's layout, or the state dict.
 Source = Union[bool, str, Path, Dict[str, Tensor]]
@@ -56,6 +59,22 @@ def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
         raise ValueError(
             f"pretrained_backbone '{source}' has no '{missing[0]}': expected a state dict of timm's '{name}'.")
     return weights
+
+
+@contextmanager
+def fetching(name: str) -> Iterator[None]:
+    """Say what to do if the weights of a timm model cannot be fetched."""
+    try:
+        yield
+    except Exception as error:  # Each version of the Hub's client has errors of its own.
+        modules = {kind.__module__.split('.')[0] for kind in type(error).__mro__}
+        if not modules & {'huggingface_hub', 'httpx', 'requests', 'urllib'}:
+            raise
+        cfg = get_pretrained_cfg(name)
+        place = f'model.safetensors of huggingface.co/{cfg.hf_hub_id}' if cfg and cfg.hf_hub_id else cfg and cfg.url
+        raise OSError(
+            f"the weights of '{name}' cannot be fetched: download {place} elsewhere and "
+            f'give it as --pretrained-backbone FILE, in Python to load_backbone ({one_line(error)})') from error
 
 
 def pretrained_options(name: Optional[str], source: Source) -> Dict[str, Any]:
