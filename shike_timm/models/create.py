@@ -45,7 +45,8 @@ def create_model(config: ModelConfig, num_classes: int, in_chans: int = 3, fresh
             backbone=config.backbone,
             num_experts=config.num_experts,
             private_stages=config.private_stages,
-            depths=config.depths,
+            depths=[[int(level) for level in one.split('+')] for one in config.levels] if (
+                config.levels) else config.depths,
             fusion=config.fusion if config.fusion is False else config.fusion_type,
             classifier=config.classifier,
             cosine_scale=config.cosine_scale,

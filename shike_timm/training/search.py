@@ -1,7 +1,7 @@
 """Search for experts on a frozen trunk: the levels that they read, the scale and learning rate of their classifiers."""
 import logging
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
@@ -9,25 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.dataset import AnySet
 from ..data.holdout import hold_out_share
 from ..losses import balanced_softmax
-from ..models.classifiers import cosines
+from ..models.classifiers import COSINE_SCALE, cosines
 from .config import RunConfig
 
 _logger = logging.getLogger(__name__)
 
 SHARE = 0.2  # Share of each class that is set aside to choose on.
 SCALES, RATES = (16., 32.), (0.01, 0.05)
+MOST_LEVELS = 6  # Earlier levels are not tried.
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Experts by the levels that they read, and the settings of their classifiers."""
+    """Experts, as the levels that each of them reads, and the settings of their classifiers."""
 
-    kind: str
-    depths: Tuple[Tuple[int, ...], ...]  # Levels of each expert, counted from 1 at the shallowest.
+    levels: Tuple[Tuple[int, ...], ...]  # Counted from 1 at the shallowest.
     cosine_scale: float
     lr: float
+
+    @property
+    def names(self) -> List[str]:
+        """The levels as `--levels` takes them."""
+        return ['+'.join(map(str, one)) for one in self.levels]
 
 
 def _standardised(features: np.ndarray, rows: np.ndarray, widths: Sequence[int]) -> Tuple[List[Tensor], List[Tensor]]:
@@ -76,7 +82,7 @@ def _score(predicted: Tensor, targets: Tensor, class_counts: Tensor) -> Dict[str
     return dict(top1=round(100 * right.mean().item(), 2), balanced=round(100 * share[total > 0].mean().item(), 2))
 
 
-def search(features: np.ndarray, data: Any, widths: Sequence[int], config: RunConfig) -> List[Dict[str, Any]]:
+def search(features: np.ndarray, data: AnySet, widths: Sequence[int], config: RunConfig) -> List[Dict[str, Any]]:
     """Try experts on a share of each training class that is set aside, and give all candidates, the best one first.
 
     First each level alone is tried, then several late levels in one classifier and in three experts, then other
@@ -93,36 +99,37 @@ def search(features: np.ndarray, data: Any, widths: Sequence[int], config: RunCo
     levels, held = _standardised(features, rows, widths)
     labels = torch.as_tensor(data.targets, dtype=torch.int64)
     targets, wanted = labels[np.setdiff1d(np.arange(len(labels)), rows)], labels[rows]
-    class_counts = torch.bincount(targets, minlength=len(data.class_counts)).clamp_min(1).float()
+    class_counts = torch.bincount(targets, minlength=len(data.class_names or ())).clamp_min(1).float()
     tried: List[Tuple[float, Candidate, Dict[str, float]]] = []
 
     def attempt(candidate: Candidate) -> None:
         if any(candidate == one for _, one, _ in tried):
             return
         with torch.enable_grad():
-            weight = _fit(_experts(levels, candidate.depths), targets, class_counts, candidate, config)
-        logits = cosines(_experts(held, candidate.depths)[:, 0], weight).mean(1)
+            weight = _fit(_experts(levels, candidate.levels), targets, class_counts, candidate, config)
+        logits = cosines(_experts(held, candidate.levels)[:, 0], weight).mean(1)
         score = _score(logits.argmax(1), wanted, class_counts)
         tried.append((sum(score.values()), candidate, score))
-        words = '; '.join('+'.join(map(str, one)) for one in candidate.depths)
         _logger.info(
-            f'Search: {candidate.kind}, levels {words}, scale {candidate.cosine_scale:g}, learning rate '
-            f"{candidate.lr:g}: top1 {score['top1']}, balanced {score['balanced']}")
+            f"Search: levels {' '.join(candidate.names)}, scale {candidate.cosine_scale:g}, learning rate "
+            f"{candidate.lr:g}. top1: {score['top1']}  balanced: {score['balanced']}")
 
     def best() -> Candidate:
         return max(tried, key=lambda one: one[0])[1]
 
-    first = Candidate('single level', ((len(widths),),), config.cosine_scale or 25., config.lr)
-    for level in range(len(widths), max(len(widths) - 6, 0), -1):
-        attempt(replace(first, depths=((level,),)))
-    for top in {best().depths[0][0], len(widths)}:
-        below = list(range(max(top - 3, 1), top))
+    count = len(widths)
+    first = Candidate(((count,),), config.cosine_scale or COSINE_SCALE, config.lr)
+    for level in range(count, max(count - MOST_LEVELS, 0), -1):
+        attempt(replace(first, levels=((level,),)))
+    for top in sorted({best().levels[0][0], count}):
+        below = tuple(range(max(top - 3, 1), top))
         if below:
-            attempt(replace(first, kind='one classifier', depths=((*below, top),)))
-            attempt(replace(first, kind='experts', depths=tuple((level, top) for level in below)))
-            attempt(replace(first, kind='experts', depths=tuple((*below[:m], *below[m + 1:], top) for m in range(len(below)))))
+            attempt(replace(first, levels=((*below, top),)))
+            attempt(replace(first, levels=tuple((level, top) for level in below)))
     for scale in SCALES:
         attempt(replace(best(), cosine_scale=scale))
     for lr in RATES:
         attempt(replace(best(), lr=lr))
-    return [dict(asdict(one), **score) for _, one, score in sorted(tried, key=lambda one: -one[0])]
+    return [
+        dict(levels=one.names, cosine_scale=one.cosine_scale, lr=one.lr, **score)
+        for _, one, score in sorted(tried, key=lambda entry: -entry[0])]
