@@ -24,6 +24,8 @@ class ModelConfig:
     private_stages: Optional[int] = option(
         None, 'number of last stages that each expert has for itself. By default 1. 0 is for a frozen trunk: '
         'experts then read pooled features of several stages', low=0, card='changed')
+    private_blocks: Optional[int] = option(
+        None, 'the same for a backbone of equal blocks (ViT). By default a sixth of them', low=0, card='changed')
     depths: Optional[List[int]] = option(
         None, 'shared stage that each expert fuses, counted from 1 at the shallowest; by default 1, 2, ..., and again '
         'from 1 after the deepest', nargs='+')

@@ -1,9 +1,9 @@
 """A model and its preprocessing from their options, with clear errors."""
-from typing import Any, Dict, cast
+from typing import Any, Dict, Optional, Tuple, cast
 
 import timm
 import timm.data
-from timm.models import get_arch_name
+from timm.models import get_arch_name, get_model_input_config
 
 from ..data.config import PreprocessingConfig
 from ..errors import InputError, nearest, one_line
@@ -24,8 +24,14 @@ def check_model_name(name: str) -> None:
             f"model '{name}' is not a SHIKE model{nearest(name, known)}: choose one of {', '.join(known)}.")
 
 
-def create_model(config: ModelConfig, num_classes: int, in_chans: int = 3, fresh: bool = False) -> Shike:
-    """Create the SHIKE model that the options describe.
+def create_model(
+        config: ModelConfig,
+        num_classes: int,
+        in_chans: int = 3,
+        fresh: bool = False,
+        img_size: Optional[Tuple[int, int]] = None,
+) -> Shike:
+    """Create the SHIKE model that the options describe, for images of a size if its backbone is made for one.
 
     A fresh one gets the weights of `--pretrained-backbone`. Otherwise a checkpoint brings the weights.
     """
@@ -42,9 +48,11 @@ def create_model(config: ModelConfig, num_classes: int, in_chans: int = 3, fresh
             config.model,
             num_classes=num_classes,
             in_chans=in_chans,
+            img_size=img_size,
             backbone=config.backbone,
             num_experts=config.num_experts,
             private_stages=config.private_stages,
+            private_blocks=config.private_blocks,
             depths=[[int(level) for level in one.split('+')] for one in config.levels] if (
                 config.levels) else config.depths,
             fusion=config.fusion if config.fusion is False else config.fusion_type,
@@ -80,8 +88,14 @@ def resolve_data_config(config: PreprocessingConfig, model: Shike) -> Dict[str, 
     given = config.in_chans or config.input_size and config.input_size[0]
     if given and given != model.in_chans:
         raise InputError(f'The model takes images of {model.in_chans} channels, not of {given}: drop --in-chans.')
+    own = get_model_input_config(model)
+    size = config.image_size or own['input_size'][1:]
+    if own['fixed_input_size'] and size != own['input_size'][1:]:
+        raise InputError(
+            'The model takes images of {1} by {2} pixels, not of {3} by {4}: leave out --img-size.'.format(
+                *own['input_size'], *size))
     data_config = timm.data.resolve_data_config(dict(vars(config), in_chans=model.in_chans), model=model)
-    data_config['input_size'] = (model.in_chans, *data_config['input_size'][1:])
+    data_config['input_size'] = (model.in_chans, *size)
     for name in ('mean', 'std'):  # A model of one channel may have the values of three.
         values = data_config[name]
         if len(values) != model.in_chans:

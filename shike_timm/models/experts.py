@@ -169,7 +169,7 @@ def joined_level(infos: Sequence[Dict[str, Any]], depths: Sequence[Sequence[int]
 class Expert(nn.Module):
     """The private stages of an expert, the aligner for the shared stage that it fuses (Eq. 3), and a head of its own.
 
-    A head other than plain pooling makes vectors of the fused features, as timm does before its classifier.
+    The head, if it is not plain pooling, makes vectors of the fused features, as timm's does before its classifier.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ Paper: `Long-Tailed Visual Recognition via Self-Heterogeneous Integration with K
 import math
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +144,8 @@ class Shike(nn.Module):
         *levels, last = net.feature_info
         self.output_fmt, self.num_prefix_tokens = last['output_fmt'], last['num_prefix_tokens']
         if self.output_fmt == 'NLC' and fusion == 'product':
-            raise ValueError(f"fusion 'product' multiplies feature maps, and '{net.name}' gives tokens: use 'residual'.")
+            raise ValueError(
+                f"fusion 'product' multiplies feature maps, and '{net.name}' gives tokens: use 'residual'.")
         if fusion is True:
             fusion = 'residual' if any(level['output_fmt'] == 'NLC' for level in net.feature_info) else 'product'
         self.in_chans = in_chans
@@ -156,7 +157,7 @@ class Shike(nn.Module):
         self.grad_checkpointing = False
         self.trunk_frozen = False
         self.backbone_name = net.name
-        self._backbone_args = dict(private, **kwargs, global_pool=global_pool, img_size=net.img_size)
+        self._backbone_args: Dict[str, Any] = dict(private, **kwargs, global_pool=global_pool, img_size=net.img_size)
         self.pretrained_cfg = dict[str, Any]()  # timm replaces it.
         self.register_buffer('prior_offset', None, persistent=False)
 
@@ -189,12 +190,12 @@ class Shike(nn.Module):
     def _make_experts(
             self, net: Backbone, aligner: str, levels: Sequence[Dict[str, Any]], last: Dict[str, Any], **dd: Any,
     ) -> nn.ModuleList:
+        levels_of: Any = self.depths
         if not net.last_stages:
             infos = levels[self.num_stem_levels:]
-            levels_of: Any = self.depths
             return nn.ModuleList(LevelExpert(one, infos, last['num_chs'], **dd) for one in levels_of)
         residual, experts = self.fusion == 'residual', nn.ModuleList()
-        for m, (stage, depth) in enumerate(zip(net.last_stages, self.depths)):
+        for m, (stage, depth) in enumerate(zip(net.last_stages, levels_of)):
             align, shallow = None, levels[self.num_stem_levels + depth - 1]
             if self.fusion != 'none':
                 if 'NLC' in (shallow['output_fmt'], last['output_fmt']):
@@ -271,6 +272,21 @@ class Shike(nn.Module):
             if net.heads:
                 expert.head.load_state_dict(net.heads[0].state_dict())
         self.set_preprocessing(source)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights. Those of an older version, where all experts pooled their maps, change the model to that."""
+        names = [name for name in self.state_dict() if '.head.' in name]
+        if names and self.output_fmt == 'NCHW' and not any(name in state_dict for name in names):
+            self._pool_plainly(self.num_features // self.num_experts)
+            self.reset_classifier(self.num_classes)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _pool_plainly(self, width: int) -> None:
+        """Leave out the heads of the experts, for features of so many channels."""
+        self.has_own_heads, self.has_fixed_pool = False, self.output_fmt == 'NLC'
+        self.head_width, self.default_pool = width, 'avg'
+        for expert in self.experts:
+            expert.head = nn.Identity()
 
     def set_preprocessing(self, source: Source = True) -> None:
         """Configure the preprocessing of pretrained weights of the backbone, without loading them."""
@@ -406,7 +422,9 @@ class Shike(nn.Module):
 
     @_model_args.setter
     def _model_args(self, made_with: Dict[str, Any]) -> None:
-        self._made_with = {name: value for name, value in made_with.items() if name not in OLD_ARGUMENTS}
+        self._made_with = {
+            name: value for name, value in made_with.items()
+            if name not in OLD_ARGUMENTS and (name != 'img_size' or self._backbone_args['img_size'])}
 
     def set_experts(self, experts: Sequence[int]) -> None:
         """Keep some of the experts and drop the rest for good. This trades accuracy for speed.
@@ -462,30 +480,32 @@ class Shike(nn.Module):
             self.experts, self.depths, self.fused_stages = nn.ModuleList(), (), [0]
             self.num_experts = 1  # the classifier sees plain features as those of one expert
             level = self.feature_info[-1]
-            self.num_features = self.head_width = level['num_chs']
+            self.num_features = level['num_chs']
             self.channel_dim = 1 if level['output_fmt'] == 'NCHW' else -1
             self.output_fmt, self.num_prefix_tokens = level['output_fmt'], level['num_prefix_tokens']
-            self.has_own_heads, self.has_fixed_pool, self.default_pool = False, self.output_fmt == 'NLC', 'avg'
+            self._pool_plainly(self.num_features)
             prune_head = True
         if prune_head:
             self.reset_classifier(0, '')
         return levels
 
     def _forward_trunk(self, x: Tensor, every: bool = False) -> Tuple[Tensor, Dict[int, Tensor]]:
-        """What the last shared stage gives, and features of the stem, 0, and the shared stages that experts fuse.
+        """What the last shared stage gives, and features of the stages that experts fuse, by number.
 
-        With `every`, features of all shared stages.
+        The stem is stage 0. With `every`, features of all stages.
         """
-        x = self.stem(x)
-        shared = {0: x[0] if isinstance(x, tuple) else x}
+        x = self.stem(x)  # a tuple, if later stages need more than features
+        shared: Dict[int, Tensor] = {}
+        if every:
+            shared[0] = x[0] if isinstance(x, tuple) else x
         for i, stage in enumerate(self.stages):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(stage, x)
             else:
                 x = stage(x)
-            if every or i + 1 in self.fused_stages or i + 1 == len(self.stages):
+            if every or i + 1 in self.fused_stages:
                 shared[i + 1] = x[0] if isinstance(x, tuple) else x
-        return x, shared
+        return x, shared  # pyright: ignore[reportReturnType]
 
     def _forward_fused(self, x: Tensor, shared: Dict[int, Tensor]) -> Tensor:
         """Features of all experts from those of the trunk."""
@@ -503,7 +523,7 @@ class Shike(nn.Module):
         These are [B, num_features, h, w], for an NHWC backbone [B, h, w, num_features], and for tokens
         [B, N, num_features] with class and register tokens first. They are fused, and normed as the backbone's are.
         """
-        x, shared = self._forward_trunk(x)
+        x, shared = self._forward_trunk(x, every=not len(self.experts))
         return self._forward_fused(x, shared)
 
     @property

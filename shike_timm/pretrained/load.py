@@ -97,7 +97,7 @@ def from_checkpoint(
     if config.classifier != 'linear':  # Each phase has its own scale.
         config = replace(config, cosine_scale=getattr(saved, 'classifier_scale', None))
     try:
-        model = create_model(config, len(counts), preprocessing.channels)
+        model = create_model(config, len(counts), preprocessing.channels, img_size=preprocessing.image_size)
         load_weights(model, weights, path)
         model.set_training_prior(counts, getattr(saved, 'classifier_prior', None))
     except TypeError as error:

@@ -115,7 +115,7 @@ def cached_features(
     shape = len(data), config.cache_features or 1, sum(model.level_widths)
     path, digest = folder / FEATURES, _digest(model, data, config, data_config)
     if (folder / DIGEST).is_file() and (folder / DIGEST).read_text() == digest:
-        return np.load(path, mmap_mode='r')
+        return np.load(path, mmap_mode='c')
     _logger.info(
         f'Features: {shape[1]} views of {shape[0]} images take {np.prod(shape) * 2 / 1e9:.2f} GB in {path}.')
     try:

@@ -131,7 +131,7 @@ def prepare(
     config = replace(config, holdout=data.holdout)
     _check_eval_metric(config, data)
     seed_all(config.seed, 1, -1)
-    model = create_model(config, data.num_classes, config.channels, fresh).to(device)
+    model = create_model(config, data.num_classes, config.channels, fresh, config.image_size).to(device)
     if config.recovery_interval and data.train.is_stream:
         raise InputError('--recovery-interval saves the middle of an epoch, where no stream can begin: leave it out.')
     if config.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):

@@ -36,7 +36,9 @@ def cifar_resnet(
         (BasicBlock,) * 3, channels, (blocks_per_stage,) * 3, inplanes=16, drop_path_rate=drop_path_rate or 0., **dd)
     num_shared = len(stages) - private_stages
     last = nn.Sequential(*(block for _, stage in stages[num_shared:] for block in stage.children()))
-    levels = [dict(num_chs=chs, reduction=red, output_fmt='NCHW', num_prefix_tokens=0) for chs, red in zip((16, *channels), (1, 1, 2, 4))]
+    levels = [
+        dict(num_chs=chs, reduction=red, output_fmt='NCHW', num_prefix_tokens=0)
+        for chs, red in zip((16, *channels), (1, 1, 2, 4))]
     return Backbone(
         stem=nn.Sequential(conv, nn.BatchNorm2d(16, **dd), nn.ReLU(inplace=True)),
         stages=[stage for _, stage in stages[:num_shared]],

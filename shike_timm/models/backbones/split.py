@@ -49,21 +49,24 @@ class Split:
         infos = list(getattr(net, 'feature_info', None) or [])
         if not hasattr(net, 'forward_features') or len(infos) < 2:
             raise _refusal(name, 'timm knows no feature levels of it')
-        self.name, self.net = name, net
-        levels = [info['module'] for info in infos]
+        self.name, self.net, self.levels = name, net, [info['module'] for info in infos]
         channels, *self.size = get_model_input_config(net)['input_size']
         images = torch.empty(2, channels, *self.size, device='meta', dtype=torch.float32)
-        try:
-            self.nodes = trace(net, levels, 'forward_features', images)
-            features = self.nodes[-1].meta['value']
-            self.head = trace(net, levels, 'forward_head', features) if isinstance(features, Tensor) else []
-        except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise _refusal(name, f'its forward pass cannot be traced ({str(error).splitlines()[0][:120]})') from error
+        self.nodes = self._trace('forward_features', images)
+        features = self.nodes[-1].meta['value']
         last = self._describe(dict(infos[-1], num_chs=net.num_features), features)
         if last is None:
             raise _refusal(name, f'its last stage gives no features of {net.num_features} channels')
+        self.head = self._trace('forward_head', features)
         self.cuts = [self._cut_after(info) for info in infos[:-1]]
-        self.cuts.append(_Cut(len(self.nodes) - 1, [self.nodes[-1].args[0]], level=last))
+        self.cuts.append(_Cut(len(self.nodes) - 1, self.nodes[-1].all_input_nodes, level=last))
+
+    def _trace(self, method: str, value: Tensor) -> List[fx.Node]:
+        try:
+            return trace(self.net, self.levels, method, value)
+        except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise _refusal(
+                self.name, f'its {method} cannot be traced ({str(error).splitlines()[0][:120]})') from error
 
     def _describe(self, info: Dict[str, Any], value: Any) -> Optional[Dict[str, Any]]:
         """What features are, None if they are neither a feature map nor tokens of `num_chs` channels."""
@@ -143,7 +146,7 @@ class Split:
 
     def make_head(self, net: nn.Module) -> nn.Module:
         """From the features of an instance of the network to vectors."""
-        return make_part(net, self.head[1:-1], self.head[:1], [self.head[-1].args[0]])
+        return make_part(net, self.head[1:-1], self.head[:1], self.head[-1].all_input_nodes)
 
 
 def _create_skeleton(name: str, **kwargs: Any) -> Any:
@@ -191,7 +194,7 @@ def timm_backbone(
     """
     if not timm.is_model(name.split('.')[0]):
         raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
-    kwargs = dict(  # timm ignores None
+    kwargs: Dict[str, Any] = dict(  # timm ignores None
         in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride if output_stride != 32 else None,
         **options)
     try:

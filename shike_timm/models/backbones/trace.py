@@ -49,7 +49,8 @@ class Tracer(fx.Tracer):
         return node
 
     def _run(self, node: fx.Node) -> Any:
-        args, kwargs = (map_arg(given, lambda one: one.meta['value']) for given in (node.args, node.kwargs))
+        args: Any = map_arg(node.args, lambda one: one.meta['value'])
+        kwargs: Any = map_arg(node.kwargs, lambda one: one.meta['value'])
         if node.op == 'placeholder':
             return self.value
         if node.op == 'get_attr':
