@@ -90,7 +90,7 @@ class Shike(nn.Module):
         ValueError: If an argument is out of range, or the backbone cannot be split. The message names it.
     """
 
-    __jit_unused_properties__ = ['_model_args']
+    __jit_unused_properties__ = ['_model_args', 'level_widths']
 
     def __init__(
             self,
