@@ -254,7 +254,8 @@ class Shike(nn.Module):
         Aligners and classifiers stay as they are. The model takes over the preprocessing of the weights.
 
         Args:
-            source: True for timm's default weights, the tag of others, or a file with a state dict in timm's layout.
+            source: True for timm's default weights, the tag of others, a file with a state dict in timm's layout, or
+                the state dict.
             cache_dir: Folder for downloaded weights.
 
         Raises:

@@ -32,8 +32,9 @@ def class_means(
         Interrupted: If a signal asked for a stop.
     """
     num_experts, num_classes = model.num_experts, model.num_classes
+    width = model.head_hidden_size // num_experts
     # The CPU adds in the same order each time.
-    sums = torch.zeros(num_classes, num_experts, model.num_features // num_experts, dtype=torch.float64)
+    sums = torch.zeros(num_classes, num_experts, width, dtype=torch.float64)
     counts = torch.zeros(num_classes, dtype=torch.float64)
     norms = torch.zeros(num_experts, dtype=torch.float64)
     was_training = model.training

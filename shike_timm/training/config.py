@@ -178,7 +178,8 @@ class RetrainConfig(RunConfig):
     """Stage one."""
 
     checkpoint: str = option(
-        None, 'run folder of shike train, or a checkpoint of its stage one', 'RUN', required=True)
+        None, 'run folder of shike train or a checkpoint of its stage one; or a plain network of timm, --backbone: '
+        'a checkpoint, local-dir:FOLDER or hf-hub:USER/NAME', 'RUN|FILE|NAME', required=True)
 
 
 def card_options(values: Mapping[str, Any]) -> Dict[str, Any]:

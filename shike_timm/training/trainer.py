@@ -134,6 +134,7 @@ class Trainer:
     eval_loader: Any
     device: torch.device
     teacher: Optional[DistillationTeacher] = None  # Every expert also learns its logits.
+    before: Dict[str, Any] = field(default_factory=dict)  # Metrics of what the run begins with, by name.
 
     def __post_init__(self) -> None:
         self.autocast = resolve_autocast(self.config, self.device)
@@ -149,12 +150,14 @@ class Trainer:
         self.start(self.phases[0])  # A wrong option fails here, before there is a folder.
         on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
-        metrics = read_metrics(self.folder)
+        metrics = read_metrics(self.folder) or dict(self.before)
         num_steps = sum(phase.epochs for phase in self.phases) * len(self.train_loader)
         with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
               progress_bar(num_steps) as self.progress, self._own_folder(resumed)):
             _logger.info(self.data.describe())
             on_primary(self.data.write_split_lists, self.folder)
+            if self.before:
+                on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
             with self._failures_explained():
                 if self.config.cache_features:
                     self._use_features(fresh=checkpoint is None)
