@@ -1,5 +1,6 @@
 """Whole runs: stage one with classifier retraining, and classifier retraining alone."""
 import logging
+import sys
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -130,6 +131,10 @@ def prepare(
         raise InputError(
             f'--num-classes {config.num_classes} contradicts the {data.num_classes} classes of the data: leave it out.')
     config = replace(config, holdout=data.holdout)
+    share = sys.maxsize if data.train.is_stream else len(data.train) // (world_size() * config.grad_accum_steps)
+    if 1 < share < config.batch_size:
+        _logger.warning(f'--batch-size {config.batch_size} exceeds the training images: it is lowered to {share}.')
+        config = replace(config, batch_size=share)
     _check_eval_metric(config, data)
     seed_all(config.seed, 1, -1)
     model = create_model(config, data.num_classes, config.channels, fresh, config.image_size).to(device)
