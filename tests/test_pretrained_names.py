@@ -1,4 +1,6 @@
 """Registered names with pretrained=True: timm's weights of the backbone, from a Hub on loopback."""
+import time
+
 import pytest
 import safetensors.torch
 import timm
@@ -117,3 +119,15 @@ def test_weights_of_shike_are_taken_as_they_are(tmp_path):
     again = timm.create_model(
         'shike', backbone='test_resnet', pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
     assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
+def test_without_a_network_one_sentence_within_seconds(hub, run_script, tmp_path, monkeypatch):
+    hub.shutdown()
+    hub.server_close()
+    start = time.perf_counter()
+    status, _, error = run_script(
+        'train.py', '--dataset', 'digits_lt', '--model', 'shike', '--backbone', 'resnet18', '--pretrained-backbone',
+        '--in-chans', '3', '--img-size', '32', '--output', tmp_path / 'out')
+    assert status == 2 and not (tmp_path / 'out').exists(), error
+    assert '--pretrained-backbone FILE' in error and '--no-pretrained-backbone' in error and 'timm/resnet18' in error
+    assert time.perf_counter() - start < 30  # The Hub's client would try again for a minute.

@@ -107,7 +107,7 @@ def _create_shike(
         kwargs.update({key: value for key, value in implied.items() if kwargs.get(key) is None})
     for name in OLD_ARGUMENTS if pretrained_model_args else ():
         kwargs.pop(name, None)
-    with fetching(fetched):
+    with fetching(fetched, remote=pretrained and not (cfg.file or cfg.state_dict)):
         model = build_model_with_cfg(
             Shike,
             variant,

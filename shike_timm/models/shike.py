@@ -274,7 +274,7 @@ class Shike(nn.Module):
         """
         options = pretrained_options(self.backbone_name, source)
         name = options.pop('name')
-        with fetching(name):
+        with fetching(name, remote=options['pretrained_cfg_overlay'] is None):
             net = timm_backbone(
                 name, num_experts=1, in_chans=self.in_chans, **self._backbone_args,
                 weights=dict(options, cache_dir=cache_dir))

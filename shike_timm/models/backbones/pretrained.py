@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Union
 
 import timm
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor
 
@@ -62,8 +64,19 @@ def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
 
 
 @contextmanager
-def fetching(name: str) -> Iterator[None]:
-    """Say what to do if the weights of a timm model cannot be fetched."""
+def fetching(name: str, remote: bool) -> Iterator[None]:
+    """Say what to do if the weights of a timm model cannot be fetched. Without `remote` none are fetched.
+
+    If the Hub cannot be reached, its client would try again for a minute. Here only its cache is searched then.
+    """
+    if not remote:
+        yield
+        return
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # Each version of the Hub's client has errors of its own.
+        constants.HF_HUB_OFFLINE = True
     try:
         yield
     except Exception as error:  # Each version of the Hub's client has errors of its own.
@@ -73,8 +86,11 @@ def fetching(name: str) -> Iterator[None]:
         cfg = get_pretrained_cfg(name)
         place = f'model.safetensors of huggingface.co/{cfg.hf_hub_id}' if cfg and cfg.hf_hub_id else cfg and cfg.url
         raise OSError(
-            f"the weights of '{name}' cannot be fetched: download {place} elsewhere and "
-            f'give it as --pretrained-backbone FILE, in Python to load_backbone ({one_line(error)})') from error
+            f"the weights of '{name}' cannot be fetched: download {place} elsewhere and give it as "
+            '--pretrained-backbone FILE, in Python to load_backbone, or add --no-pretrained-backbone '
+            f'({one_line(error)})') from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def pretrained_options(name: Optional[str], source: Source) -> Dict[str, Any]:
