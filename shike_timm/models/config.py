@@ -20,7 +20,7 @@ class ModelConfig:
     pretrained: bool = option(
         False, "start from the model's published weights, as with --initial-checkpoint. Where these are timm's of the "
         'backbone, as with --pretrained-backbone')
-    freeze_trunk: bool = option(False, 'do not train the shared stages. Their BatchNorm stays in eval mode')
+    freeze_trunk: bool = option(False, 'do not train the shared stages. They run without gradients, in eval mode')
     num_classes: Optional[int] = option(None, 'number of classes. By default that of the data', low=1, card='changed')
     num_experts: Optional[int] = option(None, 'number of experts. By default 3')
     private_stages: Optional[int] = option(

@@ -308,7 +308,7 @@ class Shike(nn.Module):
         self.pretrained_cfg.update(config)
 
     def freeze_trunk(self) -> None:
-        """Keep the stem and the shared stages as they are: no gradients, BatchNorm always in eval mode."""
+        """Keep the stem and the shared stages as they are: it runs under no_grad, and in eval mode."""
         self.trunk_frozen = True
         self.stem.requires_grad_(False)
         self.stages.requires_grad_(False)
@@ -506,14 +506,20 @@ class Shike(nn.Module):
     def _forward_trunk(self, x: Tensor, every: bool = False) -> Tuple[Tensor, Dict[int, Tensor]]:
         """What the last shared stage gives, and features of the stages that experts fuse, by number.
 
-        The stem is stage 0. With `every`, features of all stages.
+        The stem is stage 0. With `every`, features of all stages. A frozen trunk keeps no activations.
         """
+        if self.trunk_frozen:
+            with torch.no_grad():
+                return self._run_trunk(x, every)
+        return self._run_trunk(x, every)
+
+    def _run_trunk(self, x: Tensor, every: bool) -> Tuple[Tensor, Dict[int, Tensor]]:
         x = self.stem(x)  # a tuple, if later stages need more than features
         shared: Dict[int, Tensor] = {}
         if every:
             shared[0] = x[0] if isinstance(x, tuple) else x
         for i, stage in enumerate(self.stages):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing and not self.trunk_frozen and not torch.jit.is_scripting():
                 x = checkpoint(stage, x)
             else:
                 x = stage(x)
