@@ -1,6 +1,6 @@
 """Options of the model."""
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 from ..options import option
 
@@ -47,5 +47,7 @@ class ModelConfig:
         choices=('conv', 'bottleneck', 'separable'))
     drop: Optional[float] = option(None, 'dropout rate', 'RATE', low=0, below=1)
     drop_path: Optional[float] = option(None, 'stochastic depth rate', 'RATE', low=0, below=1)
+    model_kwargs: Dict[str, Any] = option(
+        {}, "further arguments of timm's network, such as pad_type=same", 'KEY=VALUE', card='changed')
     grad_checkpointing: bool = option(
         False, 'recompute activations to save memory. BatchNorm then sees each batch twice', card='changed')

@@ -75,6 +75,7 @@ def create_model(
             aligner=config.aligner,
             drop_rate=config.drop,
             drop_path_rate=config.drop_path,
+            **config.model_kwargs,
         ))
         if source and fresh:
             model.load_backbone(source)
