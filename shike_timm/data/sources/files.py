@@ -91,7 +91,7 @@ def _with_links(members: Dict[str, Member], links: Dict[str, str]) -> Iterator[M
             folder, _, name = path.rpartition('/')
             folders.setdefault(folder, {})[name] = None
             path = folder
-    waiting = [('', '', ('',))]
+    waiting: List[Tuple[str, str, Tuple[str, ...]]] = [('', '', ('',))]
     while waiting:
         shown, folder, above = waiting.pop()
         for name in folders[folder]:
