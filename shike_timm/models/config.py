@@ -22,12 +22,16 @@ class ModelConfig:
     num_classes: Optional[int] = option(None, 'number of classes. By default that of the data', low=1, card='changed')
     num_experts: Optional[int] = option(None, 'number of experts. By default 3')
     private_stages: Optional[int] = option(
-        None, 'how many of the last stages each expert has for itself, 1 by default', low=1, card='changed')
+        None, 'number of last stages that each expert has for itself. By default 1. 0 is for a frozen trunk: '
+        'experts then read pooled features of several stages', low=0, card='changed')
     private_blocks: Optional[int] = option(
-        None, 'the same for a backbone of equal blocks (ViT), a sixth of them by default', low=1, card='changed')
+        None, 'the same for a backbone of equal blocks (ViT). By default a sixth of them', low=0, card='changed')
     depths: Optional[List[int]] = option(
         None, 'shared stage that each expert fuses, counted from 1 at the shallowest; by default 1, 2, ..., and again '
         'from 1 after the deepest', nargs='+')
+    levels: Optional[List[str]] = option(
+        None, 'with --private-stages 0: shared stages that each expert reads, such as 4+7 5+7 6+7 for three experts. '
+        'By default the last stage beside each of those before it', 'N+N', nargs='+', card='changed')
     fusion: Optional[bool] = option(
         None, 'fuse features of the shared stages into each expert, on by default; off is a mixture of experts')
     fusion_type: Optional[str] = option(

@@ -53,7 +53,8 @@ def create_model(
             num_experts=config.num_experts,
             private_stages=config.private_stages,
             private_blocks=config.private_blocks,
-            depths=config.depths,
+            depths=[[int(level) for level in one.split('+')] for one in config.levels] if (
+                config.levels) else config.depths,
             fusion=config.fusion if config.fusion is False else config.fusion_type,
             classifier=config.classifier,
             cosine_scale=config.cosine_scale,

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from .backbones import Backbone, BackboneFn, Source, is_column, preprocessing, pretrained_options, timm_backbone
 from .classifiers import CLASSIFIERS, COSINE_SCALE
-from .experts import ALIGNERS, Expert, VectorAligner, init_convolutions
+from .experts import (
+    ALIGNERS,
+    Expert,
+    LevelExpert,
+    LevelPool,
+    VectorAligner,
+    init_convolutions,
+    joined_level,
+    level_depths,
+    stage_depths,
+)
 from .prior import Frequencies, check_frequencies, prior_offset
 
 FUSIONS = ('product', 'residual', 'none')
@@ -29,13 +39,6 @@ def _without_numpy(value: Any) -> Any:
     if isinstance(value, (list, tuple)) or hasattr(value, 'tolist'):
         return [_without_numpy(item) for item in value] if getattr(value, 'ndim', 1) else value.item()
     return value
-
-
-def _default_depths(num_experts: int, num_shared: int, column: bool) -> List[int]:
-    if not column:
-        return [m % num_shared + 1 for m in range(num_experts)]
-    first = max(num_shared - max(num_shared // 3, num_experts) + 1, 1)
-    return [round(num_shared - (num_shared - first) * m / max(num_experts - 1, 1)) for m in range(num_experts)][::-1]
 
 
 def to_map(x: Tensor, level: Dict[str, Any], size: Sequence[int]) -> Tensor:
@@ -89,7 +92,7 @@ class Shike(nn.Module):
         ValueError: If an argument is out of range, or the backbone cannot be split. The message names it.
     """
 
-    __jit_unused_properties__ = ['_model_args']
+    __jit_unused_properties__ = ['_model_args', 'level_widths']
 
     def __init__(
             self,
@@ -121,8 +124,9 @@ class Shike(nn.Module):
             name: value for name, value in dict(
                 private_stages=private_stages, private_blocks=private_blocks).items() if value is not None}
         for name, value in dict(private, num_experts=num_experts).items():
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f'{name} must be a whole number of at least 1, got {value}.')
+            least = 1 if name == 'num_experts' else 0
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f'{name} must be a whole number of at least {least}, got {value}.')
         num_experts, private = int(num_experts), {name: int(value) for name, value in private.items()}
         given = dict(fusion='product' if fusion is True else fusion or 'none', classifier=classifier, aligner=aligner)
         for (name, value), known in zip(given.items(), (FUSIONS, CLASSIFIERS, ALIGNERS)):
@@ -132,20 +136,20 @@ class Shike(nn.Module):
         net = backbone(
             num_experts=num_experts, drop_path_rate=drop_path_rate, output_stride=output_stride, img_size=img_size,
             in_chans=in_chans, global_pool=global_pool, **private, **kwargs, **dd)
-        num_shared, own = len(net.stages), net.feature_info[-1]
-        self.output_fmt, self.num_prefix_tokens = own['output_fmt'], own['num_prefix_tokens']
+        num_shared, has_private = len(net.stages), len(net.last_stages) > 0
+        if not has_private:
+            fusion = False
+            self.depths = level_depths(num_experts, num_shared, _without_numpy(depths))
+            net.feature_info.append(joined_level(net.feature_info[-num_shared:], self.depths))
+        else:
+            self.depths = stage_depths(num_experts, num_shared, _without_numpy(depths), is_column(net.feature_info))
+        *levels, last = net.feature_info
+        self.output_fmt, self.num_prefix_tokens = last['output_fmt'], last['num_prefix_tokens']
         if self.output_fmt == 'NLC' and fusion == 'product':
             raise ValueError(
                 f"fusion 'product' multiplies feature maps, and '{net.name}' gives tokens: use 'residual'.")
         if fusion is True:
             fusion = 'residual' if any(level['output_fmt'] == 'NLC' for level in net.feature_info) else 'product'
-        if depths is None:
-            depths = _default_depths(num_experts, num_shared, is_column(net.feature_info))
-        self.depths = tuple(_without_numpy(depth) for depth in depths)
-        if len(self.depths) != num_experts or not all(1 <= depth <= num_shared for depth in self.depths):
-            raise ValueError(
-                f'depths must name one shared stage for each of {num_experts} experts, numbers between 1 and '
-                f'{num_shared}, the stages of the trunk, got {self.depths}.')
         self.in_chans = in_chans
         self.num_experts = num_experts
         self.fusion = fusion or 'none'
@@ -159,12 +163,12 @@ class Shike(nn.Module):
         self.pretrained_cfg = dict[str, Any]()  # timm replaces it.
         self.register_buffer('prior_offset', None, persistent=False)
 
+        self._note_fused_stages()
         self.stem = net.stem
         self.stages = nn.ModuleList(net.stages)
         # The stem is one of the feature levels in some networks only. The shared stages follow.
-        *levels, last = net.feature_info
         self.num_stem_levels = len(levels) - num_shared
-        self.experts = self._make_experts(net, aligner, **dd)
+        self.experts = self._make_experts(net, aligner, levels, last, **dd)
         modules = ['stem'] * self.num_stem_levels + [f'stages.{i}' for i in range(len(self.stages))]
         self.feature_info: List[Dict[str, Any]] = [dict(info, module=module) for info, module in zip(levels, modules)]
         self.feature_info.append(dict(last, num_chs=num_experts * last['num_chs'], module='experts'))
@@ -178,17 +182,22 @@ class Shike(nn.Module):
         self.has_own_heads = net.heads is not None
         self.has_fixed_pool = self.has_own_heads or self.output_fmt == 'NLC'
         self.pool_type = self.default_pool = net.global_pool
-        self.head_width = net.head_hidden_size or own['num_chs']  # of an expert's vector
+        self.head_width = net.head_hidden_size or last['num_chs']  # of an expert's vector
         self._no_weight_decay = net.no_weight_decay
         self.reset_classifier(num_classes, global_pool, cosine_scale)
         if class_counts is None or len(class_counts) == self.num_classes:
             self.set_training_prior(class_counts, classifier_prior)
             self.set_target_prior(target_prior)
 
-    def _make_experts(self, net: Backbone, aligner: str, **dd: Any) -> nn.ModuleList:
-        *levels, last = net.feature_info
+    def _make_experts(
+            self, net: Backbone, aligner: str, levels: Sequence[Dict[str, Any]], last: Dict[str, Any], **dd: Any,
+    ) -> nn.ModuleList:
+        levels_of: Any = self.depths
+        if not net.last_stages:
+            infos = levels[self.num_stem_levels:]
+            return nn.ModuleList(LevelExpert(one, infos, last['num_chs'], **dd) for one in levels_of)
         residual, experts = self.fusion == 'residual', nn.ModuleList()
-        for m, (stage, depth) in enumerate(zip(net.last_stages, self.depths)):
+        for m, (stage, depth) in enumerate(zip(net.last_stages, levels_of)):
             align, shallow = None, levels[self.num_stem_levels + depth - 1]
             if self.fusion != 'none':
                 if 'NLC' in (shallow['output_fmt'], last['output_fmt']):
@@ -247,7 +256,8 @@ class Shike(nn.Module):
         Aligners and classifiers stay as they are. The model takes over the preprocessing of the weights.
 
         Args:
-            source: True for timm's default weights, the tag of others, or a file with a state dict in timm's layout.
+            source: True for timm's default weights, the tag of others, a file with a state dict in timm's layout, or
+                the state dict.
             cache_dir: Folder for downloaded weights.
 
         Raises:
@@ -260,7 +270,7 @@ class Shike(nn.Module):
             weights=dict(options, cache_dir=cache_dir))
         for own, loaded in zip([self.stem, *self.stages], [net.stem, *net.stages]):
             own.load_state_dict(loaded.state_dict())
-        for expert in self.experts:
+        for expert in self.experts if net.last_stages else ():
             expert.stage.load_state_dict(net.last_stages[0].state_dict())
             if net.heads:
                 expert.head.load_state_dict(net.heads[0].state_dict())
@@ -300,6 +310,9 @@ class Shike(nn.Module):
         if self.trunk_frozen:
             self.stem.eval()
             self.stages.eval()
+            for expert in self.experts:
+                if isinstance(expert, LevelExpert):  # Its statistics are those of the frozen features.
+                    expert.eval()
         return self
 
     @torch.jit.ignore()
@@ -435,12 +448,17 @@ class Shike(nn.Module):
         self.num_features = self.num_features // self.num_experts * len(experts)
         self.experts = nn.ModuleList([self.experts[m] for m in experts])
         self.depths = tuple(self.depths[m] for m in experts)
+        self._note_fused_stages()
         self.num_experts = len(experts)
         self.head_hidden_size = self.head_width * self.num_experts
         self.feature_info[-1] = dict(self.feature_info[-1], num_chs=self.num_features)
         for name, weights in list(self.classifier.named_parameters()):
             setattr(self.classifier, name, nn.Parameter(weights.detach()[experts].clone(), weights.requires_grad))
         self._model_args = dict(self._model_args, num_experts=len(experts), depths=list(self.depths))
+
+    def _note_fused_stages(self) -> None:
+        self.fused_stages = [
+            level for depth in self.depths for level in (depth if isinstance(depth, tuple) else (depth,))]
 
     def _levels(self, indices: Union[None, int, Sequence[int]]) -> List[int]:
         """Feature levels counted from 0. `indices` may count from the end, or be how many of the last levels."""
@@ -462,7 +480,7 @@ class Shike(nn.Module):
         if num_left < len(self.feature_info):
             self.feature_info = self.feature_info[:num_left]
             self.stages = self.stages[:num_left - self.num_stem_levels]
-            self.experts, self.depths = nn.ModuleList(), ()
+            self.experts, self.depths, self.fused_stages = nn.ModuleList(), (), [0]
             self.num_experts = 1  # the classifier sees plain features as those of one expert
             level = self.feature_info[-1]
             self.num_features = level['num_chs']
@@ -488,7 +506,7 @@ class Shike(nn.Module):
                 x = checkpoint(stage, x)
             else:
                 x = stage(x)
-            if every or i + 1 in self.depths:
+            if every or i + 1 in self.fused_stages:
                 shared[i + 1] = x[0] if isinstance(x, tuple) else x
         return x, shared  # pyright: ignore[reportReturnType]
 
@@ -510,6 +528,25 @@ class Shike(nn.Module):
         """
         x, shared = self._forward_trunk(x, every=not len(self.experts))
         return self._forward_fused(x, shared)
+
+    @property
+    def level_widths(self) -> List[int]:
+        """Channels of the pooled features of each shared stage."""
+        return [LevelPool(info).width for info in self.feature_info[self.num_stem_levels:-1]]
+
+    @torch.jit.ignore()
+    def pool_levels(self, x: Tensor) -> Tensor:
+        """Pooled features [B, sum(level_widths)] of all shared stages from images [B, in_chans, H, W]."""
+        _, shared = self._forward_trunk(x, every=True)
+        infos = self.feature_info[self.num_stem_levels:-1]
+        return torch.cat([LevelPool(info)(shared[i]) for i, info in enumerate(infos, 1)], dim=1)
+
+    @torch.jit.ignore()
+    def forward_levels(self, x: Tensor) -> Tensor:
+        """What `forward_features` gives, from pooled features. Only experts without private stages can do that."""
+        pooled = x.split(self.level_widths, dim=1)
+        experts: Any = self.experts
+        return torch.cat([expert.join([pooled[i - 1] for i in expert.levels]) for expert in experts], dim=1)
 
     def forward_intermediates(
             self,

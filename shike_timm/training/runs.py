@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         if number > len(phases):
             raise InputError(f"Stage two of '{folder}' has begun, which --crt-epochs 0 leaves out: drop it.")
         phases = phases[number - 1:]
-    config = replace(config, experiment=config.experiment or _default_experiment(config))
+    config = replace(config, experiment=config.experiment or default_experiment(config))
     if config.pretrained_backbone and config.fusion_type is None and checkpoint is None:
         config = replace(config, fusion_type='residual')
     saved, start = saved_args(checkpoint or {}), None
@@ -86,7 +86,7 @@ def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]
     device = join_processes(config.device)
     phase = plan_phases(config, retraining=True)[-1]
     config = replace(
-        config, crt_epochs=phase.epochs, experiment=config.experiment or f'{_default_experiment(config)}-crt')
+        config, crt_epochs=phase.epochs, experiment=config.experiment or f'{default_experiment(config)}-crt')
     saved = saved_args(checkpoint)
     same_classes = config.num_classes == saved.get('num_classes')
     _check_retraining(config, saved, same_classes)
@@ -154,7 +154,8 @@ def prepare(
     return Trainer(config, phases, data, data_config, model, train_loader, eval_loader, device, teacher)
 
 
-def _default_experiment(config: RunConfig) -> str:
+def default_experiment(config: RunConfig) -> str:
+    """The name of a run that is given none."""
     dataset = (config.dataset or 'folder').replace('/', '_')
     return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3], safe_model_name(config.model), dataset])
 

@@ -29,7 +29,7 @@ def cifar_resnet(
     if output_stride != 32:
         raise ValueError(f'output_stride of the CIFAR ResNet cannot be changed, got {output_stride}: leave it out.')
     channels = (16, 32, 64)
-    if private_stages >= len(channels):
+    if not 0 < private_stages < len(channels):
         raise ValueError(f'private_stages of the CIFAR ResNet must be 1 or 2, got {private_stages}.')
     conv = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **dd)
     stages, _ = make_blocks(

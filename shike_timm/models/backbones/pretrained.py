@@ -7,7 +7,8 @@ import timm
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor
 
-Source = Union[bool, str, Path]  # True for timm's default weights, the tag of others, or a file in timm's layout
+# True for timm's default weights, the tag of others, a file with a state dict in timm's layout, or the state dict.
+Source = Union[bool, str, Path, Dict[str, Tensor]]
 
 _PREPROCESSING = ('input_size', 'pool_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
 
@@ -60,5 +61,8 @@ def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
 def pretrained_options(name: Optional[str], source: Source) -> Dict[str, Any]:
     """Arguments for `timm_backbone` that give it pretrained weights."""
     tagged_name = _tagged_name(name, source)
-    overlay = dict(state_dict=_read_weights(tagged_name, source)) if _tag(source) is None else None
+    overlay = None
+    if _tag(source) is None:
+        weights = dict(source) if isinstance(source, dict) else _read_weights(tagged_name, source)
+        overlay = dict(state_dict=weights)
     return dict(name=tagged_name, pretrained=True, pretrained_cfg_overlay=overlay)

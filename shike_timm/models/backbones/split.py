@@ -119,6 +119,24 @@ class Split:
             raise _refusal(self.name, f"a later module overwrites the features of '{name}', which experts share")
         return _Cut(end, outputs, index, level)
 
+    def all_levels(self, cuts: Sequence[_Cut]) -> List[_Cut]:
+        """The places after the first of these levels where one feature map alone is handed on by a block."""
+        levels = {cut.end: cut for cut in cuts}
+        if any(cut.level['output_fmt'] != 'NCHW' for cut in cuts):
+            return list(cuts)
+        for end in range(cuts[0].end + 1, self.cuts[-1].end):
+            node = self.nodes[end - 1]
+            value = node.meta['value']
+            parts = list(self.net.get_submodule(str(node.target)).modules()) if node.op == 'call_module' else []
+            is_block = len(parts) > 1 and any(isinstance(part, (nn.Conv2d, nn.Linear)) for part in parts)
+            if end in levels or not is_block or getattr(value, 'ndim', 0) != 4 or self._alive(end) != [node]:
+                continue
+            info = dict(module=node.target, num_chs=value.shape[1], reduction=round(self.size[0] / value.shape[2]))
+            level = self._describe(info, value)
+            if level and level['output_fmt'] == 'NCHW' and node.meta['version'] == getattr(value, '_version', None):
+                levels[end] = _Cut(end, [node], level=level)
+        return [levels[end] for end in sorted(levels)]
+
     def cut_before(self, name: str) -> _Cut:
         """The place before a module, whose first argument comes first."""
         end = self._places(name)[0]
@@ -156,6 +174,8 @@ def _create_skeleton(name: str, **kwargs: Any) -> Any:
 
 def _count_private(name: str, column: bool, num_levels: int, stages: Optional[int], blocks: Optional[int]) -> int:
     """How many of the last levels are private."""
+    if 0 in (stages, blocks):
+        return 0
     unit, other, given, wrong = ('blocks', 'stages', blocks, stages) if column else ('stages', 'blocks', stages, blocks)
     if wrong is not None:
         raise ValueError(f"'{name}' is made of {unit}: give private_{unit} in place of private_{other}.")
@@ -213,26 +233,27 @@ def timm_backbone(
         raise _refusal(name, 'no stage comes before its last one')
     column = is_column([cut.level for cut in split.cuts])
     private = _count_private(name, column, len(shared) + 1, private_stages, private_blocks)
-    shared = shared[:len(shared) + 1 - private]
+    shared = shared[:len(shared) + 1 - private] if private else split.all_levels(shared) + [last]
     # If no level has a high resolution, the first stage is a single module, and the stem is all before it.
     start = stem or [split.cut_before(shared[0].level['module'])]
     first_conv = net.default_cfg['first_conv'] or ()
     nets = [
         timm.create_model(name, num_classes=0, **kwargs, **(weights or {}), device=device, dtype=dtype)
-        for _ in range(num_experts)]
-    parts = [split.parts(one, [*start, *shared, last]) for one in nets]
+        for _ in range(num_experts if private else 1)]
+    parts = [split.parts(one, [*start, *shared, *([last] if private else [])]) for one in nets]
     input_config = get_model_input_config(net)
     return Backbone(
         stem=parts[0][0],
-        stages=parts[0][1:-1],
-        last_stages=[of_net[-1] for of_net in parts],
-        feature_info=[cut.level for cut in (*stem, *shared, last)],
+        stages=parts[0][1:-1] if private else parts[0][1:],
+        last_stages=[of_net[-1] for of_net in parts] if private else [],
+        feature_info=[cut.level for cut in (*stem, *shared, *([last] if private else []))],
         first_conv=[nets[0].get_submodule(c) for c in ([first_conv] if isinstance(first_conv, str) else first_conv)],
         initialised=True,
         name=name,
-        heads=[split.make_head(one) for one in nets] if split.has_own_head else None,
-        global_pool=global_pool or (net.global_pool if isinstance(getattr(net, 'global_pool', 0), str) else 'avg'),
-        head_hidden_size=split.head[-1].meta['value'].shape[-1],
+        heads=[split.make_head(one) for one in nets] if private and split.has_own_head else None,
+        global_pool=global_pool or (
+            net.global_pool if private and isinstance(getattr(net, 'global_pool', 0), str) else 'avg'),
+        head_hidden_size=None if not private else split.head[-1].meta['value'].shape[-1],
         img_size=tuple(input_config['input_size'][1:]) if has_size else None,
         fixed_input_size=input_config['fixed_input_size'],
         no_weight_decay=net.no_weight_decay() if hasattr(net, 'no_weight_decay') else set(),
