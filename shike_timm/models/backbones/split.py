@@ -63,7 +63,10 @@ class Split:
         last = self._describe(dict(infos[-1], num_chs=net.num_features), features)
         if last is None:
             raise _refusal(name, f'its last stage gives no features of {net.num_features} channels')
-        self.head = self._trace('forward_head', features)
+        try:
+            self.head = self._trace('forward_head', features)
+        except NotImplementedError:  # of an encoder, whose map is pooled
+            self.head = []
         self.cuts = [self._cut_after(info) for info in infos[:-1] if self._places(info['module'])]
         if not self.cuts:
             raise _refusal(name, 'its forward pass calls none of the stages that timm names')
@@ -72,6 +75,8 @@ class Split:
     def _trace(self, method: str, value: Tensor) -> List[fx.Node]:
         try:
             return trace(self.net, self.levels, method, value)
+        except NotImplementedError:
+            raise
         except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise _refusal(
                 self.name, f'its {method} cannot be traced ({str(error).splitlines()[0][:120]})') from error
@@ -152,7 +157,7 @@ class Split:
     def has_own_head(self) -> bool:
         """Whether more than the pooling of a map stands between features and classifier."""
         if self.cuts[-1].level['output_fmt'] == 'NLC':
-            return True
+            return bool(self.head)
         return any(
             node.op == 'get_attr' or node.op == 'call_module' and any(
                 True for _ in self.net.get_submodule(str(node.target)).parameters())
@@ -253,7 +258,7 @@ def timm_backbone(
         heads=[split.make_head(one) for one in nets] if private and split.has_own_head else None,
         global_pool=global_pool or (
             net.global_pool if private and isinstance(getattr(net, 'global_pool', 0), str) else 'avg'),
-        head_hidden_size=None if not private else split.head[-1].meta['value'].shape[-1],
+        head_hidden_size=split.head[-1].meta['value'].shape[-1] if private and split.head else None,
         img_size=tuple(input_config['input_size'][1:]) if has_size else None,
         fixed_input_size=input_config['fixed_input_size'],
         no_weight_decay=net.no_weight_decay() if hasattr(net, 'no_weight_decay') else set(),
