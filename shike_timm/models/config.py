@@ -1,6 +1,6 @@
 """Options of the model."""
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 from ..options import option
 
@@ -17,8 +17,10 @@ class ModelConfig:
     initial_checkpoint: Optional[str] = option(
         None, 'start from a trained SHIKE model: a run folder, a checkpoint, local-dir:RUN/model or hf-hub:USER/NAME. '
         'Its classifiers are left out if its classes differ', 'FILE|NAME')
-    pretrained: bool = option(False, "start from the model's published weights, as with --initial-checkpoint")
-    freeze_trunk: bool = option(False, 'do not train the shared stages. Their BatchNorm stays in eval mode')
+    pretrained: bool = option(
+        False, "start from the model's published weights, as with --initial-checkpoint. Where these are timm's of the "
+        'backbone, as with --pretrained-backbone')
+    freeze_trunk: bool = option(False, 'do not train the shared stages. They run without gradients, in eval mode')
     num_classes: Optional[int] = option(None, 'number of classes. By default that of the data', low=1, card='changed')
     num_experts: Optional[int] = option(None, 'number of experts. By default 3')
     private_stages: Optional[int] = option(
@@ -45,5 +47,7 @@ class ModelConfig:
         choices=('conv', 'bottleneck', 'separable'))
     drop: Optional[float] = option(None, 'dropout rate', 'RATE', low=0, below=1)
     drop_path: Optional[float] = option(None, 'stochastic depth rate', 'RATE', low=0, below=1)
+    model_kwargs: Dict[str, Any] = option(
+        {}, "further arguments of timm's network, such as pad_type=same", 'KEY=VALUE', card='changed')
     grad_checkpointing: bool = option(
         False, 'recompute activations to save memory. BatchNorm then sees each batch twice', card='changed')

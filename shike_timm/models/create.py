@@ -1,19 +1,33 @@
 """A model and its preprocessing from their options, with clear errors."""
-from typing import Any, Dict, Optional, Tuple, cast
+from dataclasses import replace
+from typing import Any, Dict, Optional, Tuple, TypeVar, cast
 
 import timm
 import timm.data
-from timm.models import get_arch_name, get_model_input_config
+from timm.models import get_arch_name, get_model_input_config, get_pretrained_cfg
 
 from ..data.config import PreprocessingConfig
 from ..errors import InputError, nearest, one_line
 from .config import ModelConfig
+from .expand import BACKBONE_TAG
 from .shike import Shike
+
+Model = TypeVar('Model', bound=ModelConfig)
 
 
 def is_registered(name: str) -> bool:
     """Whether a model is one of the registered names, with or without a tag."""
     return ':' not in name and get_arch_name(name) in timm.list_models(module='registry')
+
+
+def with_backbone_weights(config: Model) -> Model:
+    """The options with `--pretrained-backbone` for `--pretrained`, where the published weights are the backbone's."""
+    if not config.pretrained or config.pretrained_backbone or not is_registered(config.model):
+        return config
+    tag = getattr(get_pretrained_cfg(config.model, allow_unregistered=True), 'tag', None) or ''
+    if get_arch_name(config.model) != 'shike' and not tag.startswith(BACKBONE_TAG):
+        return config
+    return replace(config, pretrained=False, pretrained_backbone='default')
 
 
 def check_model_name(name: str) -> None:
@@ -61,6 +75,7 @@ def create_model(
             aligner=config.aligner,
             drop_rate=config.drop,
             drop_path_rate=config.drop_path,
+            **config.model_kwargs,
         ))
         if source and fresh:
             model.load_backbone(source)

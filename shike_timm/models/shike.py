@@ -14,7 +14,16 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .backbones import Backbone, BackboneFn, Source, is_column, preprocessing, pretrained_options, timm_backbone
+from .backbones import (
+    Backbone,
+    BackboneFn,
+    Source,
+    fetching,
+    is_column,
+    preprocessing,
+    pretrained_options,
+    timm_backbone,
+)
 from .classifiers import CLASSIFIERS, COSINE_SCALE
 from .experts import (
     ALIGNERS,
@@ -160,6 +169,7 @@ class Shike(nn.Module):
         self.trunk_frozen = False
         self.backbone_name = net.name
         self._backbone_args: Dict[str, Any] = dict(private, **kwargs, global_pool=global_pool, img_size=net.img_size)
+        self.implied_args: Dict[str, Any] = {}  # Arguments that its registered name chose.
         self.pretrained_cfg = dict[str, Any]()  # timm replaces it.
         self.register_buffer('prior_offset', None, persistent=False)
 
@@ -265,9 +275,11 @@ class Shike(nn.Module):
             RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
         """
         options = pretrained_options(self.backbone_name, source)
-        net = timm_backbone(
-            options.pop('name'), num_experts=1, in_chans=self.in_chans, **self._backbone_args,
-            weights=dict(options, cache_dir=cache_dir))
+        name = options.pop('name')
+        with fetching(name, remote=options['pretrained_cfg_overlay'] is None):
+            net = timm_backbone(
+                name, num_experts=1, in_chans=self.in_chans, **self._backbone_args,
+                weights=dict(options, cache_dir=cache_dir))
         for own, loaded in zip([self.stem, *self.stages], [net.stem, *net.stages]):
             own.load_state_dict(loaded.state_dict())
         for expert in self.experts if net.last_stages else ():
@@ -298,7 +310,7 @@ class Shike(nn.Module):
         self.pretrained_cfg.update(config)
 
     def freeze_trunk(self) -> None:
-        """Keep the stem and the shared stages as they are: no gradients, BatchNorm always in eval mode."""
+        """Keep the stem and the shared stages as they are: it runs under no_grad, and in eval mode."""
         self.trunk_frozen = True
         self.stem.requires_grad_(False)
         self.stages.requires_grad_(False)
@@ -413,7 +425,8 @@ class Shike(nn.Module):
     @property
     def _model_args(self) -> Dict[str, Any]:
         """Arguments that timm writes into the configuration of a saved model: as created, and as set since."""
-        args = {name: _without_numpy(value) for name, value in self.__dict__.get('_made_with', {}).items()}
+        made_with = {**self.implied_args, **self.__dict__.get('_made_with', {})}
+        args = {name: _without_numpy(value) for name, value in made_with.items()}
         now: Dict[str, Any] = dict(
             class_counts=self.class_counts, classifier_prior=self.classifier_prior, target_prior=self.target_prior)
         scale = getattr(self.classifier, 'scale', self.cosine_scale)
@@ -495,14 +508,20 @@ class Shike(nn.Module):
     def _forward_trunk(self, x: Tensor, every: bool = False) -> Tuple[Tensor, Dict[int, Tensor]]:
         """What the last shared stage gives, and features of the stages that experts fuse, by number.
 
-        The stem is stage 0. With `every`, features of all stages.
+        The stem is stage 0. With `every`, features of all stages. A frozen trunk keeps no activations.
         """
+        if self.trunk_frozen:
+            with torch.no_grad():
+                return self._run_trunk(x, every)
+        return self._run_trunk(x, every)
+
+    def _run_trunk(self, x: Tensor, every: bool) -> Tuple[Tensor, Dict[int, Tensor]]:
         x = self.stem(x)  # a tuple, if later stages need more than features
         shared: Dict[int, Tensor] = {}
         if every:
             shared[0] = x[0] if isinstance(x, tuple) else x
         for i, stage in enumerate(self.stages):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing and not self.trunk_frozen and not torch.jit.is_scripting():
                 x = checkpoint(stage, x)
             else:
                 x = stage(x)

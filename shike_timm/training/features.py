@@ -1,6 +1,7 @@
-"""Features of a frozen trunk: computed once, kept in the run folder, and trained on instead of images."""
+"""Features of a frozen trunk: computed once, kept in a file, and trained on instead of images."""
 import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Any, Dict, Iterator, Tuple
 
@@ -14,14 +15,11 @@ from ..data.augment import AugmentationConfig
 from ..data.dataset import AnySet
 from ..data.sampler import EpochSampler
 from ..errors import InputError
-from ..files import write_text
 from ..models import Shike
 from ..options import options
 from .config import RunConfig
 
 _logger = logging.getLogger(__name__)
-
-FEATURES, DIGEST = 'features.npy', 'features.sha256'
 
 
 class FeatureLoader:
@@ -108,23 +106,25 @@ def standardise(model: Shike, features: np.ndarray) -> None:
 def cached_features(
         folder: Path, model: Shike, data: AnySet, config: RunConfig, data_config: Dict[str, Any],
         device: torch.device) -> np.ndarray:
-    """Pooled features [N, V, F] of the training images in float16, memory-mapped from the run folder.
+    """Pooled features [N, V, F] of the training images in float16, memory-mapped from a file of the output folder.
 
-    They are computed if the folder has none of the same trunk, images and preprocessing.
+    All runs of the folder with the same trunk, images and preprocessing share the file.
     """
     shape = len(data), config.cache_features or 1, sum(model.level_widths)
-    path, digest = folder / FEATURES, _digest(model, data, config, data_config)
-    if (folder / DIGEST).is_file() and (folder / DIGEST).read_text() == digest:
-        return np.load(path, mmap_mode='c')
-    _logger.info(
-        f'Features: {shape[1]} views of {shape[0]} images take {np.prod(shape) * 2 / 1e9:.2f} GB in {path}.')
-    try:
-        features = np.lib.format.open_memmap(path, 'w+', np.float16, shape)
-        model.eval()
-        _write_views(features, model, data, config, data_config, device)
-        features.flush()
-        write_text(folder / DIGEST, digest)
-    except OSError as error:
-        raise InputError(
-            f"'{path}' cannot be written ({error.strerror}): free some space, or keep fewer views.") from error
-    return features
+    path = folder / f'features-{_digest(model, data, config, data_config)[:16]}.npy'
+    if not path.exists():
+        _logger.info(
+            f'Features: {shape[1]} views of {shape[0]} images take {np.prod(shape) * 2 / 1e9:.2f} GB in {path}.')
+        partial = path.with_suffix(f'.{os.getpid()}.tmp')
+        try:
+            features = np.lib.format.open_memmap(partial, 'w+', np.float16, shape)
+            model.eval()
+            _write_views(features, model, data, config, data_config, device)
+            features.flush()
+            partial.rename(path)
+        except OSError as error:
+            raise InputError(
+                f"'{path}' cannot be written ({error.strerror}): free some space, or keep fewer views.") from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return np.load(path, mmap_mode='c')

@@ -1,5 +1,6 @@
 """Whole runs: stage one with classifier retraining, and classifier retraining alone."""
 import logging
+import sys
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..distributed import join_processes, local_primary_first, world_size
 from ..errors import InputError
 from ..metrics import SHOTS, shot_divisions
 from ..models import Shike
-from ..models.create import create_model, resolve_data_config
+from ..models.create import create_model, resolve_data_config, with_backbone_weights
 from ..pretrained.load import from_checkpoint, with_trained_options
 from ..pretrained.start import load_start, start_from
 from ..pretrained.teacher import load_teacher
@@ -42,6 +43,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         NonFiniteError: If the loss or the weights stopped being finite.
     """
     device = join_processes(config.device)
+    config = with_backbone_weights(config)
     phases = plan_phases(config)
     config = replace(config, crt_epochs=sum(phase.epochs for phase in phases[1:]))
     checkpoint = path = folder = None
@@ -129,6 +131,10 @@ def prepare(
         raise InputError(
             f'--num-classes {config.num_classes} contradicts the {data.num_classes} classes of the data: leave it out.')
     config = replace(config, holdout=data.holdout)
+    share = sys.maxsize if data.train.is_stream else len(data.train) // (world_size() * config.grad_accum_steps)
+    if 1 < share < config.batch_size:
+        _logger.warning(f'--batch-size {config.batch_size} exceeds the training images: it is lowered to {share}.')
+        config = replace(config, batch_size=share)
     _check_eval_metric(config, data)
     seed_all(config.seed, 1, -1)
     model = create_model(config, data.num_classes, config.channels, fresh, config.image_size).to(device)

@@ -177,7 +177,7 @@ class Trainer:
     def _use_features(self, fresh: bool) -> None:
         """Train on cached features instead of images. In a fresh run, choose the experts first if that is asked for."""
         data = self.data.train
-        features = cached_features(self.folder, self.model, data, self.config, self.data_config, self.device)
+        features = cached_features(self.folder.parent, self.model, data, self.config, self.data_config, self.device)
         if fresh and self.config.search:
             found = search(features, data, self.model.level_widths, self.config)
             write_text(self.folder / 'search.json', json.dumps(found, indent=2) + '\n')

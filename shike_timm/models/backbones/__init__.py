@@ -4,6 +4,7 @@ from .backbone import BackboneFn as BackboneFn
 from .backbone import is_column as is_column
 from .cifar_resnet import cifar_resnet as cifar_resnet
 from .pretrained import Source as Source
+from .pretrained import fetching as fetching
 from .pretrained import preprocessing as preprocessing
 from .pretrained import pretrained_options as pretrained_options
 from .split import timm_backbone as timm_backbone
