@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import setup_default_logging
 
-from ..distributed import rank
+from ..distributed import LONGEST_WAIT, rank, world_size
 from ..errors import InputError
 from ..training.signals import Interrupted
 from ..training.trainer import NonFiniteError
@@ -53,6 +53,10 @@ def run_script(main: Callable[[], Any]) -> int:
     except Interrupted as stop:
         return fail(128 + stop.signum, f'stopped by signal {stop.signum}')
     except RuntimeError as error:
+        if world_size() > 1 and ('gloo' in str(error) or isinstance(error, dist.DistError)):
+            return fail(
+                1, f'error: Another process of the run is gone, or has not answered for {LONGEST_WAIT}: see its own '
+                'message.')
         if 'DataLoader worker' not in str(error):
             raise
         return fail(
