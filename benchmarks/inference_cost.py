@@ -8,7 +8,6 @@ from torch import nn
 
 import shike_timm
 from shike_timm.costs import inference_costs
-from shike_timm.devices import tune_device
 
 FAMILIES = {
     # The SHIKE model and its plain network. That of ResNet-32 is the trunk with one expert, without fusion.
@@ -38,7 +37,6 @@ def main():
     parser.add_argument('--rounds', type=int, default=5, help='turns of each model. The median counts')
     args = parser.parse_args()
 
-    tune_device(torch.device('cpu'))
     print(f'shike-timm {shike_timm.__version__}, {torch.get_num_threads()} threads, float32, channels_last')
     print(f"{'model':36}{'params M':>10}{'GMACs':>10}{'img/s':>10}{'of plain':>10}")
     for family in args.families:

@@ -1,5 +1,6 @@
 """Devices: which one, what it computes, and the settings of the process that make it fast."""
 import ctypes
+import os
 import sys
 from dataclasses import dataclass
 from typing import Optional
@@ -19,7 +20,8 @@ class DeviceConfig:
 
     device: Optional[str] = option(
         None, 'device, such as cuda or cpu (default: cuda if there is one)', 'DEVICE', may_change=True, card='never')
-    workers: int = option(4, 'processes that load images', low=0, flags=('-j',), may_change=True, card='never')
+    workers: int = option(
+        4, 'processes that load images, at most one for each CPU', low=0, flags=('-j',), may_change=True, card='never')
 
 
 def resolve_device(name: Optional[str]) -> torch.device:
@@ -38,6 +40,11 @@ def resolve_device(name: Optional[str]) -> torch.device:
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = True  # timm does the same. Convolutions use TF32 by default.
     return device
+
+
+def limit_workers(number: int) -> int:
+    """A number of processes that load images, at most that of the CPUs that this process may use."""
+    return min(number, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
 
 
 def computes_bfloat16(device: torch.device) -> bool:

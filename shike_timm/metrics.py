@@ -222,7 +222,8 @@ def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
     """A text table of the metrics by stage. Each expert and each ensemble has a row."""
     rows: List[Sequence[Any]] = [('', *METRICS)]
     for stage, result in stages.items():
-        named = [*((f'expert {m}', one) for m, one in enumerate(result['experts'])), ('ensemble', result)]
+        experts = result['experts'] if len(result['experts']) > 1 else []
+        named = [*((f'expert {m}', one) for m, one in enumerate(experts)), ('ensemble' if experts else 'model', result)]
         if 'plain' in result:
             named.append(('not averaged', result['plain']))
         rows += [(f'{stage} {name}'.strip(), *(one.get(key) for key in METRICS)) for name, one in named]

@@ -17,7 +17,7 @@ from shike_timm.checkpoints import load_checkpoint
 from shike_timm.cli.train import parse_train_args
 from shike_timm.errors import InputError
 from shike_timm.losses import representation_loss
-from shike_timm.models.backbones.split import find_chain
+from shike_timm.models.backbones.split import Split
 from shike_timm.models.create import create_model
 
 CONVOLUTIONAL = [
@@ -65,10 +65,8 @@ def test_three_experts_train_on_a_backbone(name):
 
 
 @pytest.mark.parametrize('name, reason', [
-    ('swin_tiny_patch4_window7_224', 'its feature maps are NHWC'),
-    ('vit_tiny_patch16_224', "more than a chain of modules happens before 'pos_drop'"),
+    ('crossvit_9_240', 'its last stage gives no features of 384 channels'),
     ('resnet_50', 'is not a model of timm'),
-    ('hrnet_w18_small', 'cannot be split'),
 ])
 def test_a_refusal_is_one_sentence(name, reason):
     with pytest.raises(ValueError, match=f"^backbone '{name}' .*{reason}") as raised:
@@ -89,19 +87,24 @@ def test_a_network_that_changes_a_feature_in_passing_is_refused():
         def forward_features(self, x):
             return self.b(self.change(self.a(x)))
 
-    assert find_chain(Changing(lambda x: x).to('meta'), 'net', 3) == ['a', 'b']
-    for change in (lambda x: x + 1, lambda x: x.add_(1)):
-        with pytest.raises(ValueError, match="more than a chain of modules happens before 'b'"):
-            find_chain(Changing(change).to('meta'), 'net', 3)
-    for last, message in (
-            (nn.ReLU(inplace=True), "overwrites the features of 'a'"),
-            (nn.Sequential(nn.Identity(), nn.ReLU(inplace=True)), "overwrites the features of 'a'"),
-            (nn.Flatten(2), 'last stage gives no feature map'),
+        def forward_head(self, x):
+            return x.mean((2, 3))
+
+    for change, kind in ((lambda x: x, nn.Sequential), (lambda x: x + 1, torch.fx.GraphModule)):
+        net = Changing(change)
+        split = Split(net.to('meta'), 'net')
+        assert isinstance(split.parts(net, split.cuts)[1], kind) and not split.has_own_head
+    for change, last, message in (
+            (lambda x: x.add_(1), nn.Conv2d(4, 4, 2, 2), "overwrites the features of 'a'"),
+            (lambda x: x, nn.ReLU(inplace=True), "overwrites the features of 'a'"),
+            (lambda x: x, nn.Sequential(nn.Identity(), nn.ReLU(inplace=True)), "overwrites the features of 'a'"),
+            (lambda x: x, nn.Flatten(2), 'last stage gives no features of 4 channels'),
+            (lambda x: [x for _ in range(len(x))][0], nn.ReLU(), 'cannot be traced'),
     ):
-        net = Changing(lambda x: x)
+        net = Changing(change)
         net.b = last
         with pytest.raises(ValueError, match=message):
-            find_chain(net.to('meta'), 'net', 3)
+            Split(net.to('meta'), 'net')
 
 
 def test_preprocessing_is_the_backbones():
@@ -350,7 +353,7 @@ def test_train_py_fine_tunes_a_backbone(tmp_path, run_script, image_folder, weig
 @pytest.mark.parametrize('options, message', [
     (['--model', 'resnet50_shike', '--backbone', 'resnet18'], "--backbone 'resnet18' goes with --model shike"),
     (['--model', 'shike'], '--model shike needs --backbone'),
-    (['--model', 'shike', '--backbone', 'swin_tiny_patch4_window7_224'], 'its feature maps are NHWC'),
+    (['--model', 'shike', '--backbone', 'crossvit_9_240'], 'its last stage gives no features'),
     (['--freeze-trunk'], '--freeze-trunk would keep random shared stages: add --pretrained-backbone'),
     (['--drop-path', '1'], '--drop-path 1.0 is out of range: give less than 1'),
 ])

@@ -23,7 +23,7 @@ SHORT = [*MEANS, '--epochs', '1', '--warmup-epochs', '0', '--crt-epochs', '1']
 class Points(torch.nn.Module):
     """Two experts: images are features, and the second expert doubles and turns them."""
 
-    num_experts, num_classes, num_features = 2, 3, 4
+    num_experts, num_classes, head_hidden_size = 2, 3, 4
 
     def __init__(self, kind='cosine'):
         super().__init__()

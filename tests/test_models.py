@@ -64,10 +64,10 @@ def test_residual_fusion_starts_as_the_backbone(name):
     assert all(norm.weight.grad.abs().max() > 0 for norm in norms)
     nn.init.ones_(norms[0].weight)
     with torch.inference_mode():
-        shared = model._forward_trunk(images)
+        x, shared = model._forward_trunk(images)
         expert = model.experts[0]
-        own, aligned = expert.stage(shared[-1]), expert.aligner(shared[expert.depth])
-        assert torch.allclose(expert(shared), own * (1 + aligned))
+        own, aligned = expert.stage(x), expert.aligner(shared[expert.depth])
+        assert torch.allclose(expert(x, shared), own * (1 + aligned))
 
 
 def test_a_saved_model_keeps_its_fusion_and_stages(tmp_path):
@@ -187,7 +187,7 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize('arguments, message', [
     (dict(num_experts=0), 'num_experts must be a whole number of at least 1, got 0'),
     (dict(num_experts=1.5), 'num_experts must be a whole number of at least 1, got 1.5'),
-    (dict(private_stages=0), 'private_stages must be a whole number of at least 1, got 0'),
+    (dict(private_stages=-1), 'private_stages must be a whole number of at least 0, got -1'),
     (dict(private_stages=3), 'private_stages of the CIFAR ResNet must be 1 or 2, got 3'),
     (dict(backbone='resnet18', private_stages=4), "private_stages of 'resnet18' must be 1 to 3, got 4"),
     (dict(depths=(1, 3, 1)), r'between 1 and 2, .* got \(1, 3, 1\)'),

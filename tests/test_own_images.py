@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from image_data import CPU, RUN, load, load_evaluation
 from PIL import Image
 
+from shike_timm.cli.train import parse_train_args
 from shike_timm.pretrained.folder import export_model
 from shike_timm.pretrained.load import load_trained_model
 from shike_timm.pretrained.teacher import load_teacher
@@ -107,7 +109,6 @@ def test_a_run_keeps_the_lists_of_both_sides(run_script, coloured, tmp_path, cap
 
 @pytest.mark.parametrize('options, message', [
     (['--batch-size', '1'], 'BatchNorm'),
-    (['--batch-size', '30'], 'exceeds the 24 training images'),
     (['--in-chans', '2'], 'channels are not read'),
     (['--input-size', '1', '8', '8', '--in-chans', '3'], 'contradicts'),
     (['--pixel-range', '5', '5'], '--pixel-range 5 5 is empty'),
@@ -233,3 +234,32 @@ def test_a_folder_of_all_defects_trains_and_each_is_named(run_script, tmp_path):
     assert {'CMYK', 'P', 'LA', 'L', 'F'} < set(told['train']['modes'])
     assert [len(told['duplicates'][kind]) for kind in ('within_class', 'across_classes')] == [1, 1]
     assert len(told['train']['left_out']) == 4
+
+
+def test_a_folder_alone_gets_the_recipe_for_its_device(monkeypatch, caplog):
+    caplog.set_level('INFO')
+    config = parse_train_args(['--data-dir', 'photos'])
+    assert (config.model, config.private_stages, config.pretrained_backbone) == ('shike', 0, 'default')
+    assert config.search and config.backbone in caplog.text and '--hparams frozen' in caplog.text
+    assert parse_train_args(['--data-dir', 'photos', '--img-size', '96']).img_size == 96
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    config = parse_train_args(['--data-dir', 'photos'])
+    assert (config.model, config.private_stages, config.crt_epochs) == ('shike', None, 3)
+
+
+@pytest.mark.parametrize('argv', [
+    ['--data-dir', 'photos', '--model', 'resnet32_shike'],
+    ['--data-dir', 'photos', '--hparams', 'quickstart'],
+    ['--data-dir', 'data', '--dataset', 'cifar100_lt'],
+    [],
+], ids=['model', 'recipe', 'benchmark', 'nothing'])
+def test_a_named_recipe_model_or_benchmark_is_kept(argv):
+    config = parse_train_args(argv)
+    assert config.cache_features is None and config.backbone is None
+
+
+def test_a_large_batch_is_lowered_to_a_small_set(run_script, coloured, tmp_path):
+    status, _, error = run_script(
+        'train.py', *RUN, '--data-dir', coloured, '--output', tmp_path / 'out', '--batch-size', '30')
+    assert status == 0 and 'lowered to 24' in error, error
+    assert yaml.safe_load((tmp_path / 'out' / 'run' / 'args.yaml').read_text())['batch_size'] == 24

@@ -13,6 +13,7 @@ from shike_timm.checkpoints import load_checkpoint, model_weights
 from shike_timm.cli.train import parse_train_args
 from shike_timm.data.config import PreprocessingConfig
 from shike_timm.errors import InputError
+from shike_timm.models.create import create_model
 from shike_timm.pretrained.load import TrainedModel, load_trained_model, with_trained_options
 from shike_timm.pretrained.start import load_start, start_from
 from shike_timm.training.runs import train
@@ -49,7 +50,7 @@ def test_every_source_of_weights(tiny_run, tmp_path):
             (['--initial-checkpoint', '/nowhere'], "initial-checkpoint '/nowhere' does not exist"),
             (['--initial-checkpoint', str(bare), '--pretrained'], 'both bring weights'),
             (['--initial-checkpoint', str(tiny_run), '--fusion-type', 'residual'], 'residual differs from that of'),
-            (['--pretrained', '--model', 'resnet50_shike'], 'No weights are published')):
+            (['--pretrained', '--model', 'resnet50_shike.untrained'], 'No weights are published')):
         with pytest.raises(InputError, match=message):
             load_from(*argv)
 
@@ -145,3 +146,10 @@ def test_a_size_that_is_given_takes_the_place_of_either_of_training():
     sized = with_trained_options(PreprocessingConfig(img_size=8), trained)
     assert (sized.img_size, sized.input_size, sized.mean) == (8, None, [0.5])
     assert with_trained_options(PreprocessingConfig(), trained).input_size == [3, 16, 12]
+
+
+def test_arguments_of_timms_network(tmp_path):
+    config = parse_train_args([
+        '--model', 'shike', '--backbone', 'test_efficientnet', '--model-kwargs', 'pad_type=same', 'bn_eps=0.5'])
+    model = create_model(config, 3, 3)
+    assert {layer.eps for layer in model.stages.modules() if isinstance(layer, torch.nn.BatchNorm2d)} == {0.5}

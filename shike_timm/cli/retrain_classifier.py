@@ -1,8 +1,11 @@
 """Retraining of the classifiers: stage two alone."""
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
+from ..errors import InputError
 from ..options import check_file_values, complete, options, read_command_line
+from ..pretrained.plain import PlainModel, load_plain, plain_from_checkpoint
 from ..training.config import RetrainConfig, RunConfig
+from ..training.rebalance import rebalance
 from ..training.resume import read_stage_one, saved_args
 from ..training.runs import retrain
 from .script import run_script
@@ -17,11 +20,18 @@ OF_ITS_DATA = {
 OF_ITS_DATASET = {'imb_factor', 'imb_type', 'imb_seed', 'train_split', 'val_split'}
 
 
-def parse_retrain_args(argv: Optional[Sequence[str]] = None) -> Tuple[RetrainConfig, Dict[str, Any]]:
+def parse_retrain_args(
+        argv: Optional[Sequence[str]] = None) -> Tuple[RetrainConfig, Union[Dict[str, Any], PlainModel]]:
     """The configuration that a command line gives over that of its checkpoint, and the checkpoint."""
     given = read_command_line(
         RetrainConfig, 'Retrain the classifiers of a stage-one checkpoint: stage two alone.', argv)
-    checkpoint = read_stage_one(given['checkpoint'])
+    name, backbone = given['checkpoint'], given.get('backbone')
+    if name.startswith(('local-dir:', 'hf-hub:')):
+        return _plain_config(given, load_plain(name, backbone))
+    checkpoint = read_stage_one(name)
+    plain = plain_from_checkpoint(checkpoint, name, backbone)
+    if plain is not None:
+        return _plain_config(given, plain)
     before, own = saved_args(checkpoint), set(options(RunConfig)) - {'output', 'experiment', 'hparams', 'device'}
     if 'num_classes' in given:
         own -= OF_ITS_DATA
@@ -34,5 +44,27 @@ def parse_retrain_args(argv: Optional[Sequence[str]] = None) -> Tuple[RetrainCon
     return complete(RetrainConfig, given, saved=saved), checkpoint
 
 
+def _plain_config(given: Dict[str, Any], plain: PlainModel) -> Tuple[RetrainConfig, PlainModel]:
+    """The configuration of one expert on a plain network, by default that of the recipe `rebalance`."""
+    sizes = {'img_size', 'input_size'}
+    own = {key: value for key, value in plain.options.items() if not (key in sizes and sizes & set(given))}
+    saved = check_file_values(RunConfig, own, f"checkpoint '{plain.name}'", given)
+    model = dict(model='shike', num_experts=1, fusion=False)
+    for key, value in model.items():
+        if given.get(key, value) != value:
+            raise InputError(
+                f"--{key.replace('_', '-')} {given[key]} does not go with '{plain.name}', a plain network: leave it "
+                'out.')
+    model.update(backbone=plain.backbone)
+    return complete(RetrainConfig, {'hparams': 'rebalance', **given, **model}, saved=saved), plain
+
+
 def main() -> int:
-    return run_script(lambda: retrain(*parse_retrain_args()))
+    def run() -> None:
+        config, checkpoint = parse_retrain_args()
+        if isinstance(checkpoint, PlainModel):
+            rebalance(config, checkpoint)
+        else:
+            retrain(config, checkpoint)
+
+    return run_script(run)

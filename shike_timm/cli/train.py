@@ -1,6 +1,9 @@
 """Training: both stages of a run."""
+import logging
 import os
 from typing import Any, Dict, Optional, Sequence
+
+import torch
 
 from ..options import check_file_values, checked, complete, read_command_line
 from ..recipes import read_hparams
@@ -9,11 +12,29 @@ from ..training.resume import run_folder
 from ..training.runs import train
 from .script import run_script
 
+_logger = logging.getLogger(__name__)
+
 CONFIG = TrainConfig
+CPU_RECIPE = dict(hparams='frozen', backbone='tf_efficientnet_lite0', img_size=160)
+GPU_RECIPE = dict(hparams='finetune', backbone='convnext_tiny', img_size=224)
+
+
+def _recommended(given: Dict[str, Any]) -> Dict[str, Any]:
+    """The recipe for images of the user's own, if nothing is said of recipe, model and weights."""
+    chosen = {'hparams', 'dataset', 'model', 'backbone', 'pretrained', 'initial_checkpoint', 'resume', 'method'}
+    if chosen & set(given) or not {'data_dir', 'train_list'} & set(given):
+        return given
+    on_gpu = torch.cuda.is_available() and given.get('device') != 'cpu'
+    recipe = dict(GPU_RECIPE if on_gpu else CPU_RECIPE)
+    _logger.info(
+        f"No recipe is chosen. On this {'GPU' if on_gpu else 'CPU'} it is --hparams {recipe['hparams']} --backbone "
+        f"{recipe['backbone']} --img-size {given.get('img_size', recipe['img_size'])}. Other options choose another.")
+    return {**recipe, **given}
 
 
 def complete_train_args(given: Dict[str, Any]) -> TrainConfig:
     """The configuration of given values; a resumed run has those of its `args.yaml` as defaults."""
+    given = _recommended(given)
     folder = run_folder(checked(TrainConfig, given))
     path, saved = os.path.join(folder or '', 'args.yaml'), {}
     if folder and os.path.isfile(path):

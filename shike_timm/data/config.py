@@ -1,6 +1,6 @@
 """Options of the data: which images, how they are read and how they come in batches."""
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from ..errors import InputError
 from ..options import option
@@ -108,6 +108,13 @@ class PreprocessingConfig:
         if self.input_size and self.img_size:
             raise InputError(f'--input-size and --img-size {self.img_size} contradict each other: drop one of them.')
         return channels
+
+    @property
+    def image_size(self) -> Optional[Tuple[int, int]]:
+        """Height and width of the images, if the options give them."""
+        if self.input_size:
+            return self.input_size[1], self.input_size[2]
+        return (self.img_size, self.img_size) if self.img_size else None
 
 
 @dataclass(frozen=True)

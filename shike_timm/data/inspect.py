@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..devices import limit_workers
 from ..errors import InputError, one_line
 from ..files import write_text
 from .class_names import first_few
@@ -51,8 +52,8 @@ class ImageReader(Dataset):
 
 def _read_all(reader: ImageReader, workers: int, title: str) -> Iterator[Tuple[Any, Optional[str]]]:
     """The items of a reader in order, with a progress bar on a terminal."""
-    loader = DataLoader(
-        reader, 32, num_workers=min(workers, -(-len(reader) // 1000)), collate_fn=list, generator=torch.Generator())
+    workers = min(limit_workers(workers), -(-len(reader) // 1000))
+    loader = DataLoader(reader, 32, num_workers=workers, collate_fn=list, generator=torch.Generator())
     hidden = not len(reader) or not sys.stderr.isatty()
     with tqdm(total=len(reader), desc=title, leave=False, disable=hidden, dynamic_ncols=True) as progress:
         for batch in loader:

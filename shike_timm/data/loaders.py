@@ -8,6 +8,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..devices import limit_workers
 from ..distributed import rank, world_size
 from ..errors import InputError
 from .augment import AugmentationConfig
@@ -96,9 +97,10 @@ def _create_worker_loader(
     is_training = isinstance(sampler, EpochSampler)
     data.transform = transform
     if isinstance(data, StreamSet):
-        data.set_loader_cfg(num_workers=num_workers)
-    elif is_training:
-        data.replaces_unreadable = True
+        data.set_loader_cfg(num_workers=num_workers)  # The images of a stream depend on this number.
+    else:
+        data.replaces_unreadable |= is_training
+        num_workers = limit_workers(num_workers)
     loader = DataLoader(
         SeededDataset(data) if is_training and not data.is_stream else data,
         batch_size,

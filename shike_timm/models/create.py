@@ -1,19 +1,33 @@
 """A model and its preprocessing from their options, with clear errors."""
-from typing import Any, Dict, cast
+from dataclasses import replace
+from typing import Any, Dict, Optional, Tuple, TypeVar, cast
 
 import timm
 import timm.data
-from timm.models import get_arch_name
+from timm.models import get_arch_name, get_model_input_config, get_pretrained_cfg
 
 from ..data.config import PreprocessingConfig
 from ..errors import InputError, nearest, one_line
 from .config import ModelConfig
+from .expand import BACKBONE_TAG
 from .shike import Shike
+
+Model = TypeVar('Model', bound=ModelConfig)
 
 
 def is_registered(name: str) -> bool:
     """Whether a model is one of the registered names, with or without a tag."""
     return ':' not in name and get_arch_name(name) in timm.list_models(module='registry')
+
+
+def with_backbone_weights(config: Model) -> Model:
+    """The options with `--pretrained-backbone` for `--pretrained`, where the published weights are the backbone's."""
+    if not config.pretrained or config.pretrained_backbone or not is_registered(config.model):
+        return config
+    tag = getattr(get_pretrained_cfg(config.model, allow_unregistered=True), 'tag', None) or ''
+    if get_arch_name(config.model) != 'shike' and not tag.startswith(BACKBONE_TAG):
+        return config
+    return replace(config, pretrained=False, pretrained_backbone='default')
 
 
 def check_model_name(name: str) -> None:
@@ -24,8 +38,14 @@ def check_model_name(name: str) -> None:
             f"model '{name}' is not a SHIKE model{nearest(name, known)}: choose one of {', '.join(known)}.")
 
 
-def create_model(config: ModelConfig, num_classes: int, in_chans: int = 3, fresh: bool = False) -> Shike:
-    """Create the SHIKE model that the options describe.
+def create_model(
+        config: ModelConfig,
+        num_classes: int,
+        in_chans: int = 3,
+        fresh: bool = False,
+        img_size: Optional[Tuple[int, int]] = None,
+) -> Shike:
+    """Create the SHIKE model that the options describe, for images of a size if its backbone is made for one.
 
     A fresh one gets the weights of `--pretrained-backbone`. Otherwise a checkpoint brings the weights.
     """
@@ -42,16 +62,20 @@ def create_model(config: ModelConfig, num_classes: int, in_chans: int = 3, fresh
             config.model,
             num_classes=num_classes,
             in_chans=in_chans,
+            img_size=img_size,
             backbone=config.backbone,
             num_experts=config.num_experts,
             private_stages=config.private_stages,
-            depths=config.depths,
+            private_blocks=config.private_blocks,
+            depths=[[int(level) for level in one.split('+')] for one in config.levels] if (
+                config.levels) else config.depths,
             fusion=config.fusion if config.fusion is False else config.fusion_type,
             classifier=config.classifier,
             cosine_scale=config.cosine_scale,
             aligner=config.aligner,
             drop_rate=config.drop,
             drop_path_rate=config.drop_path,
+            **config.model_kwargs,
         ))
         if source and fresh:
             model.load_backbone(source)
@@ -79,8 +103,14 @@ def resolve_data_config(config: PreprocessingConfig, model: Shike) -> Dict[str, 
     given = config.in_chans or config.input_size and config.input_size[0]
     if given and given != model.in_chans:
         raise InputError(f'The model takes images of {model.in_chans} channels, not of {given}: drop --in-chans.')
+    own = get_model_input_config(model)
+    size = config.image_size or own['input_size'][1:]
+    if own['fixed_input_size'] and size != own['input_size'][1:]:
+        raise InputError(
+            'The model takes images of {1} by {2} pixels, not of {3} by {4}: leave out --img-size.'.format(
+                *own['input_size'], *size))
     data_config = timm.data.resolve_data_config(dict(vars(config), in_chans=model.in_chans), model=model)
-    data_config['input_size'] = (model.in_chans, *data_config['input_size'][1:])
+    data_config['input_size'] = (model.in_chans, *size)
     for name in ('mean', 'std'):  # A model of one channel may have the values of three.
         values = data_config[name]
         if len(values) != model.in_chans:

@@ -1,10 +1,12 @@
 """Experts, and the aligners that bring a shared stage's feature map to the shape of an expert's own output."""
 from functools import partial
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+BOTTLENECK = 256  # channels inside an aligner
 
 def _conv_norm(
         in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, groups: int = 1, **dd: Any) -> List[nn.Module]:
@@ -28,7 +30,7 @@ def conv_aligner(in_chs: int, out_chs: int, num_halvings: int, **dd: Any) -> nn.
 def bottleneck_aligner(
         in_chs: int, out_chs: int, num_halvings: int, depthwise: bool = False, **dd: Any) -> nn.Sequential:
     """A 1x1 convolution to 256 channels, strided 3x3 convolutions (depthwise on request), and a 1x1 convolution."""
-    width, stride = 256, 2 if num_halvings else 1
+    width, stride = BOTTLENECK, 2 if num_halvings else 1
     groups = width if depthwise else 1
     layers = _conv_norm(in_chs, width, 1, **dd) + [nn.ReLU(inplace=True)]
     for _ in range(max(num_halvings, 1)):
@@ -43,6 +45,79 @@ ALIGNERS = {
 }
 
 
+class LevelPool(nn.Module):
+    """Features of a level of any format as vectors [B, width].
+
+    A vector is the mean over the places of the image, beside the first token if there are class or register tokens.
+    """
+
+    def __init__(self, level: Dict[str, Any]):
+        super().__init__()
+        self.num_prefix_tokens = level['num_prefix_tokens']
+        self.places = {'NCHW': (2, 3), 'NHWC': (1, 2), 'NLC': (1,)}[level['output_fmt']]
+        self.width = level['num_chs'] * (2 if self.num_prefix_tokens else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.num_prefix_tokens:
+            return torch.cat([x[:, 0], x[:, self.num_prefix_tokens:].mean(1)], dim=-1)
+        return x.mean(self.places)
+
+
+class LevelExpert(nn.Module):
+    """An expert without private stages: the pooled, standardised features of several levels, side by side.
+
+    The statistics that standardise are those of a BatchNorm without weights. Narrow experts are filled up with zeros.
+
+    Args:
+        levels: The shared stages that the expert reads, counted from 1.
+        infos: `Backbone.feature_info` of all shared stages.
+        width: Channels D of the widest expert.
+    """
+
+    def __init__(self, levels: Sequence[int], infos: Sequence[Dict[str, Any]], width: int, **dd: Any):
+        super().__init__()
+        self.levels = tuple(levels)
+        self.pools = nn.ModuleList(LevelPool(infos[level - 1]) for level in levels)
+        own_width = sum(LevelPool(infos[level - 1]).width for level in levels)
+        self.norm = nn.BatchNorm1d(own_width, affine=False, **dd)
+        self.padding = width - own_width
+
+    def forward(self, x: Tensor, shared: Dict[int, Tensor]) -> Tensor:
+        """Features [B, D, 1, 1] from those of shared stages by their number. `x` is what the last one hands on."""
+        vectors = []
+        for i, pool in enumerate(self.pools):
+            vectors.append(pool(shared[self.levels[i]]))
+        return self.join(vectors)
+
+    def join(self, vectors: List[Tensor]) -> Tensor:
+        """Features [B, D, 1, 1] from the pooled ones of the expert's levels."""
+        x = self.norm(torch.cat(vectors, dim=1))
+        return F.pad(x, (0, self.padding))[:, :, None, None]
+
+
+class VectorAligner(nn.Module):
+    """Brings features of any format to one vector, which fits the channels of all places of an expert's own features.
+
+    The layers after the pooling are a LayerNorm, a linear layer to 256 channels, GELU and a linear layer that starts
+    at zero.
+    """
+
+    def __init__(self, shallow: Dict[str, Any], own: Dict[str, Any], **dd: Any):
+        super().__init__()
+        self.pool = LevelPool(shallow)
+        self.shape = {'NCHW': (-1, 1, 1), 'NHWC': (1, 1, -1), 'NLC': (1, -1)}[own['output_fmt']]
+        self.norm = nn.LayerNorm(self.pool.width, **dd)
+        self.down = nn.Linear(self.pool.width, BOTTLENECK, **dd)
+        self.act = nn.GELU()
+        self.up = nn.Linear(BOTTLENECK, own['num_chs'], **dd)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Vectors [B, 1, D], [B, 1, 1, D] or [B, D, 1, 1] from features."""
+        return self.up(self.act(self.down(self.norm(self.pool(x))))).unflatten(1, self.shape)
+
+
 def init_convolutions(module: nn.Module) -> None:
     """Initial values of all convolutions and BatchNorms in a module."""
     for layer in module.modules():
@@ -53,22 +128,82 @@ def init_convolutions(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-class Expert(nn.Module):
-    """The private stages of an expert, and the aligner for the shared stage that it fuses (Eq. 3)."""
+def stage_depths(
+        num_experts: int, num_shared: int, depths: Optional[Sequence[int]], is_column: bool) -> Tuple[int, ...]:
+    """The shared stage that each expert fuses. The default is described at `Shike`."""
+    if depths is None and is_column:
+        first = max(num_shared - max(num_shared // 3, num_experts) + 1, 1)
+        step = (num_shared - first) / max(num_experts - 1, 1)
+        depths = [round(num_shared - step * m) for m in range(num_experts)][::-1]
+    elif depths is None:
+        depths = [m % num_shared + 1 for m in range(num_experts)]
+    if len(depths) != num_experts or not all(1 <= depth <= num_shared for depth in depths):
+        raise ValueError(
+            f'depths must name one shared stage for each of {num_experts} experts, numbers between 1 and '
+            f'{num_shared}, the stages of the trunk, got {tuple(depths)}.')
+    return tuple(depths)
 
-    def __init__(self, stage: nn.Module, depth: int, aligner: Optional[nn.Module] = None, residual: bool = False):
+
+def level_depths(
+        num_experts: int, num_shared: int, depths: Optional[Sequence[Union[int, Sequence[int]]]],
+) -> Tuple[Tuple[int, ...], ...]:
+    """The shared stages that each expert without private stages reads. A single number stands beside the last stage."""
+    if depths is None:
+        late = [max(num_shared - m, 1) for m in range(num_experts, 0, -1)]
+        depths = late if num_experts > 1 else [range(max(num_shared - 3, 1), num_shared + 1)]
+    chosen = tuple((depth, num_shared) if isinstance(depth, int) else tuple(depth) for depth in depths)
+    if len(chosen) != num_experts or not all(chosen) or not all(
+            1 <= depth <= num_shared for levels in chosen for depth in levels):
+        raise ValueError(
+            f'depths must name one or several shared stages for each of {num_experts} experts, numbers between 1 and '
+            f'{num_shared}, got {chosen}.')
+    return chosen
+
+
+def joined_level(infos: Sequence[Dict[str, Any]], depths: Sequence[Sequence[int]]) -> Dict[str, Any]:
+    """`Backbone.feature_info` of experts without private stages."""
+    width = max(sum(LevelPool(infos[level - 1]).width for level in levels) for levels in depths)
+    return dict(num_chs=width, reduction=infos[-1]['reduction'], output_fmt='NCHW', num_prefix_tokens=0)
+
+
+class Expert(nn.Module):
+    """The private stages of an expert, the aligner for the shared stage that it fuses (Eq. 3), and a head of its own.
+
+    The head, if it is not plain pooling, makes vectors of the fused features, as timm's does before its classifier.
+    """
+
+    def __init__(
+            self,
+            stage: nn.Module,
+            depth: int,
+            aligner: Optional[nn.Module] = None,
+            residual: bool = False,
+            head: Optional[nn.Module] = None,
+            shared_fmt: str = 'NCHW',
+            output_fmt: str = 'NCHW',
+    ):
         super().__init__()
         self.stage = stage
         self.depth = depth
         self.aligner = aligner
         self.residual = residual
+        self.head = nn.Identity() if head is None else head
+        self.has_maps = not isinstance(aligner, VectorAligner)
+        self.from_nhwc = self.has_maps and shared_fmt == 'NHWC'
+        self.to_nhwc = self.has_maps and output_fmt == 'NHWC'
 
-    def forward(self, shared: List[Tensor]) -> Tensor:
-        """Fused features [B, D, h, w] from those of the stem and the shared stages."""
-        x = self.stage(shared[-1])
+    def forward(self, x: Tensor, shared: Dict[int, Tensor]) -> Tensor:
+        """Fused features from what the last shared stage gives, and the features of shared stages by their number."""
+        x = self.stage(x)
         if self.aligner is not None:
-            aligned = self.aligner(shared[self.depth])
-            # Aligners round odd sizes up. Some backbones round them down: drop the last row and column for those.
-            aligned = aligned[:, :, :x.shape[2], :x.shape[3]]
+            aligned = shared[self.depth]
+            if self.from_nhwc:
+                aligned = aligned.permute(0, 3, 1, 2)
+            aligned = self.aligner(aligned)
+            if self.to_nhwc:
+                aligned = aligned.permute(0, 2, 3, 1)
+            if self.has_maps:
+                # Aligners round odd sizes up. Some backbones round them down: drop the last row and column for those.
+                aligned = aligned[:, :x.shape[1], :x.shape[2], :x.shape[3]]
             x = torch.addcmul(x, x, aligned) if self.residual else x * aligned
         return x

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from ..errors import InputError
-from .backbones import BackboneFn, cifar_resnet, preprocessing, timm_backbone
+from .backbones import BackboneFn, cifar_resnet, fetching, preprocessing, timm_backbone
+from .expand import BACKBONE_TAG, backbone_cfg, expand
 from .shike import OLD_ARGUMENTS, Shike
 
 PACKAGED_WEIGHTS = Path(__file__).parents[1] / 'weights'  # Model folders called NAME.TAG.
@@ -48,7 +49,17 @@ def _cifar_cfg(name: str) -> Dict[str, Any]:
     return cfg
 
 
+# Network of timm and tag of its weights. They are ImageNet weights of the backbone, not trained by SHIKE.
+BACKBONES = {
+    'resnet50_shike': ('resnet50', 'a1_in1k'),
+    'resnext50_shike': ('resnext50_32x4d', 'a1h_in1k'),
+    'resnet152_shike': ('resnet152', 'a1h_in1k'),
+}
+
 default_cfgs = generate_default_cfgs({
+    **{
+        f'{name}.{BACKBONE_TAG}{tag}': _cfg(**backbone_cfg(f'{backbone}.{tag}'))
+        for name, (backbone, tag) in BACKBONES.items()},
     'resnet32_shike.cifar100_lt_if100': _cifar_cfg('resnet32_shike.cifar100_lt_if100'),
     'resnet32_shike.paper_cifar100_lt_if100': _cifar_cfg('resnet32_shike.paper_cifar100_lt_if100'),
     'resnet50_shike.untrained': _cfg(),
@@ -58,8 +69,10 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _check_num_experts(state_dict: Dict[str, Tensor], model: Shike) -> Dict[str, Tensor]:
-    """Refuse weights with a different number of experts."""
+def _fit_weights(state_dict: Dict[str, Tensor], model: Shike) -> Dict[str, Tensor]:
+    """Expand weights of the backbone. Refuse those of a model with a different number of experts."""
+    if model.backbone_name and not any(name.startswith('experts.') for name in state_dict):
+        return expand(state_dict, model)
     experts = {int(match[1]) for name in state_dict if (match := re.match(r'experts\.(\d+)\.', name))}
     if experts and len(experts) != model.num_experts:
         few = f', then model.set_experts({list(range(model.num_experts))})' if model.num_experts < len(experts) else ''
@@ -73,6 +86,7 @@ def _create_shike(
         variant: str,
         backbone: BackboneFn,
         pretrained: bool = False,
+        fetched: str = '',
         pretrained_model_args: Optional[Dict[str, Any]] = None,
         **kwargs: Any,
 ) -> Shike:
@@ -85,18 +99,27 @@ def _create_shike(
         raise RuntimeError(
             f"No weights are published for '{variant}': leave out pretrained and train it with shike train, or load a "
             "trained model as 'hf-hub:USER/NAME' or 'local-dir:FOLDER'.")
+    implied = {}
+    if not pretrained and variant in BACKBONES and not kwargs.get('pretrained_cfg'):
+        kwargs['pretrained_cfg'] = 'untrained'  # Preprocessing of the weights goes with them alone.
+    if pretrained and (cfg.tag or '').startswith(BACKBONE_TAG) and not overlay:
+        implied = dict(fusion='residual', classifier='linear')  # With these it begins as its backbone.
+        kwargs.update({key: value for key, value in implied.items() if kwargs.get(key) is None})
     for name in OLD_ARGUMENTS if pretrained_model_args else ():
         kwargs.pop(name, None)
-    model = build_model_with_cfg(
-        Shike,
-        variant,
-        pretrained,
-        backbone=backbone,
-        pretrained_model_args=pretrained_model_args,
-        pretrained_filter_fn=_check_num_experts,
-        feature_cfg=dict(feature_cls='getter', out_indices=None),
-        **kwargs,
-    )
+    with fetching(fetched, remote=pretrained and not (cfg.file or cfg.state_dict)):
+        model = build_model_with_cfg(
+            Shike,
+            variant,
+            pretrained,
+            backbone=backbone,
+            pretrained_model_args=pretrained_model_args,
+            pretrained_filter_fn=_fit_weights,
+            feature_cfg=dict(feature_cls='getter', out_indices=None),
+            **kwargs,
+        )
+    if isinstance(model, Shike):
+        model.implied_args = implied
     model.pretrained_cfg['first_conv'] = get_model_traits(model)['first_conv']
     folder = Path(model.pretrained_cfg.get('file') or '').parent
     if pretrained and isinstance(model, Shike) and folder.parent == PACKAGED_WEIGHTS:
@@ -104,6 +127,11 @@ def _create_shike(
         if config['num_classes'] == model.num_classes:
             model.set_training_prior(config['class_counts'], config['model_args'].get('classifier_prior'))
     return model
+
+
+def _on_timm(variant: str, pretrained: bool, **kwargs: Any) -> Shike:
+    name, tag = BACKBONES[variant]
+    return _create_shike(variant, partial(timm_backbone, name), pretrained, f'{name}.{tag}', **kwargs)
 
 
 @register_model
@@ -116,31 +144,32 @@ def resnet32_shike(pretrained: bool = False, **kwargs) -> Shike:
 @register_model
 def resnet50_shike(pretrained: bool = False, **kwargs) -> Shike:
     """SHIKE on ResNet-50."""
-    return _create_shike('resnet50_shike', partial(timm_backbone, 'resnet50'), pretrained, **kwargs)
+    return _on_timm('resnet50_shike', pretrained, **kwargs)
 
 
 @register_model
 def resnext50_shike(pretrained: bool = False, **kwargs) -> Shike:
     """SHIKE on ResNeXt-50 32x4d."""
-    return _create_shike('resnext50_shike', partial(timm_backbone, 'resnext50_32x4d'), pretrained, **kwargs)
+    return _on_timm('resnext50_shike', pretrained, **kwargs)
 
 
 @register_model
 def resnet152_shike(pretrained: bool = False, **kwargs) -> Shike:
     """SHIKE on ResNet-152."""
-    return _create_shike('resnet152_shike', partial(timm_backbone, 'resnet152'), pretrained, **kwargs)
+    return _on_timm('resnet152_shike', pretrained, **kwargs)
 
 
 @register_model
 def shike(pretrained: bool = False, backbone: str = 'resnet50', **kwargs) -> Shike:
-    """SHIKE on any convolutional network of timm, split before its last stage.
+    """SHIKE on any network of timm, split before its last stage.
 
     Args:
-        pretrained: Load weights of the whole model. Only saved models have them.
+        pretrained: Load timm's weights of the backbone, into trunk and experts. A saved model loads its own.
         backbone: Name of timm's network.
         **kwargs: Arguments of `Shike`.
     """
     # Otherwise pretrained_cfg is a tag, which says no more than the name.
     if not isinstance(kwargs.get('pretrained_cfg'), (dict, PretrainedCfg)):
-        kwargs['pretrained_cfg'] = _cfg(**preprocessing(backbone))
-    return _create_shike('shike', partial(timm_backbone, backbone), pretrained, **kwargs)
+        weights = dict(backbone_cfg(backbone), tag=BACKBONE_TAG) if pretrained else preprocessing(backbone)
+        kwargs['pretrained_cfg'] = _cfg(**weights)
+    return _create_shike('shike', partial(timm_backbone, backbone), pretrained, backbone, **kwargs)

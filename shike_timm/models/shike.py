@@ -6,7 +6,7 @@ Paper: `Long-Tailed Visual Recognition via Self-Heterogeneous Integration with K
 import math
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,28 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .backbones import Backbone, BackboneFn, Source, preprocessing, pretrained_options, timm_backbone
+from .backbones import (
+    Backbone,
+    BackboneFn,
+    Source,
+    fetching,
+    is_column,
+    preprocessing,
+    pretrained_options,
+    timm_backbone,
+)
 from .classifiers import CLASSIFIERS, COSINE_SCALE
-from .experts import ALIGNERS, Expert, init_convolutions
+from .experts import (
+    ALIGNERS,
+    Expert,
+    LevelExpert,
+    LevelPool,
+    VectorAligner,
+    init_convolutions,
+    joined_level,
+    level_depths,
+    stage_depths,
+)
 from .prior import Frequencies, check_frequencies, prior_offset
 
 FUSIONS = ('product', 'residual', 'none')
@@ -31,6 +50,16 @@ def _without_numpy(value: Any) -> Any:
     return value
 
 
+def to_map(x: Tensor, level: Dict[str, Any], size: Sequence[int]) -> Tensor:
+    """Features of a level as a map [B, C, h, w], without class and register tokens. `size` is that of the images."""
+    if level['output_fmt'] == 'NHWC':
+        return x.permute(0, 3, 1, 2)
+    if level['output_fmt'] == 'NLC':
+        grid = [-(-side // level['reduction']) for side in size]
+        return x[:, level['num_prefix_tokens']:].transpose(1, 2).unflatten(2, grid)
+    return x
+
+
 class Shike(nn.Module):
     """SHIKE network: a trunk of shared stages and, for each expert, private stages, an aligner and a classifier.
 
@@ -39,31 +68,38 @@ class Shike(nn.Module):
         num_classes: Classes; 0 for no classifiers.
         in_chans: Channels of the images.
         num_experts: Experts M.
-        private_stages: How many of the last stages each expert has for itself, 1 in the paper. The others are shared.
+        private_stages: How many of the last stages each expert has for itself, by default 1 as in the paper. The
+            others are shared.
+        private_blocks: The same for backbones that are a column of equal blocks, such as ViT, where each block is a
+            stage. By default a sixth of the blocks.
         depths: Shared stage that each expert fuses, counted from 1 at the shallowest. By default experts take stages
-            1, 2, ... and start again at 1 after the deepest.
+            1, 2, ... and start again at 1 after the deepest; in a column, blocks spread over the last third.
         fusion: How an expert fuses its own features with the aligned ones. 'product' (the paper, Eq. 3) multiplies
-            them. 'residual' gives `own * (1 + aligned)`; `aligned` starts at zero, so a fresh expert is its backbone.
-            False is a plain mixture of experts, or with `num_experts=1` the plain network. True is 'product'.
+            them, and is the default for feature maps. 'residual' gives `own * (1 + aligned)`; `aligned` starts at zero,
+            so a fresh expert is its backbone. It is the default for tokens, where one vector is fused into all of them.
+            False is a plain mixture of experts, or with `num_experts=1` the plain network. True is the default.
         classifier: 'cosine' or 'linear'.
         aligner: 'conv' (the paper's), 'bottleneck' (far smaller on wide backbones) or 'separable' (a bottleneck of
             depthwise convolutions, for backbones with few operations).
-        global_pool: 'avg', 'max', 'avgmax', or '' for unpooled features, which needs `num_classes=0`.
+        global_pool: 'avg', 'max', 'avgmax', or '' for unpooled features, which needs `num_classes=0`; for tokens any
+            pooling that timm's network has. By default the network's own.
         drop_rate: Dropout on the pooled features.
         drop_path_rate: Stochastic depth in the backbone, None for the backbone's own rate.
         output_stride: 8 or 16 to dilate the backbone, if it can be.
+        img_size: Height and width of the images, if the backbone is made for one size. Others ignore it.
         cosine_scale: Factor from cosines to logits, 30 if None. Only for the cosine classifier.
         class_counts: As in `set_training_prior`. Ignored if `num_classes` differs.
         classifier_prior: As in `set_training_prior`. Ignored with the counts.
         target_prior: As in `set_target_prior`. Ignored with the counts.
         device: Device of the parameters.
         dtype: Data type of the parameters.
+        **kwargs: Arguments of timm's network, such as `patch_size`, `reg_tokens` and `dynamic_img_size` of ViT.
 
     Raises:
         ValueError: If an argument is out of range, or the backbone cannot be split. The message names it.
     """
 
-    __jit_unused_properties__ = ['_model_args']
+    __jit_unused_properties__ = ['_model_args', 'level_widths']
 
     def __init__(
             self,
@@ -71,94 +107,133 @@ class Shike(nn.Module):
             num_classes: int = 1000,
             in_chans: int = 3,
             num_experts: int = 3,
-            private_stages: int = 1,
+            private_stages: Optional[int] = None,
+            private_blocks: Optional[int] = None,
             depths: Optional[Sequence[int]] = None,
-            fusion: Union[bool, str] = 'product',
+            fusion: Union[bool, str] = True,
             classifier: str = 'cosine',
             aligner: str = 'bottleneck',
-            global_pool: str = 'avg',
+            global_pool: Optional[str] = None,
             drop_rate: float = 0.,
             drop_path_rate: Optional[float] = None,
             output_stride: int = 32,
+            img_size: Union[None, int, Tuple[int, int]] = None,
             cosine_scale: Optional[float] = None,
             class_counts: Optional[Sequence[int]] = None,
             classifier_prior: Optional[str] = None,
             target_prior: Frequencies = None,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
+            **kwargs: Any,
     ):
         super().__init__()
-        for name, value in dict(num_experts=num_experts, private_stages=private_stages).items():
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f'{name} must be a whole number of at least 1, got {value}.')
-        num_experts, private_stages = int(num_experts), int(private_stages)
-        fusion = 'product' if fusion is True else fusion or 'none'
-        given = dict(fusion=fusion, classifier=classifier, aligner=aligner)
+        private = {
+            name: value for name, value in dict(
+                private_stages=private_stages, private_blocks=private_blocks).items() if value is not None}
+        for name, value in dict(private, num_experts=num_experts).items():
+            least = 1 if name == 'num_experts' else 0
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f'{name} must be a whole number of at least {least}, got {value}.')
+        num_experts, private = int(num_experts), {name: int(value) for name, value in private.items()}
+        given = dict(fusion='product' if fusion is True else fusion or 'none', classifier=classifier, aligner=aligner)
         for (name, value), known in zip(given.items(), (FUSIONS, CLASSIFIERS, ALIGNERS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got '{value}'.")
         dd = dict(device=device, dtype=dtype)
-        shared = dict(in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride)
-        net = backbone(num_experts=num_experts, private_stages=private_stages, **shared, **dd)
-        num_shared = len(net.stages)
-        if depths is None:
-            depths = [m % num_shared + 1 for m in range(num_experts)]
-        self.depths = tuple(_without_numpy(depth) for depth in depths)
-        if len(self.depths) != num_experts or not all(1 <= depth <= num_shared for depth in self.depths):
+        net = backbone(
+            num_experts=num_experts, drop_path_rate=drop_path_rate, output_stride=output_stride, img_size=img_size,
+            in_chans=in_chans, global_pool=global_pool, **private, **kwargs, **dd)
+        num_shared, has_private = len(net.stages), len(net.last_stages) > 0
+        if not has_private:
+            fusion = False
+            self.depths = level_depths(num_experts, num_shared, _without_numpy(depths))
+            net.feature_info.append(joined_level(net.feature_info[-num_shared:], self.depths))
+        else:
+            self.depths = stage_depths(num_experts, num_shared, _without_numpy(depths), is_column(net.feature_info))
+        *levels, last = net.feature_info
+        self.output_fmt, self.num_prefix_tokens = last['output_fmt'], last['num_prefix_tokens']
+        if self.output_fmt == 'NLC' and fusion == 'product':
             raise ValueError(
-                f'depths must name one shared stage for each of {num_experts} experts, numbers between 1 and '
-                f'{num_shared}, the stages of the trunk, got {self.depths}.')
+                f"fusion 'product' multiplies feature maps, and '{net.name}' gives tokens: use 'residual'.")
+        if fusion is True:
+            fusion = 'residual' if any(level['output_fmt'] == 'NLC' for level in net.feature_info) else 'product'
         self.in_chans = in_chans
         self.num_experts = num_experts
-        self.private_stages = private_stages
-        self.fusion = fusion
+        self.fusion = fusion or 'none'
         self.classifier_type = classifier
         self.cosine_scale = COSINE_SCALE
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.trunk_frozen = False
         self.backbone_name = net.name
+        self._backbone_args: Dict[str, Any] = dict(private, **kwargs, global_pool=global_pool, img_size=net.img_size)
+        self.implied_args: Dict[str, Any] = {}  # Arguments that its registered name chose.
         self.pretrained_cfg = dict[str, Any]()  # timm replaces it.
         self.register_buffer('prior_offset', None, persistent=False)
 
+        self._note_fused_stages()
         self.stem = net.stem
         self.stages = nn.ModuleList(net.stages)
         # The stem is one of the feature levels in some networks only. The shared stages follow.
-        *levels, last = net.feature_info
         self.num_stem_levels = len(levels) - num_shared
-        self.experts = self._make_experts(net, aligner, **dd)
+        self.experts = self._make_experts(net, aligner, levels, last, **dd)
         modules = ['stem'] * self.num_stem_levels + [f'stages.{i}' for i in range(len(self.stages))]
         self.feature_info: List[Dict[str, Any]] = [dict(info, module=module) for info, module in zip(levels, modules)]
         self.feature_info.append(dict(last, num_chs=num_experts * last['num_chs'], module='experts'))
         self.num_features = self.feature_info[-1]['num_chs']
+        self.channel_dim = 1 if self.output_fmt == 'NCHW' else -1
         first_conv = [name for name, module in self.named_modules() if module in net.first_conv]
         # timm adapts these convolutions to other image channels.
-        self._traits = dict(first_conv=tuple(first_conv) if len(first_conv) > 1 else first_conv[0])
+        self._traits = dict(
+            first_conv=tuple(first_conv) if len(first_conv) > 1 else first_conv[0], img_size=net.img_size,
+            fixed_input_size=net.fixed_input_size)
+        self.has_own_heads = net.heads is not None
+        self.has_fixed_pool = self.has_own_heads or self.output_fmt == 'NLC'
+        self.pool_type = self.default_pool = net.global_pool
+        self.head_width = net.head_hidden_size or last['num_chs']  # of an expert's vector
+        self._no_weight_decay = net.no_weight_decay
         self.reset_classifier(num_classes, global_pool, cosine_scale)
         if class_counts is None or len(class_counts) == self.num_classes:
             self.set_training_prior(class_counts, classifier_prior)
             self.set_target_prior(target_prior)
 
-    def _make_experts(self, net: Backbone, aligner: str, **dd: Any) -> nn.ModuleList:
-        *levels, last = net.feature_info
+    def _make_experts(
+            self, net: Backbone, aligner: str, levels: Sequence[Dict[str, Any]], last: Dict[str, Any], **dd: Any,
+    ) -> nn.ModuleList:
+        levels_of: Any = self.depths
+        if not net.last_stages:
+            infos = levels[self.num_stem_levels:]
+            return nn.ModuleList(LevelExpert(one, infos, last['num_chs'], **dd) for one in levels_of)
         residual, experts = self.fusion == 'residual', nn.ModuleList()
-        for stage, depth in zip(net.last_stages, self.depths):
-            align = None
+        for m, (stage, depth) in enumerate(zip(net.last_stages, levels_of)):
+            align, shallow = None, levels[self.num_stem_levels + depth - 1]
             if self.fusion != 'none':
-                shallow = levels[self.num_stem_levels + depth - 1]
-                num_halvings = round(math.log2(last['reduction'] / shallow['reduction']))
-                align = ALIGNERS[aligner](shallow['num_chs'], last['num_chs'], num_halvings, **dd)
-                if residual and isinstance(align[-1], nn.ReLU):
-                    del align[-1]  # Residual fusion starts at zero, where a ReLU lets no gradient through.
-                if net.initialised:
-                    init_convolutions(align)
-            experts.append(Expert(stage, depth, align, residual))
+                if 'NLC' in (shallow['output_fmt'], last['output_fmt']):
+                    align = VectorAligner(shallow, last, **dd)
+                else:
+                    num_halvings = round(math.log2(last['reduction'] / shallow['reduction']))
+                    align = ALIGNERS[aligner](shallow['num_chs'], last['num_chs'], num_halvings, **dd)
+                    if residual and isinstance(align[-1], nn.ReLU):
+                        del align[-1]  # residual fusion starts at zero, where a ReLU lets no gradient through
+                    if net.initialised:
+                        init_convolutions(align)
+            head = net.heads[m] if net.heads else None
+            experts.append(Expert(
+                stage, depth, align, residual, head, shallow['output_fmt'], last['output_fmt']))
         if not net.initialised:
             for part in (self.stem, self.stages, experts):
                 init_convolutions(part)
         for expert in experts if residual else ():
-            nn.init.zeros_(expert.aligner[-1].weight)  # This layer is a BatchNorm.
+            if expert.has_maps:
+                nn.init.zeros_(expert.aligner[-1].weight)  # a BatchNorm
         return experts
+
+    @torch.jit.ignore()
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the parameters that the backbone spares weight decay, such as position embeddings."""
+        return {
+            name for name, _ in self.named_parameters()
+            if any(f'.{name}'.endswith(f'.{one}') for one in self._no_weight_decay)}
 
     @torch.jit.ignore()
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -189,21 +264,42 @@ class Shike(nn.Module):
         Aligners and classifiers stay as they are. The model takes over the preprocessing of the weights.
 
         Args:
-            source: True for timm's default weights, the tag of others, or a file with a state dict in timm's layout.
+            source: True for timm's default weights, the tag of others, a file with a state dict in timm's layout, or
+                the state dict.
             cache_dir: Folder for downloaded weights.
 
         Raises:
             ValueError: If there are no weights of the backbone, or the file is missing, damaged or does not fit.
             RuntimeError: If timm knows no such tag, or a weight in the file has another shape.
         """
-        net = timm_backbone(
-            **pretrained_options(self.backbone_name, source), num_experts=1, in_chans=self.in_chans,
-            private_stages=self.private_stages, cache_dir=cache_dir)
+        options = pretrained_options(self.backbone_name, source)
+        name = options.pop('name')
+        with fetching(name, remote=options['pretrained_cfg_overlay'] is None):
+            net = timm_backbone(
+                name, num_experts=1, in_chans=self.in_chans, **self._backbone_args,
+                weights=dict(options, cache_dir=cache_dir))
         for own, loaded in zip([self.stem, *self.stages], [net.stem, *net.stages]):
             own.load_state_dict(loaded.state_dict())
-        for expert in self.experts:
+        for expert in self.experts if net.last_stages else ():
             expert.stage.load_state_dict(net.last_stages[0].state_dict())
+            if net.heads:
+                expert.head.load_state_dict(net.heads[0].state_dict())
         self.set_preprocessing(source)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights. Those of an older version, where all experts pooled their maps, change the model to that."""
+        names = [name for name in self.state_dict() if '.head.' in name]
+        if names and self.output_fmt == 'NCHW' and not any(name in state_dict for name in names):
+            self._pool_plainly(self.num_features // self.num_experts)
+            self.reset_classifier(self.num_classes)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _pool_plainly(self, width: int) -> None:
+        """Leave out the heads of the experts, for features of so many channels."""
+        self.has_own_heads, self.has_fixed_pool = False, self.output_fmt == 'NLC'
+        self.head_width, self.default_pool = width, 'avg'
+        for expert in self.experts:
+            expert.head = nn.Identity()
 
     def set_preprocessing(self, source: Source = True) -> None:
         """Configure the preprocessing of pretrained weights of the backbone, without loading them."""
@@ -212,7 +308,7 @@ class Shike(nn.Module):
         self.pretrained_cfg.update(config)
 
     def freeze_trunk(self) -> None:
-        """Keep the stem and the shared stages as they are: no gradients, BatchNorm always in eval mode."""
+        """Keep the stem and the shared stages as they are: it runs under no_grad, and in eval mode."""
         self.trunk_frozen = True
         self.stem.requires_grad_(False)
         self.stages.requires_grad_(False)
@@ -224,6 +320,9 @@ class Shike(nn.Module):
         if self.trunk_frozen:
             self.stem.eval()
             self.stages.eval()
+            for expert in self.experts:
+                if isinstance(expert, LevelExpert):  # Its statistics are those of the frozen features.
+                    expert.eval()
         return self
 
     @torch.jit.ignore()
@@ -247,8 +346,8 @@ class Shike(nn.Module):
         """
         if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 0:
             raise ValueError(f'num_classes must be a whole number of at least 0, got {num_classes!r}.')
-        if global_pool is None and num_classes and not self.global_pool.pool_type:
-            global_pool = 'avg'
+        if global_pool is None and num_classes and not self.pool_type:
+            global_pool = self.default_pool
         if cosine_scale is not None:
             if self.classifier_type != 'cosine' or not cosine_scale > 0:
                 raise ValueError(
@@ -256,20 +355,23 @@ class Shike(nn.Module):
                     f'got {cosine_scale} with {self.classifier_type} ones.')
             self.cosine_scale = float(cosine_scale)
         if global_pool is not None:
-            if global_pool not in ('', 'avg', 'max', 'avgmax'):
-                raise ValueError(f"global_pool must be 'avg', 'max', 'avgmax' or '', got '{global_pool}'.")
+            known = ('', self.default_pool) if self.has_fixed_pool else ('', 'avg', 'max', 'avgmax')
+            if global_pool not in known:
+                raise ValueError(f"global_pool must be {' or '.join(map(repr, known))}, got '{global_pool}'.")
             if num_classes and not global_pool:
                 raise ValueError(f"global_pool '' goes with num_classes=0, got {num_classes}: classifiers need it.")
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.pool_type = global_pool
+        self.global_pool = nn.Identity() if self.has_fixed_pool else SelectAdaptivePool2d(
+            pool_type=self.pool_type, flatten=bool(self.pool_type), input_fmt=self.output_fmt)
         self.num_classes = int(num_classes)
-        self.head_hidden_size = self.num_features
+        self.head_hidden_size = self.head_width * self.num_experts
         self.classifier = nn.Identity()
         self.set_training_prior(None)
         if num_classes:
             parameter = next(self.parameters())
             options = dict(scale=self.cosine_scale) if self.classifier_type == 'cosine' else {}
             classifier = CLASSIFIERS[self.classifier_type](
-                self.num_experts, self.num_features // self.num_experts, self.num_classes, **options)
+                self.num_experts, self.head_width, self.num_classes, **options)
             self.classifier = classifier.to(parameter.device, parameter.dtype)
         for module in (self.global_pool, self.classifier):
             module.train(self.training)
@@ -321,7 +423,8 @@ class Shike(nn.Module):
     @property
     def _model_args(self) -> Dict[str, Any]:
         """Arguments that timm writes into the configuration of a saved model: as created, and as set since."""
-        args = {name: _without_numpy(value) for name, value in self.__dict__.get('_made_with', {}).items()}
+        made_with = {**self.implied_args, **self.__dict__.get('_made_with', {})}
+        args = {name: _without_numpy(value) for name, value in made_with.items()}
         now: Dict[str, Any] = dict(
             class_counts=self.class_counts, classifier_prior=self.classifier_prior, target_prior=self.target_prior)
         scale = getattr(self.classifier, 'scale', self.cosine_scale)
@@ -333,7 +436,9 @@ class Shike(nn.Module):
 
     @_model_args.setter
     def _model_args(self, made_with: Dict[str, Any]) -> None:
-        self._made_with = {name: value for name, value in made_with.items() if name not in OLD_ARGUMENTS}
+        self._made_with = {
+            name: value for name, value in made_with.items()
+            if name not in OLD_ARGUMENTS and (name != 'img_size' or self._backbone_args['img_size'])}
 
     def set_experts(self, experts: Sequence[int]) -> None:
         """Keep some of the experts and drop the rest for good. This trades accuracy for speed.
@@ -354,12 +459,17 @@ class Shike(nn.Module):
         self.num_features = self.num_features // self.num_experts * len(experts)
         self.experts = nn.ModuleList([self.experts[m] for m in experts])
         self.depths = tuple(self.depths[m] for m in experts)
+        self._note_fused_stages()
         self.num_experts = len(experts)
-        self.head_hidden_size = self.num_features
+        self.head_hidden_size = self.head_width * self.num_experts
         self.feature_info[-1] = dict(self.feature_info[-1], num_chs=self.num_features)
         for name, weights in list(self.classifier.named_parameters()):
             setattr(self.classifier, name, nn.Parameter(weights.detach()[experts].clone(), weights.requires_grad))
         self._model_args = dict(self._model_args, num_experts=len(experts), depths=list(self.depths))
+
+    def _note_fused_stages(self) -> None:
+        self.fused_stages = [
+            level for depth in self.depths for level in (depth if isinstance(depth, tuple) else (depth,))]
 
     def _levels(self, indices: Union[None, int, Sequence[int]]) -> List[int]:
         """Feature levels counted from 0. `indices` may count from the end, or be how many of the last levels."""
@@ -374,46 +484,86 @@ class Shike(nn.Module):
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
         """Drop what the chosen feature levels do not need, and give these levels, counted from 0.
 
-        Arguments are those of timm's models. There is no norm to prune.
+        Arguments are those of timm's models. There is no norm to prune: norms after the last stage are the experts'.
         """
         levels = self._levels(indices)
         num_left = max(levels) + 1
         if num_left < len(self.feature_info):
             self.feature_info = self.feature_info[:num_left]
             self.stages = self.stages[:num_left - self.num_stem_levels]
-            self.experts, self.depths = nn.ModuleList(), ()
+            self.experts, self.depths, self.fused_stages = nn.ModuleList(), (), [0]
             self.num_experts = 1  # the classifier sees plain features as those of one expert
-            self.num_features = self.feature_info[-1]['num_chs']
+            level = self.feature_info[-1]
+            self.num_features = level['num_chs']
+            self.channel_dim = 1 if level['output_fmt'] == 'NCHW' else -1
+            self.output_fmt, self.num_prefix_tokens = level['output_fmt'], level['num_prefix_tokens']
+            self._pool_plainly(self.num_features)
             prune_head = True
         if prune_head:
             self.reset_classifier(0, '')
         return levels
 
-    def _forward_trunk(self, x: Tensor) -> List[Tensor]:
-        """Feature maps of the stem and of each shared stage."""
-        x = self.stem(x)
-        shared = [x]
-        for stage in self.stages:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+    def _forward_trunk(self, x: Tensor, every: bool = False) -> Tuple[Tensor, Dict[int, Tensor]]:
+        """What the last shared stage gives, and features of the stages that experts fuse, by number.
+
+        The stem is stage 0. With `every`, features of all stages. A frozen trunk keeps no activations.
+        """
+        if self.trunk_frozen:
+            with torch.no_grad():
+                return self._run_trunk(x, every)
+        return self._run_trunk(x, every)
+
+    def _run_trunk(self, x: Tensor, every: bool) -> Tuple[Tensor, Dict[int, Tensor]]:
+        x = self.stem(x)  # a tuple, if later stages need more than features
+        shared: Dict[int, Tensor] = {}
+        if every:
+            shared[0] = x[0] if isinstance(x, tuple) else x
+        for i, stage in enumerate(self.stages):
+            if self.grad_checkpointing and not self.trunk_frozen and not torch.jit.is_scripting():
                 x = checkpoint(stage, x)
             else:
                 x = stage(x)
-            shared.append(x)
-        return shared
+            if every or i + 1 in self.fused_stages:
+                shared[i + 1] = x[0] if isinstance(x, tuple) else x
+        return x, shared  # pyright: ignore[reportReturnType]
 
-    def _forward_fused(self, shared: List[Tensor]) -> Tensor:
-        """Feature maps of all experts from those of the trunk."""
+    def _forward_fused(self, x: Tensor, shared: Dict[int, Tensor]) -> Tensor:
+        """Features of all experts from those of the trunk."""
         fused = []
         for expert in self.experts:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                fused.append(checkpoint(expert, shared))
+                fused.append(checkpoint(expert, x, shared))
             else:
-                fused.append(expert(shared))
-        return torch.cat(fused, dim=1) if len(fused) else shared[-1]
+                fused.append(expert(x, shared))
+        return torch.cat(fused, dim=self.channel_dim) if len(fused) else shared[len(self.stages)]
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Feature maps of all experts, one after the other along the channels: [B, num_features, h, w]."""
-        return self._forward_fused(self._forward_trunk(x))
+        """Features of all experts, one after the other along the channels, in the format of the backbone.
+
+        These are [B, num_features, h, w], for an NHWC backbone [B, h, w, num_features], and for tokens
+        [B, N, num_features] with class and register tokens first. They are fused, and normed as the backbone's are.
+        """
+        x, shared = self._forward_trunk(x, every=not len(self.experts))
+        return self._forward_fused(x, shared)
+
+    @property
+    def level_widths(self) -> List[int]:
+        """Channels of the pooled features of each shared stage."""
+        return [LevelPool(info).width for info in self.feature_info[self.num_stem_levels:-1]]
+
+    @torch.jit.ignore()
+    def pool_levels(self, x: Tensor) -> Tensor:
+        """Pooled features [B, sum(level_widths)] of all shared stages from images [B, in_chans, H, W]."""
+        _, shared = self._forward_trunk(x, every=True)
+        infos = self.feature_info[self.num_stem_levels:-1]
+        return torch.cat([LevelPool(info)(shared[i]) for i, info in enumerate(infos, 1)], dim=1)
+
+    @torch.jit.ignore()
+    def forward_levels(self, x: Tensor) -> Tensor:
+        """What `forward_features` gives, from pooled features. Only experts without private stages can do that."""
+        pooled = x.split(self.level_widths, dim=1)
+        experts: Any = self.experts
+        return torch.cat([expert.join([pooled[i - 1] for i in expert.levels]) for expert in experts], dim=1)
 
     def forward_intermediates(
             self,
@@ -424,33 +574,45 @@ class Shike(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Feature maps of chosen levels of `feature_info` from images [B, in_chans, H, W].
+        """Features of chosen levels of `feature_info` from images [B, in_chans, H, W].
 
-        Arguments are those of timm's models. There is no norm after the last level. With `stop_early`, experts that no
-        chosen level needs are left out.
+        Arguments are those of timm's models. The experts alone have norms after their last stage, so `norm` changes
+        nothing. With `stop_early`, experts that no chosen level needs are left out. `output_fmt` is 'NCHW' or the
+        backbone's own format; class and register tokens are in the latter alone.
 
         Returns:
-            The final features and the list of intermediate ones, or that list alone.
+            The final features in the backbone's own format and the list of intermediate ones, or that list alone.
         """
-        assert output_fmt == 'NCHW', 'Output format must be NCHW.'
-        levels = self._levels(indices)
-        shared = self._forward_trunk(x)
-        features = shared[1 - self.num_stem_levels:]
+        if output_fmt not in ('NCHW', self.output_fmt):
+            raise ValueError(f"output_fmt must be 'NCHW' or '{self.output_fmt}', got '{output_fmt}'.")
+        levels, size = self._levels(indices), x.shape[2:]
+        x, shared = self._forward_trunk(x, every=True)
+        features = [shared[i] for i in range(1 - self.num_stem_levels, len(self.stages) + 1)]
         if len(self.experts) and not (stop_early and max(levels) < len(features)):
-            features.append(self._forward_fused(shared))
-        intermediates = [features[i] for i in levels]
+            features.append(self._forward_fused(x, shared))
+        intermediates = [
+            to_map(features[i], self.feature_info[i], size) if output_fmt == 'NCHW' else features[i] for i in levels]
         if intermediates_only:
             return intermediates
         return features[-1], intermediates
 
     def forward_expert_head(self, x: Tensor) -> Tensor:
-        """Logits of each expert [B, M, num_classes] from the feature maps of `forward_features`."""
+        """Logits of each expert [B, M, num_classes] from what `forward_features` gives."""
         x = self.forward_head(x, pre_logits=True)
         return self._add_offset(self.classifier(x.unflatten(1, (self.num_experts, -1))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Averaged logits [B, num_classes], or pooled features [B, num_features] if pre_logits or no classifiers."""
-        x = self.global_pool(x)
+        """Averaged logits [B, num_classes], or vectors [B, head_hidden_size] if pre_logits or no classifiers."""
+        if self.has_own_heads:
+            if self.pool_type:
+                parts, vectors = x.chunk(self.num_experts, dim=self.channel_dim), []
+                for m, expert in enumerate(self.experts):
+                    vectors.append(expert.head(parts[m]))
+                x = torch.cat(vectors, dim=1)
+        elif self.output_fmt == 'NLC':
+            x = x[:, self.num_prefix_tokens:].mean(1) if self.pool_type else x
+        else:
+            x = self.global_pool(x)
         if self.drop_rate > 0.:
             x = F.dropout(x, self.drop_rate, self.training)
         if pre_logits or self.num_classes == 0:

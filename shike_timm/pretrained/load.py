@@ -53,7 +53,8 @@ def _from_name(name: str, pretrained: bool) -> TrainedModel:
         config = read_config(name) if ':' in name else {}
         model = timm.create_model(name, pretrained=saved)
         if saved and isinstance(model, Shike):
-            config = config or read_config(name, model.pretrained_cfg.get('file'))
+            file = model.pretrained_cfg.get('file')
+            config = config or (read_config(name, file) if file else {})
             if config.get('num_classes', model.num_classes) != model.num_classes:
                 raise ValueError(f"it is of {config['num_classes']} classes and of {model.num_classes}")
     except Exception as error:  # A damaged folder can make timm, torch or safetensors raise nearly anything.
@@ -97,7 +98,7 @@ def from_checkpoint(
     if config.classifier != 'linear':  # Each phase has its own scale.
         config = replace(config, cosine_scale=getattr(saved, 'classifier_scale', None))
     try:
-        model = create_model(config, len(counts), preprocessing.channels)
+        model = create_model(config, len(counts), preprocessing.channels, img_size=preprocessing.image_size)
         load_weights(model, weights, path)
         model.set_training_prior(counts, getattr(saved, 'classifier_prior', None))
     except TypeError as error:

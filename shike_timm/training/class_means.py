@@ -8,6 +8,7 @@ from torch import Tensor
 from ..distributed import over_processes
 from ..models import Shike
 from .signals import Interrupted
+from .tasks import expert_features
 
 
 @torch.no_grad()
@@ -31,8 +32,9 @@ def class_means(
         Interrupted: If a signal asked for a stop.
     """
     num_experts, num_classes = model.num_experts, model.num_classes
+    width = model.head_hidden_size // num_experts
     # The CPU adds in the same order each time.
-    sums = torch.zeros(num_classes, num_experts, model.num_features // num_experts, dtype=torch.float64)
+    sums = torch.zeros(num_classes, num_experts, width, dtype=torch.float64)
     counts = torch.zeros(num_classes, dtype=torch.float64)
     norms = torch.zeros(num_experts, dtype=torch.float64)
     was_training = model.training
@@ -40,7 +42,9 @@ def class_means(
     for images, target in loader:
         if stopped():
             raise Interrupted(stopped())
-        features = model.forward_features(images.contiguous(memory_format=torch.channels_last))
+        if images.ndim == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        features = expert_features(model, images)
         features = model.forward_head(features, pre_logits=True).unflatten(1, (num_experts, -1)).cpu().double()
         target = target.cpu()
         sums.index_add_(0, target, F.normalize(features, dim=-1))

@@ -32,6 +32,12 @@ class MethodConfig:
     crt_init: str = option(
         'random', 'classifiers at the start of stage two: random ones, or the class means of the features',
         choices=('random', 'means'), card='changed')
+    cache_features: Optional[int] = option(
+        None, 'with --freeze-trunk and --private-stages 0: compute the features of this many views of each image once '
+        '(the image, its mirror image, then augmented ones), and train on them', 'VIEWS', low=1)
+    search: bool = option(
+        False, 'with --cache-features: choose the levels of the experts, the cosine scale and the learning rate on a '
+        'fifth of each training class, which is set aside for that')
     crt_cosine_scale: Optional[float] = option(
         None, 'scale of the cosines of the retrained classifiers. By default that of the model', 'S', low=0.01,
         card='changed')
@@ -172,7 +178,8 @@ class RetrainConfig(RunConfig):
     """Stage one."""
 
     checkpoint: str = option(
-        None, 'run folder of shike train, or a checkpoint of its stage one', 'RUN', required=True)
+        None, 'run folder of shike train or a checkpoint of its stage one; or a plain network of timm, --backbone: '
+        'a checkpoint, local-dir:FOLDER or hf-hub:USER/NAME', 'RUN|FILE|NAME', required=True)
 
 
 def card_options(values: Mapping[str, Any]) -> Dict[str, Any]:

@@ -51,6 +51,12 @@ def _taken(folder: Path) -> InputError:
         f"output folder '{folder}' already holds a run: add --resume to go on, or choose another --experiment.")
 
 
+def save_args(folder: Path, config: RunConfig) -> None:
+    """Write the options of a run to its `args.yaml`."""
+    values = {key: value for key, value in vars(config).items() if key not in NOT_SAVED}
+    write_text(folder / 'args.yaml', yaml.safe_dump(values))
+
+
 def claim_folder(folder: Path, config: RunConfig, resumed: bool) -> FileLock:
     """Create a run folder with its `args.yaml`, and lock it for this process.
 
@@ -64,8 +70,7 @@ def claim_folder(folder: Path, config: RunConfig, resumed: bool) -> FileLock:
         if not resumed and (folder / 'args.yaml').exists():  # Another process may have begun a run meanwhile.
             raise _taken(folder)
         (folder / LOCK).write_text(f'process {os.getpid()} on {socket.gethostname()}')
-        values = {key: value for key, value in vars(config).items() if key not in NOT_SAVED}
-        write_text(folder / 'args.yaml', yaml.safe_dump(values))
+        save_args(folder, config)
     except Timeout as error:
         raise InputError(
             f"run folder '{folder}' is in use by {(folder / LOCK).read_text() or 'another process'}: wait for its end, "

@@ -1,5 +1,6 @@
 """Whole runs: stage one with classifier retraining, and classifier retraining alone."""
 import logging
+import sys
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..distributed import join_processes, local_primary_first, world_size
 from ..errors import InputError
 from ..metrics import SHOTS, shot_divisions
 from ..models import Shike
-from ..models.create import create_model, resolve_data_config
+from ..models.create import create_model, resolve_data_config, with_backbone_weights
 from ..pretrained.load import from_checkpoint, with_trained_options
 from ..pretrained.start import load_start, start_from
 from ..pretrained.teacher import load_teacher
@@ -42,6 +43,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         NonFiniteError: If the loss or the weights stopped being finite.
     """
     device = join_processes(config.device)
+    config = with_backbone_weights(config)
     phases = plan_phases(config)
     config = replace(config, crt_epochs=sum(phase.epochs for phase in phases[1:]))
     checkpoint = path = folder = None
@@ -52,7 +54,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         if number > len(phases):
             raise InputError(f"Stage two of '{folder}' has begun, which --crt-epochs 0 leaves out: drop it.")
         phases = phases[number - 1:]
-    config = replace(config, experiment=config.experiment or _default_experiment(config))
+    config = replace(config, experiment=config.experiment or default_experiment(config))
     if config.pretrained_backbone and config.fusion_type is None and checkpoint is None:
         config = replace(config, fusion_type='residual')
     saved, start = saved_args(checkpoint or {}), None
@@ -86,7 +88,7 @@ def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]
     device = join_processes(config.device)
     phase = plan_phases(config, retraining=True)[-1]
     config = replace(
-        config, crt_epochs=phase.epochs, experiment=config.experiment or f'{_default_experiment(config)}-crt')
+        config, crt_epochs=phase.epochs, experiment=config.experiment or f'{default_experiment(config)}-crt')
     saved = saved_args(checkpoint)
     same_classes = config.num_classes == saved.get('num_classes')
     _check_retraining(config, saved, same_classes)
@@ -129,9 +131,13 @@ def prepare(
         raise InputError(
             f'--num-classes {config.num_classes} contradicts the {data.num_classes} classes of the data: leave it out.')
     config = replace(config, holdout=data.holdout)
+    share = sys.maxsize if data.train.is_stream else len(data.train) // (world_size() * config.grad_accum_steps)
+    if 1 < share < config.batch_size:
+        _logger.warning(f'--batch-size {config.batch_size} exceeds the training images: it is lowered to {share}.')
+        config = replace(config, batch_size=share)
     _check_eval_metric(config, data)
     seed_all(config.seed, 1, -1)
-    model = create_model(config, data.num_classes, config.channels, fresh).to(device)
+    model = create_model(config, data.num_classes, config.channels, fresh, config.image_size).to(device)
     if config.recovery_interval and data.train.is_stream:
         raise InputError('--recovery-interval saves the middle of an epoch, where no stream can begin: leave it out.')
     if config.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):
@@ -154,7 +160,8 @@ def prepare(
     return Trainer(config, phases, data, data_config, model, train_loader, eval_loader, device, teacher)
 
 
-def _default_experiment(config: RunConfig) -> str:
+def default_experiment(config: RunConfig) -> str:
+    """The name of a run that is given none."""
     dataset = (config.dataset or 'folder').replace('/', '_')
     return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3], safe_model_name(config.model), dataset])
 

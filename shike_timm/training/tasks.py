@@ -13,6 +13,11 @@ from ..models import Shike
 TERMS = (*RepresentationLoss._fields[1:], 'kd')  # A task may give these terms beside its loss.
 
 
+def expert_features(model: Shike, x: Tensor) -> Tensor:
+    """Features of the experts from images [B, in_chans, H, W], or from pooled features [B, F] of all levels."""
+    return model.forward_levels(x) if x.ndim == 2 else model.forward_features(x)
+
+
 class ExpertLogits(nn.Module):
     """A module whose forward gives the expert logits [B, M, C], for DistributedDataParallel to wrap."""
 
@@ -22,9 +27,9 @@ class ExpertLogits(nn.Module):
         self.freeze_features = freeze_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Expert logits [B, M, C] from images [B, in_chans, H, W]."""
+        """Expert logits [B, M, C] from what `expert_features` takes."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_features):
-            x = self.model.forward_features(x)
+            x = expert_features(self.model, x)
         return self.model.forward_expert_head(x)
 
 

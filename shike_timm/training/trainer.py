@@ -1,11 +1,12 @@
 """The training loop: epochs of each phase, with logs, a summary, checkpoints and orderly stops."""
 import argparse
+import copy
 import json
 import logging
 import math
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -25,19 +26,23 @@ from tqdm import tqdm
 
 from ..checkpoints import StageSaver
 from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoch
+from ..data.sampler import EpochSampler
 from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
 from ..errors import one_line
 from ..files import write_text
 from ..metrics import METRICS, balanced_over, evaluate, format_table
 from ..models import Shike
+from ..models.create import create_model
 from ..pretrained.folder import export_model
 from .build import create_optimizer, create_schedule, resolve_autocast
 from .class_means import begin_at_class_means
 from .config import RunConfig, StepConfig
-from .folder import check_folder, claim_folder, read_metrics
+from .features import FeatureLoader, cached_features, standardise
+from .folder import check_folder, claim_folder, read_metrics, save_args
 from .methods import TaskInputs, create_task
 from .phases import Phase
 from .progress import progress_bar, read_columns, read_seconds
+from .search import search
 from .signals import Interrupted, StopFlag, stop_signals
 from .tasks import TERMS
 from .trackers import tracking
@@ -129,6 +134,7 @@ class Trainer:
     eval_loader: Any
     device: torch.device
     teacher: Optional[DistillationTeacher] = None  # Every expert also learns its logits.
+    before: Dict[str, Any] = field(default_factory=dict)  # Metrics of what the run begins with, by name.
 
     def __post_init__(self) -> None:
         self.autocast = resolve_autocast(self.config, self.device)
@@ -144,13 +150,17 @@ class Trainer:
         self.start(self.phases[0])  # A wrong option fails here, before there is a folder.
         on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
-        metrics = read_metrics(self.folder)
+        metrics = read_metrics(self.folder) or dict(self.before)
         num_steps = sum(phase.epochs for phase in self.phases) * len(self.train_loader)
         with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
               progress_bar(num_steps) as self.progress, self._own_folder(resumed)):
             _logger.info(self.data.describe())
             on_primary(self.data.write_split_lists, self.folder)
+            if self.before:
+                on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
             with self._failures_explained():
+                if self.config.cache_features:
+                    self._use_features(fresh=checkpoint is None)
                 for phase in self.phases:
                     if phase is not self.phase:
                         self.start(phase)
@@ -163,6 +173,24 @@ class Trainer:
             _logger.info(balanced_over(metrics[self.phase.name], self.data.num_classes))
         _logger.info(f'Run folder: {self.folder}')
         return metrics
+
+    def _use_features(self, fresh: bool) -> None:
+        """Train on cached features instead of images. In a fresh run, choose the experts first if that is asked for."""
+        data = self.data.train
+        features = cached_features(self.folder.parent, self.model, data, self.config, self.data_config, self.device)
+        if fresh and self.config.search:
+            found = search(features, data, self.model.level_widths, self.config)
+            write_text(self.folder / 'search.json', json.dumps(found, indent=2) + '\n')
+            best = {key: found[0][key] for key in ('levels', 'cosine_scale', 'lr')}
+            self.config = replace(self.config, **best, num_experts=len(best['levels']), search=False)
+            save_args(self.folder, self.config)
+            self.phases = [replace(phase, lr=best['lr']) for phase in self.phases]
+            self.model = create_model(self.config, self.data.num_classes, self.config.channels, fresh=True)
+            self.model.to(self.device)
+            self.start(self.phases[0])
+        if fresh:
+            standardise(self.model, features)
+        self.train_loader = FeatureLoader(features, data.targets, self.config.batch_size, self.device)
 
     def start(self, phase: Phase) -> None:
         """Make task, optimizer and schedule of a phase."""
@@ -215,8 +243,13 @@ class Trainer:
     def _begin_at_class_means(self) -> None:
         """Let the classifiers begin at the class means of all images, augmented as the phase augments them."""
         config, start = self.config, time.perf_counter()
-        loader = create_train_loader(
-            self.data.train, self.data_config, config, config, self.device, config.workers, every_image=True)
+        if config.cache_features:
+            loader = copy.copy(self.train_loader)
+            loader.sampler = EpochSampler(len(self.data.train), config.batch_size)
+            loader.sampler.take_all()
+        else:
+            loader = create_train_loader(
+                self.data.train, self.data_config, config, config, self.device, config.workers, every_image=True)
         seed_all(config.seed, self.phase.number, -1)
         if self.data.train.is_stream:
             set_stream_epoch(loader, self.phase.first_row, int(torch.randint(2 ** 62, ())))

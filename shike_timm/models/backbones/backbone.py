@@ -1,23 +1,41 @@
 """A backbone as SHIKE sees it."""
-from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 from torch import nn
 
 
 @dataclass
 class Backbone:
-    """A convolutional network cut into stages."""
+    """A network cut into stages.
+
+    Stem and stages are called one after the other, each on what the last one gave: the features, or a tuple of the
+    features and whatever else later stages need, such as position embeddings or sizes.
+    """
 
     stem: nn.Module  # everything before the first shared stage
     stages: List[nn.Module]  # the shared stages in order
-    last_stages: Sequence[nn.Module]  # the private stages of each expert, as one module
-    # `num_chs` and `reduction` (input over output resolution) of the stem, if it is a feature level, of each shared
-    # stage and of the private stages.
-    feature_info: List[Dict[str, int]]
+    last_stages: Sequence[nn.Module]  # the private stages of each expert, as one module that gives features alone
+    # Of the stem, if it is a feature level, of each shared stage and of the private stages: `num_chs`, `reduction`
+    # (input over output resolution), `output_fmt` ('NCHW', 'NHWC' or 'NLC', timm's names), `num_prefix_tokens` (class
+    # and register tokens, which come before those of the patches).
+    feature_info: List[Dict[str, Any]]
     first_conv: List[nn.Module]  # the convolutions that see the images
     initialised: bool  # whether the parameters have their initial values already
     name: Optional[str] = None  # of the timm model that has pretrained weights for it
+    heads: Optional[Sequence[nn.Module]] = None  # of each expert: features to vectors. None is plain pooling of maps
+    global_pool: str = 'avg'  # what those heads do, or pooling by default
+    head_hidden_size: Optional[int] = None  # width of those vectors, by default the channels of the features
+    img_size: Optional[Tuple[int, int]] = None  # of the images, if the network is made for a size
+    fixed_input_size: bool = False  # whether it takes no other size
+    no_weight_decay: Set[str] = field(default_factory=set)  # names that end so are spared weight decay
+
+
+def is_column(feature_info: Sequence[Dict[str, Any]]) -> bool:
+    """Whether a trunk is a column of equal blocks of tokens, each of which is a stage."""
+    trunk = {(level['num_chs'], level['reduction'], level['output_fmt']) for level in feature_info[:-1]}
+    return len(trunk) == 1 and feature_info[0]['output_fmt'] != 'NCHW' and (
+        feature_info[0]['reduction'] == feature_info[-1]['reduction'])
 
 
 BackboneFn = Callable[..., Backbone]

@@ -1,13 +1,19 @@
 """Pretrained weights of timm's networks, by tag or from a file, and the preprocessing for them."""
 import os
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Iterator, Optional, Union
 
 import timm
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor
 
-Source = Union[bool, str, Path]  # True for timm's default weights, the tag of others, or a file in timm's layout
+from ...errors import one_line
+
+# True for timm's default weights, the tag of others, a file with a state dict in timm's layout, or the state dict.
+Source = Union[bool, str, Path, Dict[str, Tensor]]
 
 _PREPROCESSING = ('input_size', 'pool_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
 
@@ -57,8 +63,41 @@ def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
     return weights
 
 
+@contextmanager
+def fetching(name: str, remote: bool) -> Iterator[None]:
+    """Say what to do if the weights of a timm model cannot be fetched. Without `remote` none are fetched.
+
+    If the Hub cannot be reached, its client would try again for a minute. Here only its cache is searched then.
+    """
+    if not remote:
+        yield
+        return
+    offline = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # Each version of the Hub's client has errors of its own.
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except Exception as error:  # Each version of the Hub's client has errors of its own.
+        modules = {kind.__module__.split('.')[0] for kind in type(error).__mro__}
+        if not modules & {'huggingface_hub', 'httpx', 'requests', 'urllib'}:
+            raise
+        cfg = get_pretrained_cfg(name)
+        place = f'model.safetensors of huggingface.co/{cfg.hf_hub_id}' if cfg and cfg.hf_hub_id else cfg and cfg.url
+        raise OSError(
+            f"the weights of '{name}' cannot be fetched: download {place} elsewhere and give it as "
+            '--pretrained-backbone FILE, in Python to load_backbone, or add --no-pretrained-backbone '
+            f'({one_line(error)})') from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
 def pretrained_options(name: Optional[str], source: Source) -> Dict[str, Any]:
     """Arguments for `timm_backbone` that give it pretrained weights."""
     tagged_name = _tagged_name(name, source)
-    overlay = dict(state_dict=_read_weights(tagged_name, source)) if _tag(source) is None else None
+    overlay = None
+    if _tag(source) is None:
+        weights = dict(source) if isinstance(source, dict) else _read_weights(tagged_name, source)
+        overlay = dict(state_dict=weights)
     return dict(name=tagged_name, pretrained=True, pretrained_cfg_overlay=overlay)

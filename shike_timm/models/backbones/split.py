@@ -1,144 +1,248 @@
-"""Any convolutional network of timm, cut into stem, shared and private stages. One forward pass shows where."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+"""Any network of timm, cut into stem, shared and private stages. A trace of its forward pass shows where."""
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
-from torch import Tensor, nn
+from timm.models import get_model_input_config
+from torch import Tensor, fx, nn
 
-from .backbone import Backbone
+from .backbone import Backbone, is_column
+from .trace import make_part, trace
 
 _MIN_REDUCTION = 4  # of a stage; the modules at a higher resolution are the stem
+_PRIVATE_PART = 6  # an expert has one of so many blocks of a column for itself
 
 
 def _refusal(name: str, reason: str) -> ValueError:
-    return ValueError(f"backbone '{name}' cannot be split: {reason}, choose another convolutional network.")
+    return ValueError(f"backbone '{name}' cannot be split: {reason}, choose another network.")
 
 
-def _pieces(net: nn.Module, levels: Sequence[str], prefix: str = ''):
-    """Modules of a network by name. A module with a feature level inside comes as its parts."""
-    for name, child in net.named_children():
-        path = prefix + name
-        if any(level.startswith(path + '.') for level in levels):
-            yield from _pieces(child, levels, path + '.')
-        else:
-            yield path, child
+@dataclass
+class _Cut:
+    """A place between two parts of a network."""
+
+    end: int  # nodes before it
+    outputs: List[fx.Node]  # what is handed on: the features first, then what later parts need
+    index: Optional[int] = None  # of the features in the value of their node, if that is a tuple
+    level: Dict[str, Any] = field(default_factory=dict)  # what the features are, as in `Backbone.feature_info`
 
 
-@torch.inference_mode(False)  # inference mode does not count how often a tensor is written to
-@torch.no_grad()
-def find_chain(net: Any, name: str, in_chans: int) -> List[str]:
-    """Names of the modules in `forward_features` of a timm model on the meta device, each called on the last output."""
-    levels = [info['module'] for info in getattr(net, 'feature_info', None) or []]
-    if not hasattr(net, 'forward_features') or len(levels) < 2:
-        raise _refusal(name, 'timm knows no feature levels of it')
-    if getattr(net, 'output_fmt', 'NCHW') != 'NCHW':
-        raise _refusal(name, f'its feature maps are {net.output_fmt} and experts fuse NCHW ones')
-    value = torch.empty(1, in_chans, *net.default_cfg['input_size'][1:], device='meta', dtype=torch.float32)
-    version = value._version  # how often it has been written to
-    outputs: Dict[str, Tuple[Any, Any]] = {}
-
-    def before(path: str, inputs: Tuple[Any, ...]) -> None:
-        if len(inputs) != 1 or inputs[0] is not value or path in outputs or (
-                getattr(value, '_version', None) != version):
-            raise _refusal(name, f"more than a chain of modules happens before '{path}'")
-
-    def after(path: str, output: Any) -> None:
-        nonlocal value, version
-        value, version = output, getattr(output, '_version', None)
-        outputs[path] = value, version
-
-    for path, module in _pieces(net, levels):
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs, path=path: before(path, (*args, *kwargs.values())), with_kwargs=True)
-        module.register_forward_hook(lambda _, args, output, path=path: after(path, output))
-    output = net.eval().forward_features(value)
-    missing = [level for level in levels if level not in outputs]
-    if missing or output is not value:
-        raise _refusal(
-            name, 'its features are not the output of a chain of modules '
-            f"('{missing[0] if missing else levels[-1]}' is left out)")
-    for level in levels[:-1]:
-        features, written = outputs[level]
-        if not isinstance(features, Tensor) or features.ndim != 4:
-            raise _refusal(name, f"'{level}' gives no feature map [B, C, h, w]")
-        if features._version != written:
-            raise _refusal(name, f"a later module overwrites the features of '{level}', which experts share")
-    if value.ndim != 4 or value.shape[1] != net.num_features:
-        raise _refusal(name, f'its last stage gives no feature map [B, {net.num_features}, h, w]')
-    return list(outputs)
+def _describe(level: Dict[str, Any], value: Any, size: Sequence[int], output_fmt: str) -> Optional[Dict[str, Any]]:
+    """What features are, None if they are no feature map and no tokens of `num_chs` channels."""
+    shape, num_chs = tuple(getattr(value, 'shape', ())), level['num_chs']
+    described = dict(num_chs=num_chs, reduction=level['reduction'], num_prefix_tokens=0)
+    if len(shape) == 3 and shape[2] == num_chs:
+        grid = [-(-side // level['reduction']) for side in size]
+        return dict(described, output_fmt='NLC', num_prefix_tokens=max(shape[1] - grid[0] * grid[1], 0))
+    if len(shape) != 4 or num_chs not in (shape[1], shape[3]):
+        return None
+    is_last = shape[3] == num_chs and (shape[1] != num_chs or output_fmt == 'NHWC')
+    return dict(described, output_fmt='NHWC' if is_last else 'NCHW')
 
 
-def _find_parts(
-        net: Any, name: str, in_chans: int, private_stages: int) -> Tuple[List[List[str]], List[Dict[str, Any]]]:
-    """Names of the modules of stem, shared and private stages, and the feature levels at their ends."""
-    chain = find_chain(net, name, in_chans)
-    *levels, last = net.feature_info
-    stem = [level for level in levels if level['reduction'] < _MIN_REDUCTION][-1:]
-    shared = [level for level in levels if level['reduction'] >= _MIN_REDUCTION]
-    if not shared:
-        raise _refusal(name, 'no stage comes before its last one')
-    if private_stages > len(shared):
-        raise ValueError(f"private_stages of '{name}' must be 1 to {len(shared)}, got {private_stages}.")
-    shared = shared[:len(shared) + 1 - private_stages]
-    ends = [chain.index(level['module']) + 1 for level in shared]
-    # If no level has a high resolution, the first stage is a single module, and the stem is all before it.
-    start = chain.index(stem[0]['module']) + 1 if stem else ends[0] - 1
-    bounds = [0, start, *ends, len(chain)]
-    return [chain[a:b] for a, b in zip(bounds, bounds[1:])], [*stem, *shared, last]
+class Split:
+    """The parts of a timm model, found on the meta device and taken from any other instance."""
 
+    def __init__(self, net: Any, name: str):
+        infos = list(getattr(net, 'feature_info', None) or [])
+        if not hasattr(net, 'forward_features') or len(infos) < 2:
+            raise _refusal(name, 'timm knows no feature levels of it')
+        self.name, self.net, self.levels = name, net, [info['module'] for info in infos]
+        channels, *self.size = get_model_input_config(net)['input_size']
+        images = torch.empty(2, channels, *self.size, device='meta', dtype=torch.float32)
+        self.nodes = self._trace('forward_features', images)
+        features = self.nodes[-1].meta['value']
+        last = self._describe(dict(infos[-1], num_chs=net.num_features), features)
+        if last is None:
+            raise _refusal(name, f'its last stage gives no features of {net.num_features} channels')
+        self.head = self._trace('forward_head', features)
+        self.cuts = [self._cut_after(info) for info in infos[:-1]]
+        self.cuts.append(_Cut(len(self.nodes) - 1, self.nodes[-1].all_input_nodes, level=last))
 
-def _take_part(net: nn.Module, paths: Sequence[str]) -> nn.Module:
-    modules = []
-    for module in map(net.get_submodule, paths):
-        modules += list(module) if type(module) is nn.Sequential else [module]
-    return nn.Sequential(*modules)
+    def _trace(self, method: str, value: Tensor) -> List[fx.Node]:
+        try:
+            return trace(self.net, self.levels, method, value)
+        except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise _refusal(
+                self.name, f'its {method} cannot be traced ({str(error).splitlines()[0][:120]})') from error
+
+    def _describe(self, info: Dict[str, Any], value: Any) -> Optional[Dict[str, Any]]:
+        """What features are, None if they are neither a feature map nor tokens of `num_chs` channels."""
+        shape, num_chs = tuple(getattr(value, 'shape', ())), info['num_chs']
+        level = dict(num_chs=num_chs, reduction=info['reduction'], num_prefix_tokens=0)
+        if len(shape) == 3 and shape[2] == num_chs:
+            height, width = (-(-side // level['reduction']) for side in self.size)
+            return dict(level, output_fmt='NLC', num_prefix_tokens=max(shape[1] - height * width, 0))
+        if len(shape) != 4 or num_chs not in (shape[1], shape[3]):
+            return None
+        nhwc = shape[3] == num_chs and (shape[1] != num_chs or getattr(self.net, 'output_fmt', '') == 'NHWC')
+        return dict(level, output_fmt='NHWC' if nhwc else 'NCHW')
+
+    def _place(self, name: str) -> int:
+        places = [i for i, node in enumerate(self.nodes) if node.op == 'call_module' and node.target == name]
+        if len(places) != 1:
+            raise _refusal(self.name, f"its forward pass calls '{name}' {len(places)} times")
+        return places[0]
+
+    def _alive(self, end: int) -> List[fx.Node]:
+        later = set(self.nodes[end:])
+        return [node for node in self.nodes[:end] if later.intersection(node.users)]
+
+    def _cut_after(self, info: Dict[str, Any]) -> _Cut:
+        name = info['module']
+        end = self._place(name) + 1
+        node = self.nodes[end - 1]
+        value = node.meta['value']
+        candidates = list(enumerate(value)) if isinstance(value, (tuple, list)) else [(None, value)]
+        found = [(i, level) for i, one in candidates if (level := self._describe(info, one))]
+        if not found:
+            raise _refusal(self.name, f"'{name}' gives no features of {info['num_chs']} channels")
+        index, level = found[0]
+        outputs = [node, *(one for one in self._alive(end) if one is not node or index is not None)]
+        if any(one.meta['version'] != getattr(one.meta['value'], '_version', None) for one in outputs):
+            raise _refusal(self.name, f"a later module overwrites the features of '{name}', which experts share")
+        return _Cut(end, outputs, index, level)
+
+    def all_levels(self, cuts: Sequence[_Cut]) -> List[_Cut]:
+        """The places after the first of these levels where one feature map alone is handed on by a block."""
+        levels = {cut.end: cut for cut in cuts}
+        if any(cut.level['output_fmt'] != 'NCHW' for cut in cuts):
+            return list(cuts)
+        for end in range(cuts[0].end + 1, self.cuts[-1].end):
+            node = self.nodes[end - 1]
+            value = node.meta['value']
+            parts = list(self.net.get_submodule(str(node.target)).modules()) if node.op == 'call_module' else []
+            is_block = len(parts) > 1 and any(isinstance(part, (nn.Conv2d, nn.Linear)) for part in parts)
+            if end in levels or not is_block or getattr(value, 'ndim', 0) != 4 or self._alive(end) != [node]:
+                continue
+            info = dict(module=node.target, num_chs=value.shape[1], reduction=round(self.size[0] / value.shape[2]))
+            level = self._describe(info, value)
+            if level and level['output_fmt'] == 'NCHW' and node.meta['version'] == getattr(value, '_version', None):
+                levels[end] = _Cut(end, [node], level=level)
+        return [levels[end] for end in sorted(levels)]
+
+    def cut_before(self, name: str) -> _Cut:
+        """The place before a module, whose first argument comes first."""
+        end = self._place(name)
+        return _Cut(end, sorted(self._alive(end), key=lambda node: node not in self.nodes[end].args[:1]))
+
+    def parts(self, net: nn.Module, cuts: Sequence[_Cut]) -> List[nn.Module]:
+        """The parts of an instance of the network: up to the first of the places, and so on."""
+        starts = [_Cut(1, self.nodes[:1]), *cuts]
+        return [
+            make_part(net, self.nodes[a.end:b.end], a.outputs, b.outputs, b.index) for a, b in zip(starts, cuts)]
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether more than the pooling of a map stands between features and classifier."""
+        if self.cuts[-1].level['output_fmt'] == 'NLC':
+            return True
+        return any(
+            node.op == 'get_attr' or node.op == 'call_module' and any(
+                True for _ in self.net.get_submodule(str(node.target)).parameters())
+            for node in self.head)
+
+    def make_head(self, net: nn.Module) -> nn.Module:
+        """From the features of an instance of the network to vectors."""
+        return make_part(net, self.head[1:-1], self.head[:1], self.head[-1].all_input_nodes)
 
 
 def _create_skeleton(name: str, **kwargs: Any) -> Any:
     try:
-        return timm.create_model(name, **kwargs, device='meta')
+        return timm.create_model(name, num_classes=0, **kwargs, device='meta')
     except (TypeError, ValueError, AssertionError) as error:
         reason = str(error).split('__init__() ')[-1].rstrip('.')
-        given = ', '.join(
-            f'{key}={value}' for key, value in kwargs.items() if value is not None and key != 'num_classes')
+        given = ', '.join(f'{key}={value}' for key, value in kwargs.items() if value is not None)
         raise ValueError(f"backbone '{name}' cannot be made with {given}{reason and f': {reason}'}.") from error
 
 
+def _count_private(name: str, column: bool, num_levels: int, stages: Optional[int], blocks: Optional[int]) -> int:
+    """How many of the last levels are private."""
+    if 0 in (stages, blocks):
+        return 0
+    unit, other, given, wrong = ('blocks', 'stages', blocks, stages) if column else ('stages', 'blocks', stages, blocks)
+    if wrong is not None:
+        raise ValueError(f"'{name}' is made of {unit}: give private_{unit} in place of private_{other}.")
+    number = given or (max(round(num_levels / _PRIVATE_PART), 1) if column else 1)
+    if number >= num_levels:
+        raise ValueError(f"private_{unit} of '{name}' must be 1 to {num_levels - 1}, got {number}.")
+    return number
+
+
+@torch.inference_mode(False)  # a trace counts how often a tensor is written to, which inference mode does not
 def timm_backbone(
         name: str,
         num_experts: int,
         in_chans: int = 3,
         drop_path_rate: Optional[float] = None,
         output_stride: int = 32,
-        private_stages: int = 1,
+        private_stages: Optional[int] = None,
+        private_blocks: Optional[int] = None,
+        global_pool: Optional[str] = None,
+        img_size: Union[None, int, Tuple[int, int]] = None,
+        weights: Optional[Dict[str, Any]] = None,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
         **options: Any,
 ) -> Backbone:
-    """A convolutional network of timm, made with options of `timm.create_model` and cut at timm's feature levels."""
+    """A network of timm, made with options of `timm.create_model` and cut at timm's feature levels.
+
+    `private_blocks` is for columns of blocks (ViT), `private_stages` for the others. Networks that take images of any
+    size ignore `img_size`. `weights` are those of `pretrained_options`.
+    """
     if not timm.is_model(name.split('.')[0]):
         raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
-    kwargs = dict(  # timm ignores None
-        num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate,
-        output_stride=output_stride if output_stride != 32 else None)
+    kwargs: Dict[str, Any] = dict(  # timm ignores None
+        in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride if output_stride != 32 else None,
+        **options)
     try:
-        skeleton = _create_skeleton(name, **kwargs)
+        net = _create_skeleton(name, **kwargs)
     except ValueError:
         if drop_path_rate != 0:
             raise
         kwargs.update(drop_path_rate=None)  # a network without stochastic depth has a rate of 0
-        skeleton = _create_skeleton(name, **kwargs)
-    parts, levels = _find_parts(skeleton, name, in_chans, private_stages)
-    first_conv = skeleton.default_cfg['first_conv']
+        net = _create_skeleton(name, **kwargs)
+    has_size = 'img_size' in inspect.signature(type(net)).parameters
+    if has_size and img_size is not None:
+        kwargs.update(img_size=img_size)
+        net = _create_skeleton(name, **kwargs)
+    split = Split(net, name)
+    if split.has_own_head and global_pool:
+        kwargs.update(global_pool=global_pool)
+        split = Split(net := _create_skeleton(name, **kwargs), name)
+    *levels, last = split.cuts
+    stem = [cut for cut in levels if cut.level['reduction'] < _MIN_REDUCTION][-1:]
+    shared = [cut for cut in levels if cut.level['reduction'] >= _MIN_REDUCTION]
+    if not shared:
+        raise _refusal(name, 'no stage comes before its last one')
+    column = is_column([cut.level for cut in split.cuts])
+    private = _count_private(name, column, len(shared) + 1, private_stages, private_blocks)
+    shared = shared[:len(shared) + 1 - private] if private else split.all_levels(shared) + [last]
+    # If no level has a high resolution, the first stage is a single module, and the stem is all before it.
+    start = stem or [split.cut_before(net.feature_info[0]['module'])]
+    first_conv = net.default_cfg['first_conv']
     if not first_conv:
         raise _refusal(name, 'timm does not say which convolution sees the images')
-    nets = [timm.create_model(name, **kwargs, **options) for _ in range(num_experts)]
-    stem, *stages = (_take_part(nets[0], paths) for paths in parts[:-1])
-    channels = [*(level['num_chs'] for level in levels[:-1]), skeleton.num_features]
+    nets = [
+        timm.create_model(name, num_classes=0, **kwargs, **(weights or {}), device=device, dtype=dtype)
+        for _ in range(num_experts if private else 1)]
+    parts = [split.parts(one, [*start, *shared, *([last] if private else [])]) for one in nets]
+    input_config = get_model_input_config(net)
     return Backbone(
-        stem=stem,
-        stages=stages,
-        last_stages=[_take_part(net, parts[-1]) for net in nets],
-        feature_info=[dict(num_chs=chs, reduction=level['reduction']) for chs, level in zip(channels, levels)],
+        stem=parts[0][0],
+        stages=parts[0][1:-1] if private else parts[0][1:],
+        last_stages=[of_net[-1] for of_net in parts] if private else [],
+        feature_info=[cut.level for cut in (*stem, *shared, *([last] if private else []))],
         first_conv=[nets[0].get_submodule(c) for c in ([first_conv] if isinstance(first_conv, str) else first_conv)],
         initialised=True,
         name=name,
+        heads=[split.make_head(one) for one in nets] if private and split.has_own_head else None,
+        global_pool=global_pool or (
+            net.global_pool if private and isinstance(getattr(net, 'global_pool', 0), str) else 'avg'),
+        head_hidden_size=None if not private else split.head[-1].meta['value'].shape[-1],
+        img_size=tuple(input_config['input_size'][1:]) if has_size else None,
+        fixed_input_size=input_config['fixed_input_size'],
+        no_weight_decay=net.no_weight_decay() if hasattr(net, 'no_weight_decay') else set(),
     )

@@ -1,0 +1,115 @@
+"""The forward pass of a network of timm as a graph, and modules made of parts of it."""
+import operator
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from timm.models import get_notrace_functions
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+
+class Tracer(fx.Tracer):
+    """Records which modules, functions and parameters a forward pass on the meta device uses, in which order.
+
+    Modules without a feature level inside are recorded whole. `node.meta['value']` is what a node gives.
+
+    Args:
+        levels: Names of the modules that give the feature levels.
+        method: Method of the network to trace. Its first argument is the value, the others have their defaults.
+        value: The first argument, a tensor on the meta device.
+    """
+
+    def __init__(self, levels: Sequence[str], method: str, value: Tensor):
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()), param_shapes_constant=True)
+        self.traced_func_name = method
+        self.levels = levels
+        self.value = value
+        self.running = False
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        return root_fn, [self.root, self.create_proxy('placeholder', 'x', (), {})]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not any(level.startswith(module_qualified_name + '.') for level in self.levels)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self.running else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
+        return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        self.running = True
+        try:
+            value = self._run(node)
+        finally:
+            self.running = False
+        node.meta.update(value=value, version=getattr(value, '_version', None))
+        return node
+
+    def _run(self, node: fx.Node) -> Any:
+        args: Any = map_arg(node.args, lambda one: one.meta['value'])
+        kwargs: Any = map_arg(node.kwargs, lambda one: one.meta['value'])
+        if node.op == 'placeholder':
+            return self.value
+        if node.op == 'get_attr':
+            return operator.attrgetter(str(node.target))(self.root)
+        if node.op == 'call_module':
+            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == 'call_method':
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs) if callable(node.target) else args[0]  # of the output
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        return iter([obj[i] for i in range(len(obj.node.meta['value']))])
+
+
+@torch.no_grad()
+def trace(net: Any, levels: Sequence[str], method: str, value: Tensor) -> List[fx.Node]:
+    """The nodes of a method of a network on the meta device, in order, without checks and unused sizes."""
+    graph = Tracer(levels, method, value).trace(net.eval())
+    for node in reversed(list(graph.nodes)):
+        sizes = isinstance(node.meta.get('value'), (int, torch.Size))
+        if not node.users and (node.target is torch._assert or sizes and node.op != 'output'):
+            graph.erase_node(node)
+    return list(graph.nodes)
+
+
+def _is_chain(nodes: Sequence[fx.Node], state: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> bool:
+    last = [*state, *nodes]
+    return len(state) == len(outputs) == 1 and last[-1] is outputs[0] and all(
+        node.op == 'call_module' and node.args == (before,) and not node.kwargs
+        for before, node in zip(last, nodes))
+
+
+def make_part(
+        net: nn.Module,
+        nodes: Sequence[fx.Node],
+        state: Sequence[fx.Node],
+        outputs: Sequence[fx.Node],
+        index: Optional[int] = None,
+) -> nn.Module:
+    """A module of some of a network's nodes.
+
+    It takes the values of the nodes `state` and gives those of `outputs`: one tensor, or a tuple of several values.
+    The first output is element `index` of its node, if given. A chain of modules becomes an `nn.Sequential`.
+    """
+    if index is None and _is_chain(nodes, state, outputs):
+        modules = []
+        for module in (net.get_submodule(str(node.target)) for node in nodes):
+            modules += list(module) if type(module) is nn.Sequential else [module]
+        return nn.Sequential(*modules)
+    graph = fx.Graph()
+    given = graph.placeholder('state')
+    several = len(state) > 1
+    copies = {
+        node: graph.call_function(operator.getitem, (given, i)) if several else given for i, node in enumerate(state)}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, lambda one: copies[one])
+        copies[node].meta.clear()
+    given = [copies[node] for node in outputs]
+    if index is not None:
+        given[0] = graph.call_function(operator.getitem, (given[0], index))
+    graph.output(tuple(given) if len(given) > 1 else given[0])
+    return fx.GraphModule(net, graph)

@@ -1,0 +1,63 @@
+"""Weights of timm's network as those of a SHIKE model on it."""
+import logging
+from typing import Any, Dict, Mapping, Optional
+
+import timm
+import torch
+from timm.models import PretrainedCfg, get_pretrained_cfg
+from torch import Tensor, nn
+
+from .backbones import preprocessing, timm_backbone
+from .shike import Shike
+
+BACKBONE_TAG = 'backbone_'  # Tags of weights that are timm's own of the backbone begin with this.
+
+_logger = logging.getLogger(__name__)
+
+
+def backbone_cfg(backbone: str) -> Dict[str, Any]:
+    """Where timm fetches the weights of a network, their classes and preprocessing, for a configuration of SHIKE."""
+    cfg: Optional[PretrainedCfg] = get_pretrained_cfg(backbone)
+    if cfg is None or not cfg.has_weights:
+        raise RuntimeError(f"timm has no weights of '{backbone}': leave out pretrained.")
+    keys = ('hf_hub_id', 'hf_hub_filename') if cfg.hf_hub_id else ('url', 'file')
+    return dict(preprocessing(backbone), num_classes=cfg.num_classes, **{key: getattr(cfg, key) for key in keys})
+
+
+def expand(state_dict: Mapping[str, Tensor], model: Shike) -> Dict[str, Tensor]:
+    """Weights of the whole model from those of its backbone in timm's layout.
+
+    Trunk and experts get them, each expert the same. Aligners stay as they are. The classifier goes into every expert
+    if the model's are linear and its experts begin as the backbone. Otherwise classifiers stay as they are.
+
+    Raises:
+        RuntimeError: If the weights are not of the backbone.
+    """
+    name = model.backbone_name or ''
+    chans = preprocessing(name).get('input_size', (3,))[0]
+    args = {
+        key: value for key, value in model._backbone_args.items()
+        if value is not None and not key.startswith('private_')}
+    # timm's own filters make its layout of what was published, and miss nothing.
+    whole = timm.create_model(
+        name, pretrained=True, in_chans=chans, pretrained_cfg_overlay=dict(state_dict=dict(state_dict)), **args)
+    net = timm_backbone(name, num_experts=1, in_chans=chans, **model._backbone_args, weights=dict(
+        pretrained=True, pretrained_cfg_overlay=dict(state_dict=whole.state_dict())))
+    parts = {'stem': net.stem, **{f'stages.{i}': stage for i, stage in enumerate(net.stages)}}
+    for m in range(model.num_experts):
+        parts[f'experts.{m}.stage'] = net.last_stages[0]
+        if net.heads:
+            parts[f'experts.{m}.head'] = net.heads[0]
+    weights = {f'{path}.{key}': value for path, part in parts.items() for key, value in part.state_dict().items()}
+    own = {key: value for key, value in model.state_dict().items() if '.aligner.' in key or 'classifier.' in key}
+    weights.update(own)
+    head = whole.get_classifier()
+    if not isinstance(head, nn.Linear) or model.classifier_type != 'linear' or model.fusion == 'product':
+        if model.num_classes == getattr(head, 'out_features', None):
+            _logger.warning(
+                f"The classifiers are new: that of '{name}' fits linear classifiers on residual or no fusion alone.")
+        return weights
+    bias = torch.zeros(head.out_features) if head.bias is None else head.bias.detach()
+    for key, value in (('weight', head.weight.detach()), ('bias', bias)):
+        weights[f'classifier.{key}'] = value.expand(model.num_experts, *value.shape).clone()
+    return weights

@@ -1,0 +1,130 @@
+"""Features of a frozen trunk: computed once, kept in a file, and trained on instead of images."""
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any, Dict, Iterator, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import create_eval_loader, create_train_loader
+from ..data.augment import AugmentationConfig
+from ..data.dataset import AnySet
+from ..data.sampler import EpochSampler
+from ..errors import InputError
+from ..models import Shike
+from ..options import options
+from .config import RunConfig
+
+_logger = logging.getLogger(__name__)
+
+
+class FeatureLoader:
+    """Batches of pooled features [B, F] and their labels [B]. Each image comes in a random view.
+
+    Args:
+        features: Pooled features [N, V, F] of all levels, V views of each image.
+        targets: Labels [N].
+        batch_size: Images in a batch.
+        device: Device of the batches.
+    """
+
+    def __init__(self, features: np.ndarray, targets: Any, batch_size: int, device: torch.device):
+        self.features = torch.from_numpy(features)
+        self.targets = torch.as_tensor(targets, dtype=torch.int64)
+        self.batch_size = batch_size
+        self.device = device
+        self.sampler = EpochSampler(len(self.targets), batch_size)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.sampler.num_batches
+
+    def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
+        order, generator = self.sampler.draw()
+        views = torch.randint(self.features.shape[1], order.shape, generator=generator)
+        for rows, chosen in zip(order.split(self.batch_size), views.split(self.batch_size)):
+            yield self.features[rows, chosen].to(self.device, torch.float32), self.targets[rows].to(self.device)
+
+
+def _digest(model: Shike, data: AnySet, config: RunConfig, data_config: Dict[str, Any]) -> str:
+    """Digest of everything that decides the features: the trunk, the images and how they are prepared."""
+    augmentation = {name: getattr(config, name) for name in options(AugmentationConfig)}
+    digest = hashlib.sha256(repr((data_config, config.cache_features, config.seed, augmentation)).encode())
+    for part in (model.stem, model.stages):
+        for value in part.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+    digest.update(np.ascontiguousarray(data.targets).tobytes())
+    digest.update('\n'.join(map(str, data.filenames())).encode('utf-8', 'surrogateescape'))
+    return digest.hexdigest()
+
+
+def _write_views(
+        features: np.ndarray, model: Shike, data: AnySet, config: RunConfig, data_config: Dict[str, Any],
+        device: torch.device) -> None:
+    """Fill the features [N, V, F]: the plain images, the mirrored ones, and then augmented ones."""
+    batch_size, num_views = config.validation_batch_size or config.batch_size, features.shape[1]
+    plain = create_eval_loader(data, data_config, batch_size, device, config.workers, config.device_data)
+    total = len(plain) * (1 + max(num_views - 2, 0))
+    with tqdm(total=total, desc='Features', unit=' batches', leave=False, disable=None) as progress:
+        row = 0
+        for images, _ in plain:
+            for view, batch in enumerate((images, images.flip(3))[:num_views]):
+                features[row:row + len(batch), view] = model.pool_levels(batch).cpu().numpy()
+            row += len(images)
+            progress.update()
+        for view in range(2, num_views):
+            loader: Any = create_train_loader(
+                data, data_config, config, config, device, config.workers, every_image=True)
+            loader.sampler.seed = config.seed * num_views + view
+            order, row = loader.sampler.draw()[0].numpy(), 0
+            for images, _ in loader:
+                vectors = model.pool_levels(images).cpu().numpy()
+                features[order[row:row + len(images)], view] = vectors
+                row += len(images)
+                progress.update()
+
+
+def standardise(model: Shike, features: np.ndarray) -> None:
+    """Give the experts the mean and variance [F] of the features [N, V, F] over all images and views."""
+    sums = np.zeros((2, features.shape[2]))
+    for rows in np.array_split(features, max(len(features) // 4096, 1)):
+        values = rows.astype(np.float64)
+        sums += values.sum((0, 1)), np.square(values).sum((0, 1))
+    mean, square = torch.from_numpy(sums / (features.shape[0] * features.shape[1]))
+    means, variances = (one.split(model.level_widths) for one in (mean, (square - mean ** 2).clamp_min(0)))
+    experts: Any = model.experts
+    for expert in experts:
+        expert.norm.running_mean.copy_(torch.cat([means[level - 1] for level in expert.levels]))
+        expert.norm.running_var.copy_(torch.cat([variances[level - 1] for level in expert.levels]))
+
+
+@torch.no_grad()
+def cached_features(
+        folder: Path, model: Shike, data: AnySet, config: RunConfig, data_config: Dict[str, Any],
+        device: torch.device) -> np.ndarray:
+    """Pooled features [N, V, F] of the training images in float16, memory-mapped from a file of the output folder.
+
+    All runs of the folder with the same trunk, images and preprocessing share the file.
+    """
+    shape = len(data), config.cache_features or 1, sum(model.level_widths)
+    path = folder / f'features-{_digest(model, data, config, data_config)[:16]}.npy'
+    if not path.exists():
+        _logger.info(
+            f'Features: {shape[1]} views of {shape[0]} images take {np.prod(shape) * 2 / 1e9:.2f} GB in {path}.')
+        partial = path.with_suffix(f'.{os.getpid()}.tmp')
+        try:
+            features = np.lib.format.open_memmap(partial, 'w+', np.float16, shape)
+            model.eval()
+            _write_views(features, model, data, config, data_config, device)
+            features.flush()
+            partial.rename(path)
+        except OSError as error:
+            raise InputError(
+                f"'{path}' cannot be written ({error.strerror}): free some space, or keep fewer views.") from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return np.load(path, mmap_mode='c')

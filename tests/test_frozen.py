@@ -1,0 +1,153 @@
+"""Experts without private stages, and training on cached features of a frozen trunk."""
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from run_helpers import without_seconds
+
+from shike_timm.cli.train import parse_train_args
+from shike_timm.errors import InputError
+from shike_timm.pretrained.folder import export_model
+from shike_timm.pretrained.load import load_trained_model
+from shike_timm.training.features import FeatureLoader, standardise
+from shike_timm.training.phases import plan_phases
+from shike_timm.training.runs import train
+
+
+@pytest.fixture(scope='module')
+def backbone_file(tmp_path_factory):
+    """Weights of a tiny backbone that have not been trained. They give features nevertheless."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('weights') / 'net.pth'
+    torch.save(timm.create_model('test_efficientnet').state_dict(), path)
+    return path
+
+
+def level_model(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('shike', private_stages=0, num_classes=5, **kwargs).eval()
+
+
+@pytest.mark.parametrize('backbone', ['test_efficientnet', 'test_vit', 'test_convnext'])
+def test_logits_are_those_of_standardised_features_side_by_side(backbone):
+    model = level_model(backbone=backbone, num_experts=2, depths=[[2, 3], 1])
+    features = np.random.default_rng(0).normal(3, 2, (40, 2, sum(model.level_widths))).astype(np.float16)
+    standardise(model, features)
+    images = torch.randn(3, 3, 160, 160)
+    with torch.no_grad():
+        pooled = model.pool_levels(images)
+        last = len(model.stages)
+        logits, from_pooled = model.forward_experts(images), model.forward_expert_head(model.forward_levels(pooled))
+    assert model.depths == ((2, 3), (1, last))
+    flat = torch.from_numpy(features).double().flatten(0, 1)
+    scaled = (pooled.double() - flat.mean(0)) / (flat.var(0, correction=0) + 1e-5).sqrt()
+    levels = scaled.split(model.level_widths, 1)
+    width = model.num_features // 2
+    for m, chosen in enumerate(model.depths):
+        own = torch.cat([levels[level - 1] for level in chosen], 1)
+        cosines = F.normalize(F.pad(own, (0, width - own.shape[1]))) @ F.normalize(
+            model.classifier.weight[m].detach().double()).T
+        torch.testing.assert_close(logits[:, m].double(), 30 * cosines, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(from_pooled, logits)
+
+
+def test_pooled_tokens_are_the_class_token_beside_the_mean_of_patches():
+    model = level_model(backbone='test_vit', num_experts=1)
+    images = torch.randn(2, 3, 160, 160)
+    assert model.level_widths == [2 * 64] * len(model.stages)
+    with torch.no_grad():
+        x, shared = model._forward_trunk(images, every=True)
+        pooled = model.pool_levels(images).split(model.level_widths, 1)
+    torch.testing.assert_close(pooled[0], torch.cat([shared[1][:, 0], shared[1][:, 1:].mean(1)], 1))
+
+
+def test_saved_models_and_chosen_experts_give_the_same_logits(tmp_path):
+    model = level_model(backbone='test_efficientnet', num_experts=3)
+    images = torch.randn(2, 3, 96, 96)
+    export_model(model, tmp_path / 'model', timm.data.resolve_data_config({}, model=model))
+    loaded = load_trained_model(str(tmp_path / 'model')).model.eval()
+    with torch.no_grad():
+        expected = model.forward_experts(images)
+        torch.testing.assert_close(loaded.forward_experts(images), expected)
+        loaded.set_experts([2, 0])
+        torch.testing.assert_close(loaded.forward_experts(images), expected[:, [2, 0]])
+
+
+def test_a_frozen_trunk_keeps_the_statistics_of_its_features():
+    model = level_model(backbone='test_efficientnet')
+    model.freeze_trunk()
+    before = [expert.norm.running_mean.clone() for expert in model.experts]
+    model.train()(torch.randn(4, 3, 64, 64))
+    assert all(torch.equal(expert.norm.running_mean, mean) for expert, mean in zip(model.experts, before))
+
+
+def test_each_epoch_has_each_image_once_in_a_random_view():
+    features = np.arange(40, dtype=np.float16).reshape(20, 2, 1)
+    loader = FeatureLoader(features, np.arange(20), 5, torch.device('cpu'))
+    loader.sampler.set_epoch(0, 0, 4)
+    batches = list(loader)
+    x, target = (torch.cat(parts) for parts in zip(*batches))
+    assert sorted(target.tolist()) == list(range(20)) and len(batches) == len(loader) == 4
+    assert set((x[:, 0] - 2 * target).tolist()) == {0., 1.}
+
+
+FROZEN = [
+    '--hparams', 'frozen', '--backbone', 'test_efficientnet', '--dataset', 'digits_lt', '--imb-factor', '5',
+    '--img-size', '32', '--in-chans', '3', '--epochs', '2', '--val-interval', '2', '--workers', '0',
+    '--experiment', 'run']
+
+
+def frozen_run(folder, backbone_file, *extra):
+    args = [*FROZEN, '--pretrained-backbone', str(backbone_file), '--output', str(folder), *map(str, extra)]
+    return train(parse_train_args(args))
+
+
+def test_the_recipe_chooses_experts_and_trains_them(backbone_file, tmp_path, monkeypatch):
+    metrics = frozen_run(tmp_path, backbone_file)
+    run = tmp_path / 'run'
+    found, args = (json.loads((run / 'search.json').read_text()), yaml.safe_load((run / 'args.yaml').read_text()))
+    assert found[0]['top1'] + found[0]['balanced'] == max(one['top1'] + one['balanced'] for one in found)
+    assert args['levels'] == found[0]['levels'] and args['lr'] == found[0]['lr'] and not args['search']
+    assert metrics['stage_one']['top1'] > 30  # of ten classes, with an untrained backbone
+    model = load_trained_model(str(run)).model
+    assert ['+'.join(map(str, one)) for one in model.depths] == found[0]['levels']
+    assert model.classifier_prior == 'uniform'
+    # The choice can be trained again without a search, and gives the same model.
+    again = tmp_path / 'again'
+    frozen_run(again, backbone_file, '--hparams', run / 'args.yaml', '--output', again)
+    assert without_seconds(again / 'run') == without_seconds(run)
+
+
+def test_an_interrupted_run_goes_on_without_another_search(backbone_file, tmp_path, monkeypatch):
+    from shike_timm.training import trainer
+
+    frozen_run(tmp_path / 'whole', backbone_file)
+    original = trainer.Trainer.train_epoch
+
+    def stop(self, epoch, done):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return original(self, epoch, done)
+
+    monkeypatch.setattr(trainer.Trainer, 'train_epoch', stop)
+    with pytest.raises(KeyboardInterrupt):
+        frozen_run(tmp_path / 'cut', backbone_file)
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer, 'search', lambda *args: pytest.fail('a second search'))
+    monkeypatch.setattr(trainer.Shike, 'pool_levels', lambda *args: pytest.fail('features computed again'))
+    train(parse_train_args(['--resume', str(tmp_path / 'cut' / 'run')]))
+    assert without_seconds(tmp_path / 'cut' / 'run') == without_seconds(tmp_path / 'whole' / 'run')
+
+
+@pytest.mark.parametrize('extra, sentence', [
+    (['--private-stages', '1'], '--cache-features goes with --private-stages 0'),
+    (['--no-freeze-trunk'], '--cache-features goes with --private-stages 0'),
+    (['--mixup', '0.2'], 'does not go with --mixup'),
+], ids=['private', 'unfrozen', 'mixup'])
+def test_what_does_not_go_with_cached_features(extra, sentence):
+    with pytest.raises(InputError, match=sentence):
+        plan_phases(parse_train_args([*FROZEN, *extra]))
