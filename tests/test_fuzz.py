@@ -165,7 +165,8 @@ def test_damaged_files(kind, tiny_run, image_folder, run_script, tmp_path, limit
             else:
                 path.write_text(json.dumps(mutate_values(rng, json.loads(good))))
             predict = ['predict', image_folder / 'validation' / 'ant', '--model', run, *plain]
-            resume, report = ['train', '--resume', 'COPY', *plain], ['report', run, '--output', output / 'report', *plain]
+            resume = ['train', '--resume', 'COPY', *plain]
+            report = ['report', run, '--output', output / 'report', *plain]
             command = rng.choice(dict(
                 metrics=[publish, resume], config=[predict, ['eval', '--model', run, *digits], publish],
                 args=[report, resume, publish])[kind])
