@@ -13,8 +13,8 @@ from torch import nn
 from shike_timm.costs import count_flops
 from shike_timm.training.build import resolve_autocast
 from shike_timm.training.config import StepConfig
+from shike_timm.training.step import train_step
 from shike_timm.training.tasks import RepresentationTask
-from shike_timm.training.trainer import train_step
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 from benchmark import _plain, _shike, benchmark, format_report, parse_benchmark_args  # noqa: E402

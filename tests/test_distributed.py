@@ -92,8 +92,8 @@ def test_processes_share_the_order_of_one(seen):
 
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
     from shike_timm.training.config import StepConfig
+    from shike_timm.training.step import train_step
     from shike_timm.training.tasks import RepresentationTask
-    from shike_timm.training.trainer import train_step
     weights = []
     for num_parts in (1, 3):
         torch.manual_seed(0)

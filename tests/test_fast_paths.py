@@ -18,8 +18,8 @@ from shike_timm.models.shike import Shike
 from shike_timm.training.build import create_optimizer
 from shike_timm.training.config import StepConfig
 from shike_timm.training.runs import train
+from shike_timm.training.step import train_step
 from shike_timm.training.tasks import ClassifierRetrainingTask, RepresentationTask
-from shike_timm.training.trainer import train_step
 
 CLASSES = 20
 

@@ -14,7 +14,7 @@ from timm.utils import setup_default_logging
 from ..distributed import LONGEST_WAIT, rank, world_size
 from ..errors import InputError
 from ..training.signals import Interrupted
-from ..training.trainer import NonFiniteError
+from ..training.step import NonFiniteError
 
 
 def run_script(main: Callable[[], Any]) -> int:

@@ -25,8 +25,9 @@ from .build import check_compiler
 from .config import RetrainConfig, RunConfig, TrainConfig
 from .phases import Phase, plan_phases
 from .resume import read_newest, run_folder, saved_args, warn_of_changes
+from .step import seed_all
 from .trackers import check_trackers
-from .trainer import Trainer, seed_all
+from .trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -13,13 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock
 from timm.optim.lookahead import Lookahead
-from timm.task import DistillationTeacher, TrainingTask
-from timm.utils import NativeScaler, dispatch_clip_grad, random_seed, update_summary
+from timm.task import DistillationTeacher
+from timm.utils import NativeScaler, update_summary
 from timm.utils.summary import trim_summary
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -36,7 +35,7 @@ from ..models.create import create_model
 from ..pretrained.folder import export_model
 from .build import create_optimizer, create_schedule, resolve_autocast
 from .class_means import begin_at_class_means
-from .config import RunConfig, StepConfig
+from .config import RunConfig
 from .features import FeatureLoader, cached_features, standardise
 from .folder import check_folder, claim_folder, read_metrics, save_args
 from .methods import TaskInputs, create_task
@@ -44,81 +43,13 @@ from .phases import Phase
 from .progress import progress_bar, read_columns, read_seconds
 from .search import search
 from .signals import Interrupted, StopFlag, stop_signals
+from .step import Done, NonFiniteError, seed_all, train_step
 from .tasks import TERMS
 from .trackers import tracking
 
 CHECK_INTERVAL = 50  # Steps between two checks of the loss. Each check waits for the device.
 
 _logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the weights stopped being finite. The message says where."""
-
-
-@dataclass
-class Done:
-    """What is done of an epoch, over all processes."""
-
-    step: int = 0  # Batches that each process has done.
-    num_images: int = 0
-    seconds: float = 0.
-    sums: Dict[str, float] = field(default_factory=dict)  # Sums over images of what the task returns.
-
-
-def seed_all(seed: int, phase: int, epoch: int, part: int = 0) -> None:
-    """Seed Python, NumPy and torch for a part of an epoch. Epoch -1 stands for the initial values of the phase."""
-    random_seed(int(np.random.SeedSequence((seed, phase, epoch + 1, part)).generate_state(1)[0]))
-
-
-def train_step(
-        task: TrainingTask,
-        images: Tensor,
-        target: Tensor,
-        optimizer: torch.optim.Optimizer,
-        config: StepConfig,
-        autocast: Optional[torch.dtype] = None,
-        loss_scaler: Optional[NativeScaler] = None,
-        update: bool = True,
-        num_updates: Optional[int] = None,
-) -> Dict[str, Tensor]:
-    """Train on one batch without waiting for the device, unless an optimizer that is not fused meets loss scaling.
-
-    Args:
-        task: What to train.
-        images: Images [B, C, H, W].
-        target: What the task takes as target.
-        optimizer: Optimizer of the task's parameters.
-        config: Options of a step.
-        autocast: Data type of autocast, None for none.
-        loss_scaler: Loss scaling, for float16.
-        update: Whether this is the last batch of an update. The gradients of the others are only added up.
-        num_updates: Updates of the phase so far, this one included. The decay of the averaged weights depends on it.
-
-    Returns:
-        What the task returns, `loss` among it.
-    """
-    mixed = torch.autocast(task.device.type, dtype=autocast) if autocast else nullcontext()
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    with nullcontext() if update else task.no_sync():
-        with mixed:
-            result = task(images.contiguous(memory_format=memory_format), target)
-        loss = result['loss'] / config.grad_accum_steps
-        clipped = task.get_clip_parameters(exclude_head='agc' in config.clip_mode) if config.clip_grad else None
-        if loss_scaler is not None:
-            loss_scaler(
-                loss, optimizer, clip_grad=config.clip_grad or None, clip_mode=config.clip_mode, parameters=clipped,
-                need_update=update)
-        else:
-            loss.backward()
-    if update:
-        if loss_scaler is None:
-            if config.clip_grad:
-                dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
-            optimizer.step()
-        optimizer.zero_grad()
-        task.update_ema(num_updates)
-    return result
 
 
 @dataclass

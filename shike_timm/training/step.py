@@ -1,0 +1,81 @@
+"""A training step, and the progress of an epoch in steps."""
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Dict, Optional
+
+import numpy as np
+import torch
+from timm.task import TrainingTask
+from timm.utils import NativeScaler, dispatch_clip_grad, random_seed
+from torch import Tensor
+
+from .config import StepConfig
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the weights stopped being finite. The message says where."""
+
+
+@dataclass
+class Done:
+    """What is done of an epoch, over all processes."""
+
+    step: int = 0  # Batches that each process has done.
+    num_images: int = 0
+    seconds: float = 0.
+    sums: Dict[str, float] = field(default_factory=dict)  # Sums over images of what the task returns.
+
+
+def seed_all(seed: int, phase: int, epoch: int, part: int = 0) -> None:
+    """Seed Python, NumPy and torch for a part of an epoch. Epoch -1 stands for the initial values of the phase."""
+    random_seed(int(np.random.SeedSequence((seed, phase, epoch + 1, part)).generate_state(1)[0]))
+
+
+def train_step(
+        task: TrainingTask,
+        images: Tensor,
+        target: Tensor,
+        optimizer: torch.optim.Optimizer,
+        config: StepConfig,
+        autocast: Optional[torch.dtype] = None,
+        loss_scaler: Optional[NativeScaler] = None,
+        update: bool = True,
+        num_updates: Optional[int] = None,
+) -> Dict[str, Tensor]:
+    """Train on one batch without waiting for the device, unless an optimizer that is not fused meets loss scaling.
+
+    Args:
+        task: What to train.
+        images: Images [B, C, H, W].
+        target: What the task takes as target.
+        optimizer: Optimizer of the task's parameters.
+        config: Options of a step.
+        autocast: Data type of autocast, None for none.
+        loss_scaler: Loss scaling, for float16.
+        update: Whether this is the last batch of an update. The gradients of the others are only added up.
+        num_updates: Updates of the phase so far, this one included. The decay of the averaged weights depends on it.
+
+    Returns:
+        What the task returns, `loss` among it.
+    """
+    mixed = torch.autocast(task.device.type, dtype=autocast) if autocast else nullcontext()
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    with nullcontext() if update else task.no_sync():
+        with mixed:
+            result = task(images.contiguous(memory_format=memory_format), target)
+        loss = result['loss'] / config.grad_accum_steps
+        clipped = task.get_clip_parameters(exclude_head='agc' in config.clip_mode) if config.clip_grad else None
+        if loss_scaler is not None:
+            loss_scaler(
+                loss, optimizer, clip_grad=config.clip_grad or None, clip_mode=config.clip_mode, parameters=clipped,
+                need_update=update)
+        else:
+            loss.backward()
+    if update:
+        if loss_scaler is None:
+            if config.clip_grad:
+                dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
+            optimizer.step()
+        optimizer.zero_grad()
+        task.update_ema(num_updates)
+    return result
