@@ -24,8 +24,9 @@ def run_script(main: Callable[[], Any]) -> int:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # Names of files and classes need not be text that can be printed.
-        sys.stdout.reconfigure(errors='backslashreplace')
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # Names of files and classes need not be text that can be printed.
+            stream.reconfigure(errors='backslashreplace')
     setup_default_logging()
     for name in ('timm', 'httpx', 'httpx2'):  # httpx and httpx2 log every request to the Hub.
         logging.getLogger(name).setLevel(logging.WARNING)
