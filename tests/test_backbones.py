@@ -65,7 +65,7 @@ def test_three_experts_train_on_a_backbone(name):
 
 
 @pytest.mark.parametrize('name, reason', [
-    ('crossvit_9_240', 'its last stage gives no features of 384 channels'),
+    ('crossvit_9_240', 'its last stage gives 2 features of which experts would fuse one'),
     ('resnet_50', 'is not a model of timm'),
 ])
 def test_a_refusal_is_one_sentence(name, reason):
@@ -353,7 +353,7 @@ def test_train_py_fine_tunes_a_backbone(tmp_path, run_script, image_folder, weig
 @pytest.mark.parametrize('options, message', [
     (['--model', 'resnet50_shike', '--backbone', 'resnet18'], "--backbone 'resnet18' goes with --model shike"),
     (['--model', 'shike'], '--model shike needs --backbone'),
-    (['--model', 'shike', '--backbone', 'crossvit_9_240'], 'its last stage gives no features'),
+    (['--model', 'shike', '--backbone', 'crossvit_9_240'], 'its last stage gives 2 features'),
     (['--freeze-trunk'], '--freeze-trunk would keep random shared stages: add --pretrained-backbone'),
     (['--drop-path', '1'], '--drop-path 1.0 is out of range: give less than 1'),
 ])

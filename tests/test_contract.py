@@ -6,23 +6,30 @@ import pytest
 import timm
 import torch
 from timm.layers import set_layer_config
-from timm.models import get_notrace_functions, get_notrace_modules, group_parameters
+from timm.models import get_model_input_config, get_notrace_functions, get_notrace_modules, group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor, get_graph_node_names
 
-import shike_timm  # noqa: F401
+from shike_timm.models.shike import to_map
 
 NAMES = timm.list_models(module='registry')
 TAGGED = timm.list_models(module='registry', include_tags=True)
 BACKBONES = dict(
     resnet50_shike='resnet50', resnext50_shike='resnext50_32x4d', resnet152_shike='resnet152', shike='resnet50')
-SMALL = ['resnet32_shike', 'shike']  # the names that differ in more than the size of their backbone
+SMALL = {  # what differs in more than the size of its backbone
+    'resnet32_shike': {},
+    'shike': dict(backbone='test_resnet'),
+    'vit': dict(backbone='test_vit3', img_size=64),  # register tokens, attention pooling
+    'eva': dict(backbone='eva02_tiny_patch14_224', img_size=56, depth=6, embed_dim=48, num_heads=3),
+    'swin': dict(
+        backbone='swin_tiny_patch4_window7_224', img_size=64, window_size=4, embed_dim=16, num_heads=(1, 2, 4, 8)),
+}
 
 
 def create(name, **kwargs):
-    small = dict(backbone='test_resnet') if name == 'shike' else {}
-    return timm.create_model(name, pretrained=False, **small, **kwargs)
+    return timm.create_model(
+        name if name in NAMES else 'shike', pretrained=False, **dict(SMALL.get(name, {}), **kwargs))
 
 
 def count(model):
@@ -30,8 +37,12 @@ def count(model):
 
 
 def small_images(model, batch_size=2):
-    channels, *size = model.default_cfg['input_size']
+    channels, *size = get_model_input_config(model)['input_size']
     return torch.randn(batch_size, channels, *(min(side, 64) for side in size))
+
+
+def as_map(model, features):
+    return to_map(features, model.feature_info[-1], small_images(model).shape[2:])
 
 
 @pytest.fixture(scope='module', params=SMALL)
@@ -76,9 +87,9 @@ def test_configuration_and_shapes(name):
 @pytest.mark.parametrize('name', SMALL)
 def test_classifier_and_pooling_can_go_at_any_time(name):
     model = create(name, device='meta')
-    images = torch.empty(1, *model.default_cfg['input_size'], device='meta')
-    pool_size = model.default_cfg['pool_size']
-    pooled, unpooled = (1, model.num_features), (1, model.num_features, *pool_size)
+    images = small_images(model, 1).to('meta')
+    pooled, unpooled = (1, model.head_hidden_size), model.forward_features(images).shape
+    assert unpooled[model.channel_dim] == model.num_features
     model.reset_classifier(0)
     assert model.num_classes == 0 and model(images).shape == pooled
     model.reset_classifier(0, '')
@@ -109,7 +120,7 @@ def test_pooling_is_kept_unless_changed(model):
     with torch.inference_mode():
         assert torch.equal(model(images), model.forward_experts(images).mean(1))
         before = model.classifier.weight
-        model.reset_classifier(7, 'max')
+        model.reset_classifier(7, model.default_pool if model.has_fixed_pool else 'max')
         assert not torch.equal(model.get_classifier().weight, before)
         expected = model.forward_head(model.forward_features(images), pre_logits=True)
         model.reset_classifier(5)
@@ -140,14 +151,15 @@ def test_intermediates_agree_with_their_description(model):
     assert len(intermediates) == len(info) >= 3
     for one, level in zip(intermediates, info):
         assert one.shape == (2, level['num_chs'], *(-(-side // level['reduction']) for side in images.shape[2:]))
-    assert torch.equal(output, model.forward_features(images)) and torch.equal(output, intermediates[-1])
+    assert torch.equal(output, model.forward_features(images))
+    assert torch.equal(as_map(model, output), intermediates[-1])
     modules = dict(model.named_modules())
     assert all(level['module'] in modules for level in info)
     for i in range(len(info)):
         taken, = model.forward_intermediates(images, indices=[i], stop_early=True, intermediates_only=True)
         assert torch.equal(taken, intermediates[i])
     last, taken = model.forward_intermediates(images, indices=2)
-    assert len(taken) == 2 and torch.equal(taken[-1], last)
+    assert len(taken) == 2 and torch.equal(taken[-1], as_map(model, last))
     taken, = model.forward_intermediates(images, indices=[-2], intermediates_only=True)
     assert torch.equal(taken, intermediates[-2])
     for wrong in (0, len(info) + 1, [], [len(info)], [-len(info) - 1]):
@@ -165,7 +177,7 @@ def test_pruned_levels_are_the_same_and_all_used(model):
     for i, tap in enumerate(expected):
         pruned = copy.deepcopy(model)
         kept = pruned.prune_intermediate_layers([i], prune_norm=True)
-        features = pruned.forward_features(images)
+        features = as_map(pruned, pruned.forward_features(images))
         taken, = pruned.forward_intermediates(images, indices=kept, intermediates_only=True)
         assert torch.equal(features, tap) and torch.equal(taken, tap)
         features.sum().backward()
@@ -203,7 +215,7 @@ def test_layer_wise_learning_rates_rise_with_depth(model):
     assert scale[id(model.classifier.weight)] == 1 > scale[id(parameters[next(iter(parameters))])]
 
 
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', ['resnet32_shike', 'shike', 'swin'])
 def test_scripts(name):
     with set_layer_config(scriptable=True):
         model = create(name, num_classes=7).eval()
@@ -237,19 +249,19 @@ def test_traces_forward_and_backward(model):
 
 
 def test_pretrained_weights_are_adapted(built, tmp_path):
-    name, state = built.default_cfg['architecture'], built.state_dict()
+    name, state, options = built.default_cfg['architecture'], built.state_dict(), dict(built._model_args)
     torch.save(state, tmp_path / 'weights.pth')
     load = partial(timm.create_model, name, pretrained=True, pretrained_cfg_overlay=dict(
-        file=str(tmp_path / 'weights.pth'), num_classes=7), **built._model_args | dict(num_classes=7))
+        file=str(tmp_path / 'weights.pth'), num_classes=7), **options)
     first_conv = built.default_cfg['first_conv']
 
     def same(model, prefix=''):
         names = [key for key in state if not key.startswith(('classifier', f'{first_conv}.'))]
         own = model.state_dict()
-        return all(torch.equal(own[prefix + key], state[key]) for key in names)
+        return all(torch.equal(own[prefix + key], state[key]) for key in names if not prefix or '.head.' not in key)
 
     for num_classes in (5, 0):
-        model = create(name, in_chans=1, num_classes=num_classes)
+        model = timm.create_model(name, **dict(options, in_chans=1, num_classes=num_classes))
         loaded = load(in_chans=1, num_classes=num_classes)
         assert same(loaded) and not same(model) and loaded.num_classes == num_classes
         adapted = loaded.get_submodule(first_conv).weight
@@ -277,7 +289,7 @@ def test_missing_weights_are_one_sentence(name):
 
 
 def test_drop_rates_act_in_training_only():
-    for name in ('resnet32_shike', 'shike'):
+    for name in SMALL:
         model = create(name, drop_path_rate=0.5, num_classes=3).eval()
         images = small_images(model)
         assert any(isinstance(m, timm.layers.DropPath) and m.drop_prob == 0.5 for m in model.modules())

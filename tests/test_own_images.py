@@ -211,9 +211,10 @@ def test_a_folder_of_all_defects_trains_and_each_is_named(run_script, tmp_path):
     argv = [*RUN, '--data-dir', root, '--output', out]
     status, _, error = run_script('train.py', *argv)
     assert status == 2 and '--class-depth 1 or --class-depth 2' in error and not out.exists()
-    status, _, error = run_script('train.py', *argv, '--class-depth', '2', '--exif')
+    status, _, error = run_script('train.py', *argv, '--class-depth', '2')
     assert status == 0, error
     config = metrics(out / 'run' / 'model' / 'config.json')
+    assert config['exif'] is True
     assert dict(zip(config['label_names'], config['shot_counts'])) == {
         'ant': ants, 'naïve, "b"': 6, 'one': 1, 'market/indoor': 4, 'market/outdoor': 4, 'church/outdoor': 4}
     assert 'balanced is the mean over 5 of 6 classes' in error
@@ -231,6 +232,7 @@ def test_a_folder_of_all_defects_trains_and_each_is_named(run_script, tmp_path):
     status, text, _ = run_script('describe.py', '--data-dir', root, '--class-depth', '2', '--workers', '0', '--json')
     told = json.loads(text)
     assert status == 0 and len(told['train']['unreadable']) == 5 and told['train']['classes'] == 6
+    assert told['train']['turned'] == 1
     assert {'CMYK', 'P', 'LA', 'L', 'F'} < set(told['train']['modes'])
     assert [len(told['duplicates'][kind]) for kind in ('within_class', 'across_classes')] == [1, 1]
     assert len(told['train']['left_out']) == 4

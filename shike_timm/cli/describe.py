@@ -78,6 +78,7 @@ def _describe_split(data: AnySet, seen: List[Inspected]) -> Dict[str, Any]:
     )
     if readable:
         summary.update(zip(('width', 'height'), map(_three, zip(*(one.size for one in readable)))))
+        summary['turned'] = sum(one.is_turned for one in readable)
     extrema = [one.extrema for one in readable if one.extrema]
     if extrema:
         summary['pixel_range'] = [min(low for low, _ in extrema), max(high for _, high in extrema)]
@@ -144,7 +145,8 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
     Returns:
         `train` and `evaluation` (None without such a split): `images`, `classes` with images, `imbalance_factor`,
         `class_counts` by name, `classes_without_images`, `images_without_label`, `unreadable` with file and error,
-        `modes`, smallest, median and largest `width` and `height`, `pixel_range` of images of more than 8 bits.
+        `modes`, smallest, median and largest `width` and `height`, how many are `turned` by EXIF, `pixel_range` of
+        images of more than 8 bits.
         `no_evaluation`: why there is no evaluation split. `shots`: the many-, medium- and few-shot classes of training
         and their images. `duplicates`: groups of equal files, or pixels without files, `within_class`,
         `across_classes` and `across_splits`. `similar`: such groups of images that look alike, None if not looked for.
@@ -212,6 +214,8 @@ def _split_text(split: str, summary: Dict[str, Any]) -> List[str]:
                  for side in ('width', 'height') for low, middle, high in [summary[side]])
         modes = (f'{mode} {count}' for mode, count in summary['modes'].items())
         lines.append(f"  {', '.join(sizes)}; {', '.join(modes)}")
+    if summary.get('turned'):
+        lines.append(f"  turned by their EXIF orientation: {summary['turned']}, unless --no-exif is given")
     if 'pixel_range' in summary:
         lines.append('  values of deep images: {0:g} to {1:g}, all of --pixel-range {0:g} {1:g}'.format(
             *summary['pixel_range']))

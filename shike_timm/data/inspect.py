@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -23,7 +24,7 @@ from ..errors import InputError, one_line
 from ..files import write_text
 from .class_names import first_few
 from .dataset import AnySet, ImageSet, StreamSet
-from .decode import HIGHEST, ImageDecoder
+from .decode import HIGHEST, ImageDecoder, find_turn, image_extensions
 
 _logger = logging.getLogger(__name__)
 
@@ -79,15 +80,16 @@ def _memory(data: ImageSet) -> Path:
 
 
 def _stamp(data: ImageSet, index: int) -> str:
+    """All that decides whether an image can be read, empty if its file is not there."""
     try:
-        text = data.source.stamp(int(data.rows[index]))
+        text = f'{data.source.stamp(int(data.rows[index]))}|{data.decoder}|{PIL.__version__}|{len(image_extensions())}'
     except OSError:
         return ''
     return hashlib.blake2b(text.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()
 
 
-def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
-    """The fault of each unreadable image, by its index. Images that were read before are not read again."""
+def find_unreadable(data: ImageSet, workers: int = 0, anew: bool = False) -> Dict[int, str]:
+    """The fault of each unreadable image, by its index. Only `anew` are images read again that were read before."""
     stamps = [_stamp(data, index) for index in range(len(data))]
     path = _memory(data)
     known: Dict[str, Any] = {}
@@ -96,7 +98,9 @@ def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
     faults: Dict[int, str] = {}
     # The memory holds '' for a readable image, or its extrema if it is deep. Other entries are read again, since a
     # fault may have been the disk's.
-    unknown = [i for i, stamp in enumerate(stamps) if known.get(stamp) != '' and not isinstance(known.get(stamp), list)]
+    unknown = [
+        i for i, stamp in enumerate(stamps)
+        if anew or known.get(stamp) != '' and not isinstance(known.get(stamp), list)]
     reader = ImageReader(data.open, partial(_check, data.decoder), unknown)
     for index, (deep, fault) in zip(unknown, _read_all(reader, workers, 'checking images')):
         if fault:
@@ -117,9 +121,9 @@ def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
     return faults
 
 
-def exclude_unreadable(data: ImageSet, workers: int = 0) -> ImageSet:
+def exclude_unreadable(data: ImageSet, workers: int = 0, anew: bool = False) -> ImageSet:
     """A set without its unreadable images. Warnings name them. Each class must keep an image."""
-    faults = find_unreadable(data, workers)
+    faults = find_unreadable(data, workers, anew)
     if not faults:
         return data
     bad = sorted(faults)
@@ -146,6 +150,7 @@ class Inspected:
         name: Its path, or its index if it has none.
         digest: Digest of its file, or of its pixels if there is no file.
         extrema: Lowest and highest value of a deep image.
+        is_turned: Whether its EXIF orientation turns it.
         look: Perceptual hash of 64 bits, if asked for.
         error: Why it cannot be read.
     """
@@ -156,6 +161,7 @@ class Inspected:
     size: Optional[Tuple[int, int]] = None
     mode: str = ''
     extrema: Any = None
+    is_turned: bool = False
     look: Optional[int] = None
     error: Optional[str] = None
 
@@ -166,7 +172,7 @@ def _digest(content: Any) -> bytes:
 
 def _fill(found: Inspected, image: Image.Image, perceptual: bool) -> None:
     image.load()
-    found.size, found.mode = image.size, image.mode
+    found.size, found.mode, found.is_turned = image.size, image.mode, find_turn(image) is not None
     if ImageDecoder.is_deep(image):
         found.extrema = image.getextrema()
     if perceptual:

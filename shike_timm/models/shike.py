@@ -55,6 +55,8 @@ def to_map(x: Tensor, level: Dict[str, Any], size: Sequence[int]) -> Tensor:
     if level['output_fmt'] == 'NHWC':
         return x.permute(0, 3, 1, 2)
     if level['output_fmt'] == 'NLC':
+        if not level['has_map']:
+            raise ValueError(f"The tokens of '{level['module']}' are no map of the image: leave this level out.")
         grid = [-(-side // level['reduction']) for side in size]
         return x[:, level['num_prefix_tokens']:].transpose(1, 2).unflatten(2, grid)
     return x
@@ -185,7 +187,7 @@ class Shike(nn.Module):
         first_conv = [name for name, module in self.named_modules() if module in net.first_conv]
         # timm adapts these convolutions to other image channels.
         self._traits = dict(
-            first_conv=tuple(first_conv) if len(first_conv) > 1 else first_conv[0], img_size=net.img_size,
+            first_conv=first_conv[0] if len(first_conv) == 1 else tuple(first_conv) or None, img_size=net.img_size,
             fixed_input_size=net.fixed_input_size)
         self.has_own_heads = net.heads is not None
         self.has_fixed_pool = self.has_own_heads or self.output_fmt == 'NLC'
@@ -497,9 +499,9 @@ class Shike(nn.Module):
             self.num_features = level['num_chs']
             self.channel_dim = 1 if level['output_fmt'] == 'NCHW' else -1
             self.output_fmt, self.num_prefix_tokens = level['output_fmt'], level['num_prefix_tokens']
-            self._pool_plainly(self.num_features)
             prune_head = True
         if prune_head:
+            self._pool_plainly(self.num_features // self.num_experts)
             self.reset_classifier(0, '')
         return levels
 

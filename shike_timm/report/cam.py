@@ -6,11 +6,12 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.image_files import create_file_loader, find_images
 from ..errors import InputError
 from ..models import Shike
+from ..models.shike import to_map
 from ..options import option
 
 BATCH_SIZE = 32
@@ -25,14 +26,28 @@ class CamConfig:
         nargs='+')
 
 
+def _target_layer(model: Shike, expert: nn.Module) -> nn.Module:
+    """The module whose output a map shows: the fused features, or what the last block of an expert attends to.
+
+    Where the class token alone is classified, the other tokens of the last block have no gradient.
+    """
+    norms = [module for name, module in expert.named_modules() if name.endswith('.norm1')]
+    return norms[-1] if norms and model.default_pool == 'token' else expert
+
+
 def expert_maps(model: Shike, images: Tensor, classes: Sequence[int]) -> np.ndarray:
     """Grad-CAM [B, M, H, W] of each expert's fused features, for one class of each normalized image, from 0 to 1."""
     from pytorch_grad_cam import GradCAM  # pyright: ignore[reportMissingImports]
     from pytorch_grad_cam.utils import model_targets  # pyright: ignore[reportMissingImports]
+    level = model.feature_info[-1]
+    if not level.get('has_map', True):
+        raise InputError('--cam: the tokens of this backbone do not lie in the order of the image: leave it out.')
     targets: List[Any] = [model_targets.ClassifierOutputTarget(one) for one in classes]
     maps = []
     for expert in model.experts:  # The mean over experts scales their gradients, but maps have no scale.
-        with GradCAM(model, [expert]) as cam:
+        with GradCAM(
+                model, [_target_layer(model, expert)],
+                reshape_transform=lambda x: to_map(x, level, images.shape[2:])) as cam:
             maps.append(cam(images, targets))
     model.zero_grad()
     return np.stack(maps, axis=1)

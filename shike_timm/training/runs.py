@@ -62,6 +62,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     if checkpoint is None:
         start = load_start(config, config)
         config = with_trained_options(config, start) if start is not None else config
+        if start is None and config.exif is None and not config.dataset:  # Benchmarks and old models turn no images.
+            config = replace(config, exif=True)
     trainer = prepare(config, phases, device, checkpoint is None, saved.get('class_names'), folder)
     if checkpoint is not None:
         load_weights(trainer.model, checkpoint['state_dict'], path or '')

@@ -18,7 +18,8 @@ class Backbone:
     last_stages: Sequence[nn.Module]  # the private stages of each expert, as one module that gives features alone
     # Of the stem, if it is a feature level, of each shared stage and of the private stages: `num_chs`, `reduction`
     # (input over output resolution), `output_fmt` ('NCHW', 'NHWC' or 'NLC', timm's names), `num_prefix_tokens` (class
-    # and register tokens, which come before those of the patches).
+    # and register tokens, which come before those of the patches), and for tokens `has_map` (whether the others lie in
+    # the order of the image).
     feature_info: List[Dict[str, Any]]
     first_conv: List[nn.Module]  # the convolutions that see the images
     initialised: bool  # whether the parameters have their initial values already

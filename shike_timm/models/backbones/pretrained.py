@@ -60,7 +60,12 @@ def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
     if missing:
         raise ValueError(
             f"pretrained_backbone '{source}' has no '{missing[0]}': expected a state dict of timm's '{name}'.")
-    return weights
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or cfg.num_classes or not cfg.classifier:
+        return weights
+    heads = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier
+    # timm leaves out a classifier only where its own weights have one.
+    return {key: value for key, value in weights.items() if not key.startswith(tuple(f'{one}.' for one in heads))}
 
 
 @contextmanager

@@ -46,24 +46,37 @@ class Split:
     """The parts of a timm model, found on the meta device and taken from any other instance."""
 
     def __init__(self, net: Any, name: str):
-        infos = list(getattr(net, 'feature_info', None) or [])
+        infos, modules = [dict(info) for info in getattr(net, 'feature_info', None) or []], dict(net.named_modules())
         if not hasattr(net, 'forward_features') or len(infos) < 2:
             raise _refusal(name, 'timm knows no feature levels of it')
-        self.name, self.net, self.levels = name, net, [info['module'] for info in infos]
+        for info in infos:  # some are named as in a part of the network, or by an older name
+            own = info['module']
+            names = (own, f'encoder.{own}', own.replace('block.', 'blocks.'), own.replace('block.', 'stages.'))
+            info['module'] = next((one for one in names if one in modules), '')
+        self.name, self.net, self.levels = name, net, [info['module'] for info in infos if info['module']]
         channels, *self.size = get_model_input_config(net)['input_size']
         images = torch.empty(2, channels, *self.size, device='meta', dtype=torch.float32)
         self.nodes = self._trace('forward_features', images)
         features = self.nodes[-1].meta['value']
+        if isinstance(features, (tuple, list)):
+            raise _refusal(name, f'its last stage gives {len(features)} features of which experts would fuse one')
         last = self._describe(dict(infos[-1], num_chs=net.num_features), features)
         if last is None:
             raise _refusal(name, f'its last stage gives no features of {net.num_features} channels')
-        self.head = self._trace('forward_head', features)
-        self.cuts = [self._cut_after(info) for info in infos[:-1]]
+        try:
+            self.head = self._trace('forward_head', features)
+        except NotImplementedError:  # of an encoder, whose map is pooled
+            self.head = []
+        self.cuts = [self._cut_after(info) for info in infos[:-1] if self._places(info['module'])]
+        if not self.cuts:
+            raise _refusal(name, 'its forward pass calls none of the stages that timm names')
         self.cuts.append(_Cut(len(self.nodes) - 1, self.nodes[-1].all_input_nodes, level=last))
 
     def _trace(self, method: str, value: Tensor) -> List[fx.Node]:
         try:
             return trace(self.net, self.levels, method, value)
+        except NotImplementedError:
+            raise
         except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise _refusal(
                 self.name, f'its {method} cannot be traced ({str(error).splitlines()[0][:120]})') from error
@@ -71,20 +84,21 @@ class Split:
     def _describe(self, info: Dict[str, Any], value: Any) -> Optional[Dict[str, Any]]:
         """What features are, None if they are neither a feature map nor tokens of `num_chs` channels."""
         shape, num_chs = tuple(getattr(value, 'shape', ())), info['num_chs']
-        level = dict(num_chs=num_chs, reduction=info['reduction'], num_prefix_tokens=0)
+        level = dict(module=info['module'], num_chs=num_chs, reduction=info['reduction'], num_prefix_tokens=0)
         if len(shape) == 3 and shape[2] == num_chs:
             height, width = (-(-side // level['reduction']) for side in self.size)
-            return dict(level, output_fmt='NLC', num_prefix_tokens=max(shape[1] - height * width, 0))
+            prefix = shape[1] - height * width
+            has_map = prefix >= 0 and not hasattr(self.net, 'reroll')  # or the tokens are not in the image's order
+            return dict(level, output_fmt='NLC', num_prefix_tokens=max(prefix, 0), has_map=has_map)
         if len(shape) != 4 or num_chs not in (shape[1], shape[3]):
             return None
         nhwc = shape[3] == num_chs and (shape[1] != num_chs or getattr(self.net, 'output_fmt', '') == 'NHWC')
         return dict(level, output_fmt='NHWC' if nhwc else 'NCHW')
 
-    def _place(self, name: str) -> int:
-        places = [i for i, node in enumerate(self.nodes) if node.op == 'call_module' and node.target == name]
-        if len(places) != 1:
-            raise _refusal(self.name, f"its forward pass calls '{name}' {len(places)} times")
-        return places[0]
+    def _places(self, name: str) -> List[int]:
+        """Where a module is called, or the modules in it, if it is a list of modules."""
+        return [i for i, node in enumerate(self.nodes) if name and node.op == 'call_module' and (
+            node.target == name or str(node.target).startswith(name + '.'))]
 
     def _alive(self, end: int) -> List[fx.Node]:
         later = set(self.nodes[end:])
@@ -92,11 +106,16 @@ class Split:
 
     def _cut_after(self, info: Dict[str, Any]) -> _Cut:
         name = info['module']
-        end = self._place(name) + 1
+        end = self._places(name)[-1] + 1
         node = self.nodes[end - 1]
         value = node.meta['value']
         candidates = list(enumerate(value)) if isinstance(value, (tuple, list)) else [(None, value)]
         found = [(i, level) for i, one in candidates if (level := self._describe(info, one))]
+        if not found and isinstance(value, list):  # maps of several resolutions, before timm brings them to num_chs
+            found = [
+                (i, dict(level, output_fmt='NCHW')) for i, one in candidates if one.ndim == 4 and (
+                    level := dict(info, num_chs=one.shape[1], num_prefix_tokens=0))
+                and one.shape[2] * info['reduction'] == self.size[0]]
         if not found:
             raise _refusal(self.name, f"'{name}' gives no features of {info['num_chs']} channels")
         index, level = found[0]
@@ -125,7 +144,7 @@ class Split:
 
     def cut_before(self, name: str) -> _Cut:
         """The place before a module, whose first argument comes first."""
-        end = self._place(name)
+        end = self._places(name)[0]
         return _Cut(end, sorted(self._alive(end), key=lambda node: node not in self.nodes[end].args[:1]))
 
     def parts(self, net: nn.Module, cuts: Sequence[_Cut]) -> List[nn.Module]:
@@ -138,7 +157,7 @@ class Split:
     def has_own_head(self) -> bool:
         """Whether more than the pooling of a map stands between features and classifier."""
         if self.cuts[-1].level['output_fmt'] == 'NLC':
-            return True
+            return bool(self.head)
         return any(
             node.op == 'get_attr' or node.op == 'call_module' and any(
                 True for _ in self.net.get_submodule(str(node.target)).parameters())
@@ -221,10 +240,8 @@ def timm_backbone(
     private = _count_private(name, column, len(shared) + 1, private_stages, private_blocks)
     shared = shared[:len(shared) + 1 - private] if private else split.all_levels(shared) + [last]
     # If no level has a high resolution, the first stage is a single module, and the stem is all before it.
-    start = stem or [split.cut_before(net.feature_info[0]['module'])]
-    first_conv = net.default_cfg['first_conv']
-    if not first_conv:
-        raise _refusal(name, 'timm does not say which convolution sees the images')
+    start = stem or [split.cut_before(shared[0].level['module'])]
+    first_conv = net.default_cfg['first_conv'] or ()
     nets = [
         timm.create_model(name, num_classes=0, **kwargs, **(weights or {}), device=device, dtype=dtype)
         for _ in range(num_experts if private else 1)]
@@ -241,7 +258,7 @@ def timm_backbone(
         heads=[split.make_head(one) for one in nets] if private and split.has_own_head else None,
         global_pool=global_pool or (
             net.global_pool if private and isinstance(getattr(net, 'global_pool', 0), str) else 'avg'),
-        head_hidden_size=None if not private else split.head[-1].meta['value'].shape[-1],
+        head_hidden_size=split.head[-1].meta['value'].shape[-1] if private and split.head else None,
         img_size=tuple(input_config['input_size'][1:]) if has_size else None,
         fixed_input_size=input_config['fixed_input_size'],
         no_weight_decay=net.no_weight_decay() if hasattr(net, 'no_weight_decay') else set(),

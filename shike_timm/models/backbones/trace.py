@@ -8,6 +8,12 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 
+class _Proxy(fx.Proxy):
+    def __len__(self) -> int:
+        value = self.node.meta['value']
+        return super().__len__() if isinstance(value, Tensor) else len(value)
+
+
 class Tracer(fx.Tracer):
     """Records which modules, functions and parameters a forward pass on the meta device uses, in which order.
 
@@ -36,7 +42,25 @@ class Tracer(fx.Tracer):
         return forward(*args, **kwargs) if self.running else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Dict[str, Any]) -> Any:
-        return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
+        if self.running:
+            return attr_val
+        if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
+            # A buffer is taken from the network that a part is made of, as a parameter is.
+            names = [name for name, buffer in self.root.named_buffers() if buffer is attr_val]
+            return self.create_proxy('get_attr', names[0], (), {}) if names else attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def record_method(self, path: str, module: nn.Module, method: str) -> None:
+        """Record a method of a module as one step, where the network calls it by its name and not the module itself."""
+        own = getattr(module, method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.running:
+                return own(*args, **kwargs)
+            return self.create_proxy(
+                'call_method', method, (self.create_proxy('get_attr', path, (), {}), *args), kwargs)
+
+        setattr(module, method, call)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
@@ -50,6 +74,7 @@ class Tracer(fx.Tracer):
 
     def _run(self, node: fx.Node) -> Any:
         args: Any = map_arg(node.args, lambda one: one.meta['value'])
+        args = [list(one) if isinstance(one, list) else one for one in args]  # that of a node cannot be changed
         kwargs: Any = map_arg(node.kwargs, lambda one: one.meta['value'])
         if node.op == 'placeholder':
             return self.value
@@ -61,15 +86,30 @@ class Tracer(fx.Tracer):
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs) if callable(node.target) else args[0]  # of the output
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def iter(self, obj: fx.Proxy) -> Any:
-        return iter([obj[i] for i in range(len(obj.node.meta['value']))])
+        if isinstance(obj.node.meta['value'], Tensor):
+            return super().iter(obj)
+        return iter([obj[i] for i in range(len(obj))])
 
 
 @torch.no_grad()
 def trace(net: Any, levels: Sequence[str], method: str, value: Tensor) -> List[fx.Node]:
     """The nodes of a method of a network on the meta device, in order, without checks and unused sizes."""
-    graph = Tracer(levels, method, value).trace(net.eval())
+    tracer = Tracer(levels, method, value)
+    embeddings = [(path, module) for path, module in net.named_modules() if hasattr(module, 'get_embed')]
+    for path, module in embeddings:  # rotary position embeddings
+        tracer.record_method(path, module, 'get_embed')
+    try:
+        graph = tracer.trace(net.eval())
+    finally:
+        for _, module in embeddings:
+            del module.get_embed
     for node in reversed(list(graph.nodes)):
+        if node.op == 'get_attr' and str(node.target).startswith('_tensor_constant'):
+            raise fx.proxy.TraceError('it makes tensors of nothing that other networks have')
         sizes = isinstance(node.meta.get('value'), (int, torch.Size))
         if not node.users and (node.target is torch._assert or sizes and node.op != 'output'):
             graph.erase_node(node)
