@@ -109,6 +109,20 @@ def test_hashes_within_a_few_bits():
     assert sorted(map(sorted, find_similar(looks))) == [[0, 1, 2, 3, 4], [6, 7]]  # the fifth by way of the third
 
 
+def test_hashes_that_share_many_bits():
+    """They are found as by comparing each with each, and a hundred thousand of them in seconds."""
+    rng = np.random.default_rng(0)
+    shared = rng.integers(2 ** 32, size=10, dtype=np.uint64)[:, None] << np.uint64(32)
+    looks = (shared + rng.integers(2 ** 32, size=10_000, dtype=np.uint64)).ravel()
+    looks[:50] = looks[100] ^ (np.uint64(1) << np.arange(50, dtype=np.uint64))
+    found = find_similar(looks.tolist())
+    assert max(found, key=len)[:51] == [*range(50), 100]
+    few = looks[:2000]
+    near = np.unpackbits((few[:, None] ^ few).view(np.uint8).reshape(2000, -1, 8), axis=2).sum(2) <= 3
+    expected = {tuple(sorted(group)) for group in map(np.flatnonzero, np.linalg.matrix_power(near[:200, :200], 9))}
+    assert {tuple(group) for group in find_similar(few[:200].tolist())} == {one for one in expected if len(one) > 1}
+
+
 def test_one_split_and_sets_in_memory(image_folder, run_script):
     shutil.rmtree(image_folder / 'validation')
     told = describe_data(parse_describe_args(['--data-dir', str(image_folder), '--workers', '0']))

@@ -55,7 +55,7 @@ class TrainDataConfig:
         ' to evaluate on, it is 0.2', 'SHARE', low=0, below=1, card='changed')
     group_key: Optional[str] = option(
         None, 'group of an image: a column, or a regular expression that is searched for in paths. --holdout keeps the '
-        'images of a group together', 'REGEX|COLUMN', card='changed')
+        'images of a group together', 'REGEX|COLUMN', card='never')
     val_per_class: int = option(
         0, 'evaluate on the last N training images of each class of a *_lt data set. They are set aside before the '
         'long-tailed subset is cut', low=0, card='changed')

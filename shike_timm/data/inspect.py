@@ -1,6 +1,7 @@
 """Reads every image of a set: before training, for `shike describe` and for `shike predict`."""
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -215,18 +216,21 @@ def find_similar(looks: Sequence[int]) -> List[List[int]]:
     from scipy.sparse import coo_array  # imagehash requires scipy.
     from scipy.sparse.csgraph import connected_components
     hashes, which = np.unique(np.array(looks, dtype=np.uint64), return_inverse=True)
+    ones = np.unpackbits(np.arange(2 ** 16, dtype=np.uint16)[:, None].view(np.uint8), axis=1).sum(1)
     pairs = [np.empty((2, 0), dtype=np.int64)]
-    # Hashes are cut into MAX_BITS + 1 parts. Two that differ in MAX_BITS bits are equal in at least one part.
-    width = 64 // (MAX_BITS + 1)
-    for part in range(MAX_BITS + 1):
-        keys = (hashes >> np.uint64(width * part)) & np.uint64(2 ** width - 1)
-        order = np.argsort(keys, kind='stable')
-        for rows in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
-            for place, row in enumerate(rows[:-1]):
-                others = rows[place + 1:]
-                bits = np.unpackbits((hashes[others] ^ hashes[row])[:, None].view(np.uint8), axis=1)
-                near = others[bits.sum(1) <= MAX_BITS]
-                pairs.append(np.stack([near, np.full_like(near, row)]))
+    # The bits are dealt out to 2 * MAX_BITS parts. Two hashes that differ in MAX_BITS bits share half of the parts.
+    parts = [sum(1 << bit for bit in range(start, 64, 2 * MAX_BITS)) for start in range(2 * MAX_BITS)]
+    for some in itertools.combinations(parts, MAX_BITS):
+        keys = hashes & np.uint64(sum(some))
+        order = np.argsort(keys)
+        keys, first, distance = keys[order], np.arange(len(keys)), 0
+        while len(first):  # Pairs of equal keys, first of neighbours in the order, then of those further away.
+            distance += 1
+            first = first[:np.searchsorted(first, len(keys) - distance)]
+            first = first[keys[first] == keys[first + distance]]
+            one, other = order[first], order[first + distance]
+            near = ones[(hashes[one] ^ hashes[other]).view(np.uint16).reshape(-1, 4)].sum(1) <= MAX_BITS
+            pairs.append(np.stack([one[near], other[near]]))
     edges = np.concatenate(pairs, axis=1)
     graph = coo_array((np.ones(edges.shape[1], dtype=bool), tuple(edges)), shape=(len(hashes), len(hashes)))
     group_of = connected_components(graph, directed=False)[1]

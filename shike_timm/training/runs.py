@@ -128,8 +128,8 @@ def prepare(
             'or use --holdout.')
     if not all(phase.is_retraining for phase in phases):
         check_compiler(config.torchcompile, config.torchcompile_mode, device)
-    with local_primary_first():
-        data = load_training_data(config, class_names, source, config.workers, config.batch_size, config.seed)
+    data = local_primary_first(lambda: load_training_data(
+        config, class_names, source, config.workers, config.batch_size, config.seed))
     if config.num_classes not in (None, data.num_classes):
         raise InputError(
             f'--num-classes {config.num_classes} contradicts the {data.num_classes} classes of the data: leave it out.')
