@@ -1,6 +1,9 @@
 """Runs on users' own images: what is trained, refused, kept and told."""
 import csv
+import io
 import json
+import logging
+import os
 import shutil
 
 import numpy as np
@@ -12,6 +15,7 @@ from image_data import CPU, RUN, load, load_evaluation
 from PIL import Image
 
 import shike_timm
+import shike_timm_cli
 from shike_timm.cli.train import parse_train_args
 from shike_timm.metrics import METRICS
 from shike_timm.pretrained.folder import export_model
@@ -292,3 +296,28 @@ def test_a_run_on_lists_is_evaluated_without_them(coloured, run_script, tmp_path
     (run / 'args.yaml').write_text(args.replace(f'data_dir: {coloured}', "data_dir: 'pipe:touch x'"))
     status, _, error = run_script('eval.py', '--model', run, '--device', 'cpu')
     assert status == 2 and 'may not start a process' in error
+
+
+def test_names_that_the_output_cannot_print(make_images, tmp_path, monkeypatch):
+    """A class whose name is no UTF-8, one that is not in the code page of the output, and a directed output."""
+    root, out = make_images({'train/漢字': 4, 'train/x': 4}), tmp_path / 'out'
+    monkeypatch.setattr(logging.root.manager, 'disable', logging.CRITICAL)  # xdist cannot send such names.
+    (root / 'train' / 'x').rename(root / 'train' / os.fsdecode(b'caf\xe9'))
+    shutil.copytree(root / 'train', root / 'val')
+
+    def run(*argv):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
+        monkeypatch.setattr('sys.stdout', stdout)
+        monkeypatch.setattr('sys.argv', ['shike', *map(str, argv)])
+        assert shike_timm_cli.main() == 0
+        stdout.flush()
+        return stdout.buffer.getvalue().decode('cp1252')
+
+    run('train', *RUN, '--data-dir', root, '--output', out)
+    table = run('predict', root / 'val', '--model', out / 'run', '--topk', '2', '--workers', '0', '--device', 'cpu')
+    assert 'caf\\udce9' in table and '\\u6f22\\u5b57' in table and table.count('\n') == 9
+    run('predict', root / 'val', '--model', out / 'run', '--device', 'cpu', '--results-file', tmp_path / 'p.csv')
+    assert {row['label'] for row in csv.DictReader((tmp_path / 'p.csv').open(encoding='utf-8'))} <= {
+        'caf\\udce9', '漢字'}
+    assert 'caf\\udce9 4' in run('describe', '--data-dir', root, '--workers', '0')
+    run('eval', '--model', out / 'run', '--device', 'cpu', '--workers', '0', '--report', tmp_path / 'report')
