@@ -1,19 +1,21 @@
 """The processes of a run, started by torchrun or Slurm. A single process is rank 0 of 1."""
-import argparse
 import logging
 import os
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, Optional
+from datetime import timedelta
+from typing import Any, Callable, List, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.utils import distribute_bn, init_distributed_device, is_distributed_env, world_info_from_env
+from timm.utils import distribute_bn, is_distributed_env, world_info_from_env
 from torch import Tensor, nn
 
 from .devices import resolve_device
 from .errors import InputError, one_line
 
 _logger = logging.getLogger(__name__)
+
+LONGEST_WAIT = timedelta(minutes=30)  # Of one process for the others, such as for the first one to read all images.
+Result = TypeVar('Result')
 
 
 def rank() -> int:
@@ -49,7 +51,7 @@ def join_processes(name: Optional[str]) -> torch.device:
         # gloo carries numbers and objects of the host. So no process waits for a GPU.
         backend = 'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo'
         try:
-            init_distributed_device(argparse.Namespace(device=kind, dist_backend=backend))
+            dist.init_process_group(backend, rank=number, world_size=count, timeout=LONGEST_WAIT)
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f'{count} processes are expected and this one cannot join them ({one_line(error)}): start them with '
@@ -57,34 +59,44 @@ def join_processes(name: Optional[str]) -> torch.device:
     return resolve_device(f'cuda:{local_rank}' if kind == 'cuda' else kind)
 
 
-@contextmanager
-def local_primary_first() -> Iterator[None]:
-    """Let the first process of each machine go before the others, which then find the files that it wrote.
+def _raise_together(error: Optional[Exception]) -> None:
+    """Raise the error of any process in all of them."""
+    errors: List[Optional[Exception]] = [error]
+    if world_size() > 1:
+        errors = [None] * world_size()
+        dist.all_gather_object(errors, error)
+    for one in errors:
+        if one is not None:
+            raise one
 
-    If it fails, the others go on and fail likewise.
+
+def local_primary_first(function: Callable[[], Result]) -> Result:
+    """Call a function in the first process of each machine, and then in the others, which find the files that it wrote.
+
+    All processes raise what any of them raises.
     """
-    waits = world_size() > 1 and world_info_from_env()[0] > 0
-    if waits:
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if world_size() > 1 and not waits:
-            dist.barrier()
+    is_first = world_size() == 1 or world_info_from_env()[0] == 0
+    result: Any = None
+    for turn in (True, False):
+        error = None
+        if is_first is turn:
+            try:
+                result = function()
+            except Exception as raised:
+                error = raised
+        _raise_together(error)
+    return result
 
 
 def on_primary(function: Callable[..., Any], *args: Any) -> None:
     """Call a function in the first process only. The others wait, and all raise what it raises."""
-    errors: List[Optional[Exception]] = [None]
+    error = None
     if rank() == 0:
         try:
             function(*args)
-        except Exception as error:
-            errors = [error]
-    if world_size() > 1:
-        dist.broadcast_object_list(errors)
-    if errors[0] is not None:
-        raise errors[0]
+        except Exception as raised:
+            error = raised
+    _raise_together(error)
 
 
 def over_processes(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:

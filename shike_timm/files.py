@@ -79,6 +79,11 @@ def write_whole(path: Union[str, Path], mode: str = 'w') -> Iterator[IO[Any]]:
             Path(opened).unlink(missing_ok=True)
 
 
+def spreadsheet_cell(value: Any) -> Any:
+    """A cell of a table: text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(('=', '+', '-', '@', '\t', '\r')) else value
+
+
 def write_text(path: Union[str, Path], text: str) -> None:
     """Write a text file as `write_whole` does."""
     with write_whole(path) as file:

@@ -1,11 +1,13 @@
 """Files of images: depth, colour, orientation, and what is broken."""
 import io
+import os
+import struct
 
 import numpy as np
 import pytest
 import torch
 from image_data import CPU, load, loader_config
-from PIL import Image
+from PIL import Image, ImageOps
 
 from shike_timm.data import AugmentationConfig, LoaderConfig, create_eval_loader, create_train_loader
 from shike_timm.data.decode import ImageDecoder
@@ -44,8 +46,47 @@ def test_exif_on_demand():
     exif[274] = 6
     Image.new('RGB', (4, 2)).save(file, 'jpeg', exif=exif)
     assert ImageDecoder()(Image.open(file)).size == (4, 2) and ImageDecoder(exif=True)(Image.open(file)).size == (2, 4)
+    for orientation in range(1, 9):
+        exif[274] = orientation
+        values = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(values).save(file := io.BytesIO(), 'png', exif=exif)
+        image = Image.open(file)
+        assert ImageDecoder(exif=True)(image).tobytes() == ImageOps.exif_transpose(image).tobytes()
     deep = io.BytesIO(b'P5 2 1 65535\n' + np.array([0, 65535], dtype='>u2').tobytes())
     assert ImageDecoder(exif=True)(Image.open(deep)).getextrema() == ((0, 255),) * 3
+
+
+@pytest.mark.parametrize('name, size', [('tobytes', (2, 4)), ('load', (4, 2))])
+def test_damaged_exif_data_is_no_fault_of_the_pixels(make_images, monkeypatch, name, size):
+    """Photographs whose data cannot be written again are turned. Those whose data cannot be read are left as they are.
+    """
+    root = make_images({'ant': 4, 'bee': 4})
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new('RGB', (4, 2)).save(root / 'ant' / 'phone.jpg', exif=exif)
+
+    def fail(*args):
+        raise struct.error('short format requires')
+
+    monkeypatch.setattr(Image.Exif, name, fail)
+    data = load(root, exif=True, holdout=0.4)
+    images = [
+        one.read(i).size for one in (data.train, data.test) for i in range(len(one)) if 'phone' in one.filename(i)]
+    assert images == [size] and not data.train.notes
+
+
+def test_the_memory_of_the_check_holds_all_that_decides(make_images, caplog):
+    root = make_images({'ant': 4, 'bee': 4})
+    path, cut = root / 'ant' / '0.png', b'no image'
+    load(root)
+    status = path.stat()
+    path.write_bytes(cut + bytes(status.st_size - len(cut)))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # The disk spoils a file in silence.
+    assert not load(root).train.notes
+    for options in (dict(check_images=True), dict(exif=True), dict(in_chans=1)):
+        caplog.clear()
+        load(root, **options)
+        assert caplog.text.count("'ant/0.png' cannot be read and is left out") == 1
 
 
 def test_a_range_that_is_hardly_used_is_named(make_images, caplog):

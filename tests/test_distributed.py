@@ -12,6 +12,7 @@ from itertools import chain
 import pytest
 import torch
 from conftest import ROOT, TINY
+from image_data import RUN
 
 from shike_timm import distributed
 from shike_timm.checkpoints import load_checkpoint
@@ -141,16 +142,48 @@ def test_what_a_gpu_is_needed_for(monkeypatch):
         distributed.join_processes('cuda')
 
 
-@pytest.mark.parametrize('local_rank, expected', [(0, ['read', 'met']), (1, ['met', 'read'])])
+@pytest.mark.parametrize('local_rank, expected', [(0, ['read', 'met', 'met']), (1, ['met', 'read', 'met'])])
 def test_nobody_waits_for_a_process_that_fails(monkeypatch, local_rank, expected):
     seen = []
-    monkeypatch.setattr(distributed, 'world_size', lambda: 2)
-    monkeypatch.setattr(distributed, 'world_info_from_env', lambda: (local_rank, local_rank, 2))
-    monkeypatch.setattr(distributed.dist, 'barrier', lambda: seen.append('met'))
-    with pytest.raises(InputError), distributed.local_primary_first():
+
+    def gather(errors, error):
+        seen.append('met')
+        errors[:] = [error, None]
+
+    def fail():
         seen.append('read')
         raise InputError('no data')
+
+    monkeypatch.setattr(distributed, 'world_size', lambda: 2)
+    monkeypatch.setattr(distributed, 'world_info_from_env', lambda: (local_rank, local_rank, 2))
+    monkeypatch.setattr(distributed.dist, 'all_gather_object', gather)
+    assert distributed.local_primary_first(lambda: seen.append('read') or 7) == 7
     assert seen == expected
+    seen.clear()
+    with pytest.raises(InputError, match='no data'):
+        distributed.local_primary_first(fail)
+    assert seen == expected[:expected.index('read') + 2]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all(image_folder, tmp_path, unused_port):
+    """Without an agent, as under Slurm. It may find no data, or be killed."""
+    def start(number, data):
+        context = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=unused_port)
+        return subprocess.Popen(
+            [sys.executable, 'train.py', *RUN, '--data-dir', data, '--epochs', '99', '--output', tmp_path], cwd=ROOT,
+            env={**ENVIRONMENT, **{name: str(value) for name, value in context.items()}}, stderr=subprocess.PIPE,
+            text=True)
+
+    for process in [start(0, tmp_path / 'nowhere'), start(1, image_folder)]:
+        _, error = process.communicate(timeout=100)
+        assert process.returncode == 2 and "nowhere' does not exist" in error and 'Traceback' not in error
+    first, second = start(0, image_folder), start(1, image_folder)
+    wait_for(tmp_path / 'run', 'one', 1, 0)
+    second.kill()
+    _, error = first.communicate(timeout=100)
+    second.communicate()
+    assert first.returncode == 1 and 'Another process of the run is gone' in error and 'Traceback' not in error, error
 
 
 def test_restarts_that_torchrun_does_not_do_reliably(monkeypatch, caplog):

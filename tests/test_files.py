@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from shike_timm.files import write_text, write_whole
+from shike_timm.files import spreadsheet_cell, write_text, write_whole
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -57,3 +57,10 @@ def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
         file.write('half')
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert 'results.json' in str(raised.value) and not list(tmp_path.iterdir())
+
+
+def test_cells_of_spreadsheets():
+    for text in ('=1+1', '+1', '-1', '@SUM(A1)', '\t=1', '\r=1'):
+        assert spreadsheet_cell(text) == spreadsheet_cell(spreadsheet_cell(text)) == f"'{text}"
+    for value in ('a=1', '', "'=1", -1.5, None):
+        assert spreadsheet_cell(value) == value

@@ -2,6 +2,7 @@
 import csv
 import os
 import shutil
+import tarfile
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from shike_timm.data.class_names import natural_order
 from shike_timm.data.dataset import Names
+from shike_timm.data.image_files import find_images
 from shike_timm.errors import InputError
 
 
@@ -176,3 +178,71 @@ def test_names_are_bytes():
     names = ['a', '', 'naïve', os.fsdecode(b'\xff\xfe.png')]
     kept = Names(names)
     assert list(kept) == names and len(kept) == 4 and kept.bytes.nbytes == 13
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A folder whose images and classes are partly links, and a tar archive of it."""
+    root = tmp_path / 'linked'
+    for name, color in (('ant', 'red'), ('bee', 'blue')):
+        (root / 'real' / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new('RGB', (8, 8), color).save(root / 'real' / name / f'{number}.png')
+    (root / 'real' / 'ant' / 'up').symlink_to('.')
+    (root / 'real' / 'bee' / 'round').symlink_to('round')
+    (root / 'real' / 'bee' / 'gone.png').symlink_to('nowhere.png')
+    os.mkfifo(root / 'real' / 'bee' / 'pipe.png')
+    os.link(root / 'real' / 'ant' / '0.png', root / 'real' / 'ant' / 'hard.png')
+    for name in ('.cache', '.cache/deep'):
+        (root / 'real' / name).mkdir()
+        (root / 'real' / name / 'x.png').write_bytes(b'')
+    (root / 'train').symlink_to('real')
+    (root / 'val').mkdir()
+    (root / 'val' / 'ant').symlink_to('../real/ant')
+    (root / 'val' / 'bee').mkdir()
+    (root / 'val' / 'bee' / 'same.png').symlink_to('../../train/bee/1.png')
+    with tarfile.open(tmp_path / 'linked.tar', 'w') as tar:
+        tar.add(root, '.')
+    return root
+
+
+def test_links_are_read_in_a_folder_as_in_an_archive(linked):
+    for root in (linked, linked.with_suffix('.tar')):
+        data = load(root)
+        assert sorted(labels_of(data.train).items()) == [
+            *((f'train/ant/{name}.png', 'ant') for name in (0, 1, 2, 'hard')),
+            *((f'train/bee/{number}.png', 'bee') for number in range(3))]
+        assert sorted(labels_of(data.test)) == [
+            *(f'val/ant/{name}.png' for name in (0, 1, 2, 'hard')), 'val/bee/same.png']
+        assert data.test.read(4).getpixel((0, 0)) == (0, 0, 255)
+        notes = data.train.notes
+        assert '2 unreadable (train/bee/gone.png, train/bee/pipe.png)' in notes
+        assert '1 file of other types (round)' in notes
+        assert '2 hidden names (.cache)' in notes
+
+
+def test_splits_that_link_to_one_folder(linked):
+    (linked / 'train').unlink()
+    shutil.rmtree(linked / 'val')
+    (linked / 'training').symlink_to('real')
+    (linked / 'valid').symlink_to('training')
+    data = load(linked)
+    assert len(data.train) == len(data.test) == 7
+
+
+def test_a_folder_that_cannot_be_read_is_named(linked, monkeypatch):
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith('train/bee'):
+            raise PermissionError(13, 'Permission denied', path)
+        return scan(path)
+
+    (linked / 'train').unlink()
+    shutil.copytree(linked / 'real' / 'bee', linked / 'train' / 'bee', symlinks=True, ignore=lambda *_: ['pipe.png'])
+    shutil.copytree(linked / 'real' / 'bee', linked / 'train' / 'cat', symlinks=True, ignore=lambda *_: ['pipe.png'])
+    shutil.copytree(linked / 'real' / 'bee', linked / 'train' / 'ant', symlinks=True, ignore=lambda *_: ['pipe.png'])
+    shutil.rmtree(linked / 'val')
+    monkeypatch.setattr(os, 'scandir', scandir)
+    assert '1 folders that cannot be read (train/bee)' in load(linked).describe()
+    assert str(linked / 'train' / 'bee') in find_images([str(linked / 'train')])

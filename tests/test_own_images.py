@@ -11,7 +11,9 @@ import yaml
 from image_data import CPU, RUN, load, load_evaluation
 from PIL import Image
 
+import shike_timm
 from shike_timm.cli.train import parse_train_args
+from shike_timm.metrics import METRICS
 from shike_timm.pretrained.folder import export_model
 from shike_timm.pretrained.load import load_trained_model
 from shike_timm.pretrained.teacher import load_teacher
@@ -56,6 +58,11 @@ def test_names_decide_wherever_labels_meet_weights(run_script, coloured, tmp_pat
             '--results-file', result)
         assert status == 0, error
         assert metrics(result)['top1'] == trained['top1'] and metrics(result)['per_class']['names'][1] == '2'
+    # The model knows its data and its shot divisions.
+    for model in (run, run / 'model', run / 'stage_two' / 'last.pth.tar'):
+        found = shike_timm.evaluate(model=str(model), device='cpu', workers=0)
+        assert {key: found[key] for key in METRICS} == {key: trained[key] for key in METRICS}
+    assert shike_timm.evaluate(model=str(run), many_shot=3, device='cpu', workers=0)['many'] is None
     # Resumed and retrained with classes in another order: the weights' own order is kept.
     (run / 'metrics.json').unlink()
     shutil.rmtree(run / 'stage_two')
@@ -211,9 +218,10 @@ def test_a_folder_of_all_defects_trains_and_each_is_named(run_script, tmp_path):
     argv = [*RUN, '--data-dir', root, '--output', out]
     status, _, error = run_script('train.py', *argv)
     assert status == 2 and '--class-depth 1 or --class-depth 2' in error and not out.exists()
-    status, _, error = run_script('train.py', *argv, '--class-depth', '2', '--exif')
+    status, _, error = run_script('train.py', *argv, '--class-depth', '2')
     assert status == 0, error
     config = metrics(out / 'run' / 'model' / 'config.json')
+    assert config['exif'] is True
     assert dict(zip(config['label_names'], config['shot_counts'])) == {
         'ant': ants, 'naïve, "b"': 6, 'one': 1, 'market/indoor': 4, 'market/outdoor': 4, 'church/outdoor': 4}
     assert 'balanced is the mean over 5 of 6 classes' in error
@@ -230,9 +238,12 @@ def test_a_folder_of_all_defects_trains_and_each_is_named(run_script, tmp_path):
         assert error.count(f"'ant/{name}' cannot be read and is left out") == 1 and why in error, error
     status, text, _ = run_script('describe.py', '--data-dir', root, '--class-depth', '2', '--workers', '0', '--json')
     told = json.loads(text)
-    assert status == 0 and len(told['train']['unreadable']) == 5 and told['train']['classes'] == 6
-    assert {'CMYK', 'P', 'LA', 'L', 'F'} < set(told['train']['modes'])
-    assert [len(told['duplicates'][kind]) for kind in ('within_class', 'across_classes')] == [1, 1]
+    both = told['train'], told['evaluation']
+    assert status == 0 and sum(len(one['unreadable']) for one in both) == 5 and told['train']['classes'] == 6
+    assert sum(one['turned'] for one in both) == 1
+    assert {'CMYK', 'P', 'LA', 'L', 'F'} < {*both[0]['modes'], *both[1]['modes']}
+    assert len(told['duplicates']['across_classes']) == 1
+    assert len(told['duplicates']['within_class']) + len(told['duplicates']['across_splits']) >= 1
     assert len(told['train']['left_out']) == 4
 
 
@@ -263,3 +274,21 @@ def test_a_large_batch_is_lowered_to_a_small_set(run_script, coloured, tmp_path)
         'train.py', *RUN, '--data-dir', coloured, '--output', tmp_path / 'out', '--batch-size', '30')
     assert status == 0 and 'lowered to 24' in error, error
     assert yaml.safe_load((tmp_path / 'out' / 'run' / 'args.yaml').read_text())['batch_size'] == 24
+
+
+def test_a_run_on_lists_is_evaluated_without_them(coloured, run_script, tmp_path):
+    lists = {name: tmp_path / f'{name}.csv' for name in ('train', 'val')}
+    for number, path in enumerate(lists.values()):
+        rows = (f'{c}/{i}.png,class {c}\n' for c in '123' for i in (number, 2)[:2 - number])
+        path.write_text('file,kind\n' + ''.join(rows))
+    base = [*RUN, '--data-dir', coloured, '--target-key', 'kind', '--train-list', lists['train']]
+    for name, extra in (('both', ['--val-list', lists['val']]), ('one', ['--holdout', '0.4'])):
+        assert run_script('train.py', *base, *extra, '--output', tmp_path / name)[0] == 0
+        run = tmp_path / name / 'run'
+        found = shike_timm.evaluate(model=str(run), device='cpu', workers=0)
+        assert found['loss'] == metrics(run / 'metrics.json')['stage_two']['loss']
+        assert found['per_class']['total'] == [1] * 3
+    args = (run / 'args.yaml').read_text()
+    (run / 'args.yaml').write_text(args.replace(f'data_dir: {coloured}', "data_dir: 'pipe:touch x'"))
+    status, _, error = run_script('eval.py', '--model', run, '--device', 'cpu')
+    assert status == 2 and 'may not start a process' in error

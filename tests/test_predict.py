@@ -194,3 +194,12 @@ def test_deep_and_turned_images_are_read_as_in_training(tmp_path, model):
             tmp_path / name, model='resnet32_shike', topk=0, output_type='logit', workers=0, device='cpu', **options)))
         for name, options in (('deep.png', dict(pixel_range=[0, 1020], exif=True)), ('plain.png', {})))
     assert deep['error'] is None and deep['label'] == plain['label'] and deep['logit'] == plain['logit']
+
+
+def test_names_that_spreadsheets_would_run(folder, run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(good(folder)[0], '=1+1.png')
+    command = ['predict', '=1+1.png', '--model', 'resnet32_shike', '--workers', '0', '--device', 'cpu']
+    told = [run_script(*command, '--results-format', name)[1] for name in ('csv', 'spreadsheet', 'jsonl')]
+    assert told[0].splitlines()[1].startswith('=1+1.png') and told[1] == told[0].replace('=1+1', "'=1+1")
+    assert '"=1+1.png"' in told[2]

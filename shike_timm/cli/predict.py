@@ -19,7 +19,7 @@ from ..data.config import PreprocessingConfig
 from ..data.image_files import create_file_loader, find_images
 from ..devices import DeviceConfig, resolve_device
 from ..errors import InputError, one_line
-from ..files import check_results_file, read_json, write_whole
+from ..files import check_results_file, read_json, spreadsheet_cell, write_whole
 from ..models.create import resolve_data_config
 from ..options import HparamsConfig, option, parse
 from ..pretrained.folder import check_classes, check_config
@@ -57,7 +57,9 @@ class PredictConfig(RowsConfig):
     """Output."""
 
     results_file: Optional[str] = option(None, 'file to write. By default standard output', 'FILE')
-    results_format: str = option('csv', 'csv, or jsonl with a JSON object on each line', choices=('csv', 'jsonl'))
+    results_format: str = option(
+        'csv', 'csv; spreadsheet, which is csv with an apostrophe before names that begin with = + - @, so that they '
+        'are not run as formulas; or jsonl with a JSON object on each line', choices=('csv', 'spreadsheet', 'jsonl'))
 
 
 @dataclass
@@ -198,15 +200,18 @@ def predict(config: PredictConfig) -> None:
     with write_whole(config.results_file or '-') as file:
         example = next(_predictions(torch.zeros(1, predictor.num_experts, predictor.num_classes), predictor, config))
         table = csv.DictWriter(file, ['filename', *_flat(example), 'error'], lineterminator='\n')
-        if config.results_format == 'csv':
+        if config.results_format != 'jsonl':
             table.writeheader()
         for row in rows:
             num_files += 1
             num_errors += row['error'] is not None
-            if config.results_format == 'csv':
-                table.writerow(_flat(row))
-            else:
+            flat = _flat(row)
+            if config.results_format == 'jsonl':
                 file.write(json.dumps(row) + '\n')
+            elif config.results_format == 'csv':
+                table.writerow(flat)
+            else:
+                table.writerow({key: spreadsheet_cell(value) for key, value in flat.items()})
     rate = num_files / (time.perf_counter() - start)
     _logger.info(f'{num_files} files, {rate:.1f} a second; {num_errors} could not be predicted.')
 

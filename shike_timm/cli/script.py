@@ -1,4 +1,5 @@
 """Runs every command: logging, errors as one sentence, exit status."""
+import io
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import setup_default_logging
 
-from ..distributed import rank
+from ..distributed import LONGEST_WAIT, rank, world_size
 from ..errors import InputError
 from ..training.signals import Interrupted
 from ..training.step import NonFiniteError
@@ -23,6 +24,9 @@ def run_script(main: Callable[[], Any]) -> int:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # Names of files and classes need not be text that can be printed.
+            stream.reconfigure(errors='backslashreplace')
     setup_default_logging()
     for name in ('timm', 'httpx', 'httpx2'):  # httpx and httpx2 log every request to the Hub.
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -53,6 +57,10 @@ def run_script(main: Callable[[], Any]) -> int:
     except Interrupted as stop:
         return fail(128 + stop.signum, f'stopped by signal {stop.signum}')
     except RuntimeError as error:
+        if world_size() > 1 and ('gloo' in str(error) or isinstance(error, dist.DistError)):
+            return fail(
+                1, f'error: Another process of the run is gone, or has not answered for {LONGEST_WAIT}: see its own '
+                'message.')
         if 'DataLoader worker' not in str(error):
             raise
         return fail(

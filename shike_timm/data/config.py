@@ -55,7 +55,7 @@ class TrainDataConfig:
         ' to evaluate on, it is 0.2', 'SHARE', low=0, below=1, card='changed')
     group_key: Optional[str] = option(
         None, 'group of an image: a column, or a regular expression that is searched for in paths. --holdout keeps the '
-        'images of a group together', 'REGEX|COLUMN', card='changed')
+        'images of a group together', 'REGEX|COLUMN', card='never')
     val_per_class: int = option(
         0, 'evaluate on the last N training images of each class of a *_lt data set. They are set aside before the '
         'long-tailed subset is cut', low=0, card='changed')
@@ -72,7 +72,7 @@ class CheckConfig:
 
     check_images: Optional[bool] = option(
         None, 'read all images once before anything else, and leave out those that cannot be read. By default this is '
-        'done for up to 100,000 images', may_change=True, card='never')
+        'done for up to 100,000 images, but for those that were read before', may_change=True, card='never')
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ class PreprocessingConfig:
     input_size: Optional[List[int]] = option(
         None, 'channels, height and width of the images', nargs=3, low=1, below=2 ** 14, card='changed')
     in_chans: Optional[int] = option(None, 'channels of the images, 1 or 3', low=1, card='changed')
-    exif: Optional[bool] = option(None, 'turn images as their EXIF orientation says', card='changed')
+    exif: Optional[bool] = option(
+        None, 'turn images as their EXIF orientation says. This is the default in new runs on your own images',
+        card='changed')
     pixel_range: Optional[List[float]] = option(
         None, 'values that become black and white, in images of more than 8 bits. By default the range of their type',
         'X', nargs=2, card='changed')

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import FrozenSet, Optional, Tuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..errors import InputError
 from .config import PreprocessingConfig
@@ -13,6 +13,9 @@ from .config import PreprocessingConfig
 HIGHEST = {'F': 1., 'I': 2 ** 31 - 1}  # The other deep modes have 16 bits.
 NO_IMAGES = ('BUFR', 'GRIB', 'HDF5', 'MPEG')  # Pillow knows these formats but cannot decode them.
 MODES = {1: 'L', 3: 'RGB'}
+TURNS = dict(zip(range(2, 9), (  # By the number of an orientation in EXIF.
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
 
 
 @lru_cache(maxsize=1)
@@ -28,6 +31,14 @@ def open_image(path: str) -> Image.Image:
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError('it is no file')
     return Image.open(path)
+
+
+def find_turn(image: Image.Image) -> Optional[Image.Transpose]:
+    """What turns an image upright, by the orientation in its EXIF data. None if it is so, or the data is damaged."""
+    try:
+        return TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:  # Damaged EXIF data can make Pillow raise anything, and is no fault of the pixels.
+        return None
 
 
 @dataclass(frozen=True)
@@ -53,8 +64,7 @@ class ImageDecoder:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Decode an image. A damaged image raises whatever Pillow raises."""
-        if self.exif:
-            ImageOps.exif_transpose(image, in_place=True)  # A copy would lose the format of the image.
+        turn = find_turn(image) if self.exif else None
         if self.is_deep(image):
             image = self._scaled(image)
         # Pillow warns about the transparency of the first, and has multiplied it into the others.
@@ -62,7 +72,8 @@ class ImageDecoder:
             image = image.convert('LA' if image.mode == 'La' else 'RGBA')
         elif image.mode == 'LAB':
             raise OSError('LAB colours are not read')
-        return image.convert(MODES[self.channels])  # `convert` also loads an image that has the mode already.
+        image = image.convert(MODES[self.channels])  # This also loads an image that has the mode already.
+        return image if turn is None else image.transpose(turn)
 
     def _scaled(self, image: Image.Image) -> Image.Image:
         # Pillow reads 16-bit portable grey maps as 32-bit images. Older releases do so with 16-bit PNG too.

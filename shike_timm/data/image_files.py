@@ -20,9 +20,11 @@ from .sources.folder import list_folder, list_images
 
 
 def _images_below(folder: str) -> List[str]:
-    """Images below a folder, sorted by name. Hidden names are left out."""
-    listed = list_images(list_folder(folder, Counter()))
-    return [os.path.join(folder, place, name) for place, files in sorted(listed.items()) for name in sorted(files)]
+    """Images below a folder, sorted by name, then folders that cannot be read. Hidden names are left out."""
+    unread: List[str] = []
+    listed = list_images(list_folder(folder, Counter(), unread))
+    found = [os.path.join(place, name) for place, files in sorted(listed.items()) for name in sorted(files)]
+    return [os.path.join(folder, name) for name in [*found, *sorted(unread)]]
 
 
 def _find(name: str) -> List[str]:

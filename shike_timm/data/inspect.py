@@ -1,6 +1,7 @@
 """Reads every image of a set: before training, for `shike describe` and for `shike predict`."""
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -22,7 +24,7 @@ from ..errors import InputError, one_line
 from ..files import write_text
 from .class_names import first_few
 from .dataset import AnySet, ImageSet, StreamSet
-from .decode import HIGHEST, ImageDecoder
+from .decode import HIGHEST, ImageDecoder, find_turn, image_extensions
 
 _logger = logging.getLogger(__name__)
 
@@ -78,15 +80,16 @@ def _memory(data: ImageSet) -> Path:
 
 
 def _stamp(data: ImageSet, index: int) -> str:
+    """All that decides whether an image can be read, empty if its file is not there."""
     try:
-        text = data.source.stamp(int(data.rows[index]))
+        text = f'{data.source.stamp(int(data.rows[index]))}|{data.decoder}|{PIL.__version__}|{len(image_extensions())}'
     except OSError:
         return ''
     return hashlib.blake2b(text.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()
 
 
-def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
-    """The fault of each unreadable image, by its index. Images that were read before are not read again."""
+def find_unreadable(data: ImageSet, workers: int = 0, anew: bool = False) -> Dict[int, str]:
+    """The fault of each unreadable image, by its index. Only `anew` are images read again that were read before."""
     stamps = [_stamp(data, index) for index in range(len(data))]
     path = _memory(data)
     known: Dict[str, Any] = {}
@@ -95,7 +98,9 @@ def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
     faults: Dict[int, str] = {}
     # The memory holds '' for a readable image, or its extrema if it is deep. Other entries are read again, since a
     # fault may have been the disk's.
-    unknown = [i for i, stamp in enumerate(stamps) if known.get(stamp) != '' and not isinstance(known.get(stamp), list)]
+    unknown = [
+        i for i, stamp in enumerate(stamps)
+        if anew or known.get(stamp) != '' and not isinstance(known.get(stamp), list)]
     reader = ImageReader(data.open, partial(_check, data.decoder), unknown)
     for index, (deep, fault) in zip(unknown, _read_all(reader, workers, 'checking images')):
         if fault:
@@ -116,9 +121,9 @@ def find_unreadable(data: ImageSet, workers: int = 0) -> Dict[int, str]:
     return faults
 
 
-def exclude_unreadable(data: ImageSet, workers: int = 0) -> ImageSet:
+def exclude_unreadable(data: ImageSet, workers: int = 0, anew: bool = False) -> ImageSet:
     """A set without its unreadable images. Warnings name them. Each class must keep an image."""
-    faults = find_unreadable(data, workers)
+    faults = find_unreadable(data, workers, anew)
     if not faults:
         return data
     bad = sorted(faults)
@@ -145,6 +150,7 @@ class Inspected:
         name: Its path, or its index if it has none.
         digest: Digest of its file, or of its pixels if there is no file.
         extrema: Lowest and highest value of a deep image.
+        is_turned: Whether its EXIF orientation turns it.
         look: Perceptual hash of 64 bits, if asked for.
         error: Why it cannot be read.
     """
@@ -155,6 +161,7 @@ class Inspected:
     size: Optional[Tuple[int, int]] = None
     mode: str = ''
     extrema: Any = None
+    is_turned: bool = False
     look: Optional[int] = None
     error: Optional[str] = None
 
@@ -165,7 +172,7 @@ def _digest(content: Any) -> bytes:
 
 def _fill(found: Inspected, image: Image.Image, perceptual: bool) -> None:
     image.load()
-    found.size, found.mode = image.size, image.mode
+    found.size, found.mode, found.is_turned = image.size, image.mode, find_turn(image) is not None
     if ImageDecoder.is_deep(image):
         found.extrema = image.getextrema()
     if perceptual:
@@ -209,18 +216,21 @@ def find_similar(looks: Sequence[int]) -> List[List[int]]:
     from scipy.sparse import coo_array  # imagehash requires scipy.
     from scipy.sparse.csgraph import connected_components
     hashes, which = np.unique(np.array(looks, dtype=np.uint64), return_inverse=True)
+    ones = np.unpackbits(np.arange(2 ** 16, dtype=np.uint16)[:, None].view(np.uint8), axis=1).sum(1)
     pairs = [np.empty((2, 0), dtype=np.int64)]
-    # Hashes are cut into MAX_BITS + 1 parts. Two that differ in MAX_BITS bits are equal in at least one part.
-    width = 64 // (MAX_BITS + 1)
-    for part in range(MAX_BITS + 1):
-        keys = (hashes >> np.uint64(width * part)) & np.uint64(2 ** width - 1)
-        order = np.argsort(keys, kind='stable')
-        for rows in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
-            for place, row in enumerate(rows[:-1]):
-                others = rows[place + 1:]
-                bits = np.unpackbits((hashes[others] ^ hashes[row])[:, None].view(np.uint8), axis=1)
-                near = others[bits.sum(1) <= MAX_BITS]
-                pairs.append(np.stack([near, np.full_like(near, row)]))
+    # The bits are dealt out to 2 * MAX_BITS parts. Two hashes that differ in MAX_BITS bits share half of the parts.
+    parts = [sum(1 << bit for bit in range(start, 64, 2 * MAX_BITS)) for start in range(2 * MAX_BITS)]
+    for some in itertools.combinations(parts, MAX_BITS):
+        keys = hashes & np.uint64(sum(some))
+        order = np.argsort(keys)
+        keys, first, distance = keys[order], np.arange(len(keys)), 0
+        while len(first):  # Pairs of equal keys, first of neighbours in the order, then of those further away.
+            distance += 1
+            first = first[:np.searchsorted(first, len(keys) - distance)]
+            first = first[keys[first] == keys[first + distance]]
+            one, other = order[first], order[first + distance]
+            near = ones[(hashes[one] ^ hashes[other]).view(np.uint16).reshape(-1, 4)].sum(1) <= MAX_BITS
+            pairs.append(np.stack([one[near], other[near]]))
     edges = np.concatenate(pairs, axis=1)
     graph = coo_array((np.ones(edges.shape[1], dtype=bool), tuple(edges)), shape=(len(hashes), len(hashes)))
     group_of = connected_components(graph, directed=False)[1]

@@ -122,7 +122,7 @@ def _check_images(data: AnySet, config: SourceConfig, workers: int) -> AnySet:
         _refuse(config, UNUSED_IN_MEMORY, f"is not for '{config.dataset}', read as it is")
         return data
     is_wanted = len(data) <= MAX_CHECKED if config.check_images is None else config.check_images
-    return exclude_unreadable(data, workers) if is_wanted else data
+    return exclude_unreadable(data, workers, anew=bool(config.check_images)) if is_wanted else data
 
 
 def _match_classes(data: AnySet, class_names: Sequence[str], config: SourceConfig) -> AnySet:

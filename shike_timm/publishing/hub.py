@@ -13,6 +13,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from ..errors import InputError, one_line
+from ..files import spreadsheet_cell
 from ..options import option
 from ..pretrained.folder import find_model, read_config
 from ..pretrained.load import load_trained_model
@@ -62,13 +63,14 @@ def find_report(
     try:
         with table.open(newline='', encoding='utf-8') as file:
             rows = list(csv.DictReader(file))
-        counts = {row['class']: int(row['training images']) for row in rows}
+        counts = {spreadsheet_cell(row['class']): int(row['training images']) for row in rows}
         correct = sum(float(row['ensemble']) * int(row['test images']) for row in rows if row['ensemble'])
         top1 = correct / max(sum(int(row['test images']) for row in rows), 1)
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"'{table}' is damaged ({one_line(error)}): make the report anew.") from error
     names, problem = config.get('label_names'), None
-    if names and config.get('class_counts') and counts != dict(zip(names, config['class_counts'])):
+    if names and config.get('class_counts') and counts != dict(
+            zip(map(spreadsheet_cell, names), config['class_counts'])):
         problem = 'its classes or their training images are not those of the model'
     # Another device differs by less than this. Stage one differs by far more.
     elif abs(result.get('top1', top1) - top1) > 0.5:

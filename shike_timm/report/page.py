@@ -13,7 +13,7 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from ..files import write_text
+from ..files import spreadsheet_cell, write_text, write_whole
 from ..metrics import METRICS, SHOTS
 from ..plotting import draw, save
 from ..training.config import card_options
@@ -106,8 +106,8 @@ def write_report(
         figure, _ = draw(compare_models, models)
         comparison = Markup(save(figure, folder / 'comparison'))
     header, rows = class_table(analysis)
-    with (folder / 'classes.csv').open('w', newline='', encoding='utf-8') as file:
-        csv.writer(file).writerows([header, *rows])
+    with write_whole(folder / 'classes.csv') as file:
+        csv.writer(file).writerows([header, *(map(spreadsheet_cell, row) for row in rows)])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined)

@@ -62,6 +62,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     if checkpoint is None:
         start = load_start(config, config)
         config = with_trained_options(config, start) if start is not None else config
+        if start is None and config.exif is None and not config.dataset:  # Benchmarks and old models turn no images.
+            config = replace(config, exif=True)
     trainer = prepare(config, phases, device, checkpoint is None, saved.get('class_names'), folder)
     if checkpoint is not None:
         load_weights(trainer.model, checkpoint['state_dict'], path or '')
@@ -126,8 +128,8 @@ def prepare(
             'or use --holdout.')
     if not all(phase.is_retraining for phase in phases):
         check_compiler(config.torchcompile, config.torchcompile_mode, device)
-    with local_primary_first():
-        data = load_training_data(config, class_names, source, config.workers, config.batch_size, config.seed)
+    data = local_primary_first(lambda: load_training_data(
+        config, class_names, source, config.workers, config.batch_size, config.seed))
     if config.num_classes not in (None, data.num_classes):
         raise InputError(
             f'--num-classes {config.num_classes} contradicts the {data.num_classes} classes of the data: leave it out.')

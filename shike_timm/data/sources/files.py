@@ -3,7 +3,7 @@ import io
 import os
 import tarfile
 from collections import Counter
-from typing import Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -52,16 +52,59 @@ class TarImages(ImageSource):
         return f'{self.paths[row]}|{start}|{length}|{os.stat(self.archives[archive]).st_mtime_ns}'
 
 
-def _members(tar: tarfile.TarFile, prefix: str = '', offset: int = 0, depth: int = 0) -> Iterator[Member]:
+def _members(
+        tar: tarfile.TarFile, links: Dict[str, str], prefix: str = '', offset: int = 0, depth: int = 0,
+) -> Iterator[Member]:
+    """Files and folders of an archive. Links are added to a dictionary. Pipes and the like are empty files."""
     if depth > DEEPEST:
         raise tarfile.TarError(f'archives lie in one another more than {DEEPEST} deep')
     for member in tar:
         name = prefix + '/'.join(part for part in member.name.split('/') if part not in ('', '.'))
+        links.pop(name, None)
         if member.isfile() and name.lower().endswith('.tar'):
             with tarfile.open(fileobj=tar.extractfile(member), mode='r:') as inner:
-                yield from _members(inner, name[:-4] + '/', offset + member.offset_data, depth + 1)
-        elif member.isfile() or member.isdir():
-            yield name, offset + member.offset_data, member.size if member.isfile() else -1
+                yield from _members(inner, links, name[:-4] + '/', offset + member.offset_data, depth + 1)
+        elif member.issym() or member.islnk():
+            start = prefix if member.islnk() else name.rpartition('/')[0]
+            links[name] = os.path.normpath(os.path.join(start, member.linkname))
+        else:
+            yield name, offset + member.offset_data, -1 if member.isdir() else member.size if member.isfile() else 0
+
+
+def _follow(name: str, links: Dict[str, str]) -> str:
+    """The path that a path leads to through links, or one of the links if they go round in a circle."""
+    for _ in range(40):  # As many as Linux follows.
+        parts = name.split('/')
+        starts = ('/'.join(parts[:n]) for n in range(1, len(parts) + 1))
+        link = next((start for start in starts if start in links), None)
+        if link is None:
+            break
+        name = os.path.normpath(links[link] + name[len(link):])
+    return name
+
+
+def _with_links(members: Dict[str, Member], links: Dict[str, str]) -> Iterator[Member]:
+    """The members of an archive as a file system would show them: links are followed, but not into their own folder."""
+    folders: Dict[str, Dict[str, None]] = {'': {}}
+    for path in (*members, *links):
+        while path:
+            folder, _, name = path.rpartition('/')
+            folders.setdefault(folder, {})[name] = None
+            path = folder
+    waiting: List[Tuple[str, str, Tuple[str, ...]]] = [('', '', ('',))]
+    while waiting:
+        shown, folder, above = waiting.pop()
+        for name in folders[folder]:
+            path, place = (f'{start}/{name}'.lstrip('/') for start in (shown, folder))
+            place = _follow(place, links)
+            if place in above:
+                continue
+            if place in folders or place in members and members[place][2] < 0:
+                folders.setdefault(place, {})
+                yield path, 0, -1
+                waiting.append((path, place, (*above, place)))
+            else:
+                yield (path, *members.get(place, ('', 0, 0))[1:])  # A link that leads nowhere is an empty file.
 
 
 def tar_members(path: str, notes: List[str]) -> List[Member]:
@@ -70,18 +113,19 @@ def tar_members(path: str, notes: List[str]) -> List[Member]:
         if not os.path.isfile(path):  # A pipe would make its reader wait.
             raise FileNotFoundError('it is no file')
         with tarfile.open(path, mode='r:') as tar:
-            members = list(_members(tar))
+            links: Dict[str, str] = {}
+            members = list(_members(tar, links))
     except Exception as error:  # A damaged archive can make tarfile raise nearly anything.
         raise InputError(
             f"data-dir '{path}' cannot be read as an uncompressed tar archive ({one_line(error)}): unpack it and give "
             'the folder.') from error
-    last = {member[0]: member for member in members}
+    last = {member[0]: member for member in members if member[0] not in links}
     counts = Counter(name for name, _, length in members if length >= 0)
     again = sorted(name for name, count in counts.items() if count > 1)
     if again:
         number = sum(counts[name] - 1 for name in again)
         notes.append(f'{number} files of the archive that a later one of the same name replaces ({first_few(again)})')
-    return list(last.values())
+    return list(_with_links(last, links) if links else last.values())
 
 
 def open_files(

@@ -1,8 +1,9 @@
 """Your own images, in a folder, an archive or on lists: finds the images, their splits and their classes."""
 import os
 from collections import Counter
+from contextlib import suppress
 from functools import cached_property
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, FrozenSet, List, Optional, Sequence, Tuple
 
 from ...errors import InputError
 from ..class_names import first_few, normalize_name
@@ -25,40 +26,56 @@ def _is_hidden(name: str) -> bool:
     return name.startswith('.') or name in NOT_DATA
 
 
-def list_folder(root: str, hidden: Counter) -> Listing:
-    """All files below a folder, by their folder. Links are followed, and each folder is read once."""
+def list_folder(root: str, hidden: Counter, unread: List[str]) -> Listing:
+    """All files below a folder, by their folder. Links are followed, but not into a folder that they lie in.
+
+    Hidden names are counted, and folders that cannot be read are added to a list.
+    """
     listed: Listing = {}
-    seen, waiting = set(), ['']
+    waiting: List[Tuple[str, FrozenSet[Tuple[int, int]]]] = [('', frozenset())]
     while waiting:
-        folder = waiting.pop()
+        folder, above = waiting.pop()
         path = os.path.join(root, folder)
-        status = os.stat(path)
-        if (status.st_dev, status.st_ino) in seen:
+        try:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in above:
+                continue
+            with os.scandir(path) as found:
+                entries = list(found)
+        except OSError:
+            if not folder:
+                raise
+            unread.append(folder)
             continue
-        seen.add((status.st_dev, status.st_ino))
+        above |= {(status.st_dev, status.st_ino)}
         files = listed[folder] = []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if _is_hidden(entry.name):
-                    hidden[entry.name] += 1
-                elif entry.is_dir():
-                    waiting.append(f'{folder}/{entry.name}' if folder else entry.name)
-                else:
-                    files.append(entry.name)
+        for entry in entries:
+            is_folder = False
+            with suppress(OSError):  # The link may lead to itself.
+                is_folder = entry.is_dir()
+            if _is_hidden(entry.name):
+                hidden[entry.name] += 1
+            elif is_folder:
+                waiting.append((f'{folder}/{entry.name}' if folder else entry.name, above))
+            else:
+                files.append(entry.name)
     return listed
 
 
 def _list_archive(members: Sequence[Member], hidden: Counter) -> Listing:
     listed: Listing = {'': []}
+    known = set()
     for name, _, length in members:
-        odd = next(filter(_is_hidden, name.split('/')), None)
+        parts = name.split('/')
+        odd = next((number for number, part in enumerate(parts) if _is_hidden(part)), None)
         if odd is not None:
-            hidden[odd] += 1
+            known.add(tuple(parts[:odd + 1]))
         elif length < 0:
             listed.setdefault(name, [])
         else:
             folder, _, file = name.rpartition('/')
             listed.setdefault(folder, []).append(file)
+    hidden.update(parts[-1] for parts in known)
     return listed
 
 
@@ -149,9 +166,11 @@ class _Files:
             raise InputError(
                 f"data-dir '{self.root}' does not exist: give a folder with a sub-folder of images per class.")
         self.hidden: Counter = Counter()
-        self.members, self.notes = None, []
+        self.members, self.notes, unread = None, [], []
         if os.path.isdir(self.root):
-            listed = list_folder(self.root, self.hidden)
+            listed = list_folder(self.root, self.hidden, unread)
+            if unread:
+                self.notes.append(f'{len(unread)} folders that cannot be read ({first_few(sorted(unread))})')
         else:
             self.members = tar_members(self.root, self.notes)
             listed = _list_archive(self.members, self.hidden)

@@ -100,6 +100,8 @@ def _read_coco(path: str, config: SourceConfig) -> ImageList:
                 f"Image {one['image_id']} of '{path}' is annotated as '{labels[one['image_id']]}' and as '{label}', "
                 'expected one class an image: choose one.')
     images = [one for one in content['images'] if one['id'] in labels]
+    if not all(isinstance(one['file_name'], str) for one in images):
+        raise ValueError("a 'file_name' is not text")
     return ImageList(
         [one['file_name'] for one in images], [labels[one['id']] for one in images], order=names,
         groups=[str(one[config.group_key]) for one in images]
