@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.image_files import create_file_loader, find_images
 from ..errors import InputError
 from ..models import Shike
-from ..models.shike import to_map
+from ..models.experts import to_map
 from ..options import option
 
 BATCH_SIZE = 32

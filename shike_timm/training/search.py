@@ -87,12 +87,7 @@ def search(features: np.ndarray, data: AnySet, widths: Sequence[int], config: Ru
 
     First each level alone is tried, then several late levels in one classifier and in three experts, then other
     scales and learning rates of the best one. The best one has the largest sum of top-1 and balanced accuracy.
-
-    Args:
-        features: Pooled features [N, V, F] of all levels, V views of each training image.
-        data: The training set.
-        widths: Features of each level, F in all.
-        config: Epochs, batch size and seed of the classifiers, and the first scale and learning rate.
+    `features` [N, V, F] are the pooled ones of V views of each training image, `widths` the F of each level.
     """
     _, aside = hold_out_share(data, SHARE, 'the training set')
     rows = np.flatnonzero(np.isin(data.rows, aside.rows))

@@ -11,24 +11,6 @@ from .config import OutputConfig
 
 Tracker = Callable[[Dict[str, float]], Any]
 
-_NEEDS = {
-    'log_wandb': ('wandb', 'wandb'),
-    'log_trackio': ('trackio', 'trackio'),
-    'log_tensorboard': ('torch.utils.tensorboard', 'tensorboard'),
-}
-
-
-def check_trackers(config: OutputConfig) -> None:
-    """Raise an InputError if a tracker is asked for that is not installed."""
-    for name, (module, package) in _NEEDS.items():
-        if getattr(config, name):
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                flag = name.replace('_', '-')
-                raise InputError(f'--{flag} needs {package}: pip install {package}, or leave it out.') from error
-
-
 def _start_wandb(config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
     """Start Weights & Biases; timm's `update_summary` logs to it."""
     import wandb  # pyright: ignore[reportMissingImports]
@@ -56,7 +38,23 @@ def _start_tensorboard(config: OutputConfig, folder: Path, stack: ExitStack) -> 
     return write
 
 
-_STARTS = dict(log_wandb=_start_wandb, log_trackio=_start_trackio, log_tensorboard=_start_tensorboard)
+# The tracker of each option: the module that it needs, its package, and how it starts.
+_TRACKERS = {
+    'log_wandb': ('wandb', 'wandb', _start_wandb),
+    'log_trackio': ('trackio', 'trackio', _start_trackio),
+    'log_tensorboard': ('torch.utils.tensorboard', 'tensorboard', _start_tensorboard),
+}
+
+
+def check_trackers(config: OutputConfig) -> None:
+    """Refuse a tracker that is not installed."""
+    for name, (module, package, _) in _TRACKERS.items():
+        if getattr(config, name):
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                flag = name.replace('_', '-')
+                raise InputError(f'--{flag} needs {package}: pip install {package}, or leave it out.') from error
 
 
 @contextmanager
@@ -73,7 +71,7 @@ def tracking(config: OutputConfig, folder: Path) -> Iterator[Callable[[Path], No
                 tracker(values)
 
     with ExitStack() as stack:
-        for name, start in _STARTS.items():
+        for name, (*_, start) in _TRACKERS.items():
             if getattr(config, name) and not rank():
                 try:
                     trackers.append(start(config, folder, stack))

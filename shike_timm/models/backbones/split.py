@@ -29,19 +29,6 @@ class _Cut:
     level: Dict[str, Any] = field(default_factory=dict)  # what the features are, as in `Backbone.feature_info`
 
 
-def _describe(level: Dict[str, Any], value: Any, size: Sequence[int], output_fmt: str) -> Optional[Dict[str, Any]]:
-    """What features are, None if they are no feature map and no tokens of `num_chs` channels."""
-    shape, num_chs = tuple(getattr(value, 'shape', ())), level['num_chs']
-    described = dict(num_chs=num_chs, reduction=level['reduction'], num_prefix_tokens=0)
-    if len(shape) == 3 and shape[2] == num_chs:
-        grid = [-(-side // level['reduction']) for side in size]
-        return dict(described, output_fmt='NLC', num_prefix_tokens=max(shape[1] - grid[0] * grid[1], 0))
-    if len(shape) != 4 or num_chs not in (shape[1], shape[3]):
-        return None
-    is_last = shape[3] == num_chs and (shape[1] != num_chs or output_fmt == 'NHWC')
-    return dict(described, output_fmt='NHWC' if is_last else 'NCHW')
-
-
 class Split:
     """The parts of a timm model, found on the meta device and taken from any other instance."""
 
