@@ -54,8 +54,8 @@ def evaluate(**options: Any) -> Dict[str, Any]:
     Raises:
         ValueError: If an option is unknown or cannot work.
     """
-    from .report.evaluate import EvalConfig, evaluate_model
-    return evaluate_model(complete(EvalConfig, check_values(EvalConfig, options, 'evaluate()')))
+    from .report.evaluate import EvalConfig, complete_eval_args, evaluate_model
+    return evaluate_model(complete_eval_args(check_values(EvalConfig, options, 'evaluate()')))
 
 
 def describe(**options: Any) -> Dict[str, Any]:

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from image_data import load
 from PIL import Image
 from timm.loss import load_class_stats
 
@@ -96,7 +97,7 @@ def test_images_that_look_alike(tmp_path, monkeypatch, run_script):
                 coarse.resize(size).save(tmp_path / 'data' / name / f'{i}.jpg', quality=60)
     told = shike_timm.describe(data_dir=str(tmp_path / 'data'), workers=0)
     assert not any(told['duplicates'].values()) and not told['similar']['within_class']
-    assert [[one['file'] for one in group] for group in told['similar']['across_classes']] == [
+    assert sorted(sorted(one['file'] for one in group) for group in told['similar']['across_classes']) == [
         [f'ant/{i}.jpg', f'bee/{i}.jpg'] for i in range(2)]
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     status, _, error = run_script('describe.py', '--data-dir', tmp_path / 'data', '--perceptual')
@@ -125,7 +126,18 @@ def test_hashes_that_share_many_bits():
 def test_one_split_and_sets_in_memory(image_folder, run_script):
     shutil.rmtree(image_folder / 'validation')
     told = describe_data(parse_describe_args(['--data-dir', str(image_folder), '--workers', '0']))
-    assert told['evaluation'] is None and told['no_evaluation'] and told['train']['images'] == 42
+    data = load(image_folder)  # `train` holds the same images out.
+    assert told['evaluation']['class_counts'] == dict(zip(data.class_names, data.test.class_counts))
+    assert told['train']['images'] == len(data.train) and told['no_evaluation'] is None and told['group_key'] is None
+    assert sum(shot['classes'] for shot in told['shots'].values()) == 3
+    for path in [*image_folder.rglob('*.png')]:
+        number = int(path.stem)
+        path.rename(path.with_name(f'{number // 3}_{number % 3}.png'))
+    key = describe_data(parse_describe_args(['--data-dir', str(image_folder), '--workers', '0']))['group_key']
+    told = describe_data(parse_describe_args(['--data-dir', str(image_folder), '--workers', '0', '--group-key', key]))
+    assert told['evaluation']['images'] and told['group_leaks'] == [] and told['group_key'] is None
+    held = [f.rpartition('_')[0] for f in load(image_folder, group_key=key).test.filenames()]
+    assert {held.count(group) for group in held} == {3}
     told = describe_data(parse_describe_args(
         ['--data-dir', str(image_folder), '--workers', '0', '--holdout', '0.5', '--class-depth', '1']))
     assert told['train']['images'] + told['evaluation']['images'] == 42 and told['no_evaluation'] is None

@@ -19,7 +19,7 @@ FAMILIES = {  # but for deepseek_vit, whose smallest network has 412 million par
     'byoanet': ('haloregnetz_b', None),
     'byobnet': ('test_byobnet', None),
     'cait': ('cait_xxs24_224', None),
-    'coat': ('coat_tiny', None),
+    'coat': ('coat_lite_tiny', None),
     'convit': ('convit_tiny', None),
     'convmixer': ('convmixer_768_32', 64),
     'convnext': ('test_convnext', 64),

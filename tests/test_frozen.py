@@ -151,3 +151,17 @@ def test_an_interrupted_run_goes_on_without_another_search(backbone_file, tmp_pa
 def test_what_does_not_go_with_cached_features(extra, sentence):
     with pytest.raises(InputError, match=sentence):
         plan_phases(parse_train_args([*FROZEN, *extra]))
+
+
+def test_fine_tuning_begins_with_the_experts_found(backbone_file, tmp_path):
+    frozen_run(tmp_path, backbone_file, '--no-search')
+    found = load_trained_model(str(tmp_path / 'run')).model
+    args = [arg for arg in FROZEN if arg not in ('--hparams', 'frozen')]
+    train(parse_train_args([
+        *args, '--model', 'shike', '--private-stages', '0', '--initial-checkpoint', str(tmp_path / 'run'), '--lr', '0',
+        '--weight-decay', '0', '--warmup-epochs', '0', '--method', 'balanced_softmax', '--experiment', 'tuned',
+        '--epochs', '1', '--output', str(tmp_path)]))
+    tuned = load_trained_model(str(tmp_path / 'tuned')).model
+    torch.testing.assert_close(tuned.classifier.weight, found.classifier.weight)
+    assert tuned.depths == found.depths and not tuned.trunk_frozen
+    assert not torch.equal(tuned.experts[0].norm.running_mean, found.experts[0].norm.running_mean)

@@ -72,6 +72,31 @@ def test_bad_lists(make_images, tmp_path, name, text, message):
         load(make_images({'ant': 2, 'bee': 2}), train_list=str(tmp_path / name))
 
 
+@pytest.mark.parametrize('text', [
+    'path,label\nant/0.png,ant \nant/1.png,ant\nbee/0.png, bee\nbee/1.png,bee\n',
+    '\ufeffpath;label\nant/0.png;ant\nant/1.png;ant\nbee/0.png;bee\nbee/1.png;bee\n',
+    'path\tlabel\nant/0.png\tant\nant/1.png\tant\nbee/0.png\tbee\nbee/1.png\tbee\n',
+    'ant/0.png,ant\nant/1.png,ant\nbee/0.png,bee\nbee/1.png,bee\n',
+    ' path , label \nant/0,ant\nant/1,ant\nbee/0,bee\nbee/1,bee\n',
+])
+def test_tables_as_people_write_them(make_images, tmp_path, text):
+    (tmp_path / 'l.csv').write_text(text, encoding='utf-8')
+    root = make_images({'ant': 2, 'bee': 2})
+    if '.png' not in text:
+        for path in list(root.rglob('*.png')):
+            path.rename(path.with_suffix('.jpg'))
+    data = load(root, train_list=str(tmp_path / 'l.csv'), holdout=0.5)
+    assert data.class_names == ['ant', 'bee'] and data.class_counts == data.test.class_counts == [1, 1]
+
+
+def test_numbers_of_classes_with_and_without_zeros(make_images, tmp_path):
+    root = make_images({'00003': 3, '00010': 3, '00011': 3})
+    (tmp_path / 'l.csv').write_text('path,label\n00010/0.png,10\n00003/1.png,3\n')
+    data = load(root, val_list=str(tmp_path / 'l.csv'))
+    assert data.class_names == ['00003', '00010', '00011'] and data.test.class_counts == [1, 1, 0]
+    assert data.class_counts == [2, 2, 3] and labels_of(data.test)['00010/0.png'] == '00010'
+
+
 def test_lists(make_images, tmp_path):
     root = make_images({'a': 6})
     train, test = tmp_path / 'train.txt', tmp_path / 'val.txt'
@@ -117,7 +142,7 @@ def test_lists(make_images, tmp_path):
 
 def test_a_class_map_names_and_orders(make_images, tmp_path):
     root = make_images({'ant': 4, 'bee': 4, 'cat': 4})
-    (tmp_path / 'map.txt').write_text('cat\nant\n')
+    (tmp_path / 'map.txt').write_text('cat\nant\n', encoding='utf-8-sig')
     data = load(root, class_map=str(tmp_path / 'map.txt'))
     assert data.class_names == ['cat', 'ant'] and '4 images of 1 classes' in data.describe()
     (tmp_path / 'list.txt').write_text(

@@ -1,6 +1,9 @@
 """Runs on users' own images: what is trained, refused, kept and told."""
 import csv
+import io
 import json
+import logging
+import os
 import shutil
 
 import numpy as np
@@ -11,7 +14,10 @@ import yaml
 from image_data import CPU, RUN, load, load_evaluation
 from PIL import Image
 
+import shike_timm
+import shike_timm_cli
 from shike_timm.cli.train import parse_train_args
+from shike_timm.metrics import METRICS
 from shike_timm.pretrained.folder import export_model
 from shike_timm.pretrained.load import load_trained_model
 from shike_timm.pretrained.teacher import load_teacher
@@ -56,6 +62,11 @@ def test_names_decide_wherever_labels_meet_weights(run_script, coloured, tmp_pat
             '--results-file', result)
         assert status == 0, error
         assert metrics(result)['top1'] == trained['top1'] and metrics(result)['per_class']['names'][1] == '2'
+    # The model knows its data and its shot divisions.
+    for model in (run, run / 'model', run / 'stage_two' / 'last.pth.tar'):
+        found = shike_timm.evaluate(model=str(model), device='cpu', workers=0)
+        assert {key: found[key] for key in METRICS} == {key: trained[key] for key in METRICS}
+    assert shike_timm.evaluate(model=str(run), many_shot=3, device='cpu', workers=0)['many'] is None
     # Resumed and retrained with classes in another order: the weights' own order is kept.
     (run / 'metrics.json').unlink()
     shutil.rmtree(run / 'stage_two')
@@ -231,10 +242,12 @@ def test_a_folder_of_all_defects_trains_and_each_is_named(run_script, tmp_path):
         assert error.count(f"'ant/{name}' cannot be read and is left out") == 1 and why in error, error
     status, text, _ = run_script('describe.py', '--data-dir', root, '--class-depth', '2', '--workers', '0', '--json')
     told = json.loads(text)
-    assert status == 0 and len(told['train']['unreadable']) == 5 and told['train']['classes'] == 6
-    assert told['train']['turned'] == 1
-    assert {'CMYK', 'P', 'LA', 'L', 'F'} < set(told['train']['modes'])
-    assert [len(told['duplicates'][kind]) for kind in ('within_class', 'across_classes')] == [1, 1]
+    both = told['train'], told['evaluation']
+    assert status == 0 and sum(len(one['unreadable']) for one in both) == 5 and told['train']['classes'] == 6
+    assert sum(one['turned'] for one in both) == 1
+    assert {'CMYK', 'P', 'LA', 'L', 'F'} < {*both[0]['modes'], *both[1]['modes']}
+    assert len(told['duplicates']['across_classes']) == 1
+    assert len(told['duplicates']['within_class']) + len(told['duplicates']['across_splits']) >= 1
     assert len(told['train']['left_out']) == 4
 
 
@@ -265,3 +278,46 @@ def test_a_large_batch_is_lowered_to_a_small_set(run_script, coloured, tmp_path)
         'train.py', *RUN, '--data-dir', coloured, '--output', tmp_path / 'out', '--batch-size', '30')
     assert status == 0 and 'lowered to 24' in error, error
     assert yaml.safe_load((tmp_path / 'out' / 'run' / 'args.yaml').read_text())['batch_size'] == 24
+
+
+def test_a_run_on_lists_is_evaluated_without_them(coloured, run_script, tmp_path):
+    lists = {name: tmp_path / f'{name}.csv' for name in ('train', 'val')}
+    for number, path in enumerate(lists.values()):
+        rows = (f'{c}/{i}.png,class {c}\n' for c in '123' for i in (number, 2)[:2 - number])
+        path.write_text('file,kind\n' + ''.join(rows))
+    base = [*RUN, '--data-dir', coloured, '--target-key', 'kind', '--train-list', lists['train']]
+    for name, extra in (('both', ['--val-list', lists['val']]), ('one', ['--holdout', '0.4'])):
+        assert run_script('train.py', *base, *extra, '--output', tmp_path / name)[0] == 0
+        run = tmp_path / name / 'run'
+        found = shike_timm.evaluate(model=str(run), device='cpu', workers=0)
+        assert found['loss'] == metrics(run / 'metrics.json')['stage_two']['loss']
+        assert found['per_class']['total'] == [1] * 3
+    args = (run / 'args.yaml').read_text()
+    (run / 'args.yaml').write_text(args.replace(f'data_dir: {coloured}', "data_dir: 'pipe:touch x'"))
+    status, _, error = run_script('eval.py', '--model', run, '--device', 'cpu')
+    assert status == 2 and 'may not start a process' in error
+
+
+def test_names_that_the_output_cannot_print(make_images, tmp_path, monkeypatch):
+    """A class whose name is no UTF-8, one that is not in the code page of the output, and a directed output."""
+    root, out = make_images({'train/漢字': 4, 'train/x': 4}), tmp_path / 'out'
+    monkeypatch.setattr(logging.root.manager, 'disable', logging.CRITICAL)  # xdist cannot send such names.
+    (root / 'train' / 'x').rename(root / 'train' / os.fsdecode(b'caf\xe9'))
+    shutil.copytree(root / 'train', root / 'val')
+
+    def run(*argv):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding='cp1252')
+        monkeypatch.setattr('sys.stdout', stdout)
+        monkeypatch.setattr('sys.argv', ['shike', *map(str, argv)])
+        assert shike_timm_cli.main() == 0
+        stdout.flush()
+        return stdout.buffer.getvalue().decode('cp1252')
+
+    run('train', *RUN, '--data-dir', root, '--output', out)
+    table = run('predict', root / 'val', '--model', out / 'run', '--topk', '2', '--workers', '0', '--device', 'cpu')
+    assert 'caf\\udce9' in table and '\\u6f22\\u5b57' in table and table.count('\n') == 9
+    run('predict', root / 'val', '--model', out / 'run', '--device', 'cpu', '--results-file', tmp_path / 'p.csv')
+    assert {row['label'] for row in csv.DictReader((tmp_path / 'p.csv').open(encoding='utf-8'))} <= {
+        'caf\\udce9', '漢字'}
+    assert 'caf\\udce9 4' in run('describe', '--data-dir', root, '--workers', '0')
+    run('eval', '--model', out / 'run', '--device', 'cpu', '--workers', '0', '--report', tmp_path / 'report')

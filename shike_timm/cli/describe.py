@@ -1,6 +1,7 @@
 """shike describe: the classes, counts and sizes of a data set, and its defects."""
 import importlib.util
 import json
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +15,14 @@ from ..data.config import DataConfig
 from ..data.dataset import AnySet
 from ..data.holdout import hold_out_share
 from ..data.inspect import Inspected, find_similar, inspect_images
-from ..data.load import open_dataset
+from ..data.load import HOLDOUT, open_dataset
 from ..errors import InputError
 from ..files import check_results_file, write_text
 from ..metrics import ShotConfig, shot_divisions
 from ..options import HparamsConfig, checked, option, parse
 from .script import run_script
 
+NUMBERED = r'.*(?=[_-]\d+\.\w+$)'  # The path of an image up to the number that ends its name.
 MAX_LISTED = 10  # Longest list in the text. The JSON lists all.
 
 
@@ -43,8 +45,8 @@ def _load(config: DescribeConfig) -> Tuple[AnySet, Optional[AnySet], Optional[st
     source_config = replace(checked(SourceConfig, vars(config)), class_stats=None)
     source = open_dataset(source_config)
     train = source.train()
+    name = config.dataset or str(config.data_dir)
     if config.holdout:
-        name = config.dataset or str(config.data_dir)
         return (*hold_out_share(train, config.holdout, name, source.has_imb_factor), None)
     try:
         test = source.evaluation(train.class_names)
@@ -52,7 +54,12 @@ def _load(config: DescribeConfig) -> Tuple[AnySet, Optional[AnySet], Optional[st
         if not source.has_uncertain_splits:
             raise
         return train, None, str(error)
-    return train, test, 'the data set has one split' if test is None else None
+    if test is not None or config.class_stats:  # The file counts all images.
+        return train, test, 'the data set has one split' if test is None else None
+    try:
+        return (*hold_out_share(train, HOLDOUT, name, source.has_imb_factor), None)  # As `train` does.
+    except InputError as error:
+        return train, None, str(error)
 
 
 def _three(values: Sequence[int]) -> List[int]:
@@ -67,6 +74,7 @@ def _describe_split(data: AnySet, seen: List[Inspected]) -> Dict[str, Any]:
     present = [count for count in class_counts if count]
     readable = [one for one in seen if one.error is None]
     summary: Dict[str, Any] = dict(
+        origin=data.origin or 'a split of its own',
         images=len(seen),
         classes=len(present),
         imbalance_factor=round(max(present) / min(present), 4) if present else None,
@@ -126,6 +134,13 @@ def _label_gaps(names: Sequence[str]) -> List[int]:
     return sorted(set(range(min(numbers), max(numbers))) - numbers)
 
 
+def _find_groups(names: Sequence[str]) -> Optional[str]:
+    """A --group-key for images whose names are numbered within groups, such as 00003_00001.png, None without such."""
+    found = [match.group() for match in map(re.compile(NUMBERED).match, names) if match]
+    is_grouped = len(found) == len(names) >= 3 * len(set(found)) >= 6 * len({name.rpartition('/')[0] for name in names})
+    return NUMBERED if is_grouped else None
+
+
 def _group_leaks(sets: Dict[str, Tuple[AnySet, List[Inspected]]]) -> List[Dict[str, str]]:
     """For each group with images in both splits, one image of each split."""
     firsts: List[Dict[int, str]] = []  # The first image of each group, for each split.
@@ -143,14 +158,15 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
         config: The data, and what to look for.
 
     Returns:
-        `train` and `evaluation` (None without such a split): `images`, `classes` with images, `imbalance_factor`,
-        `class_counts` by name, `classes_without_images`, `images_without_label`, `unreadable` with file and error,
-        `modes`, smallest, median and largest `width` and `height`, how many are `turned` by EXIF, `pixel_range` of
-        images of more than 8 bits.
+        `train` and `evaluation` (None without such a split): `origin` in words, `images`, `classes` with images,
+        `imbalance_factor`, `class_counts` by name, `classes_without_images`, `images_without_label`, `unreadable`
+        with file and error, `modes`, smallest, median and largest `width` and `height`, how many are `turned` by EXIF,
+        `pixel_range` of images of more than 8 bits.
         `no_evaluation`: why there is no evaluation split. `shots`: the many-, medium- and few-shot classes of training
         and their images. `duplicates`: groups of equal files, or pixels without files, `within_class`,
         `across_classes` and `across_splits`. `similar`: such groups of images that look alike, None if not looked for.
         `label_gaps`: numbers missing among class names. `group_leaks`: groups in both splits, an image of each split.
+        `group_key`: what keeps numbered images of one thing together when a share is held out.
         `only_in_train`, `only_in_evaluation`: classes of one split.
 
     Raises:
@@ -169,8 +185,9 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
         sets['evaluation'] = (test, inspect_images(test, config.workers, perceptual))
     summary: Dict[str, Any] = {split: _describe_split(*one) for split, one in sets.items()}
     counts = {split: {name: count for name, count in summary[split]['class_counts'].items() if count} for split in sets}
+    held_out = test is not None and 'held out' in test.origin
     whole = [  # A training run counts the held-out images too when it divides the classes.
-        count + (summary['evaluation']['class_counts'].get(name, 0) if config.holdout else 0)
+        count + (summary['evaluation']['class_counts'].get(name, 0) if held_out else 0)
         for name, count in counts['train'].items()]
     shots = {
         shot: dict(classes=int(mask.sum()), images=sum(compress(counts['train'].values(), mask)))
@@ -192,6 +209,8 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
         similar=_by_place(_similar(found)) if perceptual else None,
         label_gaps=_label_gaps(sorted(counts['train'])),
         group_leaks=_group_leaks(sets),
+        group_key=_find_groups([one.name for _, seen in sets.values() for one in seen])
+        if held_out and not config.group_key else None,
         only_in_train=sorted(counts['train'].keys() - counts['evaluation']) if test is not None else [],
         only_in_evaluation=sorted(counts['evaluation'].keys() - counts['train']) if test is not None else [],
     )
@@ -233,7 +252,7 @@ def _text(summary: Dict[str, Any]) -> str:
     shots = (f"{shot} {one['classes']} ({one['images']} images)" for shot, one in summary['shots'].items())
     lines.append(f"  classes by size: {', '.join(shots)}")
     if summary['evaluation']:
-        lines += _split_text('evaluation', summary['evaluation'])
+        lines += _split_text(f"evaluation, {summary['evaluation']['origin']}", summary['evaluation'])
     else:
         lines.append(f"evaluation: none; {summary['no_evaluation']}")
     titles = dict(
@@ -247,6 +266,10 @@ def _text(summary: Dict[str, Any]) -> str:
     if summary['group_leaks']:
         lines.append(f"groups in training and evaluation: {len(summary['group_leaks'])}")
         lines += _few([' and '.join(leak.values()) for leak in summary['group_leaks']])
+    if summary['group_key']:
+        lines.append(
+            'names show several images of one thing, which may be on both sides of what is held out: keep them '
+            f"together with --group-key '{summary['group_key']}'")
     if summary['label_gaps']:
         lines.append(f"numbers missing among the classes: {len(summary['label_gaps'])}")
         lines += _few([', '.join(map(str, summary['label_gaps'][:MAX_LISTED]))])

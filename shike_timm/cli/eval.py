@@ -1,13 +1,17 @@
 """The command `shike eval`."""
-from functools import partial
+from typing import Optional, Sequence
 
-from ..options import parse
-from ..report.evaluate import EvalConfig, evaluate_model
+from ..options import read_command_line
+from ..report.evaluate import EvalConfig, complete_eval_args, evaluate_model
 from .script import run_script
 
 CONFIG = EvalConfig
 
-parse_eval_args = partial(parse, EvalConfig, 'Evaluate a model on many-, medium- and few-shot classes.')
+
+def parse_eval_args(argv: Optional[Sequence[str]] = None) -> EvalConfig:
+    """The configuration that a command line gives."""
+    return complete_eval_args(
+        read_command_line(EvalConfig, 'Evaluate a model on many-, medium- and few-shot classes.', argv))
 
 
 def main() -> int:

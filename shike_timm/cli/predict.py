@@ -117,6 +117,11 @@ def _make_predictor(config: RowsConfig) -> _Predictor:
         trained.class_names, {name: getattr(config, name) for name in DECODING})
 
 
+def _printable(name: object) -> str:
+    """A name of a file or class as text. Its bytes need not be valid text."""
+    return str(name).encode('utf-8', 'backslashreplace').decode()
+
+
 def _top_classes(logits: Tensor, predictor: _Predictor, config: RowsConfig) -> Iterator[Dict[str, Any]]:
     """The most likely classes of each image from logits [B, classes]."""
     values = logits.softmax(-1) if config.output_type == 'prob' else logits
@@ -124,7 +129,7 @@ def _top_classes(logits: Tensor, predictor: _Predictor, config: RowsConfig) -> I
     names = predictor.class_names or range(predictor.num_classes)
     for indices, best in zip(top.indices.tolist(), top.values.tolist()):
         found: Dict[str, Any] = dict(index=indices) if config.include_index else {}
-        yield {**found, 'label': [str(names[index]) for index in indices], config.output_type: best}
+        yield {**found, 'label': [_printable(names[index]) for index in indices], config.output_type: best}
 
 
 def _predictions(logits: Tensor, predictor: _Predictor, config: RowsConfig) -> Iterator[Dict[str, Any]]:
@@ -152,8 +157,7 @@ def _predict_files(
             logits = predictor.run(images.contiguous(memory_format=torch.channels_last)).float().cpu()
             found = _predictions(logits, predictor, config)
         for error, path in zip(errors, remaining):
-            name = path.encode('utf-8', 'backslashreplace').decode()  # The bytes of a file name need not be valid text.
-            yield {'filename': name, 'error': None, **(dict(error=error) if error else next(found))}
+            yield {'filename': _printable(path), 'error': None, **(dict(error=error) if error else next(found))}
 
 
 def _prepare(config: RowsConfig) -> Tuple[_Predictor, Iterator[Dict[str, Any]]]:

@@ -30,7 +30,9 @@ def normalize_name(name: str) -> str:
 def read_class_map(path: str) -> Tuple[List[str], Dict[str, int]]:
     """Class names in label order, and the label of every name in the file."""
     try:
-        label_of = load_class_map(path)
+        label_of = {
+            name.lstrip('\ufeff') if isinstance(name, str) else name: label  # A file may begin with a byte order mark.
+            for name, label in load_class_map(path).items()}
         if Path(path).suffix == '.txt':
             label_of.pop('', None)  # The file may end with an empty line.
         names: List[str] = []
@@ -87,6 +89,10 @@ def match_names(own: Sequence[str], names: Sequence[str], what: str, all_of_them
     """The place of each of the own class names among `names`. `what` is the data in words, for the message."""
     label_of = {normalize_name(name): c for c, name in enumerate(names)}
     own = [normalize_name(name) for name in own]
+    if not set(own) <= set(label_of) and all(name.isdecimal() for name in (*own, *label_of)):
+        numbers = {str(int(name)): c for name, c in label_of.items()}  # Class 3 of a table may be folder 00003.
+        if len(numbers) == len(label_of):
+            own, label_of = [str(int(name)) for name in own], numbers
     unknown = [name for name in own if name not in label_of]
     missing = [name for name in label_of if name not in own] if all_of_them else []
     if unknown or missing:

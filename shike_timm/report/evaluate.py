@@ -11,13 +11,14 @@ import torch
 from ..data import create_eval_loader, load_eval_data, load_training_data
 from ..data.config import CheckConfig, EvalDataConfig, PreprocessingConfig, SourceConfig
 from ..data.dataset import AnySet
+from ..data.split_lists import EVAL_LIST, SplitLists
 from ..devices import DeviceConfig
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..files import check_results_file, write_text
 from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_subsets, format_table
 from ..models.create import resolve_data_config
-from ..options import HparamsConfig, checked, option
+from ..options import HparamsConfig, check_file_values, checked, complete, option, options
 from ..pretrained.load import (
     TrainedModel,
     TrainedModelConfig,
@@ -31,6 +32,8 @@ from .collect import add_costs, check_report, collect, count_gmacs
 from .logits import save_logits
 
 _logger = logging.getLogger(__name__)
+
+OTHER_DATA = {'data_dir', 'dataset', 'val_split', 'val_list', 'hparams'}  # These name other data than the run's.
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,23 @@ class EvalConfig(
         DeviceConfig, HparamsConfig,
 ):
     """All options of shike eval."""
+
+
+def complete_eval_args(given: Dict[str, Any]) -> EvalConfig:
+    """The configuration of given values. A model in a run folder has the data and the shot divisions of its run."""
+    model, saved = Path(str(given.get('checkpoint') or given.get('model') or '').removeprefix('local-dir:')), {}
+    for run in (model, *model.parents[:2]):
+        if all((run / name).is_file() for name in ('args.yaml', 'summary.csv')):
+            saved = read_args(run)
+            own = set(options(ShotConfig))
+            if not OTHER_DATA & set(given):
+                own |= set(options(EvalDataConfig))
+                if saved.get('train_list') and not saved.get('val_list') and SplitLists.find(run):
+                    saved.update(val_list=str(run / EVAL_LIST), input_key=None, target_key=None)
+            saved = check_file_values(
+                EvalConfig, {key: value for key, value in saved.items() if key in own}, f"'{run / 'args.yaml'}'", given)
+            break
+    return complete(EvalConfig, given, saved)
 
 
 def _check(config: EvalConfig) -> None:

@@ -113,6 +113,9 @@ class Trainer:
             found = search(features, data, self.model.level_widths, self.config)
             write_text(self.folder / 'search.json', json.dumps(found, indent=2) + '\n')
             best = {key: found[0][key] for key in ('levels', 'cosine_scale', 'lr')}
+            _logger.info(
+                f"Search: chosen are --levels {' '.join(best['levels'])} --cosine-scale {best['cosine_scale']:g} --lr "
+                f"{best['lr']:g}.")
             self.config = replace(self.config, **best, num_experts=len(best['levels']), search=False)
             save_args(self.folder, self.config)
             self.phases = [replace(phase, lr=best['lr']) for phase in self.phases]

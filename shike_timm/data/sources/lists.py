@@ -11,6 +11,7 @@ import numpy as np
 from ...errors import InputError, one_line
 from ..config import SourceConfig
 from ..dataset import ImageSet, label_images
+from ..decode import image_extensions
 from .files import open_files
 
 INPUT_KEYS = ('path', 'image', 'filename', 'file_name', 'file')
@@ -59,8 +60,12 @@ def _column(fields: Any, wanted: Optional[str], usual: Tuple[str, ...], option: 
 def _read_table(path: str, config: SourceConfig) -> ImageList:
     result = ImageList()
     with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as file:
-        rows = csv.reader(file, delimiter='\t' if path.lower().endswith('.tsv') else ',')
-        fields = next(rows, [])
+        first = file.readline()
+        file.seek(0)
+        rows = csv.reader(file, delimiter=max(',;\t', key=first.count))
+        fields = [field.strip() for field in next(rows, [])]
+        if len(fields) == 2 and os.path.splitext(fields[0])[1].lower() in image_extensions():
+            rows, fields = csv.reader([first, *file], delimiter=rows.dialect.delimiter), ['path', 'label']  # no header
         keys = [
             _column(fields, config.input_key, INPUT_KEYS, '--input-key', path),
             _column(fields, config.target_key, TARGET_KEYS, '--target-key', path),
@@ -73,12 +78,12 @@ def _read_table(path: str, config: SourceConfig) -> ImageList:
         for row in rows:
             if not row:
                 continue
-            if len(row) != len(fields) or not row[places[0]] or not row[places[1]]:
+            if len(row) != len(fields) or not row[places[0]] or not row[places[1]].strip():
                 raise InputError(
                     f"Line {rows.line_num} of '{path}' has no path or no label, or not the {len(fields)} columns of "
                     'its header: mend it.')
             for column, place in zip(columns, places):
-                column.append(row[place])
+                column.append(row[place] if column is result.paths else row[place].strip())
     return result
 
 
@@ -155,6 +160,8 @@ def load_list(config: SourceConfig, path: str, spellings: Sequence[Tuple[str, st
         raise InputError(f"data-dir '{root}' does not exist: give the folder that the paths of '{path}' begin in.")
     paths = listed.paths
     if os.path.isdir(root):
+        if not any(os.path.splitext(one)[1] for one in paths[:10]):  # They may be names without their extensions.
+            spellings = [*spellings, *(('$', extension) for extension in ('.jpg', '.jpeg', '.png', '.JPG', '.tif'))]
         spelled = (paths, *([re.sub(*pair, one) for one in paths] for pair in spellings))
         present = [some for some in spelled if any(os.path.exists(os.path.join(root, one)) for one in some[:10])]
         if not present:
