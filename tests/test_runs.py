@@ -250,7 +250,9 @@ def test_folder_of_images(image_folder, tmp_path, run_script):
         'eval.py', '--model', f'local-dir:{tmp_path}/run/model', '--data-dir', image_folder, '--workers', '0',
         '--device', 'cpu')
     expected = json.loads((tmp_path / 'run' / 'metrics.json').read_text())['stage_two']
-    header, *_, (name, *ensemble) = map(str.split, out.splitlines())
+    lines = [line.split() for line in out.splitlines()]
+    header, (name, *ensemble) = next(line for line in lines if line[0] == 'loss'), lines[-1]
+    assert [line[0] for line in lines[:4]] == ['classes', 'ant', 'bee', 'cat']
     assert status == 0 and name == 'ensemble'
     assert ensemble == ['-' if expected[key] is None else f'{expected[key]:.2f}' for key in header]
 
