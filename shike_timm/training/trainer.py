@@ -177,7 +177,9 @@ class Trainer:
         if world_size() > 1:
             devices = None if self.device.type == 'cpu' else [self.device]
             # --dist-bn brings the statistics of BatchNorm together after the epoch, so no step waits for them.
-            self.task.prepare_distributed(device_ids=devices, broadcast_buffers=False)
+            # Gradients lie where they are added up, so no step copies them.
+            self.task.prepare_distributed(
+                device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.model.set_training_prior(self.data.class_counts, phase.prior)
         self._create_saver(checkpoint)
         metrics = self._train_epochs(first_epoch, done)
