@@ -17,6 +17,7 @@ from .options import option
 SHOTS = ('many', 'medium', 'few')
 METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
 MOST_EXPERTS = 4  # With more experts reports do not try every subset.
+MOST_LISTED = 30  # Classes in a table on the terminal.
 NUM_BINS = 15  # Bins of the calibration error.
 
 
@@ -81,6 +82,7 @@ class ExpertEvaluator(ClassificationEvaluator):
         self.total = torch.zeros(num_classes, dtype=torch.int64, device=self.device)
         self.top1 = torch.zeros(num_classes, num_outputs, dtype=torch.int64, device=self.device)
         self.top5 = torch.zeros_like(self.top1)
+        self.predicted = torch.zeros_like(self.total)  # How often the ensemble says each class.
         dtype = torch.float32 if self.device.type == 'mps' else torch.float64
         self.loss_sum = torch.zeros(num_classes, num_outputs, dtype=dtype, device=self.device)
         # Each bin holds the sum of confidences minus the number of correct answers. A confidence of exactly 1 has its
@@ -102,6 +104,7 @@ class ExpertEvaluator(ClassificationEvaluator):
         hits = (logits.topk(min(5, logits.shape[-1]), dim=-1).indices == target[:, None, None]).any(-1) | right
         self.total.index_add_(0, target, torch.ones_like(target))
         self.top1.index_add_(0, target, right.long())
+        self.predicted.index_add_(0, logits[:, 0].argmax(-1), torch.ones_like(target))
         self.top5.index_add_(0, target, hits.long())
         self.loss_sum.index_add_(0, target, loss)
         confidence = logits.softmax(-1).amax(-1)
@@ -123,18 +126,20 @@ class ExpertEvaluator(ClassificationEvaluator):
             over the `balanced_classes` classes with test images; `many`, `medium` and `few`, averaged over the classes
             of a division (None without test images); the expected calibration error `ece` (Guo et al., ICML 2017, with
             15 bins and one for confidences of 1, as in torchmetrics). `experts` lists the same for each expert.
-            `subsets` lists it for each subset, with its `experts`. `per_class` has lists over the classes: the number
-            of test images `total`, the accuracy `top1` of the ensemble (None without test images), and the accuracies
-            of the `experts`.
+            `subsets` lists it for each subset, with its `experts`. `macro_f1` is the mean F1 of the ensemble over
+            those classes. `per_class` has lists over the classes: the number of test images `total`, the accuracy
+            (recall) `top1`, `precision` and `f1` of the ensemble (None without images), and the accuracies of the
+            `experts`.
 
         Raises:
             InputError: If a logit is not finite.
         """
-        sums = [one.clone() for one in (self.total, self.top1, self.top5, self.loss_sum, self.overconfidence)]
+        sums = [one.clone() for one in (
+            self.total, self.top1, self.top5, self.loss_sum, self.overconfidence, self.predicted)]
         if distributed:
             for one in sums:
                 dist.all_reduce(one)
-        total, top1, top5, loss_sum, overconfidence = (one.cpu().double() for one in sums)
+        total, top1, top5, loss_sum, overconfidence, predicted = (one.cpu().double() for one in sums)
         if loss_sum.isnan().any():
             raise InputError(
                 'The model gives logits that are not finite. Its weights are damaged, or it expects other images: use '
@@ -155,11 +160,19 @@ class ExpertEvaluator(ClassificationEvaluator):
             [round(share, 2) if count else None for share, count in zip(shares, total.tolist())]
             for shares in accuracy.T.tolist()]
         last = self.num_experts + 1
-        metrics: Dict[str, Any] = dict(results[0], balanced_classes=int(seen.sum()), experts=results[1:last])
+        f1 = 200 * top1[:, 0] / (total + predicted).clamp(min=1)
+        metrics: Dict[str, Any] = dict(
+            results[0], balanced_classes=int(seen.sum()), experts=results[1:last],
+            macro_f1=round(float(f1[seen].mean()), 2) if seen.any() else None)
         if self.subsets:
             metrics['subsets'] = [
                 dict(one, experts=subset.tolist()) for subset, one in zip(self.subsets, results[last:])]
-        metrics['per_class'] = dict(total=total.long().tolist(), top1=per_class[0], experts=per_class[1:last])
+        precision = 100 * top1[:, 0] / predicted
+        metrics['per_class'] = dict(
+            total=total.long().tolist(), top1=per_class[0],
+            precision=[round(one, 2) if count else None for one, count in zip(precision.tolist(), predicted.tolist())],
+            f1=[round(one, 2) if count else None for one, count in zip(f1.tolist(), total.tolist())],
+            experts=per_class[1:last])
         return metrics
 
 
@@ -214,19 +227,39 @@ def evaluate(
 
 
 def balanced_over(metrics: Dict[str, Any], num_classes: int) -> str:
-    """A sentence that says how many classes the balanced accuracy averages."""
-    return f"balanced is the mean over {metrics['balanced_classes']} of {num_classes} classes, those with images here."
+    """Sentences that say how many classes the balanced accuracy averages, and what the table leaves out."""
+    divisions = [shot for shot in SHOTS if metrics[shot] is not None]
+    return (
+        f"balanced is the mean over {metrics['balanced_classes']} of {num_classes} classes, those with images here."
+        + (f" macro-F1 is {metrics['macro_f1']}." if metrics.get('macro_f1') is not None else '')
+        + (f' All of them are {divisions[0]}-shot: --many-shot and --few-shot choose other borders.'
+           if len(divisions) == 1 else ''))
+
+
+def format_classes(per_class: Dict[str, Any], names: Sequence[str], class_counts: Sequence[int]) -> str:
+    """A text table of the classes by their training images: all of up to 30, else the ten of the lowest F1."""
+    rows = [
+        (f'  {names[c]}'[:40], str(class_counts[c]), str(per_class['total'][c]),
+         *(per_class[key][c] for key in ('top1', 'precision', 'f1')))
+        for c in sorted(range(len(names)), key=lambda c: -class_counts[c])]
+    title = 'classes'
+    if len(rows) > MOST_LISTED:
+        rows = sorted((row for row in rows if row[-1] is not None), key=lambda row: row[-1])[:10]
+        title = 'worst ten classes'
+    return _format_rows([(title, 'training', 'test', 'top1', 'precision', 'F1'), *rows])
 
 
 def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
     """A text table of the metrics by stage. Each expert and each ensemble has a row."""
-    rows: List[Sequence[Any]] = [('', *METRICS)]
+    found = [shot for shot in SHOTS if any(result[shot] is not None for result in stages.values())]
+    columns = [key for key in METRICS if key not in SHOTS or len(found) > 1]  # A single division is all classes.
+    rows: List[Sequence[Any]] = [('', *columns)]
     for stage, result in stages.items():
         experts = result['experts'] if len(result['experts']) > 1 else []
         named = [*((f'expert {m}', one) for m, one in enumerate(experts)), ('ensemble' if experts else 'model', result)]
         if 'plain' in result:
             named.append(('not averaged', result['plain']))
-        rows += [(f'{stage} {name}'.strip(), *(one.get(key) for key in METRICS)) for name, one in named]
+        rows += [(f'{stage} {name}'.strip(), *(one.get(key) for key in columns)) for name, one in named]
     return _format_rows(rows)
 
 
@@ -245,4 +278,5 @@ def _format_rows(rows: Sequence[Sequence[Any]]) -> str:
 
     cells = [[text(cell) for cell in row] for row in rows]
     width = max(len(row[0]) for row in cells)
-    return '\n'.join(row[0].ljust(width) + ''.join(cell.rjust(9) for cell in row[1:]) for row in cells)
+    widths = [max(9, len(head) + 2) for head in cells[0][1:]]
+    return '\n'.join(row[0].ljust(width) + ''.join(map(str.rjust, row[1:], widths)) for row in cells)

@@ -1,6 +1,7 @@
 """export.py: what it writes gives the model's own logits, at any batch size and without this package."""
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -279,3 +280,13 @@ def test_an_export_that_differs_is_not_kept(export_of, message, small_network, t
     with pytest.raises(InputError, match=message):
         save_exported(small_network, tmp_path / 'out', 'torchscript', dict(input_size=(3, 8, 8)))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_is_named_by_its_run(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('one', 'two'):
+        shutil.copytree(tiny_run, tmp_path / name)
+    for model in ('one', 'local-dir:two/model', 'resnet32_shike'):
+        export(parse_export_args(['--model', model, '--pretrained', '--format', 'torchscript']))
+    assert {path.name for path in (tmp_path / 'exported').iterdir()} == {
+        f'{name}-torchscript' for name in ('one', 'two', 'resnet32_shike')}

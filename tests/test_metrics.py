@@ -2,13 +2,15 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import precision_recall_fscore_support
 from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error
 
 from shike_timm.cli.eval import parse_eval_args
-from shike_timm.metrics import ExpertEvaluator, evaluate, format_table, shot_divisions
+from shike_timm.metrics import ExpertEvaluator, balanced_over, evaluate, format_classes, format_table, shot_divisions
 from shike_timm.report.evaluate import evaluate_model
 
 
@@ -172,6 +174,29 @@ def test_flips_are_averaged():
     averaged = images[:, :, 0].mean(-1)
     expected = round(float(nn.functional.cross_entropy(averaged, target)), 4)
     assert result['loss'] == result['experts'][0]['loss'] == result['experts'][1]['loss'] == pytest.approx(expected)
+
+
+def test_precision_and_f1_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(300, 2, 40, generator=generator), torch.randint(39, (300,), generator=generator)
+    logits[torch.arange(300), :, target] += 1.5
+    evaluator = ExpertEvaluator(2, [0] * 40)
+    evaluator.update(logits, target)
+    result = evaluator.compute()
+    said = logits.mean(1).argmax(1)
+    precision, _, f1, total = precision_recall_fscore_support(target, said, labels=range(40), zero_division=0)
+    found = result['per_class']
+    assert [one or 0 for one in found['precision']] == pytest.approx(100 * precision, abs=0.006)
+    assert [one or 0 for one in found['f1']] == pytest.approx(100 * f1, abs=0.006)
+    assert found['f1'][39] is None and result['macro_f1'] == pytest.approx(100 * f1[:39].mean(), abs=0.006)
+    names = [f'class {c}' for c in range(40)]
+    table = format_classes(found, names, [40 - c for c in range(40)]).splitlines()
+    assert len(table) == 11 and table[1].split()[1] == str(np.argmin(np.where(total, f1, 2)))
+    few = {key: value[:3] for key, value in found.items()}
+    assert [line.split()[1] for line in format_classes(few, names[:3], [1, 9, 5]).splitlines()[1:]] == ['1', '2', '0']
+    assert 'many' not in format_table({'': result}).splitlines()[0]
+    result['many'], result['few'] = None, 1.
+    assert 'All of them are few-shot' in balanced_over(result, 40)
 
 
 def test_table():

@@ -137,6 +137,12 @@ def test_a_run_is_reported_with_its_first_stage(tiny_run, tmp_path, run_script):
     text, _ = read_page(tmp_path / 'report')
     assert 'run, stage one' in text and 'run</td>' in text and 'other</td>' in text
     assert 'of one recipe' not in text  # a copy is no second seed
+    # A report of one run lies in the run, and keeps nothing of a comparison.
+    (tmp_path / 'report').rename(tmp_path / 'other' / 'report')
+    assert list((tmp_path / 'other' / 'report').glob('comparison.*'))
+    status, out, err = run_script('report', tmp_path / 'other', '--workers', '0', '--device', 'cpu')
+    assert status == 0 and str(tmp_path / 'other' / 'report' / 'report.html') in out, err
+    assert not list((tmp_path / 'other' / 'report').glob('comparison.*'))
     metrics = json.loads((tiny_run / 'metrics.json').read_text())['stage_two']
     assert f"<b>{metrics['top1']:.2f}</b>" in text and f"{metrics['few']:.2f}<br>" in text
 

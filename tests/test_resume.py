@@ -252,7 +252,7 @@ def start(tmp_path, *extra):
 
 def wait_for_epoch(process, epoch):
     for line in process.stderr:
-        if line.startswith(f'Train: {epoch} '):
+        if line.startswith(f'Train: epoch {epoch + 1} '):
             return
     raise AssertionError('the run ended early')
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -29,7 +30,7 @@ def test_run_folder(tiny_run):
     metrics = json.loads((tiny_run / 'metrics.json').read_text())
     assert list(metrics) == ['stage_one', 'stage_two']
     for result in metrics.values():
-        assert set(result) == {*METRICS, 'balanced_classes', 'experts', 'seconds'}
+        assert set(result) == {*METRICS, 'balanced_classes', 'macro_f1', 'experts', 'seconds'}
         assert len(result['experts']) == 3 and result['seconds'] > 0
     with (tiny_run / 'summary.csv').open() as file:
         rows = list(csv.DictReader(file))
@@ -249,6 +250,21 @@ def test_folder_of_images(image_folder, tmp_path, run_script):
         'eval.py', '--model', f'local-dir:{tmp_path}/run/model', '--data-dir', image_folder, '--workers', '0',
         '--device', 'cpu')
     expected = json.loads((tmp_path / 'run' / 'metrics.json').read_text())['stage_two']
-    header, *_, (name, *ensemble) = map(str.split, out.splitlines())
+    lines = [line.split() for line in out.splitlines()]
+    header, (name, *ensemble) = next(line for line in lines if line[0] == 'loss'), lines[-1]
+    assert [line[0] for line in lines[:4]] == ['classes', 'ant', 'bee', 'cat']
     assert status == 0 and name == 'ensemble'
     assert ensemble == ['-' if expected[key] is None else f'{expected[key]:.2f}' for key in header]
+
+
+@pytest.mark.parametrize('gain', [-1, 1])
+def test_a_loss_of_stage_two_is_explained(caplog, gain):
+    """The line has both figures, and that with --target-prior train."""
+    caplog.set_level('INFO')
+    asked = []
+    model = SimpleNamespace(set_target_prior=asked.append)
+    trainer = SimpleNamespace(
+        phase=SimpleNamespace(is_retraining=True), model=model, evaluate=lambda model: dict(top1=68.5 if asked else 0))
+    Trainer._log_change(trainer, dict(stage_one=dict(top1=67.5), stage_two=dict(top1=67.5 + gain)))
+    assert asked == (['train', None] if gain < 0 else [])
+    assert ('from 67.5 to 66.5' in caplog.text and 'it is 68.5 with --target-prior train' in caplog.text) == (gain < 0)

@@ -98,7 +98,7 @@ def test_what_reaches_the_loader(run_of):
     assert len(next(iter(run.eval_loader))[1]) == 8  # -vb is the batch size by default
     mixed = run_of(
         '--mixup', '0.4', '--cutmix', '1', '--mixup-prob', '0.75', '--mixup-switch-prob', '0.25', '--alpha', '0')
-    collate = mixed.train_loader.loader.collate_fn
+    collate = mixed.train_loader.collate
     assert (collate.mix_prob, collate.switch_prob, collate.mixup_alpha, collate.cutmix_alpha) == (0.75, 0.25, 0.4, 1.)
 
 
@@ -108,6 +108,17 @@ def test_mixing_ends_in_workers_too(run_of):
         set_mixup(run.train_loader, enabled)
         peaks = torch.cat([target.amax(1) for _, target in run.train_loader])
         assert bool((peaks == 1).all()) != enabled
+
+
+def test_images_mix_alike_with_and_without_workers(run_of):
+    batches = []
+    for workers in (0, 1):
+        run = run_of('--mixup', '0.4', '--cutmix', '1', '--alpha', '0', '--workers', str(workers))
+        run.train_loader.sampler.set_epoch(3, 0, 2)
+        torch.manual_seed(0)
+        batches.append([*run.train_loader, (torch.rand(3), torch.rand(3))])  # What training draws stays the same too.
+    for one, other in zip(*batches):
+        assert all(map(torch.equal, one, other))
 
 
 def test_when_mixing_ends(tmp_path, image_folder, monkeypatch):

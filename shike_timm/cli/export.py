@@ -25,7 +25,16 @@ class ExportConfig(TrainedModelConfig, HparamsConfig):
     format: str = option('onnx', 'file format', choices=tuple(FILES))
     opset: Optional[int] = option(None, "version of ONNX's operators. By default torch chooses")
     img_size: Optional[int] = option(None, "side of the images. By default the model's own", low=1)
-    output: Optional[str] = option(None, 'folder to write. By default exported/NAME-FORMAT', 'DIR')
+    output: Optional[str] = option(
+        None, 'folder to write. By default exported/NAME-FORMAT, where NAME is that of the run', 'DIR')
+
+
+def _name(config: ExportConfig, architecture: str) -> str:
+    """The name of the run or the model folder, or else of the architecture."""
+    path = Path((config.checkpoint or config.model or '').removeprefix('local-dir:')).absolute()
+    run = next((folder for folder in (path, *path.parents[:2]) if (folder / 'args.yaml').is_file()), None)
+    folder = run or (path if path.is_dir() and not is_registered(config.model or '') else None)
+    return folder.name if folder else architecture
 
 
 def export(config: ExportConfig) -> Path:
@@ -51,7 +60,8 @@ def export(config: ExportConfig) -> Path:
         data_config = resolve_input_data_config(model, args=options)
     except ValueError as error:
         raise InputError(f'--img-size {config.img_size}: {error}') from error
-    folder = Path(config.output or f"exported/{model.pretrained_cfg['architecture']}-{config.format}")
+    name = _name(config, model.pretrained_cfg['architecture'])
+    folder = Path(config.output or f'exported/{name}-{config.format}')
     difference = save_exported(
         model, folder, config.format, data_config, config.opset, class_names=trained.class_names,
         class_counts=trained.class_counts, shot_counts=trained.shot_counts, exif=options.get('exif'),

@@ -39,9 +39,10 @@ class _Mixup(timm.data.FastCollateMixup):
 class WorkerLoader(PrefetchLoader):
     """timm's loader, which stops if too many images of its set turn out to be unreadable."""
 
-    def __init__(self, data: AnySet, loader: DataLoader, **options: Any):
+    def __init__(self, data: AnySet, loader: DataLoader, collate: Callable, **options: Any):
         super().__init__(loader, **options)
         self.data = data
+        self.collate = collate
 
     def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:
         for batch in super().__iter__():
@@ -54,8 +55,8 @@ Loader = Union[DeviceLoader, WorkerLoader]
 
 
 def set_mixup(loader: Any, enabled: bool) -> None:
-    """Switch the mixing of images on or off, in a loader that `create_train_loader` made."""
-    loader.mixup_enabled = enabled
+    """Switch the mixing of images on or off, in a loader that `create_train_loader` made with it."""
+    loader.collate.mixup_enabled = enabled
 
 
 def set_stream_epoch(loader: Any, epoch: int, seed: int) -> None:
@@ -101,20 +102,21 @@ def _create_worker_loader(
     else:
         data.replaces_unreadable |= is_training
         num_workers = limit_workers(num_workers)
+    seeded = SeededDataset(data, collate) if is_training and not data.is_stream else None
     loader = DataLoader(
-        SeededDataset(data) if is_training and not data.is_stream else data,
+        data if seeded is None else seeded,
         batch_size,
         sampler=None if data.is_stream else sampler,
         drop_last=drop_last,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=collate if seeded is None else seeded.collate,
         pin_memory=device.type == 'cuda',
         # The images of a stream depend on what their worker did before, so its workers start anew.
         persistent_workers=num_workers > 0 and not data.is_stream,
         generator=torch.Generator(),  # Otherwise starting workers would draw from torch's own generator.
     )
     return WorkerLoader(
-        data, loader, mean=data_config['mean'], std=data_config['std'], channels=data_config['input_size'][0],
+        data, loader, collate, mean=data_config['mean'], std=data_config['std'], channels=data_config['input_size'][0],
         device=device, **erasing)
 
 

@@ -1,6 +1,6 @@
 """The images of an epoch, the share of each process, and the seed of each image."""
 import random
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -55,24 +55,34 @@ class EpochSampler(Sampler[Tuple[int, int]]):
 
 
 class SeededDataset(Dataset):
-    """A data set whose items depend only on their index and seed, not on the items that a worker made before."""
+    """A data set whose items depend only on their index and seed, not on the items that a worker made before.
 
-    def __init__(self, dataset: Any):
+    `collate` makes a batch of items. If it draws, as the mixing of images does, it goes on where the last item stopped.
+    Without workers this happens in the training process, whose dropout must not depend on it.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[List[Any]], Any]):
         self.dataset = dataset
+        self._collate = collate
+        self._states: Any = None  # Those of the training process before a batch.
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: Tuple[int, int]) -> Any:
         index, seed = key
-        # Without workers this is the training process, whose dropout must not depend on the images read.
-        states = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        if self._states is None and get_worker_info() is None:
+            self._states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed costs as much as decoding a small image
-        item = self.dataset[index]
-        if states is not None:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
-        return item
+        return self.dataset[index]
+
+    def collate(self, items: List[Any]) -> Any:
+        batch = self._collate(items)
+        if self._states is not None:
+            random.setstate(self._states[0])
+            np.random.set_state(self._states[1])
+            torch.set_rng_state(self._states[2])
+            self._states = None
+        return batch

@@ -1,4 +1,5 @@
 """Evaluates a trained model, prints tables, and writes files and a report. `shike eval` calls it."""
+import csv
 import json
 import logging
 import os
@@ -15,8 +16,8 @@ from ..data.split_lists import EVAL_LIST, SplitLists
 from ..devices import DeviceConfig
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
-from ..files import check_results_file, write_text
-from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_subsets, format_table
+from ..files import check_results_file, write_text, write_whole
+from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_classes, format_subsets, format_table
 from ..models.create import resolve_data_config
 from ..options import HparamsConfig, check_file_values, checked, complete, option, options
 from ..pretrained.load import (
@@ -43,7 +44,8 @@ class EvaluationConfig:
     expert_subsets: bool = option(False, 'also measure accuracy and cost of every subset of the experts')
     flip: bool = option(False, 'average the logits with those of the mirrored images, at twice the cost')
     batch_size: int = option(256, 'images in a batch', low=1, flags=('-b',))
-    results_file: Optional[str] = option(None, 'JSON file to write the metrics to', 'FILE')
+    results_file: Optional[str] = option(
+        None, 'file to write the metrics to: a table of the classes if it ends in .csv, else JSON', 'FILE')
     save_logits: Optional[str] = option(
         None, 'npz file to write the logits of each expert to, with targets, paths and classes', 'FILE')
     report: Optional[str] = option(
@@ -109,6 +111,23 @@ def _load_split(config: EvalConfig, trained: TrainedModel) -> AnySet:
     return split
 
 
+def _write_results(path: str, metrics: Dict[str, Any]) -> None:
+    """Write metrics as JSON, or as a table of the classes whose first row is all images."""
+    if Path(path).suffix.lower() != '.csv':
+        write_text(path, json.dumps(metrics, indent=2) + '\n')
+        return
+    classes = dict(metrics['per_class'])
+    experts, counts = classes.pop('experts'), classes['class_counts']
+    classes['names'] = classes['names'] or [str(c) for c in range(len(counts))]
+    keys = 'names', 'class_counts', 'total', 'top1', 'precision', 'f1'
+    columns = {key.removesuffix('s'): classes[key] for key in keys}
+    columns.update({f'expert_{m}': one for m, one in enumerate(experts)})
+    whole = ['', sum(counts), sum(classes['total']), metrics['top1'], None, metrics['macro_f1']]
+    with write_whole(path) as file:
+        csv.writer(file).writerows(
+            [columns, [*whole, *(one['top1'] for one in metrics['experts'])], *zip(*columns.values())])
+
+
 def _log_long_tail(metrics: Dict[str, Any]) -> None:
     """Suggest --target-prior if the evaluation set is long-tailed."""
     sizes = [size for size in metrics['per_class']['total'] if size]
@@ -160,6 +179,7 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     if rank():
         return metrics
 
+    print(format_classes(metrics['per_class'], names or [str(c) for c in range(len(counts))], counts))
     print(format_table({'': metrics}), flush=True)
     _logger.info(balanced_over(metrics, len(counts)))
     _log_long_tail(metrics)
@@ -171,7 +191,7 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
             print(f"\n{format_subsets(metrics['subsets'])}")
     finally:  # The metrics are kept if costs cannot be measured.
         if config.results_file:
-            write_text(config.results_file, json.dumps(metrics, indent=2) + '\n')
+            _write_results(config.results_file, metrics)
     if kept:
         name = run.name if run else Path(config.checkpoint).stem if config.checkpoint else str(config.model)
         costs = metrics.get('subsets') or count_gmacs(model, next(iter(loader))[0][:1], passes)

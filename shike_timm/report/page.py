@@ -102,6 +102,8 @@ def write_report(
         figure, missing = draw(function, analysis, other)
         figures.append((name, title, caption, Markup(save(figure, folder / name)), missing))
     comparison = None
+    for old in folder.glob('comparison.*'):  # An earlier report may have compared other models.
+        old.unlink()
     if len(models) > 1:
         figure, _ = draw(compare_models, models)
         comparison = Markup(save(figure, folder / 'comparison'))

@@ -29,7 +29,9 @@ class ReportOutputConfig:
         None, 'run folders or files of shike eval --save-logits. A run is evaluated on its own data. The report '
         'describes the first one in detail and compares the others with it', 'RUN|FILE.npz', nargs='+',
         required=True, positional=True)
-    output: str = option('report', 'folder to write report.html, its figures and the table of the classes to', 'DIR')
+    output: Optional[str] = option(
+        None, 'folder to write report.html, its figures and the table of the classes to. By default RUN/report for a '
+        'single run, and report for several', 'DIR')
     data_dir: Optional[str] = option(None, 'folder of the data, if it has moved since the runs', 'DIR')
     batch_size: int = option(256, 'images in a batch', low=1, flags=('-b',))
 
@@ -77,7 +79,9 @@ def evaluate_run(
 
 def make_report(config: ReportConfig) -> Path:
     """Write the report of runs and files. Returns the path of the page."""
-    check_report(config.output, config.cam)
+    single = len(config.runs) == 1 and Path(config.runs[0]).is_dir()
+    output = config.output or (str(Path(config.runs[0], 'report')) if single else 'report')
+    check_report(output, config.cam)
     if config.cam and not Path(config.runs[0]).is_dir():
         raise InputError(f"--cam needs a model, but '{config.runs[0]}' has none: give a run folder, or use shike eval.")
     for path in map(Path, config.runs):
@@ -94,6 +98,6 @@ def make_report(config: ReportConfig) -> Path:
         if not models and len(saved) > 1:
             earlier = Analysis(saved[1])
         models.append(Analysis(saved[0]))
-    page = write_report(Path(config.output), models, earlier, cams)
+    page = write_report(Path(output), models, earlier, cams)
     print(f'Report: {page}')
     return page

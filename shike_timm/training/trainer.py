@@ -29,7 +29,7 @@ from ..data.sampler import EpochSampler
 from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
 from ..errors import one_line
 from ..files import write_text
-from ..metrics import METRICS, balanced_over, evaluate, format_table
+from ..metrics import METRICS, balanced_over, evaluate, format_classes, format_table
 from ..models import Shike
 from ..models.create import create_model
 from ..pretrained.folder import export_model
@@ -39,7 +39,7 @@ from .config import RunConfig
 from .features import FeatureLoader, cached_features, standardise
 from .folder import check_folder, claim_folder, read_metrics, save_args
 from .methods import TaskInputs, create_task
-from .phases import Phase
+from .phases import PHASES, Phase
 from .progress import progress_bar, read_columns, read_seconds
 from .search import search
 from .signals import Interrupted, StopFlag, stop_signals
@@ -100,10 +100,24 @@ class Trainer:
                     on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
         on_primary(self._write_model)
         if rank() == 0:
-            print(format_table(metrics))
+            print(format_classes(self.per_class, self.data.class_names, self.data.class_counts))
+            print(format_table(metrics), flush=True)
             _logger.info(balanced_over(metrics[self.phase.name], self.data.num_classes))
+        self._log_change(metrics)
         _logger.info(f'Run folder: {self.folder}')
         return metrics
+
+    def _log_change(self, metrics: Dict[str, Any]) -> None:
+        """Say so if stage two gave up accuracy, since it answers for a world of equally frequent classes."""
+        before, after = (metrics.get(name, {}).get('top1', 0.) for name in PHASES)
+        if self.phase.is_retraining and after < before:
+            self.model.set_target_prior('train')
+            as_trained = self.evaluate(self.model)['top1']
+            self.model.set_target_prior(None)
+            _logger.info(
+                f'Stage two answers for equally frequent classes, so top1 went from {before} to {after}. Where classes '
+                f'are as frequent as in training it is {as_trained} with --target-prior train, which shike eval, '
+                'predict and export take.')
 
     def _use_features(self, fresh: bool) -> None:
         """Train on cached features instead of images. In a fresh run, choose the experts first if that is asked for."""
@@ -163,7 +177,9 @@ class Trainer:
         if world_size() > 1:
             devices = None if self.device.type == 'cpu' else [self.device]
             # --dist-bn brings the statistics of BatchNorm together after the epoch, so no step waits for them.
-            self.task.prepare_distributed(device_ids=devices, broadcast_buffers=False)
+            # Gradients lie where they are added up, so no step copies them.
+            self.task.prepare_distributed(
+                device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.model.set_training_prior(self.data.class_counts, phase.prior)
         self._create_saver(checkpoint)
         metrics = self._train_epochs(first_epoch, done)
@@ -256,10 +272,12 @@ class Trainer:
                 # The evaluation may fail, so the epoch is saved before it.
                 on_primary(self.saver.save_last, epoch - 1, asdict(done))
                 metrics = self._evaluate()
-                status += '  Eval: ' + '  '.join(f'{key}: {metrics[key]}' for key in METRICS)
+                status += '  Eval: ' + '  '.join(
+                    f'{key}: {metrics[key]}' for key in METRICS if metrics[key] is not None)
             left = (time.perf_counter() - start) / (epoch + 1 - first_epoch) * (phase.epochs - epoch - 1)
             _logger.info(
-                f'Train: {epoch} of {phase.epochs} in {phase.title}, {timedelta(seconds=round(left))} left  {status}')
+                f'Train: epoch {epoch + 1} of {phase.epochs} in {phase.title}, {timedelta(seconds=round(left))} left  '
+                f'{status}')
             evaluated = {key: metrics[key] if metrics else None for key in METRICS}
             on_primary(partial(
                 update_summary, phase.first_row + epoch, trained, evaluated, str(summary), self._lr(),
@@ -340,7 +358,7 @@ class Trainer:
                 self.progress.set_postfix_str(status, refresh=False)
                 if config.log_interval and self.progress.disable and not last:
                     share = 100 * (step + 1) / num_steps
-                    _logger.info(f'Train: {epoch} [{step:>4d}/{num_steps} ({share:>3.0f}%)]  {status}')
+                    _logger.info(f'Train: epoch {epoch + 1} [{step:>4d}/{num_steps} ({share:>3.0f}%)]  {status}')
                 log_start, images_since_log = now, 0
             self.progress.update()
         return done_now, status
@@ -391,13 +409,17 @@ class Trainer:
 
     def evaluate(self, model: nn.Module) -> Dict[str, Any]:
         """Metrics of a model on the evaluation data."""
-        return evaluate(model, self.eval_loader, self.data.shot_counts, self.device, shots=self.config)
+        metrics = evaluate(
+            model, self.eval_loader, self.data.shot_counts, self.device, per_class=True, shots=self.config)
+        self.per_class = metrics.pop('per_class')
+        return metrics
 
     def _evaluate(self) -> Dict[str, Any]:
         """Metrics of the model, or of its moving average and, under `plain`, of the weights as trained."""
         if not self.task.has_ema():
             return self.evaluate(self._eval_model())
-        return dict(self.evaluate(self._eval_model(ema=True)), plain=self.evaluate(self._eval_model()))
+        plain = self.evaluate(self._eval_model())
+        return dict(self.evaluate(self._eval_model(ema=True)), plain=plain)
 
     @contextmanager
     def _own_folder(self, resumed: bool) -> Iterator[None]:
