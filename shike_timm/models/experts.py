@@ -83,11 +83,7 @@ class LevelExpert(nn.Module):
     """An expert without private stages: the pooled, standardised features of several levels, side by side.
 
     The statistics that standardise are those of a BatchNorm without weights. Narrow experts are filled up with zeros.
-
-    Args:
-        levels: The shared stages that the expert reads, counted from 1.
-        infos: `Backbone.feature_info` of all shared stages.
-        width: Channels D of the widest expert.
+    `levels` are those that it reads, counted from 1, `infos` describes all, and `width` is D of the widest expert.
     """
 
     def __init__(self, levels: Sequence[int], infos: Sequence[Dict[str, Any]], width: int, **dd: Any):

@@ -34,12 +34,9 @@ def read_stage_one(path: str) -> Dict[str, Any]:
 
 
 def saved_config(checkpoint: Dict[str, Any], path: Path, given: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that a checkpoint was trained with, for a command that is given some options anew.
-
-    Options that an older version did not have get their defaults.
-    """
-    saved, known = saved_args(checkpoint), options(TrainConfig)
-    values = {name: value for name, value in saved.items() if name in known}
+    """The configuration that a checkpoint was trained with. Options that an older version lacked get their defaults."""
+    known = options(TrainConfig)
+    values = {name: value for name, value in saved_args(checkpoint).items() if name in known}
     return checked(TrainConfig, check_file_values(TrainConfig, values, f"checkpoint '{path}'", given))
 
 

@@ -104,12 +104,8 @@ def plan_retraining(config: RetrainConfig) -> Tuple[RetrainConfig, Phase, torch.
 
 
 def prepare(
-        config: RunConfig,
-        phases: Sequence[Phase],
-        device: torch.device,
-        fresh: bool = True,
-        class_names: Optional[Sequence[str]] = None,
-        source: Optional[Path] = None,
+        config: RunConfig, phases: Sequence[Phase], device: torch.device, fresh: bool = True,
+        class_names: Optional[Sequence[str]] = None, source: Optional[Path] = None,
 ) -> Trainer:
     """Load and check everything that the phases of a run need. Nothing is written.
 

@@ -1,5 +1,4 @@
 """Experiment trackers. Each gets the rows of `summary.csv`."""
-import csv
 import importlib
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Callable, Dict, Iterator, List
 from ..distributed import rank
 from ..errors import InputError, one_line
 from .config import OutputConfig
+from .progress import read_summary
 
 Tracker = Callable[[Dict[str, float]], Any]
 
@@ -64,9 +64,7 @@ def tracking(config: OutputConfig, folder: Path) -> Iterator[Callable[[Path], No
 
     def track(summary: Path) -> None:
         if trackers:
-            with summary.open(newline='') as file:
-                *_, row = csv.DictReader(file)
-            values = {key: float(value) for key, value in row.items() if value}
+            values = {key: float(value) for key, value in read_summary(summary)[-1].items() if value}
             for tracker in trackers:
                 tracker(values)
 

@@ -17,12 +17,8 @@ class _Proxy(fx.Proxy):
 class Tracer(fx.Tracer):
     """Records which modules, functions and parameters a forward pass on the meta device uses, in which order.
 
-    Modules without a feature level inside are recorded whole. `node.meta['value']` is what a node gives.
-
-    Args:
-        levels: Names of the modules that give the feature levels.
-        method: Method of the network to trace. Its first argument is the value, the others have their defaults.
-        value: The first argument, a tensor on the meta device.
+    The pass is that of a method of the network, whose first argument is the value. Modules without one of the feature
+    levels inside are recorded whole. `node.meta['value']` is what a node gives.
     """
 
     def __init__(self, levels: Sequence[str], method: str, value: Tensor):
@@ -114,6 +110,11 @@ def trace(net: Any, levels: Sequence[str], method: str, value: Tensor) -> List[f
         if not node.users and (node.target is torch._assert or sizes and node.op != 'output'):
             graph.erase_node(node)
     return list(graph.nodes)
+
+
+def is_overwritten(node: fx.Node) -> bool:
+    """Whether a later module wrote into the value that a node gave."""
+    return node.meta['version'] != getattr(node.meta['value'], '_version', None)
 
 
 def _is_chain(nodes: Sequence[fx.Node], state: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> bool:
