@@ -197,12 +197,8 @@ class Shike(PriorModel):
             net = timm_backbone(
                 name, num_experts=1, in_chans=self.in_chans, **self._backbone_args,
                 weights=dict(options, cache_dir=cache_dir))
-        for own, loaded in zip([self.stem, *self.stages], [net.stem, *net.stages]):
-            own.load_state_dict(loaded.state_dict())
-        for expert in self.experts if net.last_stages else ():
-            expert.stage.load_state_dict(net.last_stages[0].state_dict())
-            if net.heads:
-                expert.head.load_state_dict(net.heads[0].state_dict())
+        for path, part in net.parts(self.num_experts).items():
+            self.get_submodule(path).load_state_dict(part.state_dict())
         self.set_preprocessing(source)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
