@@ -43,10 +43,7 @@ def check_model_name(name: str) -> None:
 
 
 def create_model(
-        config: ModelConfig,
-        num_classes: int,
-        in_chans: int = 3,
-        fresh: bool = False,
+        config: ModelConfig, num_classes: int, in_chans: int = 3, fresh: bool = False,
         img_size: Optional[Tuple[int, int]] = None,
 ) -> Shike:
     """Create the SHIKE model that the options describe, for images of a size if its backbone is made for one.

@@ -183,14 +183,8 @@ class Expert(nn.Module):
     """
 
     def __init__(
-            self,
-            stage: nn.Module,
-            depth: int,
-            aligner: Optional[nn.Module] = None,
-            residual: bool = False,
-            head: Optional[nn.Module] = None,
-            shared_fmt: str = 'NCHW',
-            output_fmt: str = 'NCHW',
+            self, stage: nn.Module, depth: int, aligner: Optional[nn.Module], residual: bool, head: Optional[nn.Module],
+            shared_fmt: str, output_fmt: str,
     ):
         super().__init__()
         self.stage = stage

@@ -99,12 +99,8 @@ def _check_weights(config: Dict[str, Any], path: Path) -> None:
 
 
 def export_model(
-        model: nn.Module,
-        folder: Union[str, Path],
-        data_config: Dict[str, Any],
-        class_names: Optional[Sequence[str]] = None,
-        class_counts: Optional[Sequence[int]] = None,
-        **facts: Any,
+        model: nn.Module, folder: Union[str, Path], data_config: Dict[str, Any],
+        class_names: Optional[Sequence[str]] = None, class_counts: Optional[Sequence[int]] = None, **facts: Any,
 ) -> None:
     """Write a folder that timm loads as `local-dir:FOLDER`. An existing one is replaced as a whole.
 

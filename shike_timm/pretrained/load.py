@@ -109,12 +109,8 @@ def from_checkpoint(
 
 
 def load_trained_model(
-        name: Optional[str] = None,
-        checkpoint: Optional[str] = None,
-        pretrained: bool = False,
-        experts: Optional[Sequence[int]] = None,
-        described: Optional[ModelConfig] = None,
-        in_chans: int = 3,
+        name: Optional[str] = None, checkpoint: Optional[str] = None, pretrained: bool = False,
+        experts: Optional[Sequence[int]] = None, described: Optional[ModelConfig] = None, in_chans: int = 3,
 ) -> TrainedModel:
     """Load a trained model to the CPU: by a name that `--model` takes, or from a checkpoint.
 

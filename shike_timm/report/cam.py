@@ -54,10 +54,7 @@ def expert_maps(model: Shike, images: Tensor, classes: Sequence[int]) -> np.ndar
 
 
 def draw_cams(
-        model: Shike,
-        names: Sequence[str],
-        data_config: Dict[str, Any],
-        class_names: Optional[Sequence[str]] = None,
+        model: Shike, names: Sequence[str], data_config: Dict[str, Any], class_names: Optional[Sequence[str]] = None,
         **decoding: Any,
 ) -> List[Dict[str, Any]]:
     """Maps of each expert for the class that the ensemble predicts.

@@ -125,10 +125,7 @@ def _is_chain(nodes: Sequence[fx.Node], state: Sequence[fx.Node], outputs: Seque
 
 
 def make_part(
-        net: nn.Module,
-        nodes: Sequence[fx.Node],
-        state: Sequence[fx.Node],
-        outputs: Sequence[fx.Node],
+        net: nn.Module, nodes: Sequence[fx.Node], state: Sequence[fx.Node], outputs: Sequence[fx.Node],
         index: Optional[int] = None,
 ) -> nn.Module:
     """A module of some of a network's nodes.
