@@ -51,7 +51,8 @@ def expand(state_dict: Mapping[str, Tensor], model: Shike) -> Dict[str, Tensor]:
     if not (isinstance(head, nn.Linear) and model.classifier_type == 'linear' and begins_as_backbone):
         if model.num_classes == getattr(head, 'out_features', None):
             _logger.warning(
-                f"The classifiers are new: that of '{name}' fits linear classifiers on residual or no fusion alone.")
+                f"The classifiers are new: that of '{name}' fits linear classifiers on residual or no fusion alone, of "
+                'experts with private stages.')
         return weights
     bias = torch.zeros(head.out_features) if head.bias is None else head.bias.detach()
     for key, value in (('weight', head.weight.detach()), ('bias', bias)):

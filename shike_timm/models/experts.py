@@ -89,8 +89,8 @@ class LevelExpert(nn.Module):
     def __init__(self, levels: Sequence[int], infos: Sequence[Dict[str, Any]], width: int, **dd: Any):
         super().__init__()
         self.levels = tuple(levels)
-        self.pools = nn.ModuleList(LevelPool(infos[level - 1]) for level in levels)
-        own_width = sum(LevelPool(infos[level - 1]).width for level in levels)
+        pools = [LevelPool(infos[level - 1]) for level in levels]
+        self.pools, own_width = nn.ModuleList(pools), sum(pool.width for pool in pools)
         self.norm = nn.BatchNorm1d(own_width, affine=False, **dd)
         self.padding = width - own_width
 
