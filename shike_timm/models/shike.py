@@ -197,8 +197,10 @@ class Shike(PriorModel):
             net = timm_backbone(
                 name, num_experts=1, in_chans=self.in_chans, **self._backbone_args,
                 weights=dict(options, cache_dir=cache_dir))
+        own = dict(self.named_modules())
         for path, part in net.parts(self.num_experts).items():
-            self.get_submodule(path).load_state_dict(part.state_dict())
+            if path in own:  # A pruned model has fewer parts.
+                own[path].load_state_dict(part.state_dict())
         self.set_preprocessing(source)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
