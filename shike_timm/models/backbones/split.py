@@ -9,7 +9,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, fx, nn
 
 from .backbone import Backbone, is_column
-from .trace import make_part, trace
+from .trace import make_part, trace, version
 
 _MIN_REDUCTION = 4  # of a stage; the modules at a higher resolution are the stem
 _PRIVATE_PART = 6  # an expert has one of so many blocks of a column for itself
@@ -120,7 +120,7 @@ class Split:
             raise _refusal(self.name, f"'{name}' gives no features of {info['num_chs']} channels")
         index, level = found[0]
         outputs = [node, *(one for one in self._alive(end) if one is not node or index is not None)]
-        if any(one.meta['version'] != getattr(one.meta['value'], '_version', None) for one in outputs):
+        if any(one.meta['version'] != version(one.meta['value']) for one in outputs):
             raise _refusal(self.name, f"a later module overwrites the features of '{name}', which experts share")
         return _Cut(end, outputs, index, level)
 
@@ -138,7 +138,7 @@ class Split:
                 continue
             info = dict(module=node.target, num_chs=value.shape[1], reduction=round(self.size[0] / value.shape[2]))
             level = self._describe(info, value)
-            if level and level['output_fmt'] == 'NCHW' and node.meta['version'] == getattr(value, '_version', None):
+            if level and level['output_fmt'] == 'NCHW' and node.meta['version'] == version(value):
                 levels[end] = _Cut(end, [node], level=level)
         return [levels[end] for end in sorted(levels)]
 

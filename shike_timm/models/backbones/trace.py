@@ -14,6 +14,11 @@ class _Proxy(fx.Proxy):
         return super().__len__() if isinstance(value, Tensor) else len(value)
 
 
+def version(value: Any) -> Any:
+    """How often a tensor has been written to, None for other values."""
+    return getattr(value, '_version', None)
+
+
 class Tracer(fx.Tracer):
     """Records which modules, functions and parameters a forward pass on the meta device uses, in which order.
 
@@ -69,7 +74,7 @@ class Tracer(fx.Tracer):
             value = self._run(node)
         finally:
             self.running = False
-        node.meta.update(value=value, version=getattr(value, '_version', None))
+        node.meta.update(value=value, version=version(value))
         return node
 
     def _run(self, node: fx.Node) -> Any:
