@@ -106,6 +106,12 @@ def model_weights(checkpoint: Dict[str, Any], path: Union[str, Path]) -> Dict[st
     return clean_state_dict(weights)
 
 
+def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    """The values that a checkpoint was trained with, empty if it has none."""
+    saved = checkpoint.get('args')
+    return vars(saved) if isinstance(saved, argparse.Namespace) else {}
+
+
 def load_weights(model: nn.Module, weights: Dict[str, Tensor], path: Union[str, Path]) -> None:
     """Load weights from a path, which must fit the model exactly. If they do not, the model stays as it is."""
     own = model.state_dict()

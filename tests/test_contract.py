@@ -11,7 +11,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor, get_graph_node_names
 
-from shike_timm.models.shike import to_map
+from shike_timm.models.experts import to_map
 
 NAMES = timm.list_models(module='registry')
 TAGGED = timm.list_models(module='registry', include_tags=True)

@@ -131,3 +131,16 @@ def test_without_a_network_one_sentence_within_seconds(hub, run_script, tmp_path
     assert status == 2 and not (tmp_path / 'out').exists(), error
     assert '--pretrained-backbone FILE' in error and '--no-pretrained-backbone' in error and 'timm/resnet18' in error
     assert time.perf_counter() - start < 30  # The Hub's client would try again for a minute.
+
+
+@pytest.mark.parametrize('classifier', ['cosine', 'linear'])
+def test_weights_of_the_backbone_without_private_stages(classifier):
+    net, images = shaken('test_resnet'), torch.randn(2, 3, 64, 64)
+    options = dict(backbone='test_resnet', private_stages=0, num_experts=2, classifier=classifier)
+    model = timm.create_model(
+        'shike', pretrained=True, pretrained_cfg_overlay=dict(state_dict=net.state_dict()), **options).eval()
+    other = timm.create_model('shike', **options).eval()
+    other.load_backbone(net.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(model.pool_levels(images), other.pool_levels(images))
+        assert model(images).shape == (2, 1000)

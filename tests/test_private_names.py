@@ -17,7 +17,7 @@ FOREIGN = [
     (CheckpointSaver, '_replace', 'checkpoints.py', 'that there is a `last` checkpoint at every moment'),
     (CheckpointSaver, '_save', 'checkpoints.py', 'the checkpoint before the first epoch'),
     (torch.Tensor, '_version', 'models/backbones/trace.py', 'the refusal of backbones that overwrite what is shared'),
-    (torch, '_assert', 'models/backbones/trace.py', 'backbones that check the size of their images'),
+    (torch, '_assert', 'models/backbones/trace.py', 'that the checks of a backbone are left out of its parts'),
     (Dataset.from_dict({}), '_fingerprint', 'data/sources/huggingface.py',
      'that images of a changed data set are checked anew'),
     (timm.create_model('test_resnet'), '_model_args', 'models/shike.py', 'that fewer experts are saved as such'),

@@ -12,6 +12,10 @@ from .config import ModelConfig
 from .expand import BACKBONE_TAG
 from .shike import Shike
 
+# These options are arguments of the same name.
+SAME_ARGUMENTS = (
+    'backbone', 'num_experts', 'private_stages', 'private_blocks', 'classifier', 'cosine_scale', 'aligner')
+
 Model = TypeVar('Model', bound=ModelConfig)
 
 
@@ -39,10 +43,7 @@ def check_model_name(name: str) -> None:
 
 
 def create_model(
-        config: ModelConfig,
-        num_classes: int,
-        in_chans: int = 3,
-        fresh: bool = False,
+        config: ModelConfig, num_classes: int, in_chans: int = 3, fresh: bool = False,
         img_size: Optional[Tuple[int, int]] = None,
 ) -> Shike:
     """Create the SHIKE model that the options describe, for images of a size if its backbone is made for one.
@@ -63,16 +64,10 @@ def create_model(
             num_classes=num_classes,
             in_chans=in_chans,
             img_size=img_size,
-            backbone=config.backbone,
-            num_experts=config.num_experts,
-            private_stages=config.private_stages,
-            private_blocks=config.private_blocks,
             depths=[[int(level) for level in one.split('+')] for one in config.levels] if (
                 config.levels) else config.depths,
             fusion=config.fusion if config.fusion is False else config.fusion_type,
-            classifier=config.classifier,
-            cosine_scale=config.cosine_scale,
-            aligner=config.aligner,
+            **{name: getattr(config, name) for name in SAME_ARGUMENTS},
             drop_rate=config.drop,
             drop_path_rate=config.drop_path,
             **config.model_kwargs,

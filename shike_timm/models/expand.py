@@ -43,16 +43,12 @@ def expand(state_dict: Mapping[str, Tensor], model: Shike) -> Dict[str, Tensor]:
         name, pretrained=True, in_chans=chans, pretrained_cfg_overlay=dict(state_dict=dict(state_dict)), **args)
     net = timm_backbone(name, num_experts=1, in_chans=chans, **model._backbone_args, weights=dict(
         pretrained=True, pretrained_cfg_overlay=dict(state_dict=whole.state_dict())))
-    parts = {'stem': net.stem, **{f'stages.{i}': stage for i, stage in enumerate(net.stages)}}
-    for m in range(model.num_experts):
-        parts[f'experts.{m}.stage'] = net.last_stages[0]
-        if net.heads:
-            parts[f'experts.{m}.head'] = net.heads[0]
-    weights = {f'{path}.{key}': value for path, part in parts.items() for key, value in part.state_dict().items()}
-    own = {key: value for key, value in model.state_dict().items() if '.aligner.' in key or 'classifier.' in key}
-    weights.update(own)
+    weights = model.state_dict()
+    for path, part in net.parts(model.num_experts).items():
+        weights.update({f'{path}.{key}': value for key, value in part.state_dict().items()})
     head = whole.get_classifier()
-    if not isinstance(head, nn.Linear) or model.classifier_type != 'linear' or model.fusion == 'product':
+    begins_as_backbone = net.last_stages and model.fusion != 'product'
+    if not (isinstance(head, nn.Linear) and model.classifier_type == 'linear' and begins_as_backbone):
         if model.num_classes == getattr(head, 'out_features', None):
             _logger.warning(
                 f"The classifiers are new: that of '{name}' fits linear classifiers on residual or no fusion alone.")

@@ -1,12 +1,16 @@
 """Experts, and the aligners that bring a shared stage's feature map to the shape of an expert's own output."""
+import math
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backbones import Backbone, is_column
+
 BOTTLENECK = 256  # channels inside an aligner
+
 
 def _conv_norm(
         in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, groups: int = 1, **dd: Any) -> List[nn.Module]:
@@ -45,6 +49,18 @@ ALIGNERS = {
 }
 
 
+def to_map(x: Tensor, level: Dict[str, Any], size: Sequence[int]) -> Tensor:
+    """Features of a level as a map [B, C, h, w], without class and register tokens. `size` is that of the images."""
+    if level['output_fmt'] == 'NHWC':
+        return x.permute(0, 3, 1, 2)
+    if level['output_fmt'] == 'NLC':
+        if not level['has_map']:
+            raise ValueError(f"The tokens of '{level['module']}' are no map of the image: leave this level out.")
+        grid = [-(-side // level['reduction']) for side in size]
+        return x[:, level['num_prefix_tokens']:].transpose(1, 2).unflatten(2, grid)
+    return x
+
+
 class LevelPool(nn.Module):
     """Features of a level of any format as vectors [B, width].
 
@@ -67,11 +83,7 @@ class LevelExpert(nn.Module):
     """An expert without private stages: the pooled, standardised features of several levels, side by side.
 
     The statistics that standardise are those of a BatchNorm without weights. Narrow experts are filled up with zeros.
-
-    Args:
-        levels: The shared stages that the expert reads, counted from 1.
-        infos: `Backbone.feature_info` of all shared stages.
-        width: Channels D of the widest expert.
+    `levels` are those that it reads, counted from 1, `infos` describes all, and `width` is D of the widest expert.
     """
 
     def __init__(self, levels: Sequence[int], infos: Sequence[Dict[str, Any]], width: int, **dd: Any):
@@ -128,36 +140,34 @@ def init_convolutions(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def stage_depths(
-        num_experts: int, num_shared: int, depths: Optional[Sequence[int]], is_column: bool) -> Tuple[int, ...]:
-    """The shared stage that each expert fuses. The default is described at `Shike`."""
-    if depths is None and is_column:
+def choose_depths(net: Backbone, num_experts: int, depths: Optional[Sequence[Any]]) -> Tuple[Any, ...]:
+    """The shared stage that each expert fuses, or without private stages the tuple of those that it reads.
+
+    The default is described at `Shike`. Without private stages a single number stands beside the last stage.
+    """
+    num_shared, private = len(net.stages), bool(net.last_stages)
+    if depths is None and not private:
+        late = [max(num_shared - m, 1) for m in range(num_experts, 0, -1)]
+        depths = late if num_experts > 1 else [range(max(num_shared - 3, 1), num_shared + 1)]
+    elif depths is None and is_column(net.feature_info):
         first = max(num_shared - max(num_shared // 3, num_experts) + 1, 1)
         step = (num_shared - first) / max(num_experts - 1, 1)
         depths = [round(num_shared - step * m) for m in range(num_experts)][::-1]
     elif depths is None:
         depths = [m % num_shared + 1 for m in range(num_experts)]
-    if len(depths) != num_experts or not all(1 <= depth <= num_shared for depth in depths):
+    if not private:
+        depths = [(depth, num_shared) if isinstance(depth, int) else tuple(depth) for depth in depths]
+    if len(depths) != num_experts or not all(depths) or not all(
+            1 <= depth <= num_shared for depth in list_stages(depths)):
         raise ValueError(
-            f'depths must name one shared stage for each of {num_experts} experts, numbers between 1 and '
-            f'{num_shared}, the stages of the trunk, got {tuple(depths)}.')
+            f"depths must name {'one shared stage' if private else 'one or several shared stages'} for each of "
+            f'{num_experts} experts, numbers between 1 and {num_shared}, the stages of the trunk, got {tuple(depths)}.')
     return tuple(depths)
 
 
-def level_depths(
-        num_experts: int, num_shared: int, depths: Optional[Sequence[Union[int, Sequence[int]]]],
-) -> Tuple[Tuple[int, ...], ...]:
-    """The shared stages that each expert without private stages reads. A single number stands beside the last stage."""
-    if depths is None:
-        late = [max(num_shared - m, 1) for m in range(num_experts, 0, -1)]
-        depths = late if num_experts > 1 else [range(max(num_shared - 3, 1), num_shared + 1)]
-    chosen = tuple((depth, num_shared) if isinstance(depth, int) else tuple(depth) for depth in depths)
-    if len(chosen) != num_experts or not all(chosen) or not all(
-            1 <= depth <= num_shared for levels in chosen for depth in levels):
-        raise ValueError(
-            f'depths must name one or several shared stages for each of {num_experts} experts, numbers between 1 and '
-            f'{num_shared}, got {chosen}.')
-    return chosen
+def list_stages(depths: Sequence[Any]) -> List[int]:
+    """All shared stages that experts of these depths need."""
+    return [stage for depth in depths for stage in (depth if isinstance(depth, tuple) else (depth,))]
 
 
 def joined_level(infos: Sequence[Dict[str, Any]], depths: Sequence[Sequence[int]]) -> Dict[str, Any]:
@@ -173,14 +183,8 @@ class Expert(nn.Module):
     """
 
     def __init__(
-            self,
-            stage: nn.Module,
-            depth: int,
-            aligner: Optional[nn.Module] = None,
-            residual: bool = False,
-            head: Optional[nn.Module] = None,
-            shared_fmt: str = 'NCHW',
-            output_fmt: str = 'NCHW',
+            self, stage: nn.Module, depth: int, aligner: Optional[nn.Module], residual: bool, head: Optional[nn.Module],
+            shared_fmt: str, output_fmt: str,
     ):
         super().__init__()
         self.stage = stage
@@ -207,3 +211,33 @@ class Expert(nn.Module):
                 aligned = aligned[:, :x.shape[1], :x.shape[2], :x.shape[3]]
             x = torch.addcmul(x, x, aligned) if self.residual else x * aligned
         return x
+
+
+def make_experts(
+        net: Backbone, make_aligner: Callable[..., nn.Sequential], fusion: str, depths: Sequence[Any], **dd: Any,
+) -> nn.ModuleList:
+    """The experts of a network. Whatever has no initial values yet gets them, also in the network."""
+    *levels, last = net.feature_info
+    levels = levels[len(levels) - len(net.stages):]
+    if not net.last_stages:
+        return nn.ModuleList(LevelExpert(one, levels, last['num_chs'], **dd) for one in depths)
+    residual, experts = fusion == 'residual', nn.ModuleList()
+    for m, (stage, depth) in enumerate(zip(net.last_stages, depths)):
+        align, shallow = None, levels[depth - 1]
+        if fusion != 'none' and 'NLC' in (shallow['output_fmt'], last['output_fmt']):
+            align = VectorAligner(shallow, last, **dd)
+        elif fusion != 'none':
+            num_halvings = round(math.log2(last['reduction'] / shallow['reduction']))
+            align = make_aligner(shallow['num_chs'], last['num_chs'], num_halvings, **dd)
+            if residual and isinstance(align[-1], nn.ReLU):
+                del align[-1]  # Residual fusion starts at zero, where a ReLU lets no gradient through.
+            if net.initialised:
+                init_convolutions(align)
+        head = net.heads[m] if net.heads else None
+        experts.append(Expert(stage, depth, align, residual, head, shallow['output_fmt'], last['output_fmt']))
+    for part in () if net.initialised else (net.stem, *net.stages, experts):
+        init_convolutions(part)
+    for expert in experts if residual else ():
+        if expert.has_maps:
+            nn.init.zeros_(expert.aligner[-1].weight)  # a BatchNorm
+    return experts

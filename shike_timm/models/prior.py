@@ -1,15 +1,14 @@
 """Priors: the class frequencies that logits stand for, and the offset that exchanges one prior for another."""
 import math
-from typing import Optional, Sequence, Union
+from typing import Any, List, Optional, Sequence, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Frequencies = Union[None, str, Sequence[float]]  # 'uniform', 'train', or one positive number for each class.
 
 
-def check_frequencies(values: Sequence[float], num_classes: int, what: str) -> None:
-    """Check that there is one positive number for each class."""
+def _check_frequencies(values: Sequence[float], num_classes: int, what: str) -> None:
     if len(values) != num_classes:
         raise ValueError(f'{what} has {len(values)} values, but the model has {num_classes} classes.')
     for value in values:
@@ -17,32 +16,76 @@ def check_frequencies(values: Sequence[float], num_classes: int, what: str) -> N
             raise ValueError(f'{what} holds {value:g}, expected positive numbers: give a rare class a small one.')
 
 
-def prior_offset(
-        target: Frequencies, own: Optional[str], class_counts: Optional[Sequence[int]], num_classes: int,
-) -> Optional[Tensor]:
-    """log(target) - log(own prior) for each class in float64, None if nothing is to be added."""
-    if target is None:
-        return None
-    if not isinstance(target, str):
-        check_frequencies(target, num_classes, 'The target prior')
-    elif target not in ('uniform', 'train'):
-        raise ValueError(f"The target prior must be 'uniform', 'train' or numbers, got '{target}'.")
-    if own is None:
-        raise ValueError(
-            'The model does not say which prior its classifiers were trained for, so it cannot be replaced: call '
-            "model.set_training_prior(class_counts, 'uniform') after balanced softmax, or with 'train' after "
-            'plain cross-entropy.')
-    if target == own:
-        return None
-    if 'train' in (target, own) and class_counts is None:
-        raise ValueError(
-            'The model does not know its training images of each class, which the training prior needs: call '
-            'model.set_training_prior(class_counts, classifier_prior).')
+class PriorModel(nn.Module):
+    """A model that knows which class frequencies its logits stand for, and can make them stand for others."""
 
-    def log(prior: Union[str, Sequence[float]]) -> Tensor:
+    num_classes: int
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('prior_offset', None, persistent=False)
+
+    def set_training_prior(self, class_counts: Optional[Sequence[int]], classifier_prior: Optional[str] = None) -> None:
+        """Say what the classifiers were trained on. `set_target_prior` needs it, and a saved model keeps it.
+
+        Args:
+            class_counts: Training images of each class [num_classes], None if unknown.
+            classifier_prior: Class frequencies that the logits stand for: 'train' for those of the training set, as
+                after plain cross-entropy; 'uniform' for equal ones, as after balanced softmax; None if unknown.
+
+        Raises:
+            ValueError: If the counts are not one positive number for each class, or there is no such prior.
+        """
+        counts = None if class_counts is None else [int(count) for count in class_counts]
+        if counts is not None:
+            _check_frequencies(counts, self.num_classes, 'class_counts')
+        if classifier_prior not in (None, 'uniform', 'train'):
+            raise ValueError(f"classifier_prior must be 'uniform', 'train' or None, got {classifier_prior!r}.")
+        self.class_counts: Optional[List[int]] = counts
+        self.classifier_prior = classifier_prior
+        self.target_prior: Frequencies = None
+        self.prior_offset: Optional[Tensor] = None
+
+    def set_target_prior(self, prior: Frequencies) -> None:
+        """Make the logits stand for other class frequencies, also in a saved or exported model.
+
+        In eval mode every expert's logits become `logits + log(target prior) - log(classifier prior)`. In training
+        mode they stay as they are.
+
+        Args:
+            prior: 'uniform', 'train' (the frequencies of the training set), positive numbers [num_classes] in
+                proportion to the frequencies, or None for the logits as trained.
+
+        Raises:
+            ValueError: If a prior that this needs is unknown, or the numbers are not one positive number for each
+                class.
+        """
+        own, offset = self.classifier_prior, None
+        if prior is not None and not isinstance(prior, str):
+            prior = [float(value) for value in prior]
+            _check_frequencies(prior, self.num_classes, 'The target prior')
+        elif prior not in (None, 'uniform', 'train'):
+            raise ValueError(f"The target prior must be 'uniform', 'train' or numbers, got '{prior}'.")
+        if prior is not None and own is None:
+            raise ValueError(
+                'The model does not say which prior its classifiers were trained for, so it cannot be replaced: call '
+                "model.set_training_prior(class_counts, 'uniform') after balanced softmax, or with 'train' after "
+                'plain cross-entropy.')
+        if prior is not None and prior != own:
+            if 'train' in (prior, own) and self.class_counts is None:
+                raise ValueError(
+                    'The model does not know its training images of each class, which the training prior needs: call '
+                    'model.set_training_prior(class_counts, classifier_prior).')
+            parameter = next(self.parameters())
+            offset = (self._log_prior(prior) - self._log_prior(own)).to(parameter.device, parameter.dtype)
+        self.target_prior, self.prior_offset = prior, offset
+
+    def _log_prior(self, prior: Any) -> Tensor:
         if prior == 'uniform':
-            return torch.zeros(num_classes, dtype=torch.float64)  # Softmax ignores a constant.
-        values = torch.tensor(class_counts if prior == 'train' else prior, dtype=torch.float64)
+            return torch.zeros(self.num_classes, dtype=torch.float64)  # Softmax ignores a constant.
+        values = torch.tensor(self.class_counts if prior == 'train' else prior, dtype=torch.float64)
         return (values / values.sum()).log()
 
-    return log(target) - log(own)
+    def add_offset(self, logits: Tensor) -> Tensor:
+        """The logits for the target prior in eval mode, as they are in training mode."""
+        return logits if self.training or self.prior_offset is None else logits + self.prior_offset

@@ -83,12 +83,8 @@ def _fit_weights(state_dict: Dict[str, Tensor], model: Shike) -> Dict[str, Tenso
 
 
 def _create_shike(
-        variant: str,
-        backbone: BackboneFn,
-        pretrained: bool = False,
-        fetched: str = '',
-        pretrained_model_args: Optional[Dict[str, Any]] = None,
-        **kwargs: Any,
+        variant: str, backbone: BackboneFn, pretrained: bool = False, fetched: str = '',
+        pretrained_model_args: Optional[Dict[str, Any]] = None, **kwargs: Any,
 ) -> Shike:
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     if overlay.get('url') or overlay.get('hf_hub_id'):

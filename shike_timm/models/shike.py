@@ -3,7 +3,6 @@
 Paper: `Long-Tailed Visual Recognition via Self-Heterogeneous Integration with Knowledge Excavation`, CVPR 2023,
     https://arxiv.org/abs/2304.01279
 """
-import math
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
@@ -14,55 +13,18 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .backbones import (
-    Backbone,
-    BackboneFn,
-    Source,
-    fetching,
-    is_column,
-    preprocessing,
-    pretrained_options,
-    timm_backbone,
-)
+from .arguments import whole_number, without_numpy
+from .backbones import BackboneFn, Source, fetching, preprocessing, pretrained_options, timm_backbone
 from .classifiers import CLASSIFIERS, COSINE_SCALE
-from .experts import (
-    ALIGNERS,
-    Expert,
-    LevelExpert,
-    LevelPool,
-    VectorAligner,
-    init_convolutions,
-    joined_level,
-    level_depths,
-    stage_depths,
-)
-from .prior import Frequencies, check_frequencies, prior_offset
+from .experts import ALIGNERS, LevelExpert, LevelPool, choose_depths, joined_level, list_stages, make_experts, to_map
+from .prior import Frequencies, PriorModel
 
 FUSIONS = ('product', 'residual', 'none')
 # Arguments in old model folders. The first may name a file in a user's private folder.
 OLD_ARGUMENTS = ('pretrained_backbone', 'authors_classifiers')
 
 
-def _without_numpy(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's numbers and lists, for JSON."""
-    if isinstance(value, (list, tuple)) or hasattr(value, 'tolist'):
-        return [_without_numpy(item) for item in value] if getattr(value, 'ndim', 1) else value.item()
-    return value
-
-
-def to_map(x: Tensor, level: Dict[str, Any], size: Sequence[int]) -> Tensor:
-    """Features of a level as a map [B, C, h, w], without class and register tokens. `size` is that of the images."""
-    if level['output_fmt'] == 'NHWC':
-        return x.permute(0, 3, 1, 2)
-    if level['output_fmt'] == 'NLC':
-        if not level['has_map']:
-            raise ValueError(f"The tokens of '{level['module']}' are no map of the image: leave this level out.")
-        grid = [-(-side // level['reduction']) for side in size]
-        return x[:, level['num_prefix_tokens']:].transpose(1, 2).unflatten(2, grid)
-    return x
-
-
-class Shike(nn.Module):
+class Shike(PriorModel):
     """SHIKE network: a trunk of shared stages and, for each expert, private stages, an aligner and a classifier.
 
     Args:
@@ -129,14 +91,9 @@ class Shike(nn.Module):
             **kwargs: Any,
     ):
         super().__init__()
-        private = {
-            name: value for name, value in dict(
-                private_stages=private_stages, private_blocks=private_blocks).items() if value is not None}
-        for name, value in dict(private, num_experts=num_experts).items():
-            least = 1 if name == 'num_experts' else 0
-            if not isinstance(value, Integral) or value < least:
-                raise ValueError(f'{name} must be a whole number of at least {least}, got {value}.')
-        num_experts, private = int(num_experts), {name: int(value) for name, value in private.items()}
+        num_experts = whole_number('num_experts', num_experts, 1)
+        given = dict(private_stages=private_stages, private_blocks=private_blocks)
+        private = {name: whole_number(name, value) for name, value in given.items() if value is not None}
         given = dict(fusion='product' if fusion is True else fusion or 'none', classifier=classifier, aligner=aligner)
         for (name, value), known in zip(given.items(), (FUSIONS, CLASSIFIERS, ALIGNERS)):
             if value not in known:
@@ -145,13 +102,10 @@ class Shike(nn.Module):
         net = backbone(
             num_experts=num_experts, drop_path_rate=drop_path_rate, output_stride=output_stride, img_size=img_size,
             in_chans=in_chans, global_pool=global_pool, **private, **kwargs, **dd)
-        num_shared, has_private = len(net.stages), len(net.last_stages) > 0
-        if not has_private:
+        self.depths = choose_depths(net, num_experts, without_numpy(depths))
+        if not net.last_stages:
             fusion = False
-            self.depths = level_depths(num_experts, num_shared, _without_numpy(depths))
-            net.feature_info.append(joined_level(net.feature_info[-num_shared:], self.depths))
-        else:
-            self.depths = stage_depths(num_experts, num_shared, _without_numpy(depths), is_column(net.feature_info))
+            net.feature_info.append(joined_level(net.feature_info[-len(net.stages):], self.depths))
         *levels, last = net.feature_info
         self.output_fmt, self.num_prefix_tokens = last['output_fmt'], last['num_prefix_tokens']
         if self.output_fmt == 'NLC' and fusion == 'product':
@@ -171,14 +125,12 @@ class Shike(nn.Module):
         self._backbone_args: Dict[str, Any] = dict(private, **kwargs, global_pool=global_pool, img_size=net.img_size)
         self.implied_args: Dict[str, Any] = {}  # Arguments that its registered name chose.
         self.pretrained_cfg = dict[str, Any]()  # timm replaces it.
-        self.register_buffer('prior_offset', None, persistent=False)
-
-        self._note_fused_stages()
+        self.fused_stages = list_stages(self.depths)
         self.stem = net.stem
         self.stages = nn.ModuleList(net.stages)
         # The stem is one of the feature levels in some networks only. The shared stages follow.
-        self.num_stem_levels = len(levels) - num_shared
-        self.experts = self._make_experts(net, aligner, levels, last, **dd)
+        self.num_stem_levels = len(levels) - len(net.stages)
+        self.experts = make_experts(net, ALIGNERS[aligner], self.fusion, self.depths, **dd)
         modules = ['stem'] * self.num_stem_levels + [f'stages.{i}' for i in range(len(self.stages))]
         self.feature_info: List[Dict[str, Any]] = [dict(info, module=module) for info, module in zip(levels, modules)]
         self.feature_info.append(dict(last, num_chs=num_experts * last['num_chs'], module='experts'))
@@ -199,37 +151,6 @@ class Shike(nn.Module):
             self.set_training_prior(class_counts, classifier_prior)
             self.set_target_prior(target_prior)
 
-    def _make_experts(
-            self, net: Backbone, aligner: str, levels: Sequence[Dict[str, Any]], last: Dict[str, Any], **dd: Any,
-    ) -> nn.ModuleList:
-        levels_of: Any = self.depths
-        if not net.last_stages:
-            infos = levels[self.num_stem_levels:]
-            return nn.ModuleList(LevelExpert(one, infos, last['num_chs'], **dd) for one in levels_of)
-        residual, experts = self.fusion == 'residual', nn.ModuleList()
-        for m, (stage, depth) in enumerate(zip(net.last_stages, levels_of)):
-            align, shallow = None, levels[self.num_stem_levels + depth - 1]
-            if self.fusion != 'none':
-                if 'NLC' in (shallow['output_fmt'], last['output_fmt']):
-                    align = VectorAligner(shallow, last, **dd)
-                else:
-                    num_halvings = round(math.log2(last['reduction'] / shallow['reduction']))
-                    align = ALIGNERS[aligner](shallow['num_chs'], last['num_chs'], num_halvings, **dd)
-                    if residual and isinstance(align[-1], nn.ReLU):
-                        del align[-1]  # residual fusion starts at zero, where a ReLU lets no gradient through
-                    if net.initialised:
-                        init_convolutions(align)
-            head = net.heads[m] if net.heads else None
-            experts.append(Expert(
-                stage, depth, align, residual, head, shallow['output_fmt'], last['output_fmt']))
-        if not net.initialised:
-            for part in (self.stem, self.stages, experts):
-                init_convolutions(part)
-        for expert in experts if residual else ():
-            if expert.has_maps:
-                nn.init.zeros_(expert.aligner[-1].weight)  # a BatchNorm
-        return experts
-
     @torch.jit.ignore()
     def no_weight_decay(self) -> Set[str]:
         """Names of the parameters that the backbone spares weight decay, such as position embeddings."""
@@ -248,12 +169,8 @@ class Shike(nn.Module):
         return dict(
             stem=r'^stem',
             blocks=[(r'^stages\.(\d+)' + part, None) for part in (inner, block, '')],
-            experts=[
-                (r'^experts\.\d+\.stage' + inner, None),
-                (r'^experts\.\d+\.stage' + block, None),
-                (r'^experts', (9999,)),  # Fresh aligners learn as fast as the layers beside the classifiers.
-            ],
-        )
+            # Fresh aligners learn as fast as the layers beside the classifiers.
+            experts=[*((r'^experts\.\d+\.stage' + part, None) for part in (inner, block)), (r'^experts', (9999,))])
 
     @torch.jit.ignore()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -280,12 +197,8 @@ class Shike(nn.Module):
             net = timm_backbone(
                 name, num_experts=1, in_chans=self.in_chans, **self._backbone_args,
                 weights=dict(options, cache_dir=cache_dir))
-        for own, loaded in zip([self.stem, *self.stages], [net.stem, *net.stages]):
-            own.load_state_dict(loaded.state_dict())
-        for expert in self.experts if net.last_stages else ():
-            expert.stage.load_state_dict(net.last_stages[0].state_dict())
-            if net.heads:
-                expert.head.load_state_dict(net.heads[0].state_dict())
+        for path, part in net.parts(self.num_experts).items():
+            self.get_submodule(path).load_state_dict(part.state_dict())
         self.set_preprocessing(source)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -346,8 +259,7 @@ class Shike(nn.Module):
             ValueError: If there is no such pooling, '' is given with classifiers, or the scale is not above 0 or is
                 given for linear classifiers.
         """
-        if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 0:
-            raise ValueError(f'num_classes must be a whole number of at least 0, got {num_classes!r}.')
+        num_classes = whole_number('num_classes', num_classes)
         if global_pool is None and num_classes and not self.pool_type:
             global_pool = self.default_pool
         if cosine_scale is not None:
@@ -365,7 +277,7 @@ class Shike(nn.Module):
             self.pool_type = global_pool
         self.global_pool = nn.Identity() if self.has_fixed_pool else SelectAdaptivePool2d(
             pool_type=self.pool_type, flatten=bool(self.pool_type), input_fmt=self.output_fmt)
-        self.num_classes = int(num_classes)
+        self.num_classes = num_classes
         self.head_hidden_size = self.head_width * self.num_experts
         self.classifier = nn.Identity()
         self.set_training_prior(None)
@@ -378,55 +290,11 @@ class Shike(nn.Module):
         for module in (self.global_pool, self.classifier):
             module.train(self.training)
 
-    def set_training_prior(self, class_counts: Optional[Sequence[int]], classifier_prior: Optional[str] = None) -> None:
-        """Say what the classifiers were trained on. `set_target_prior` needs it, and a saved model keeps it.
-
-        Args:
-            class_counts: Training images of each class [num_classes], None if unknown.
-            classifier_prior: Class frequencies that the logits stand for: 'train' for those of the training set, as
-                after plain cross-entropy; 'uniform' for equal ones, as after balanced softmax; None if unknown.
-
-        Raises:
-            ValueError: If the counts are not one positive number for each class, or there is no such prior.
-        """
-        if class_counts is not None:
-            class_counts = [int(count) for count in class_counts]
-            check_frequencies(class_counts, self.num_classes, 'class_counts')
-        if classifier_prior not in (None, 'uniform', 'train'):
-            raise ValueError(f"classifier_prior must be 'uniform', 'train' or None, got {classifier_prior!r}.")
-        self.class_counts, self.classifier_prior = class_counts, classifier_prior
-        self.target_prior: Frequencies = None
-        self.prior_offset: Optional[Tensor] = None
-
-    def set_target_prior(self, prior: Frequencies) -> None:
-        """Make the logits stand for other class frequencies, also in a saved or exported model.
-
-        In eval mode every expert's logits become `logits + log(target prior) - log(classifier prior)`. In training
-        mode they stay as they are.
-
-        Args:
-            prior: 'uniform', 'train' (the frequencies of the training set), positive numbers [num_classes] in
-                proportion to the frequencies, or None for the logits as trained.
-
-        Raises:
-            ValueError: If a prior that this needs is unknown, or the numbers are not one positive number for each
-                class.
-        """
-        if prior is not None and not isinstance(prior, str):
-            prior = [float(value) for value in prior]
-        offset = prior_offset(prior, self.classifier_prior, self.class_counts, self.num_classes)
-        parameter = next(self.parameters())
-        self.target_prior = prior
-        self.prior_offset = None if offset is None else offset.to(parameter.device, parameter.dtype)
-
-    def _add_offset(self, logits: Tensor) -> Tensor:
-        return logits if self.training or self.prior_offset is None else logits + self.prior_offset
-
     @property
     def _model_args(self) -> Dict[str, Any]:
         """Arguments that timm writes into the configuration of a saved model: as created, and as set since."""
         made_with = {**self.implied_args, **self.__dict__.get('_made_with', {})}
-        args = {name: _without_numpy(value) for name, value in made_with.items()}
+        args = {name: without_numpy(value) for name, value in made_with.items()}
         now: Dict[str, Any] = dict(
             class_counts=self.class_counts, classifier_prior=self.classifier_prior, target_prior=self.target_prior)
         scale = getattr(self.classifier, 'scale', self.cosine_scale)
@@ -461,7 +329,7 @@ class Shike(nn.Module):
         self.num_features = self.num_features // self.num_experts * len(experts)
         self.experts = nn.ModuleList([self.experts[m] for m in experts])
         self.depths = tuple(self.depths[m] for m in experts)
-        self._note_fused_stages()
+        self.fused_stages = list_stages(self.depths)
         self.num_experts = len(experts)
         self.head_hidden_size = self.head_width * self.num_experts
         self.feature_info[-1] = dict(self.feature_info[-1], num_chs=self.num_features)
@@ -469,15 +337,11 @@ class Shike(nn.Module):
             setattr(self.classifier, name, nn.Parameter(weights.detach()[experts].clone(), weights.requires_grad))
         self._model_args = dict(self._model_args, num_experts=len(experts), depths=list(self.depths))
 
-    def _note_fused_stages(self) -> None:
-        self.fused_stages = [
-            level for depth in self.depths for level in (depth if isinstance(depth, tuple) else (depth,))]
-
     def _levels(self, indices: Union[None, int, Sequence[int]]) -> List[int]:
         """Feature levels counted from 0. `indices` may count from the end, or be how many of the last levels."""
         num_levels = len(self.feature_info)
         if indices is None or isinstance(indices, (int, Integral)):
-            indices = range(-(num_levels if indices is None else indices), 0)
+            indices = range(-num_levels if indices is None else -indices, 0)
         if not indices or not all(-num_levels <= i < num_levels for i in indices):
             raise ValueError(f'indices must be of the {num_levels} feature levels of the model, got {list(indices)}.')
         return [i % num_levels for i in indices]
@@ -601,7 +465,7 @@ class Shike(nn.Module):
     def forward_expert_head(self, x: Tensor) -> Tensor:
         """Logits of each expert [B, M, num_classes] from what `forward_features` gives."""
         x = self.forward_head(x, pre_logits=True)
-        return self._add_offset(self.classifier(x.unflatten(1, (self.num_experts, -1))))
+        return self.add_offset(self.classifier(x.unflatten(1, (self.num_experts, -1))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Averaged logits [B, num_classes], or vectors [B, head_hidden_size] if pre_logits or no classifiers."""
@@ -619,7 +483,7 @@ class Shike(nn.Module):
             x = F.dropout(x, self.drop_rate, self.training)
         if pre_logits or self.num_classes == 0:
             return x
-        return self._add_offset(self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1))
+        return self.add_offset(self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1))
 
     def forward_experts(self, x: Tensor) -> Tensor:
         """Logits of each expert [B, M, num_classes] from images [B, in_chans, H, W]."""

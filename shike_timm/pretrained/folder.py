@@ -75,13 +75,7 @@ def check_config(config: Dict[str, Any], source: str) -> None:
         source, num_classes, config.get('label_names'), config.get('class_counts'), config.get('shot_counts'))
 
 
-def check_classes(
-        source: str,
-        num_classes: int,
-        names: Optional[Sequence[str]] = None,
-        counts: Optional[Sequence[int]] = None,
-        shot_counts: Optional[Sequence[int]] = None,
-) -> None:
+def check_classes(source: str, num_classes: int, names: Any, counts: Any, shot_counts: Any) -> None:
     """Refuse names and numbers of images that are not one for each class. `source` begins the message."""
     for what, values, kind in (
             ('class names', names, str), ('class counts', counts, int), ('counts for the shots', shot_counts, int)):
@@ -105,12 +99,8 @@ def _check_weights(config: Dict[str, Any], path: Path) -> None:
 
 
 def export_model(
-        model: nn.Module,
-        folder: Union[str, Path],
-        data_config: Dict[str, Any],
-        class_names: Optional[Sequence[str]] = None,
-        class_counts: Optional[Sequence[int]] = None,
-        **facts: Any,
+        model: nn.Module, folder: Union[str, Path], data_config: Dict[str, Any],
+        class_names: Optional[Sequence[str]] = None, class_counts: Optional[Sequence[int]] = None, **facts: Any,
 ) -> None:
     """Write a folder that timm loads as `local-dir:FOLDER`. An existing one is replaced as a whole.
 

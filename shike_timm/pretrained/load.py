@@ -1,5 +1,4 @@
 """Trained models by name or by checkpoint, with the facts known of their training data."""
-import argparse
 import json
 import os
 from dataclasses import dataclass, field, replace
@@ -8,7 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 
-from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, load_weights, model_weights
+from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint, load_weights, model_weights, saved_args
 from ..data.config import PreprocessingConfig
 from ..errors import InputError, one_line
 from ..models import Shike
@@ -77,30 +76,30 @@ def from_checkpoint(
 
     If the checkpoint holds weights alone, `described` and `in_chans` describe the model, except for its classifiers.
     """
-    weights, saved = model_weights(checkpoint, path), checkpoint.get('args')
-    if not isinstance(saved, argparse.Namespace) or not hasattr(saved, 'class_counts'):
+    weights, saved = model_weights(checkpoint, path), saved_args(checkpoint)
+    if 'class_counts' not in saved:
         if described is None:
             raise InputError(f"checkpoint '{path}' does not say which model it is of: use one of shike train.")
         head = weights.get('classifier.weight')
-        if 'classifier.bias' in weights:
-            described = replace(described, classifier='linear', cosine_scale=None)
-        else:
-            described = replace(described, classifier='cosine')
+        linear = 'classifier.bias' in weights
+        described = replace(
+            described, classifier='linear' if linear else 'cosine',
+            cosine_scale=None if linear else described.cosine_scale)
         model = create_model(described, head.shape[1] if head is not None and head.ndim == 3 else 0, in_chans)
         load_weights(model, weights, path)
         return TrainedModel(path, model)
-    source, counts = f"checkpoint '{path}'", saved.class_counts
-    shot_counts, names = getattr(saved, 'shot_counts', counts), getattr(saved, 'class_names', None)
+    source, counts, names = f"checkpoint '{path}'", saved['class_counts'], saved.get('class_names')
+    shot_counts = saved.get('shot_counts', counts)
     check_classes(source, len(counts) if isinstance(counts, list) else 0, names, counts, shot_counts)
     # Options that an older version did not have get their defaults.
-    config = checked(ModelConfig, check_saved(ModelConfig, vars(saved), source))
-    preprocessing = checked(PreprocessingConfig, check_saved(PreprocessingConfig, vars(saved), source))
+    config = checked(ModelConfig, check_saved(ModelConfig, saved, source))
+    preprocessing = checked(PreprocessingConfig, check_saved(PreprocessingConfig, saved, source))
     if config.classifier != 'linear':  # Each phase has its own scale.
-        config = replace(config, cosine_scale=getattr(saved, 'classifier_scale', None))
+        config = replace(config, cosine_scale=saved.get('classifier_scale'))
     try:
         model = create_model(config, len(counts), preprocessing.channels, img_size=preprocessing.image_size)
         load_weights(model, weights, path)
-        model.set_training_prior(counts, getattr(saved, 'classifier_prior', None))
+        model.set_training_prior(counts, saved.get('classifier_prior'))
     except TypeError as error:
         raise InputError(f'{source} is damaged: {one_line(error)}.') from error
     except ValueError as error:
@@ -110,12 +109,8 @@ def from_checkpoint(
 
 
 def load_trained_model(
-        name: Optional[str] = None,
-        checkpoint: Optional[str] = None,
-        pretrained: bool = False,
-        experts: Optional[Sequence[int]] = None,
-        described: Optional[ModelConfig] = None,
-        in_chans: int = 3,
+        name: Optional[str] = None, checkpoint: Optional[str] = None, pretrained: bool = False,
+        experts: Optional[Sequence[int]] = None, described: Optional[ModelConfig] = None, in_chans: int = 3,
 ) -> TrainedModel:
     """Load a trained model to the CPU: by a name that `--model` takes, or from a checkpoint.
 

@@ -1,5 +1,4 @@
 """Checkpoints of other trainers: plain networks of timm with one classifier."""
-import argparse
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Sequence, cast
 
@@ -7,7 +6,7 @@ import timm
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from ..checkpoints import model_weights
+from ..checkpoints import model_weights, saved_args
 from ..errors import InputError, one_line
 from ..models import Shike
 
@@ -59,13 +58,8 @@ def load_plain(name: str, backbone: Optional[str] = None) -> PlainModel:
 
 def plain_from_checkpoint(
         checkpoint: Dict[str, Any], name: str, backbone: Optional[str] = None) -> Optional[PlainModel]:
-    """The plain network in a checkpoint that was read from a path, None if it is of a SHIKE model.
-
-    The checkpoint may be that of timm's `train.py`, of torchvision's, or a state dict. Averaged weights are preferred.
-    """
-    saved = checkpoint.get('args')
-    values = vars(saved) if isinstance(saved, argparse.Namespace) else {}
-    weights = model_weights(checkpoint, name)
+    """The plain network in a checkpoint of timm's or torchvision's trainer, or in a state dict. None if it is SHIKE."""
+    values, weights = saved_args(checkpoint), model_weights(checkpoint, name)
     if 'class_counts' in values or any(key.startswith('experts.') for key in weights):
         return None
     weights.pop('n_averaged', None)  # torch's AveragedModel counts its updates.
@@ -90,11 +84,7 @@ class OneExpert(nn.Module):
 
 
 def create_plain(plain: PlainModel, in_chans: int, class_names: Sequence[str]) -> Optional[OneExpert]:
-    """The network with its own classifier, None if it does not have the classes.
-
-    Raises:
-        InputError: If the weights do not fit the network.
-    """
+    """The network with its own classifier, None if it does not have the classes."""
     cfg = get_pretrained_cfg(plain.backbone)
     head = getattr(cfg, 'classifier', None)
     names = [head] if isinstance(head, str) else head or ()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.image_files import create_file_loader, find_images
 from ..errors import InputError
 from ..models import Shike
-from ..models.shike import to_map
+from ..models.experts import to_map
 from ..options import option
 
 BATCH_SIZE = 32
@@ -54,10 +54,7 @@ def expert_maps(model: Shike, images: Tensor, classes: Sequence[int]) -> np.ndar
 
 
 def draw_cams(
-        model: Shike,
-        names: Sequence[str],
-        data_config: Dict[str, Any],
-        class_names: Optional[Sequence[str]] = None,
+        model: Shike, names: Sequence[str], data_config: Dict[str, Any], class_names: Optional[Sequence[str]] = None,
         **decoding: Any,
 ) -> List[Dict[str, Any]]:
     """Maps of each expert for the class that the ensemble predicts.

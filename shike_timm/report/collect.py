@@ -43,11 +43,7 @@ def _images(data: AnySet, number: int) -> Tuple[List[str], Optional[Callable[[in
 
 
 def collect(
-        trained: TrainedModel,
-        data: AnySet,
-        kept: Sequence[Tuple[Tensor, Tensor]],
-        shots: ShotConfig,
-        **fields: Any,
+        trained: TrainedModel, data: AnySet, kept: Sequence[Tuple[Tensor, Tensor]], shots: ShotConfig, **fields: Any,
 ) -> SavedLogits:
     """The logits that `shike_timm.metrics.evaluate` kept, with the images and classes. Fields are of `SavedLogits`."""
     logits, targets = (torch.cat(one).numpy() for one in zip(*kept))

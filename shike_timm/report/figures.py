@@ -72,9 +72,8 @@ def class_accuracy(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     counts = analysis.right_by_class[analysis.order, 1:]
     best = counts == counts.max(1, keepdims=True)
     alone = best.sum(1) == 1
-    groups = [('several', NEUTRAL, ~alone)]
-    groups += [(f'expert {m}', COLORS[m % len(COLORS)], alone & one) for m, one in enumerate(best.T)]
-    for label, color, mask in groups:
+    experts = [(f'expert {m}', COLORS[m % len(COLORS)], alone & one) for m, one in enumerate(best.T)]
+    for label, color, mask in [('several', NEUTRAL, ~alone), *experts]:
         if mask.any():
             bottom.scatter(ranks[mask], highest[mask], color=color, label=label, **size)
     _draw_trend(bottom, highest)

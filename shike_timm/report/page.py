@@ -85,9 +85,7 @@ def _compare(first: Analysis, second: Analysis) -> Dict[str, Any]:
 
 
 def write_report(
-        folder: Path,
-        models: Sequence[Analysis],
-        earlier: Optional[Analysis] = None,
+        folder: Path, models: Sequence[Analysis], earlier: Optional[Analysis] = None,
         cams: Sequence[Dict[str, Any]] = (),
 ) -> Path:
     """Write `report.html`, `classes.csv` and each figure as SVG and PNG. Returns the path of the page.

@@ -1,7 +1,7 @@
 """Makes a report of runs and of files with saved logits. `shike report` calls it."""
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..metrics import evaluate
 from ..models.create import resolve_data_config
 from ..options import option
-from ..pretrained.load import load_trained_model
+from ..pretrained.load import from_checkpoint
 from ..training.folder import read_args
 from ..training.phases import PHASES
 from ..training.resume import saved_config
@@ -41,33 +41,30 @@ class ReportConfig(ReportOutputConfig, CamConfig, DeviceConfig):
     """All options of shike report."""
 
 
-def evaluate_run(
-        run: Path,
-        config: ReportConfig,
-        cam: Optional[Sequence[str]] = None,
-) -> Tuple[List[SavedLogits], List[Dict[str, Any]]]:
-    """Logits of each stage of a run on its evaluation split, last stage first, and the maps of that for images."""
+def evaluate_run(run: Path, config: ReportConfig, draws: bool) -> Tuple[List[SavedLogits], List[Dict[str, Any]]]:
+    """Logits of each stage of a run on its evaluation split, last stage first, and its maps if the run `draws` them."""
     checkpoints = [run / phase / 'last.pth.tar' for phase in PHASES if (run / phase / 'last.pth.tar').exists()]
     if not checkpoints:
         raise InputError(f"'{run}' holds no checkpoint of a run: give a run folder of shike train.")
     device = resolve_device(config.device)
     saved: List[SavedLogits] = []
     data, cams = None, []
+    given = dict(data_dir=config.data_dir) if config.data_dir else {}
     for path in reversed(checkpoints):
-        trained = load_trained_model(checkpoint=str(path))
+        checkpoint = load_checkpoint(path)
+        trained = from_checkpoint(checkpoint, str(path))
         model, names = trained.model.to(device), trained.class_names
         assert trained.class_counts is not None  # Every checkpoint of a run has them.
-        given = dict(data_dir=config.data_dir) if config.data_dir else {}
-        run_config = replace(saved_config(load_checkpoint(path), path, given), **given)
+        run_config = replace(saved_config(checkpoint, path, given), **given)
         loading = run_config.workers, run_config.batch_size, run_config.seed
         if data is None and (run_config.holdout or run_config.val_per_class):  # This is not the test split.
             data = load_training_data(run_config, names, trained.run_folder, *loading).test
         elif data is None:
             data = load_eval_data(run_config, names, model.in_chans, trained.run_folder, *loading)
         data_config = resolve_data_config(run_config, model)
-        if cam and not saved:
+        if config.cam and draws and not saved:
             cams = draw_cams(
-                model, cam, data_config, names, exif=run_config.exif, pixel_range=run_config.pixel_range)
+                model, config.cam, data_config, names, exif=run_config.exif, pixel_range=run_config.pixel_range)
         loader = create_eval_loader(data, data_config, config.batch_size, device, config.workers)
         kept: List[Tuple[Tensor, Tensor]] = []
         evaluate(model, loader, trained.class_counts, device, kept=kept)
@@ -91,7 +88,7 @@ def make_report(config: ReportConfig) -> Path:
     models, earlier, cams = [], None, []
     for path in map(Path, config.runs):
         if path.is_dir():
-            saved, drawn = evaluate_run(path.absolute(), config, None if models else config.cam)
+            saved, drawn = evaluate_run(path.absolute(), config, draws=not models)
             cams += drawn
         else:
             saved = [load_logits(path)]

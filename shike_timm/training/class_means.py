@@ -17,19 +17,9 @@ def class_means(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Per expert, the normalised mean of each class's normalised features, over the images of all processes.
 
-    The model runs in eval mode and float32, so that no image depends on the others of its batch. Sums are in float64.
-
-    Args:
-        model: The model, on the device of the images.
-        loader: Gives batches of images [B, in_chans, H, W] and class indices [B].
-        stopped: Gives the number of the signal that asked for a stop, 0 for none.
-
-    Returns:
-        Means [M, C, D], zero for classes without images; images of each class [C]; the mean norm of the features of
-        each expert [M]. All are in float64 on the CPU.
-
-    Raises:
-        Interrupted: If a signal asked for a stop.
+    The model runs in eval mode and float32, so that no image depends on the others of its batch. The results are means
+    [M, C, D], zero for classes without images, images of each class [C] and the mean norm of each expert's features
+    [M], in float64 on the CPU. `stopped` gives the number of the signal that asked for a stop, 0 for none.
     """
     num_experts, num_classes = model.num_experts, model.num_classes
     width = model.head_hidden_size // num_experts
@@ -44,8 +34,8 @@ def class_means(
             raise Interrupted(stopped())
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        features = expert_features(model, images)
-        features = model.forward_head(features, pre_logits=True).unflatten(1, (num_experts, -1)).cpu().double()
+        features = model.forward_head(expert_features(model, images), pre_logits=True)
+        features = features.unflatten(1, (num_experts, -1)).cpu().double()
         target = target.cpu()
         sums.index_add_(0, target, F.normalize(features, dim=-1))
         counts.index_add_(0, target, torch.ones(len(target), dtype=torch.float64))
@@ -56,10 +46,7 @@ def class_means(
 
 
 def begin_at_class_means(model: Shike, loader: Iterable[Tuple[Tensor, Tensor]], stopped: Callable[[], int]) -> int:
-    """Let the classifiers begin at the means of `class_means`, and give the number of images.
-
-    Classes without images keep their random weights.
-    """
+    """Let the classifiers of classes with images begin at the means of `class_means`. Give the number of images."""
     means, counts, norms = class_means(model, loader, stopped)
     classifier: Any = model.get_classifier()
     classifier.set_class_means(means, counts > 0, norms)

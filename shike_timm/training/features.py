@@ -23,14 +23,7 @@ _logger = logging.getLogger(__name__)
 
 
 class FeatureLoader:
-    """Batches of pooled features [B, F] and their labels [B]. Each image comes in a random view.
-
-    Args:
-        features: Pooled features [N, V, F] of all levels, V views of each image.
-        targets: Labels [N].
-        batch_size: Images in a batch.
-        device: Device of the batches.
-    """
+    """Batches of pooled features [B, F] and labels [B] from those [N, V, F] of V views. A view is drawn at random."""
 
     def __init__(self, features: np.ndarray, targets: Any, batch_size: int, device: torch.device):
         self.features = torch.from_numpy(features)
@@ -70,20 +63,18 @@ def _write_views(
     plain = create_eval_loader(data, data_config, batch_size, device, config.workers, config.device_data)
     total = len(plain) * (1 + max(num_views - 2, 0))
     with tqdm(total=total, desc='Features', unit=' batches', leave=False, disable=None) as progress:
-        row = 0
-        for images, _ in plain:
-            for view, batch in enumerate((images, images.flip(3))[:num_views]):
-                features[row:row + len(batch), view] = model.pool_levels(batch).cpu().numpy()
-            row += len(images)
-            progress.update()
-        for view in range(2, num_views):
-            loader: Any = create_train_loader(
-                data, data_config, config, config, device, config.workers, every_image=True)
-            loader.sampler.seed = config.seed * num_views + view
-            order, row = loader.sampler.draw()[0].numpy(), 0
+        for view in (0, *range(2, num_views)):
+            loader: Any = plain
+            order, row = np.arange(len(features)), 0
+            if view:
+                loader = create_train_loader(
+                    data, data_config, config, config, device, config.workers, every_image=True)
+                loader.sampler.seed = config.seed * num_views + view
+                order = loader.sampler.draw()[0].numpy()
             for images, _ in loader:
-                vectors = model.pool_levels(images).cpu().numpy()
-                features[order[row:row + len(images)], view] = vectors
+                batches = (images,) if view else (images, images.flip(3))[:num_views]
+                for i, batch in enumerate(batches, view):
+                    features[order[row:row + len(batch)], i] = model.pool_levels(batch).cpu().numpy()
                 row += len(images)
                 progress.update()
 

@@ -51,9 +51,7 @@ def _peak_lr(config: RunConfig, prefix: str = '') -> float:
 def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
     """The phases of a run: stage one and, unless its epochs are 0, classifier retraining.
 
-    Args:
-        config: Configuration of the run.
-        retraining: Retrain classifiers whatever the method, for `RETRAINING_EPOCHS` by default.
+    With `retraining` the classifiers are retrained whatever the method, for `RETRAINING_EPOCHS` by default.
     """
     lr, crt_lr = _peak_lr(config), _peak_lr(config, 'crt_')
     method, crt_epochs = get_method(config.method), config.crt_epochs

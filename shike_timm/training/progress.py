@@ -3,7 +3,7 @@ import csv
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Iterator, Set
+from typing import Dict, Iterator, List
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -20,15 +20,7 @@ def progress_bar(num_steps: int) -> Iterator[tqdm]:
         yield bar
 
 
-def read_columns(summary: Path) -> Set[str]:
-    """Names of the columns of a summary, empty where there is none."""
+def read_summary(summary: Path) -> List[Dict[str, str]]:
+    """The rows of a summary, none where there is no file."""
     with summary.open(newline='') if summary.exists() else nullcontext(()) as file:
-        return set(next(csv.reader(file), ()))
-
-
-def read_seconds(summary: Path, first_row: int) -> float:
-    """Training seconds of the rows of a summary from one on."""
-    if not summary.exists():
-        return 0.
-    with summary.open(newline='') as file:
-        return sum(float(row['train_seconds']) for row in csv.DictReader(file) if int(row['epoch']) >= first_row)
+        return list(csv.DictReader(file))

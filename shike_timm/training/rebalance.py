@@ -1,14 +1,11 @@
 """The classifier of a plain network of timm, retrained for classes of different sizes."""
 import logging
-from dataclasses import replace
 from typing import Any, Dict
 
-from ..distributed import join_processes
 from ..errors import InputError, one_line
 from ..pretrained.plain import PlainModel, create_plain
 from .config import RetrainConfig
-from .phases import plan_phases
-from .runs import default_experiment, prepare
+from .runs import plan_retraining, prepare
 
 _logger = logging.getLogger(__name__)
 
@@ -16,19 +13,10 @@ _logger = logging.getLogger(__name__)
 def rebalance(config: RetrainConfig, plain: PlainModel) -> Dict[str, Any]:
     """Retrain the classifier of a plain network: a model of one expert without fusion, in a run folder of its own.
 
-    Returns:
-        Metrics by stage: `before`, those of the network's own classifier where it has the classes of the data, and
-        `stage_two`. `metrics.json` holds them too.
-
-    Raises:
-        InputError: If anything given cannot work. Nothing has been written then.
-        Interrupted: If a signal stopped the run.
-        NonFiniteError: If the loss or the weights stopped being finite.
+    Returns and raises as `train`. The metrics `before` are those of the network's own classifier, if it has the classes
+    of the data.
     """
-    device = join_processes(config.device)
-    phase = plan_phases(config, retraining=True)[-1]
-    config = replace(
-        config, crt_epochs=phase.epochs, experiment=config.experiment or f'{default_experiment(config)}-crt')
+    config, phase, device = plan_retraining(config)
     trainer = prepare(config, [phase], device, False)
     net = create_plain(plain, config.channels, trainer.data.class_names)
     try:

@@ -1,11 +1,10 @@
 """Resuming: the newest whole checkpoint of a run, and the options that may change."""
-import argparse
 import logging
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from ..checkpoints import load_checkpoint
+from ..checkpoints import load_checkpoint, saved_args
 from ..data import TrainingData
 from ..distributed import world_size
 from ..errors import DamagedError, InputError
@@ -34,19 +33,10 @@ def read_stage_one(path: str) -> Dict[str, Any]:
     return load_checkpoint(Path(path, PHASES[0], 'last.pth.tar') if os.path.isdir(path) else path)
 
 
-def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
-    """The values that a checkpoint was trained with, empty if it has none."""
-    saved = checkpoint.get('args')
-    return vars(saved) if isinstance(saved, argparse.Namespace) else {}
-
-
 def saved_config(checkpoint: Dict[str, Any], path: Path, given: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that a checkpoint was trained with, for a command that is given some options anew.
-
-    Options that an older version did not have get their defaults.
-    """
-    saved, known = saved_args(checkpoint), options(TrainConfig)
-    values = {name: value for name, value in saved.items() if name in known}
+    """The configuration that a checkpoint was trained with. Options that an older version lacked get their defaults."""
+    known = options(TrainConfig)
+    values = {name: value for name, value in saved_args(checkpoint).items() if name in known}
     return checked(TrainConfig, check_file_values(TrainConfig, values, f"checkpoint '{path}'", given))
 
 
@@ -96,9 +86,9 @@ def changed_option(config: TrainConfig, before: Mapping[str, Any]) -> Optional[O
 def _read_to_resume(path: Path, config: TrainConfig, folder: Path) -> Dict[str, Any]:
     checkpoint = load_checkpoint(path)
     wanted = {'state_dict', 'optimizer', 'epoch', 'saver'}
-    if not wanted <= set(checkpoint) or not isinstance(checkpoint.get('args'), argparse.Namespace):
+    before = saved_args(checkpoint)
+    if not before or not wanted <= set(checkpoint):
         raise InputError(f"checkpoint '{path}' holds no state to resume from: use one that shike train wrote.")
-    before = vars(checkpoint['args'])
     option = changed_option(config, before)
     if option is not None:
         another = f', or begin another run from its weights with --initial-checkpoint {folder}'

@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, cast
+from typing import Any, Dict, Optional, Sequence, Tuple, cast
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -74,24 +74,11 @@ def train(config: TrainConfig) -> Dict[str, Any]:
 
 
 def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
-    """Retrain the classifiers of a checkpoint of stage one, in a run folder of its own.
+    """Retrain the classifiers of a checkpoint of stage one, which `read_stage_one` gives, in a run folder of its own.
 
-    Args:
-        config: Configuration of the run. Its classes are those of stage one unless `num_classes` differs.
-        checkpoint: What `read_stage_one` gives.
-
-    Returns:
-        Metrics and seconds of `stage_two`, which `metrics.json` holds too.
-
-    Raises:
-        InputError: If anything given cannot work. Nothing has been written then.
-        Interrupted: If a signal stopped the run.
-        NonFiniteError: If the loss or the weights stopped being finite.
+    The classes are those of stage one unless `num_classes` differs. Returns and raises as `train`.
     """
-    device = join_processes(config.device)
-    phase = plan_phases(config, retraining=True)[-1]
-    config = replace(
-        config, crt_epochs=phase.epochs, experiment=config.experiment or f'{default_experiment(config)}-crt')
+    config, phase, device = plan_retraining(config)
     saved = saved_args(checkpoint)
     same_classes = config.num_classes == saved.get('num_classes')
     _check_retraining(config, saved, same_classes)
@@ -108,13 +95,17 @@ def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]
     return trainer.train()
 
 
+def plan_retraining(config: RetrainConfig) -> Tuple[RetrainConfig, Phase, torch.device]:
+    """The configuration of a retraining with its epochs and the name of its run folder, its phase and its device."""
+    device = join_processes(config.device)
+    phase = plan_phases(config, retraining=True)[-1]
+    name = config.experiment or f'{default_experiment(config)}-crt'
+    return replace(config, crt_epochs=phase.epochs, experiment=name), phase, device
+
+
 def prepare(
-        config: RunConfig,
-        phases: Sequence[Phase],
-        device: torch.device,
-        fresh: bool = True,
-        class_names: Optional[Sequence[str]] = None,
-        source: Optional[Path] = None,
+        config: RunConfig, phases: Sequence[Phase], device: torch.device, fresh: bool = True,
+        class_names: Optional[Sequence[str]] = None, source: Optional[Path] = None,
 ) -> Trainer:
     """Load and check everything that the phases of a run need. Nothing is written.
 

@@ -102,11 +102,7 @@ def search(features: np.ndarray, data: AnySet, widths: Sequence[int], config: Ru
     learning rate for the best ones. The best one has the highest balanced accuracy over three folds. Top-1 would be
     that of the large classes.
 
-    Args:
-        features: Pooled features [N, V, F] of all levels, V views of each training image.
-        data: The training set.
-        widths: Features of each level, F in all.
-        config: Epochs, batch size and seed of the classifiers, the cosine scale and the first learning rate.
+    `features` [N, V, F] are the pooled ones of V views of each training image, `widths` the F of each level.
     """
     folds, labels = _folds(data, config.seed), torch.as_tensor(data.targets, dtype=torch.int64)
     splits = [(torch.from_numpy(folds == k), *_standardised(features, folds == k, widths)) for k in range(HELD)]

@@ -1,5 +1,4 @@
 """Experiment trackers. Each gets the rows of `summary.csv`."""
-import csv
 import importlib
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -8,26 +7,9 @@ from typing import Any, Callable, Dict, Iterator, List
 from ..distributed import rank
 from ..errors import InputError, one_line
 from .config import OutputConfig
+from .progress import read_summary
 
 Tracker = Callable[[Dict[str, float]], Any]
-
-_NEEDS = {
-    'log_wandb': ('wandb', 'wandb'),
-    'log_trackio': ('trackio', 'trackio'),
-    'log_tensorboard': ('torch.utils.tensorboard', 'tensorboard'),
-}
-
-
-def check_trackers(config: OutputConfig) -> None:
-    """Raise an InputError if a tracker is asked for that is not installed."""
-    for name, (module, package) in _NEEDS.items():
-        if getattr(config, name):
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                flag = name.replace('_', '-')
-                raise InputError(f'--{flag} needs {package}: pip install {package}, or leave it out.') from error
-
 
 def _start_wandb(config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
     """Start Weights & Biases; timm's `update_summary` logs to it."""
@@ -56,7 +38,23 @@ def _start_tensorboard(config: OutputConfig, folder: Path, stack: ExitStack) -> 
     return write
 
 
-_STARTS = dict(log_wandb=_start_wandb, log_trackio=_start_trackio, log_tensorboard=_start_tensorboard)
+# The tracker of each option: the module that it needs, its package, and how it starts.
+_TRACKERS = {
+    'log_wandb': ('wandb', 'wandb', _start_wandb),
+    'log_trackio': ('trackio', 'trackio', _start_trackio),
+    'log_tensorboard': ('torch.utils.tensorboard', 'tensorboard', _start_tensorboard),
+}
+
+
+def check_trackers(config: OutputConfig) -> None:
+    """Refuse a tracker that is not installed."""
+    for name, (module, package, _) in _TRACKERS.items():
+        if getattr(config, name):
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                flag = name.replace('_', '-')
+                raise InputError(f'--{flag} needs {package}: pip install {package}, or leave it out.') from error
 
 
 @contextmanager
@@ -66,14 +64,12 @@ def tracking(config: OutputConfig, folder: Path) -> Iterator[Callable[[Path], No
 
     def track(summary: Path) -> None:
         if trackers:
-            with summary.open(newline='') as file:
-                *_, row = csv.DictReader(file)
-            values = {key: float(value) for key, value in row.items() if value}
+            values = {key: float(value) for key, value in read_summary(summary)[-1].items() if value}
             for tracker in trackers:
                 tracker(values)
 
     with ExitStack() as stack:
-        for name, start in _STARTS.items():
+        for name, (*_, start) in _TRACKERS.items():
             if getattr(config, name) and not rank():
                 try:
                     trackers.append(start(config, folder, stack))

@@ -40,7 +40,7 @@ from .features import FeatureLoader, cached_features, standardise
 from .folder import check_folder, claim_folder, read_metrics, save_args
 from .methods import TaskInputs, create_task
 from .phases import PHASES, Phase
-from .progress import progress_bar, read_columns, read_seconds
+from .progress import progress_bar, read_summary
 from .search import search
 from .signals import Interrupted, StopFlag, stop_signals
 from .step import Done, NonFiniteError, seed_all, train_step
@@ -256,9 +256,9 @@ class Trainer:
         """Train the remaining epochs and give the metrics after the last one and the seconds of all of them."""
         config, phase, summary = self.config, self.phase, self.folder / 'summary.csv'
         on_primary(trim_summary, str(summary), phase.first_row + first_epoch)
-        columns = read_columns(summary)
+        rows = read_summary(summary)
         # An older run lacks some columns.
-        terms = [term for term in TERMS if not columns or f'train_{term}' in columns]
+        terms = [term for term in TERMS if not rows or f'train_{term}' in rows[0]]
         metrics, start = None, time.perf_counter()
         for epoch in range(first_epoch, phase.epochs):
             done, status = self.train_epoch(epoch, done)
@@ -288,7 +288,8 @@ class Trainer:
             done = Done()
         if metrics is None:
             metrics = self._evaluate()
-        return dict(metrics, seconds=round(read_seconds(summary, phase.first_row), 1))
+        own = [row for row in read_summary(summary) if int(row['epoch']) >= phase.first_row]
+        return dict(metrics, seconds=round(sum(float(row['train_seconds']) for row in own), 1))
 
     def train_epoch(self, epoch: int, done: Done) -> Tuple[Done, str]:
         """Train what is left of an epoch, and give what is done then and the text of its log line.

@@ -31,6 +31,15 @@ class Backbone:
     fixed_input_size: bool = False  # whether it takes no other size
     no_weight_decay: Set[str] = field(default_factory=set)  # names that end so are spared weight decay
 
+    def parts(self, num_experts: int) -> Dict[str, nn.Module]:
+        """The parts that have pretrained weights, by their names in a model. Each expert gets those of the first."""
+        parts = {'stem': self.stem, **{f'stages.{i}': stage for i, stage in enumerate(self.stages)}}
+        for m in range(num_experts) if self.last_stages else ():
+            parts[f'experts.{m}.stage'] = self.last_stages[0]
+            if self.heads:
+                parts[f'experts.{m}.head'] = self.heads[0]
+        return parts
+
 
 def is_column(feature_info: Sequence[Dict[str, Any]]) -> bool:
     """Whether a trunk is a column of equal blocks of tokens, each of which is a stage."""

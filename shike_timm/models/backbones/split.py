@@ -9,7 +9,7 @@ from timm.models import get_model_input_config
 from torch import Tensor, fx, nn
 
 from .backbone import Backbone, is_column
-from .trace import make_part, trace, version
+from .trace import is_overwritten, make_part, trace
 
 _MIN_REDUCTION = 4  # of a stage; the modules at a higher resolution are the stem
 _PRIVATE_PART = 6  # an expert has one of so many blocks of a column for itself
@@ -27,19 +27,6 @@ class _Cut:
     outputs: List[fx.Node]  # what is handed on: the features first, then what later parts need
     index: Optional[int] = None  # of the features in the value of their node, if that is a tuple
     level: Dict[str, Any] = field(default_factory=dict)  # what the features are, as in `Backbone.feature_info`
-
-
-def _describe(level: Dict[str, Any], value: Any, size: Sequence[int], output_fmt: str) -> Optional[Dict[str, Any]]:
-    """What features are, None if they are no feature map and no tokens of `num_chs` channels."""
-    shape, num_chs = tuple(getattr(value, 'shape', ())), level['num_chs']
-    described = dict(num_chs=num_chs, reduction=level['reduction'], num_prefix_tokens=0)
-    if len(shape) == 3 and shape[2] == num_chs:
-        grid = [-(-side // level['reduction']) for side in size]
-        return dict(described, output_fmt='NLC', num_prefix_tokens=max(shape[1] - grid[0] * grid[1], 0))
-    if len(shape) != 4 or num_chs not in (shape[1], shape[3]):
-        return None
-    is_last = shape[3] == num_chs and (shape[1] != num_chs or output_fmt == 'NHWC')
-    return dict(described, output_fmt='NHWC' if is_last else 'NCHW')
 
 
 class Split:
@@ -120,7 +107,7 @@ class Split:
             raise _refusal(self.name, f"'{name}' gives no features of {info['num_chs']} channels")
         index, level = found[0]
         outputs = [node, *(one for one in self._alive(end) if one is not node or index is not None)]
-        if any(one.meta['version'] != version(one.meta['value']) for one in outputs):
+        if any(map(is_overwritten, outputs)):
             raise _refusal(self.name, f"a later module overwrites the features of '{name}', which experts share")
         return _Cut(end, outputs, index, level)
 
@@ -138,7 +125,7 @@ class Split:
                 continue
             info = dict(module=node.target, num_chs=value.shape[1], reduction=round(self.size[0] / value.shape[2]))
             level = self._describe(info, value)
-            if level and level['output_fmt'] == 'NCHW' and node.meta['version'] == version(value):
+            if level and level['output_fmt'] == 'NCHW' and not is_overwritten(node):
                 levels[end] = _Cut(end, [node], level=level)
         return [levels[end] for end in sorted(levels)]
 

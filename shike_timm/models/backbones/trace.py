@@ -14,20 +14,11 @@ class _Proxy(fx.Proxy):
         return super().__len__() if isinstance(value, Tensor) else len(value)
 
 
-def version(value: Any) -> Any:
-    """How often a tensor has been written to, None for other values."""
-    return getattr(value, '_version', None)
-
-
 class Tracer(fx.Tracer):
     """Records which modules, functions and parameters a forward pass on the meta device uses, in which order.
 
-    Modules without a feature level inside are recorded whole. `node.meta['value']` is what a node gives.
-
-    Args:
-        levels: Names of the modules that give the feature levels.
-        method: Method of the network to trace. Its first argument is the value, the others have their defaults.
-        value: The first argument, a tensor on the meta device.
+    The pass is that of a method of the network, whose first argument is the value. Modules without one of the feature
+    levels inside are recorded whole. `node.meta['value']` is what a node gives.
     """
 
     def __init__(self, levels: Sequence[str], method: str, value: Tensor):
@@ -74,7 +65,7 @@ class Tracer(fx.Tracer):
             value = self._run(node)
         finally:
             self.running = False
-        node.meta.update(value=value, version=version(value))
+        node.meta.update(value=value, version=getattr(value, '_version', None))
         return node
 
     def _run(self, node: fx.Node) -> Any:
@@ -121,6 +112,11 @@ def trace(net: Any, levels: Sequence[str], method: str, value: Tensor) -> List[f
     return list(graph.nodes)
 
 
+def is_overwritten(node: fx.Node) -> bool:
+    """Whether a later module wrote into the value that a node gave."""
+    return node.meta['version'] != getattr(node.meta['value'], '_version', None)
+
+
 def _is_chain(nodes: Sequence[fx.Node], state: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> bool:
     last = [*state, *nodes]
     return len(state) == len(outputs) == 1 and last[-1] is outputs[0] and all(
@@ -129,10 +125,7 @@ def _is_chain(nodes: Sequence[fx.Node], state: Sequence[fx.Node], outputs: Seque
 
 
 def make_part(
-        net: nn.Module,
-        nodes: Sequence[fx.Node],
-        state: Sequence[fx.Node],
-        outputs: Sequence[fx.Node],
+        net: nn.Module, nodes: Sequence[fx.Node], state: Sequence[fx.Node], outputs: Sequence[fx.Node],
         index: Optional[int] = None,
 ) -> nn.Module:
     """A module of some of a network's nodes.
