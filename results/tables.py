@@ -83,6 +83,18 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('EfficientNet-Lite0, SHIKE, 10 + 3: 30', ['lite0_val_shike_05_long'], None),
         ('EfficientNet-Lite0, SHIKE, 10 + 3: 20', ['lite0_val_shike_05_long_scale'], None),
     ]),
+    'crt_init': ('Stage two of one network of stage one again, on the test split:', [
+        ('random, 20 epochs', ['if100_seed1'], None),
+        ('class means, 20 epochs', ['if100_crt20_means_seed1'], None),
+        ('random, 3 epochs', ['if100_crt3_random_seed1'], None),
+        ('class means, 3 epochs', ['if100_crt3_means_seed1'], None),
+    ]),
+    'frozen': ('EfficientNet-Lite0, frozen, at 96 px, on 50 training images a class set aside:', [
+        ('the last level', ['frozen_lite0_last_seed0'], None),
+        ('the best single level', ['frozen_lite0_single_seed0'], None),
+        ('levels 3 to 6, one classifier', ['frozen_lite0_joined_seed0'], None),
+        ('levels 3+6, 4+6 and 5+6, three experts', ['frozen_lite0_experts_seed0'], None),
+    ]),
     'methods_short': ('Methods on one network with a cosine classifier, CIFAR-100-LT (100), 40 epochs:', [
         ('`ce`', ['ce_short'], None),
         ('`focal`', ['focal_short'], None),

@@ -168,7 +168,6 @@ def test_damaged_weights_are_told(folder, model, tmp_path):
     ('either as --model', ['{folder}']),
     ("pattern '/nowhere/*.png' fits no file", ['/nowhere/*.png', '--model', 'resnet32_shike']),
     ('holds no images', ['{tmp}', '--model', 'resnet32_shike']),
-    ("model 'resnet50_shike' cannot be loaded: No weights are published", ['{folder}', '--model', 'resnet50_shike']),
     ('holds no model', ['{folder}', '--model', '{folder}']),
     ("'{tmp}/model.onnx' and the config.json", ['{folder}', '--model', '{tmp}/model.onnx']),
     ('--topk -1', ['{folder}', '--model', 'resnet32_shike', '--topk', '-1']),

@@ -88,8 +88,8 @@ class PreprocessingConfig:
         None, 'turn images as their EXIF orientation says. This is the default in new runs on your own images',
         card='changed')
     pixel_range: Optional[List[float]] = option(
-        None, 'values that become black and white, in images of more than 8 bits. By default the range of their type',
-        'X', nargs=2, card='changed')
+        None, 'lowest and highest pixel value of images of more than 8 bits, which become black and white. By default '
+        'those of the data type', 'X', nargs=2, card='changed')
     crop_pct: Optional[float] = option(
         None, 'share of the side that the centre crop keeps in evaluation', low=0.01, below=10, card='changed')
     mean: Optional[List[float]] = option(

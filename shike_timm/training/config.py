@@ -36,8 +36,8 @@ class MethodConfig:
         None, 'with --freeze-trunk and --private-stages 0: compute the features of this many views of each image once '
         '(the image, its mirror image, then augmented ones), and train on them', 'VIEWS', low=1)
     search: bool = option(
-        False, 'with --cache-features: choose the levels of the experts, the cosine scale and the learning rate on a '
-        'fifth of each training class, which is set aside for that')
+        False, 'with --cache-features: choose the levels of the experts and the learning rate on training images that '
+        'are set aside, three times a fifth of each class')
     crt_cosine_scale: Optional[float] = option(
         None, 'scale of the cosines of the retrained classifiers. By default that of the model', 'S', low=0.01,
         card='changed')

@@ -42,7 +42,7 @@ def train_step(
         update: bool = True,
         num_updates: Optional[int] = None,
 ) -> Dict[str, Tensor]:
-    """Train on one batch without waiting for the device, unless an optimizer that is not fused meets loss scaling.
+    """Train on one batch. Only loss scaling with an optimizer that is not fused waits for the device.
 
     Args:
         task: What to train.

@@ -447,7 +447,7 @@ class Trainer:
 
     @contextmanager
     def _failures_explained(self) -> Iterator[None]:
-        """Say how to go on after a failure, and name the cause where a loading process is gone."""
+        """After a failure, log how to resume the run. If a data loader worker died, say so."""
         try:
             yield
         except (RuntimeError, OSError) as error:

@@ -97,7 +97,7 @@ class PublishedSource(DataSource):
             raise InputError(
                 f"data-dir '{self.root}' has no folder '{self.whole}': give the one that it lies in, or name a list "
                 'with --train-list.')
-        folders = list_images(list_folder(folder, Counter()))
+        folders = list_images(list_folder(folder, Counter(), []))
         paths = [f'{self.whole}/{path}/{file}' for path, files in folders.items() for file in files]
         labels = [path.rpartition('/')[2] for path, files in folders.items() for _ in files]
         if not paths:
