@@ -75,7 +75,7 @@ def check_config(config: Dict[str, Any], source: str) -> None:
         source, num_classes, config.get('label_names'), config.get('class_counts'), config.get('shot_counts'))
 
 
-def check_classes(source: str, num_classes: int, names: Any, counts: Any, shot_counts: Any) -> None:
+def check_classes(source: str, num_classes: int, names: Any, counts: Any = None, shot_counts: Any = None) -> None:
     """Refuse names and numbers of images that are not one for each class. `source` begins the message."""
     for what, values, kind in (
             ('class names', names, str), ('class counts', counts, int), ('counts for the shots', shot_counts, int)):
