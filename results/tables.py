@@ -94,6 +94,7 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('the best single level', ['frozen_lite0_single_seed0'], None),
         ('levels 3 to 6, one classifier', ['frozen_lite0_joined_seed0'], None),
         ('levels 3+6, 4+6 and 5+6, three experts', ['frozen_lite0_experts_seed0'], None),
+        ('what `--search` chose: the same three experts', ['frozen_lite0_search_seed0'], None),
     ]),
     'methods_short': ('Methods on one network with a cosine classifier, CIFAR-100-LT (100), 40 epochs:', [
         ('`ce`', ['ce_short'], None),
