@@ -1,5 +1,7 @@
 """Experts without private stages, and training on cached features of a frozen trunk."""
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -7,17 +9,21 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from run_helpers import without_seconds
 
 from shike_timm.cli.train import parse_train_args
 from shike_timm.data.dataset import in_memory_set
 from shike_timm.errors import InputError
+from shike_timm.models.create import create_model
 from shike_timm.pretrained.folder import export_model
 from shike_timm.pretrained.load import load_trained_model
+from shike_timm.report.runs import ReportConfig, make_report
 from shike_timm.training.features import FeatureLoader, standardise
 from shike_timm.training.phases import plan_phases
 from shike_timm.training.runs import train
 from shike_timm.training.search import _folds
+from shike_timm.training.signals import Interrupted
 
 
 @pytest.fixture(scope='module')
@@ -145,11 +151,55 @@ def test_an_interrupted_run_goes_on_without_another_search(backbone_file, tmp_pa
     assert without_seconds(tmp_path / 'cut' / 'run') == without_seconds(tmp_path / 'whole' / 'run')
 
 
+def test_other_images_get_other_features(backbone_file, tmp_path):
+    def features(*extra):
+        frozen_run(tmp_path, backbone_file, '--no-search', '--epochs', '1', '--experiment', str(len(extra)), *extra)
+        return set(tmp_path.glob('features-*.npy'))
+
+    first = features()
+    assert len(first) == 1 and features('--lr', '0.1') == first
+    assert len(features('--imb-seed', '1', '--lr', '0.1')) == 2  # As many images of each class, but others.
+
+
+def test_a_stop_during_the_features_leaves_no_file(backbone_file, tmp_path, monkeypatch):
+    from shike_timm.training import trainer
+
+    original, calls = trainer.Shike.pool_levels, []
+
+    def stop(self, x):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(x)
+        return original(self, x)
+
+    monkeypatch.setattr(trainer.Shike, 'pool_levels', stop)
+    with pytest.raises(Interrupted):
+        frozen_run(tmp_path, backbone_file, '--batch-size', '16')
+    assert not list(tmp_path.glob('features-*'))
+
+
+def test_a_transformer_of_another_size_is_searched(tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('test_vit').state_dict(), tmp_path / 'vit.pth')
+    frozen_run(tmp_path, tmp_path / 'vit.pth', '--backbone', 'test_vit', '--epochs', '1')
+    model = load_trained_model(str(tmp_path / 'run')).model.eval()
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_pooled_features_have_no_maps(backbone_file, tmp_path):
+    frozen_run(tmp_path, backbone_file, '--no-search', '--epochs', '1')
+    image = tmp_path / 'image.png'
+    Image.new('RGB', (32, 32)).save(image)
+    with pytest.raises(InputError, match='so there are no maps'):
+        make_report(ReportConfig(runs=[str(tmp_path / 'run')], cam=[str(image)], device='cpu', workers=0))
+
+
 @pytest.mark.parametrize('extra, sentence', [
+    (['--search', '--levels', '1+2'], '--search chooses --levels'),
     (['--private-stages', '1'], '--cache-features goes with --private-stages 0'),
     (['--no-freeze-trunk'], '--cache-features goes with --private-stages 0'),
     (['--mixup', '0.2'], 'does not go with --mixup'),
-], ids=['private', 'unfrozen', 'mixup'])
+], ids=['levels', 'private', 'unfrozen', 'mixup'])
 def test_what_does_not_go_with_cached_features(extra, sentence):
     with pytest.raises(InputError, match=sentence):
         plan_phases(parse_train_args([*FROZEN, *extra]))
@@ -178,3 +228,22 @@ def test_folds_have_a_fifth_of_each_class_and_whole_groups():
     data.groups = np.arange(61) // 4
     folds = _folds(data, seed=0)
     assert all(len(set(folds[data.groups == group])) == 1 for group in range(15))
+
+
+@pytest.mark.parametrize('extra, sentence', [
+    (['--levels', '1+2'], 'goes with --private-stages 0'),
+    (['--private-stages', '0', '--levels', '1+two'], 'numbers of stages with'),
+    (['--private-stages', '0', '--levels', '1+9'], 'depths must name one or several shared stages'),
+], ids=['private', 'words', 'range'])
+def test_levels_that_cannot_be_read(extra, sentence):
+    config = parse_train_args(['--model', 'shike', '--backbone', 'test_efficientnet', *extra])
+    with pytest.raises(InputError, match=sentence):
+        create_model(config, 3)
+
+
+def test_levels_say_how_many_experts_there_are():
+    config = parse_train_args(
+        ['--model', 'shike', '--backbone', 'test_efficientnet', '--private-stages', '0', '--levels', '1+2', '2+3'])
+    assert create_model(config, 3).num_experts == 2
+    with pytest.raises(ValueError, match='depths must name one shared stage'):
+        timm.create_model('shike', backbone='test_efficientnet', depths=[[1, 2], 1, 1])

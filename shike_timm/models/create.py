@@ -1,4 +1,5 @@
 """A model and its preprocessing from their options, with clear errors."""
+import re
 from dataclasses import replace
 from typing import Any, Dict, Optional, Tuple, TypeVar, cast
 
@@ -14,7 +15,9 @@ from .shike import Shike
 
 # These options are arguments of the same name.
 SAME_ARGUMENTS = (
-    'backbone', 'num_experts', 'private_stages', 'private_blocks', 'classifier', 'cosine_scale', 'aligner')
+    'backbone', 'private_stages', 'private_blocks', 'classifier', 'cosine_scale', 'aligner')
+
+_LEVELS = re.compile(r'\d+(\+\d+)*')
 
 Model = TypeVar('Model', bound=ModelConfig)
 
@@ -58,14 +61,22 @@ def create_model(
     if config.freeze_trunk and not (config.pretrained_backbone or config.initial_checkpoint or config.pretrained):
         raise InputError('--freeze-trunk would keep random shared stages: add --pretrained-backbone.')
     source = True if config.pretrained_backbone == 'default' else config.pretrained_backbone
+    depths, num_experts = config.depths, config.num_experts
+    if config.levels:
+        if 0 not in (config.private_stages, config.private_blocks) or not all(map(_LEVELS.fullmatch, config.levels)):
+            raise InputError(
+                f"--levels {' '.join(config.levels)} goes with --private-stages 0, expected numbers of stages with + "
+                'between them, such as 4+7 5+7 6+7.')
+        depths = [[int(stage) for stage in one.split('+')] for one in config.levels]
+        num_experts = num_experts or len(depths)
     try:
         model = cast(Shike, timm.create_model(
             config.model,
             num_classes=num_classes,
             in_chans=in_chans,
             img_size=img_size,
-            depths=[[int(level) for level in one.split('+')] for one in config.levels] if (
-                config.levels) else config.depths,
+            num_experts=num_experts,
+            depths=depths,
             fusion=config.fusion if config.fusion is False else config.fusion_type,
             **{name: getattr(config, name) for name in SAME_ARGUMENTS},
             drop_rate=config.drop,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .backbones import Backbone, is_column
 
-BOTTLENECK = 256  # channels inside an aligner
+BOTTLENECK = 256  # Channels inside an aligner.
 
 
 def _conv_norm(
@@ -157,7 +157,8 @@ def choose_depths(net: Backbone, num_experts: int, depths: Optional[Sequence[Any
         depths = [m % num_shared + 1 for m in range(num_experts)]
     if not private:
         depths = [(depth, num_shared) if isinstance(depth, int) else tuple(depth) for depth in depths]
-    if len(depths) != num_experts or not all(depths) or not all(
+    nested = private and any(isinstance(depth, (list, tuple)) for depth in depths)
+    if nested or len(depths) != num_experts or not all(depths) or not all(
             1 <= depth <= num_shared for depth in list_stages(depths)):
         raise ValueError(
             f"depths must name {'one shared stage' if private else 'one or several shared stages'} for each of "
@@ -173,7 +174,7 @@ def list_stages(depths: Sequence[Any]) -> List[int]:
 def joined_level(infos: Sequence[Dict[str, Any]], depths: Sequence[Sequence[int]]) -> Dict[str, Any]:
     """`Backbone.feature_info` of experts without private stages."""
     width = max(sum(LevelPool(infos[level - 1]).width for level in levels) for levels in depths)
-    return dict(num_chs=width, reduction=infos[-1]['reduction'], output_fmt='NCHW', num_prefix_tokens=0)
+    return dict(num_chs=width, reduction=infos[-1]['reduction'], output_fmt='NCHW', num_prefix_tokens=0, has_map=False)
 
 
 class Expert(nn.Module):
@@ -239,5 +240,5 @@ def make_experts(
         init_convolutions(part)
     for expert in experts if residual else ():
         if expert.has_maps:
-            nn.init.zeros_(expert.aligner[-1].weight)  # a BatchNorm
+            nn.init.zeros_(expert.aligner[-1].weight)  # This layer is a BatchNorm.
     return experts

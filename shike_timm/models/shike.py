@@ -144,7 +144,7 @@ class Shike(PriorModel):
         self.has_own_heads = net.heads is not None
         self.has_fixed_pool = self.has_own_heads or self.output_fmt == 'NLC'
         self.pool_type = self.default_pool = net.global_pool
-        self.head_width = net.head_hidden_size or last['num_chs']  # of an expert's vector
+        self.head_width = net.head_hidden_size or last['num_chs']  # Width of an expert's vector.
         self._no_weight_decay = net.no_weight_decay
         self.reset_classifier(num_classes, global_pool, cosine_scale)
         if class_counts is None or len(class_counts) == self.num_classes:
@@ -360,7 +360,7 @@ class Shike(PriorModel):
             self.feature_info = self.feature_info[:num_left]
             self.stages = self.stages[:num_left - self.num_stem_levels]
             self.experts, self.depths, self.fused_stages = nn.ModuleList(), (), [0]
-            self.num_experts = 1  # the classifier sees plain features as those of one expert
+            self.num_experts = 1  # The classifier sees plain features as those of one expert.
             level = self.feature_info[-1]
             self.num_features = level['num_chs']
             self.channel_dim = 1 if level['output_fmt'] == 'NCHW' else -1
@@ -382,7 +382,7 @@ class Shike(PriorModel):
         return self._run_trunk(x, every)
 
     def _run_trunk(self, x: Tensor, every: bool) -> Tuple[Tensor, Dict[int, Tensor]]:
-        x = self.stem(x)  # a tuple, if later stages need more than features
+        x = self.stem(x)  # This is a tuple if later stages need more than features.
         shared: Dict[int, Tensor] = {}
         if every:
             shared[0] = x[0] if isinstance(x, tuple) else x

@@ -41,7 +41,8 @@ def expert_maps(model: Shike, images: Tensor, classes: Sequence[int]) -> np.ndar
     from pytorch_grad_cam.utils import model_targets  # pyright: ignore[reportMissingImports]
     level = model.feature_info[-1]
     if not level.get('has_map', True):
-        raise InputError('--cam: the tokens of this backbone do not lie in the order of the image: leave it out.')
+        raise InputError(
+            "--cam: the experts' features do not lie in the order of the image, so there are no maps: leave it out.")
     targets: List[Any] = [model_targets.ClassifierOutputTarget(one) for one in classes]
     maps = []
     for expert in model.experts:  # The mean over experts scales their gradients, but maps have no scale.

@@ -3,7 +3,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple
 
 import numpy as np
 import torch
@@ -12,14 +12,17 @@ from tqdm import tqdm
 
 from ..data import create_eval_loader, create_train_loader
 from ..data.augment import AugmentationConfig
-from ..data.dataset import AnySet
 from ..data.sampler import EpochSampler
 from ..errors import InputError
 from ..models import Shike
 from ..options import options
 from .config import RunConfig
+from .signals import Interrupted
 
 _logger = logging.getLogger(__name__)
+
+LARGEST = torch.finfo(torch.float16).max  # Larger features are cut off.
+READ_AT_ONCE = 4096  # Images whose features are in memory at a time.
 
 
 class FeatureLoader:
@@ -43,21 +46,24 @@ class FeatureLoader:
             yield self.features[rows, chosen].to(self.device, torch.float32), self.targets[rows].to(self.device)
 
 
-def _digest(model: Shike, data: AnySet, config: RunConfig, data_config: Dict[str, Any]) -> str:
+def _digest(model: Shike, data: Any, config: RunConfig, data_config: Dict[str, Any]) -> str:
     """Digest of everything that decides the features: the trunk, the images and how they are prepared."""
     augmentation = {name: getattr(config, name) for name in options(AugmentationConfig)}
-    digest = hashlib.sha256(repr((data_config, config.cache_features, config.seed, augmentation)).encode())
+    source = os.path.abspath(data.source.root), type(data.source).__name__, data.decoder
+    digest = hashlib.sha256(repr((source, data_config, config.cache_features, config.seed, augmentation)).encode())
     for part in (model.stem, model.stages):
         for value in part.state_dict().values():
             digest.update(value.cpu().numpy().tobytes())
-    digest.update(np.ascontiguousarray(data.targets).tobytes())
-    digest.update('\n'.join(map(str, data.filenames())).encode('utf-8', 'surrogateescape'))
+    for values in (data.targets, data.rows, *([] if data.images is None else [data.images])):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    for row in data.rows.tolist():
+        digest.update(data.source.stamp(row).encode('utf-8', 'surrogateescape') + b'\n')
     return digest.hexdigest()
 
 
 def _write_views(
-        features: np.ndarray, model: Shike, data: AnySet, config: RunConfig, data_config: Dict[str, Any],
-        device: torch.device) -> None:
+        features: np.ndarray, model: Shike, data: Any, config: RunConfig, data_config: Dict[str, Any],
+        device: torch.device, stopped: Callable[[], int]) -> None:
     """Fill the features [N, V, F]: the plain images, the mirrored ones, and then augmented ones."""
     batch_size, num_views = config.validation_batch_size or config.batch_size, features.shape[1]
     plain = create_eval_loader(data, data_config, batch_size, device, config.workers, config.device_data)
@@ -72,50 +78,59 @@ def _write_views(
                 loader.sampler.seed = config.seed * num_views + view
                 order = loader.sampler.draw()[0].numpy()
             for images, _ in loader:
+                if stopped():
+                    raise Interrupted(stopped())
                 batches = (images,) if view else (images, images.flip(3))[:num_views]
                 for i, batch in enumerate(batches, view):
-                    features[order[row:row + len(batch)], i] = model.pool_levels(batch).cpu().numpy()
+                    pooled = model.pool_levels(batch).clamp(-LARGEST, LARGEST)
+                    features[order[row:row + len(batch)], i] = pooled.cpu().numpy()
                 row += len(images)
                 progress.update()
 
 
-def standardise(model: Shike, features: np.ndarray) -> None:
-    """Give the experts the mean and variance [F] of the features [N, V, F] over all images and views."""
+def statistics(features: np.ndarray, rows: np.ndarray) -> Tuple[Tensor, Tensor]:
+    """Mean and variance [F] in float64 of the features [N, V, F] of the images at these rows, over all views."""
     sums = np.zeros((2, features.shape[2]))
-    for rows in np.array_split(features, max(len(features) // 4096, 1)):
-        values = rows.astype(np.float64)
+    for some in np.array_split(rows, -(-len(rows) // READ_AT_ONCE)):
+        values = features[some].astype(np.float64)
         sums += values.sum((0, 1)), np.square(values).sum((0, 1))
-    mean, square = torch.from_numpy(sums / (features.shape[0] * features.shape[1]))
-    means, variances = (one.split(model.level_widths) for one in (mean, (square - mean ** 2).clamp_min(0)))
+    mean, square = torch.from_numpy(sums / (len(rows) * features.shape[1]))
+    return mean, (square - mean ** 2).clamp_min(0)
+
+
+def standardise(model: Shike, features: np.ndarray) -> None:
+    """Give the experts the statistics of the features [N, V, F] of all images."""
+    moments = [one.split(model.level_widths) for one in statistics(features, np.arange(len(features)))]
     experts: Any = model.experts
     for expert in experts:
-        expert.norm.running_mean.copy_(torch.cat([means[level - 1] for level in expert.levels]))
-        expert.norm.running_var.copy_(torch.cat([variances[level - 1] for level in expert.levels]))
+        for own, levels in zip((expert.norm.running_mean, expert.norm.running_var), moments):
+            own.copy_(torch.cat([levels[level - 1] for level in expert.levels]))
 
 
 @torch.no_grad()
 def cached_features(
-        folder: Path, model: Shike, data: AnySet, config: RunConfig, data_config: Dict[str, Any],
-        device: torch.device) -> np.ndarray:
+        folder: Path, model: Shike, data: Any, config: RunConfig, data_config: Dict[str, Any], device: torch.device,
+        stopped: Callable[[], int]) -> np.ndarray:
     """Pooled features [N, V, F] of the training images in float16, memory-mapped from a file of the output folder.
 
-    All runs of the folder with the same trunk, images and preprocessing share the file.
+    All runs of the folder with the same trunk, images and preprocessing share the file. `stopped` gives the number of
+    the signal that asked for a stop, 0 for none.
     """
     shape = len(data), config.cache_features or 1, sum(model.level_widths)
     path = folder / f'features-{_digest(model, data, config, data_config)[:16]}.npy'
     if not path.exists():
         _logger.info(
             f'Features: {shape[1]} views of {shape[0]} images take {np.prod(shape) * 2 / 1e9:.2f} GB in {path}.')
-        partial = path.with_suffix(f'.{os.getpid()}.tmp')
+        unfinished = path.with_suffix(f'.{os.getpid()}.tmp')
         try:
-            features = np.lib.format.open_memmap(partial, 'w+', np.float16, shape)
+            features = np.lib.format.open_memmap(unfinished, 'w+', np.float16, shape)
             model.eval()
-            _write_views(features, model, data, config, data_config, device)
+            _write_views(features, model, data, config, data_config, device, stopped)
             features.flush()
-            partial.rename(path)
+            unfinished.rename(path)
         except OSError as error:
             raise InputError(
                 f"'{path}' cannot be written ({error.strerror}): free some space, or keep fewer views.") from error
         finally:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
     return np.load(path, mmap_mode='c')

@@ -69,8 +69,10 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
         raise InputError('--cache-features goes with --private-stages 0 and --freeze-trunk: add both.')
     if config.cache_features and (config.mixup or config.cutmix or config.kd_model_name or world_size() > 1):
         raise InputError('--cache-features does not go with --mixup, --cutmix, --kd-model-name or several processes.')
-    if config.search and not config.cache_features:
-        raise InputError('--search goes with --cache-features: add it.')
+    if config.search and (config.levels or not config.cache_features):
+        raise InputError(
+            '--search chooses --levels: drop one of them.' if config.levels else
+            '--search goes with --cache-features: add it.')
     taught = config.kd_model_name and config.distill_loss_weight  # With a teacher the logits follow neither prior.
     phases = [Phase(
         1, config.epochs, lr, config.warmup_epochs, config.warmup_lr,

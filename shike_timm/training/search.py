@@ -2,23 +2,27 @@
 import logging
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.dataset import AnySet
+from ..errors import InputError
 from ..losses import balanced_softmax
+from ..metrics import ExpertEvaluator
 from ..models.classifiers import COSINE_SCALE, cosines
 from .config import RunConfig
+from .features import READ_AT_ONCE, statistics
+from .signals import Interrupted
 
 _logger = logging.getLogger(__name__)
 
 FOLDS, HELD = 5, 3  # The images of a class are dealt to five folds. Three of them are held out in turn.
 RATES = (0.05,)  # Learning rates that are tried beside the given one.
-MOST_LEVELS, TOPS, BELOW = 6, 3, 3  # Levels alone; last levels with others below them; how many of those.
+MOST_LEVELS = 6  # The last levels that are tried alone.
+TOPS, BELOW = 3, 3  # The last levels that are tried with others below them, and how many others.
 
 
 @dataclass(frozen=True)
@@ -49,77 +53,85 @@ def _folds(data: Any, seed: int) -> np.ndarray:
     return folds
 
 
-def _standardised(
-        features: np.ndarray, is_held: np.ndarray, widths: Sequence[int]) -> Tuple[List[Tensor], List[Tensor]]:
-    """The levels [N, V, D] of the images that are not held out, and of those that are, by the former's statistics."""
-    train, held = (torch.from_numpy(features[chosen]).float() for chosen in (~is_held, is_held))
-    mean, std = train[:, 0].mean(0), train[:, 0].std(0).clamp_min(1e-5)
-    train, held = ((one - mean) / std for one in (train, held[:, :1]))
-    return list(train.split(list(widths), 2)), list(held.split(list(widths), 2))
+class _Fold:
+    """The features of a fold: images that are held out, and the others, by whose statistics all are standardised."""
+
+    def __init__(self, features: np.ndarray, is_held: np.ndarray, widths: Sequence[int]):
+        self.rows, self.held = np.flatnonzero(~is_held), np.flatnonzero(is_held)
+        self.features, self.widths = features, list(widths)
+        mean, variance = statistics(features, self.rows)
+        self.mean, self.deviation = mean.float(), variance.sqrt().clamp_min(1e-5).float()
+
+    def read(self, rows: np.ndarray, views: Any, candidate: Candidate) -> Tensor:
+        """Features [B, M, D] of the experts from views of the images at these rows. Zeros fill up narrow experts."""
+        values = (torch.from_numpy(self.features[rows, views]).float() - self.mean) / self.deviation
+        levels = values.split(self.widths, 1)
+        experts = [torch.cat([levels[level - 1] for level in one], 1) for one in candidate.levels]
+        width = max(one.shape[1] for one in experts)
+        return torch.stack([F.pad(one, (0, width - one.shape[1])) for one in experts], 1)
 
 
-def _experts(levels: Sequence[Tensor], depths: Sequence[Sequence[int]]) -> Tensor:
-    """Features [N, V, M, D] of experts from those of the levels. Narrow experts are filled up with zeros."""
-    joined = [torch.cat([levels[level - 1] for level in one], -1) for one in depths]
-    width = max(one.shape[-1] for one in joined)
-    return torch.stack([F.pad(one, (0, width - one.shape[-1])) for one in joined], 2)
-
-
-def _fit(features: Tensor, targets: Tensor, class_counts: Tensor, candidate: Candidate, config: RunConfig) -> Tensor:
+def _fit(fold: _Fold, labels: Tensor, class_counts: Tensor, candidate: Candidate, config: RunConfig) -> Tensor:
     """Class weights [M, C, D] of cosine classifiers that begin at class means and learn with balanced softmax."""
     generator = torch.Generator().manual_seed(config.seed)
-    num_images, num_views, num_experts, width = features.shape
-    weight = torch.zeros(num_experts, len(class_counts), width)
-    weight.index_add_(1, targets, F.normalize(features[:, 0], dim=-1).transpose(0, 1))
+    weight: Any = 0
+    for rows in np.array_split(fold.rows, -(-len(fold.rows) // READ_AT_ONCE)):
+        normalised = F.normalize(fold.read(rows, 0, candidate), dim=-1).transpose(0, 1)
+        sums = normalised.new_zeros(len(normalised), len(class_counts), normalised.shape[2])
+        weight = weight + sums.index_add_(1, labels[rows], normalised)
     weight = F.normalize(weight, dim=-1).requires_grad_()
     optimizer = torch.optim.SGD(
         [weight], candidate.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True)
-    steps = math.ceil(num_images / config.batch_size) * config.epochs
+    steps = math.ceil(len(fold.rows) / config.batch_size) * config.epochs
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(config.epochs):
-        views = torch.randint(num_views, (num_images,), generator=generator)
-        for rows in torch.randperm(num_images, generator=generator).split(config.batch_size):
-            logits = candidate.cosine_scale * cosines(features[rows, views[rows]], weight)
+        views = torch.randint(fold.features.shape[1], (len(fold.rows),), generator=generator)
+        for chosen in torch.randperm(len(fold.rows), generator=generator).split(config.batch_size):
+            rows = fold.rows[chosen]
+            logits = candidate.cosine_scale * cosines(fold.read(rows, views[chosen].numpy(), candidate), weight)
             optimizer.zero_grad()
-            balanced_softmax(logits, targets[rows], class_counts).backward()
+            balanced_softmax(logits, labels[rows], class_counts).backward()
             optimizer.step()
             schedule.step()
     return weight.detach()
 
 
-def _score(predicted: Tensor, targets: Tensor, class_counts: Tensor) -> Dict[str, float]:
-    """Top-1 and balanced accuracy in percent."""
-    right = (predicted == targets).double()
-    total = torch.bincount(targets, minlength=len(class_counts))
-    share = torch.zeros(len(class_counts), dtype=torch.float64).index_add_(0, targets, right) / total
-    return dict(top1=round(100 * right.mean().item(), 2), balanced=round(100 * share[total > 0].mean().item(), 2))
-
-
-def search(features: np.ndarray, data: AnySet, widths: Sequence[int], config: RunConfig) -> List[Dict[str, Any]]:
+def search(
+        features: np.ndarray, data: Any, widths: Sequence[int], config: RunConfig, stopped: Callable[[], int],
+) -> List[Dict[str, Any]]:
     """Try experts on training images that are set aside, and give all candidates, the best one first.
 
     First each late level alone is tried, then several of them for one classifier and for three experts, then another
     learning rate for the best ones. The best one has the highest balanced accuracy over three folds. Top-1 would be
     that of the large classes.
 
-    `features` [N, V, F] are the pooled ones of V views of each training image, `widths` the F of each level.
+    `features` [N, V, F] are the pooled ones of V views of each training image, `widths` the F of each level. `stopped`
+    gives the number of the signal that asked for a stop, 0 for none.
     """
-    folds, labels = _folds(data, config.seed), torch.as_tensor(data.targets, dtype=torch.int64)
-    splits = [(torch.from_numpy(folds == k), *_standardised(features, folds == k, widths)) for k in range(HELD)]
-    tried: List[Tuple[Candidate, Dict[str, float]]] = []
+    numbers, labels = _folds(data, config.seed), torch.as_tensor(data.targets, dtype=torch.int64)
+    num_classes = len(data.class_names)
+    folds = [_Fold(features, numbers == k, widths) for k in range(HELD) if (numbers == k).any()]
+    if not folds:
+        raise InputError('--search needs a class of several images to set some aside: give --levels and --no-search.')
+    tried: List[Tuple[Candidate, Dict[str, Any]]] = []
 
     def attempt(candidate: Candidate) -> None:
-        predicted, targets = [], []
-        for is_held, levels, held in splits:
-            counts = torch.bincount(labels[~is_held], minlength=len(data.class_names or ())).clamp_min(1).float()
-            with torch.enable_grad():
-                weight = _fit(_experts(levels, candidate.levels), labels[~is_held], counts, candidate, config)
-            predicted.append(cosines(_experts(held, candidate.levels)[:, 0], weight).mean(1).argmax(1))
-            targets.append(labels[is_held])
-        tried.append((candidate, _score(torch.cat(predicted), torch.cat(targets), counts)))
+        evaluator = ExpertEvaluator(len(candidate.levels), [0] * num_classes, torch.device('cpu'))
+        for fold in folds:
+            if stopped():
+                raise Interrupted(stopped())
+            counts = torch.bincount(labels[fold.rows], minlength=num_classes).clamp_min(1).float()
+            weight = _fit(fold, labels, counts, candidate, config)
+            for rows in np.array_split(fold.held, -(-len(fold.held) // READ_AT_ONCE)):
+                evaluator.update(cosines(fold.read(rows, 0, candidate), weight), labels[rows])
+        scores = evaluator.compute()
+        tried.append((candidate, {key: scores[key] for key in ('top1', 'balanced')}))
         _logger.info(
             f"Search: levels {' '.join(candidate.names)}, learning rate {candidate.lr:g}. "
-            f"top1: {tried[-1][1]['top1']}  balanced: {tried[-1][1]['balanced']}")
+            f"top1: {scores['top1']}  balanced: {scores['balanced']}")
+
+    def best() -> Candidate:
+        return max(tried, key=lambda one: one[1]['balanced'])[0]
 
     count = len(widths)
     first = Candidate(((count,),), config.cosine_scale or COSINE_SCALE, config.lr)
@@ -130,6 +142,6 @@ def search(features: np.ndarray, data: AnySet, widths: Sequence[int], config: Ru
         attempt(replace(first, levels=((*below, top),)))
         attempt(replace(first, levels=tuple((level, top) for level in below)))
     for lr in RATES:
-        attempt(replace(max(tried, key=lambda one: one[1]['balanced'])[0], lr=lr))
+        attempt(replace(best(), lr=lr))
     tried.sort(key=lambda one: -one[1]['balanced'])
-    return [dict(levels=one.names, cosine_scale=one.cosine_scale, lr=one.lr, **score) for one, score in tried]
+    return [dict(levels=one.names, cosine_scale=one.cosine_scale, lr=one.lr, **scores) for one, scores in tried]

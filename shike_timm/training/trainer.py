@@ -122,9 +122,10 @@ class Trainer:
     def _use_features(self, fresh: bool) -> None:
         """Train on cached features instead of images. In a fresh run, choose the experts first if that is asked for."""
         data = self.data.train
-        features = cached_features(self.folder.parent, self.model, data, self.config, self.data_config, self.device)
+        features = cached_features(
+            self.folder.parent, self.model, data, self.config, self.data_config, self.device, lambda: self.stop.signum)
         if fresh and self.config.search:
-            found = search(features, data, self.model.level_widths, self.config)
+            found = search(features, data, self.model.level_widths, self.config, lambda: self.stop.signum)
             write_text(self.folder / 'search.json', json.dumps(found, indent=2) + '\n')
             best = {key: found[0][key] for key in ('levels', 'cosine_scale', 'lr')}
             _logger.info(
@@ -133,7 +134,8 @@ class Trainer:
             self.config = replace(self.config, **best, num_experts=len(best['levels']), search=False)
             save_args(self.folder, self.config)
             self.phases = [replace(phase, lr=best['lr']) for phase in self.phases]
-            self.model = create_model(self.config, self.data.num_classes, self.config.channels, fresh=True)
+            self.model = create_model(
+                self.config, self.data.num_classes, self.config.channels, True, self.config.image_size)
             self.model.to(self.device)
             self.start(self.phases[0])
         if fresh:

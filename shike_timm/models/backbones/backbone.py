@@ -13,23 +13,23 @@ class Backbone:
     features and whatever else later stages need, such as position embeddings or sizes.
     """
 
-    stem: nn.Module  # everything before the first shared stage
-    stages: List[nn.Module]  # the shared stages in order
-    last_stages: Sequence[nn.Module]  # the private stages of each expert, as one module that gives features alone
+    stem: nn.Module  # Everything before the first shared stage.
+    stages: List[nn.Module]  # The shared stages in order.
+    last_stages: Sequence[nn.Module]  # The private stages of each expert, as one module that gives features alone.
     # Of the stem, if it is a feature level, of each shared stage and of the private stages: `num_chs`, `reduction`
     # (input over output resolution), `output_fmt` ('NCHW', 'NHWC' or 'NLC', timm's names), `num_prefix_tokens` (class
     # and register tokens, which come before those of the patches), and for tokens `has_map` (whether the others lie in
     # the order of the image).
     feature_info: List[Dict[str, Any]]
-    first_conv: List[nn.Module]  # the convolutions that see the images
-    initialised: bool  # whether the parameters have their initial values already
-    name: Optional[str] = None  # of the timm model that has pretrained weights for it
-    heads: Optional[Sequence[nn.Module]] = None  # of each expert: features to vectors. None is plain pooling of maps
-    global_pool: str = 'avg'  # what those heads do, or pooling by default
-    head_hidden_size: Optional[int] = None  # width of those vectors, by default the channels of the features
-    img_size: Optional[Tuple[int, int]] = None  # of the images, if the network is made for a size
-    fixed_input_size: bool = False  # whether it takes no other size
-    no_weight_decay: Set[str] = field(default_factory=set)  # names that end so are spared weight decay
+    first_conv: List[nn.Module]  # The convolutions that see the images.
+    initialised: bool  # Whether the parameters have their initial values already.
+    name: Optional[str] = None  # The timm model that has pretrained weights for it.
+    heads: Optional[Sequence[nn.Module]] = None  # For each expert, features to vectors. None is plain pooling of maps.
+    global_pool: str = 'avg'  # The pooling of those heads, or of plain maps.
+    head_hidden_size: Optional[int] = None  # Width of those vectors. By default the channels of the features.
+    img_size: Optional[Tuple[int, int]] = None  # Size of the images, if the network is made for one.
+    fixed_input_size: bool = False  # Whether the network takes no other size.
+    no_weight_decay: Set[str] = field(default_factory=set)  # Parameters whose names end so have no weight decay.
 
     def parts(self, num_experts: int) -> Dict[str, nn.Module]:
         """The parts that have pretrained weights, by their names in a model. Each expert gets those of the first."""

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from .backbone import Backbone, is_column
 from .trace import is_overwritten, make_part, trace
 
-_MIN_REDUCTION = 4  # of a stage; the modules at a higher resolution are the stem
-_PRIVATE_PART = 6  # an expert has one of so many blocks of a column for itself
+_MIN_REDUCTION = 4  # Of a stage. The modules at a higher resolution are the stem.
+_PRIVATE_PART = 6  # An expert has one of this many blocks of a column for itself.
 
 
 def _refusal(name: str, reason: str) -> ValueError:
@@ -23,10 +23,10 @@ def _refusal(name: str, reason: str) -> ValueError:
 class _Cut:
     """A place between two parts of a network."""
 
-    end: int  # nodes before it
-    outputs: List[fx.Node]  # what is handed on: the features first, then what later parts need
-    index: Optional[int] = None  # of the features in the value of their node, if that is a tuple
-    level: Dict[str, Any] = field(default_factory=dict)  # what the features are, as in `Backbone.feature_info`
+    end: int  # Number of the nodes before it.
+    outputs: List[fx.Node]  # The values handed on: first the features, then all that later parts need.
+    index: Optional[int] = None  # Index of the features in the value of their node, if that is a tuple.
+    level: Dict[str, Any] = field(default_factory=dict)  # Description of the features as in `Backbone.feature_info`.
 
 
 class Split:
@@ -36,7 +36,7 @@ class Split:
         infos, modules = [dict(info) for info in getattr(net, 'feature_info', None) or []], dict(net.named_modules())
         if not hasattr(net, 'forward_features') or len(infos) < 2:
             raise _refusal(name, 'timm knows no feature levels of it')
-        for info in infos:  # some are named as in a part of the network, or by an older name
+        for info in infos:  # timm names some modules as in a part of the network, or by an older name.
             own = info['module']
             names = (own, f'encoder.{own}', own.replace('block.', 'blocks.'), own.replace('block.', 'stages.'))
             info['module'] = next((one for one in names if one in modules), '')
@@ -50,21 +50,19 @@ class Split:
         last = self._describe(dict(infos[-1], num_chs=net.num_features), features)
         if last is None:
             raise _refusal(name, f'its last stage gives no features of {net.num_features} channels')
-        try:
-            self.head = self._trace('forward_head', features)
-        except NotImplementedError:  # of an encoder, whose map is pooled
-            self.head = []
+        self.head = self._trace('forward_head', features)
         self.cuts = [self._cut_after(info) for info in infos[:-1] if self._places(info['module'])]
         if not self.cuts:
             raise _refusal(name, 'its forward pass calls none of the stages that timm names')
         self.cuts.append(_Cut(len(self.nodes) - 1, self.nodes[-1].all_input_nodes, level=last))
 
     def _trace(self, method: str, value: Tensor) -> List[fx.Node]:
+        """The nodes of a method. timm's encoders have no head: theirs are none."""
         try:
             return trace(self.net, self.levels, method, value)
-        except NotImplementedError:
-            raise
         except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if method == 'forward_head' and isinstance(error, NotImplementedError):
+                return []
             raise _refusal(
                 self.name, f'its {method} cannot be traced ({str(error).splitlines()[0][:120]})') from error
 
@@ -75,7 +73,7 @@ class Split:
         if len(shape) == 3 and shape[2] == num_chs:
             height, width = (-(-side // level['reduction']) for side in self.size)
             prefix = shape[1] - height * width
-            has_map = prefix >= 0 and not hasattr(self.net, 'reroll')  # or the tokens are not in the image's order
+            has_map = prefix >= 0 and not hasattr(self.net, 'reroll')  # Hiera's tokens are not in the image's order.
             return dict(level, output_fmt='NLC', num_prefix_tokens=max(prefix, 0), has_map=has_map)
         if len(shape) != 4 or num_chs not in (shape[1], shape[3]):
             return None
@@ -98,7 +96,7 @@ class Split:
         value = node.meta['value']
         candidates = list(enumerate(value)) if isinstance(value, (tuple, list)) else [(None, value)]
         found = [(i, level) for i, one in candidates if (level := self._describe(info, one))]
-        if not found and isinstance(value, list):  # maps of several resolutions, before timm brings them to num_chs
+        if not found and isinstance(value, list):  # Maps of several resolutions, before timm brings them to num_chs.
             found = [
                 (i, dict(level, output_fmt='NCHW')) for i, one in candidates if one.ndim == 4 and (
                     level := dict(info, num_chs=one.shape[1], num_prefix_tokens=0))
@@ -177,7 +175,7 @@ def _count_private(name: str, column: bool, num_levels: int, stages: Optional[in
     return number
 
 
-@torch.inference_mode(False)  # a trace counts how often a tensor is written to, which inference mode does not
+@torch.inference_mode(False)  # Inference mode does not count how often a tensor is written to.
 def timm_backbone(
         name: str,
         num_experts: int,
@@ -200,7 +198,7 @@ def timm_backbone(
     """
     if not timm.is_model(name.split('.')[0]):
         raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
-    kwargs: Dict[str, Any] = dict(  # timm ignores None
+    kwargs: Dict[str, Any] = dict(  # timm ignores None.
         in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride if output_stride != 32 else None,
         **options)
     try:
@@ -208,14 +206,14 @@ def timm_backbone(
     except ValueError:
         if drop_path_rate != 0:
             raise
-        kwargs.update(drop_path_rate=None)  # a network without stochastic depth has a rate of 0
+        kwargs.update(drop_path_rate=None)  # A network without stochastic depth has a rate of 0.
         net = _create_skeleton(name, **kwargs)
     has_size = 'img_size' in inspect.signature(type(net)).parameters
     if has_size and img_size is not None:
         kwargs.update(img_size=img_size)
         net = _create_skeleton(name, **kwargs)
     split = Split(net, name)
-    if split.has_own_head and global_pool:
+    if split.has_own_head and global_pool and 0 not in (private_stages, private_blocks):
         kwargs.update(global_pool=global_pool)
         split = Split(net := _create_skeleton(name, **kwargs), name)
     *levels, last = split.cuts

@@ -70,7 +70,7 @@ class Tracer(fx.Tracer):
 
     def _run(self, node: fx.Node) -> Any:
         args: Any = map_arg(node.args, lambda one: one.meta['value'])
-        args = [list(one) if isinstance(one, list) else one for one in args]  # that of a node cannot be changed
+        args = [list(one) if isinstance(one, list) else one for one in args]  # A node's own list cannot be changed.
         kwargs: Any = map_arg(node.kwargs, lambda one: one.meta['value'])
         if node.op == 'placeholder':
             return self.value
@@ -80,7 +80,7 @@ class Tracer(fx.Tracer):
             return self.root.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == 'call_method':
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs) if callable(node.target) else args[0]  # of the output
+        return node.target(*args, **kwargs) if callable(node.target) else args[0]  # The last node is the output.
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -96,7 +96,7 @@ def trace(net: Any, levels: Sequence[str], method: str, value: Tensor) -> List[f
     """The nodes of a method of a network on the meta device, in order, without checks and unused sizes."""
     tracer = Tracer(levels, method, value)
     embeddings = [(path, module) for path, module in net.named_modules() if hasattr(module, 'get_embed')]
-    for path, module in embeddings:  # rotary position embeddings
+    for path, module in embeddings:  # These are rotary position embeddings.
         tracer.record_method(path, module, 'get_embed')
     try:
         graph = tracer.trace(net.eval())
