@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_without_another_search(backbone_file, tmp_pa
     monkeypatch.undo()
     monkeypatch.setattr(trainer, 'search', lambda *args: pytest.fail('a second search'))
     monkeypatch.setattr(trainer.Shike, 'pool_levels', lambda *args: pytest.fail('features computed again'))
-    train(parse_train_args(['--resume', str(tmp_path / 'cut' / 'run')]))
+    frozen_run(tmp_path / 'cut', backbone_file, '--resume')  # The same command again.
     assert without_seconds(tmp_path / 'cut' / 'run') == without_seconds(tmp_path / 'whole' / 'run')
 
 

@@ -1,6 +1,7 @@
 """Training: both stages of a run."""
 import logging
 import os
+from dataclasses import replace
 from typing import Any, Dict, Optional, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from ..recipes import read_hparams
 from ..training.config import TrainConfig
 from ..training.resume import run_folder
 from ..training.runs import train
+from ..training.search import CHOSEN
 from .script import run_script
 
 _logger = logging.getLogger(__name__)
@@ -40,7 +42,10 @@ def complete_train_args(given: Dict[str, Any]) -> TrainConfig:
     if folder and os.path.isfile(path):
         for file, values in read_hparams(path).items():
             saved.update(check_file_values(TrainConfig, values, f"hparams file '{file}'", given))
-    return complete(TrainConfig, given, saved=saved)
+    config = complete(TrainConfig, given, saved=saved)
+    if config.search and saved.get('levels'):  # The search of the resumed run is done.
+        config = replace(config, **{name: saved[name] for name in CHOSEN})
+    return config
 
 
 def parse_train_args(argv: Optional[Sequence[str]] = None) -> TrainConfig:

@@ -19,6 +19,7 @@ from .signals import Interrupted
 
 _logger = logging.getLogger(__name__)
 
+CHOSEN = ('levels', 'num_experts', 'cosine_scale', 'lr', 'search')  # Options that a search sets.
 FOLDS, HELD = 5, 3  # The images of a class are dealt to five folds. Three of them are held out in turn.
 RATES = (0.05,)  # Learning rates that are tried beside the given one.
 MOST_LEVELS = 6  # The last levels that are tried alone.
