@@ -50,6 +50,8 @@ class Split:
         last = self._describe(dict(infos[-1], num_chs=net.num_features), features)
         if last is None:
             raise _refusal(name, f'its last stage gives no features of {net.num_features} channels')
+        if last['output_fmt'] == 'NCHW' and abs(features.shape[2] - self.size[0] / last['reduction']) > 1:
+            raise _refusal(name, f'its last stage gives {features.shape[2]} rows of features whatever the image is')
         self.head = self._trace('forward_head', features)
         self.cuts = [self._cut_after(info) for info in infos[:-1] if self._places(info['module'])]
         if not self.cuts:
@@ -145,7 +147,8 @@ class Split:
             return bool(self.head)
         return any(
             node.op == 'get_attr' or node.op == 'call_module' and any(
-                True for _ in self.net.get_submodule(str(node.target)).parameters())
+                isinstance(part, nn.LayerNorm) or list(part.parameters())
+                for part in self.net.get_submodule(str(node.target)).modules())
             for node in self.head)
 
     def make_head(self, net: nn.Module) -> nn.Module:
