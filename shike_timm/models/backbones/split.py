@@ -50,12 +50,12 @@ class Split:
         last = self._describe(dict(infos[-1], num_chs=net.num_features), features)
         if last is None:
             raise _refusal(name, f'its last stage gives no features of {net.num_features} channels')
-        if last['output_fmt'] == 'NCHW' and abs(features.shape[2] - self.size[0] / last['reduction']) > 1:
-            raise _refusal(name, f'its last stage gives {features.shape[2]} rows of features whatever the image is')
         self.head = self._trace('forward_head', features)
         self.cuts = [self._cut_after(info) for info in infos[:-1] if self._places(info['module'])]
         if not self.cuts:
             raise _refusal(name, 'its forward pass calls none of the stages that timm names')
+        if last['output_fmt'] == 'NCHW' and abs(features.shape[2] - self.size[0] / last['reduction']) > 1:
+            raise _refusal(name, f'its last stage gives {features.shape[2]} rows of features whatever the image is')
         self.cuts.append(_Cut(len(self.nodes) - 1, self.nodes[-1].all_input_nodes, level=last))
 
     def _trace(self, method: str, value: Tensor) -> List[fx.Node]:
