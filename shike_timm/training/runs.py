@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..metrics import SHOTS, shot_divisions
 from ..models import Shike
 from ..models.create import create_model, resolve_data_config, with_backbone_weights
+from ..models.lora import add_lora
 from ..pretrained.load import from_checkpoint, with_trained_options
 from ..pretrained.start import load_start, start_from
 from ..pretrained.teacher import load_teacher
@@ -65,11 +66,13 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         if start is None and config.exif is None and not config.dataset:  # Benchmarks and old models turn no images.
             config = replace(config, exif=True)
     trainer = prepare(config, phases, device, checkpoint is None, saved.get('class_names'), folder)
+    if start is not None:
+        start_from(trainer.model, start, trainer.data.class_names)
+    if config.lora and not phases[0].is_retraining:
+        add_lora(trainer.model, config.lora, trainer.data_config['input_size'])
     if checkpoint is not None:
         load_weights(trainer.model, checkpoint['state_dict'], path or '')
         warn_of_changes(trainer.data, saved.get('class_counts'))
-    elif start is not None:
-        start_from(trainer.model, start, trainer.data.class_names)
     return trainer.train(config.resume is not None, checkpoint)
 
 

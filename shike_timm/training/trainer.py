@@ -31,6 +31,7 @@ from ..files import write_text
 from ..metrics import METRICS, balanced_over, evaluate, format_classes, format_table
 from ..models import Shike
 from ..models.create import create_model
+from ..models.lora import merge_lora
 from ..pretrained.folder import export_model
 from .build import create_optimizer, create_schedule, resolve_autocast
 from .class_means import begin_at_class_means
@@ -189,6 +190,8 @@ class Trainer:
             _logger.info(
                 f"The averaged weights of {phase.title} are kept. Their top1 is {metrics['top1']}, that of the plain "
                 f"weights {metrics['plain']['top1']}.")
+        if config.lora and not phase.is_retraining:
+            merge_lora(self.model)
         return metrics
 
     def _begin_at_class_means(self) -> None:
