@@ -27,7 +27,6 @@ from ..checkpoints import StageSaver
 from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoch
 from ..data.sampler import EpochSampler
 from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
-from ..errors import one_line
 from ..files import write_text
 from ..metrics import METRICS, balanced_over, evaluate, format_classes, format_table
 from ..models import Shike
@@ -462,10 +461,8 @@ class Trainer:
                 error.filename = str(self.folder)  # The error of a full disk names no file.
             if self.stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(self.stop.signum) from error  # The workers of a loader got the signal too.
-            if 'DataLoader worker' in str(error) or isinstance(error, ConnectionError):  # The pipe from a worker broke.
-                raise OSError(
-                    f'A process that loads images is gone, perhaps for want of memory ({one_line(error)}): go on with '
-                    'fewer --workers.') from error
+            if isinstance(error, ConnectionError):  # The pipe from a process that loads images broke.
+                raise RuntimeError(f'DataLoader worker: {error}') from error
             raise
 
 
