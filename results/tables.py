@@ -31,6 +31,16 @@ EXPERTS: Rows = [
 ]
 
 
+FROZEN = (('lite0', 'EfficientNet-Lite0'), ('mobilenetv2', 'MobileNetV2'), ('vit', 'ViT-S/14'))
+READS = (
+    ('last', 'the last level'),
+    ('single', 'the best single level'),
+    ('joined', 'four late levels, one classifier'),
+    ('experts', 'the same, three experts'),
+    ('search', 'what `--search` chose'),
+)
+
+
 def _short(rows: Rows) -> Rows:
     """The same rows with the runs of the short recipe."""
     return [(what, [f'{name}_short' for name in names], paper) for what, names, paper in rows]
@@ -89,12 +99,32 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('random, 3 epochs', ['if100_crt3_random_seed1'], None),
         ('class means, 3 epochs', ['if100_crt3_means_seed1'], None),
     ]),
-    'frozen': ('EfficientNet-Lite0, frozen, at 96 px, on 50 training images a class set aside:', [
-        ('the last level', ['frozen_lite0_last_seed0'], None),
-        ('the best single level', ['frozen_lite0_single_seed0'], None),
-        ('levels 3 to 6, one classifier', ['frozen_lite0_joined_seed0'], None),
-        ('levels 3+6, 4+6 and 5+6, three experts', ['frozen_lite0_experts_seed0'], None),
-        ('what `--search` chose: the same three experts', ['frozen_lite0_search_seed0'], None),
+    'crt': ('Stage two by its beginning, scale and epochs, on 50 training images a class set aside:', [
+        (f'{what}: {init}, scale {scale}, {epochs} epochs', [f'crt_{net}_{init}_{scale}_{epochs:02}'], None)
+        for net, what in (('cifar', 'ResNet-32'), ('lite0', 'EfficientNet-Lite0'), ('vit', 'ViT-S/14'))
+        for init in ('random', 'means') for scale in (20, 30) for epochs in ((1, 3) if net == 'vit' else (1, 3, 20))
+    ]),
+    'frozen': ('Frozen backbones, CIFAR-100-LT (100), on 50 training images a class set aside, three draws:', [
+        (f'{what}: {reads}', [f'frozen_{net}_{run}_seed{seed}' for seed in range(3)], None)
+        for net, what in FROZEN for run, reads in READS
+    ]),
+    'plankton_frozen': ('Frozen backbones, a fifth of plankton held out:', [
+        (f'{what}: {reads}', [f'plankton_frozen_{net}_{run}'], None) for net, what in FROZEN for run, reads in READS
+    ]),
+    'operations': ('Fine-tuned EfficientNet-Lite0, on 50 training images a class set aside, stage two from means:', [
+        ('one network, 5 epochs', ['ops_plain_05'], None),
+        ('one network, 10 epochs', ['ops_plain_10'], None),
+        ('SHIKE, 5 epochs: the operations of 10', ['ops_shike_05'], None),
+        ('one network, 20 epochs', ['ops_plain_20'], None),
+        ('SHIKE, 10 epochs: the operations of 20', ['ops_shike_10'], None),
+    ]),
+    'finetune_more': ('Two other backbones, on 50 training images a class set aside, about the same operations:', [
+        ('MobileNetV2: one network, 4 + 1', ['mobilenetv2_val_plain'], None),
+        ('MobileNetV2: three experts, frozen trunk, 5 + 1', ['mobilenetv2_val_three'], None),
+        ('MobileNetV2: SHIKE, frozen trunk, 5 + 1', ['mobilenetv2_val_shike'], None),
+        ('ViT-S/14: one network, 3 + 1', ['vit_val_plain'], None),
+        ('ViT-S/14: three experts, frozen trunk, 4 + 1', ['vit_val_three'], None),
+        ('ViT-S/14: SHIKE, frozen trunk, 4 + 1', ['vit_val_shike'], None),
     ]),
     'methods_short': ('Methods on one network with a cosine classifier, CIFAR-100-LT (100), 40 epochs:', [
         ('`ce`', ['ce_short'], None),
@@ -174,7 +204,7 @@ def make_runs_table(name: str, results: Path) -> str:
     recorded = {row['name']: row for row in read_rows(results)}
     caption, table_rows = TABLES[name]
     left_out = {'minutes'} if name != 'recipes' else set()
-    left_out |= {'stage_one_balanced', 'balanced'} if name != 'finetune' else set()
+    left_out |= {'stage_one_balanced', 'balanced'} if name not in ('finetune', 'plankton_frozen') else set()
     columns = [key for key in COLUMNS if key not in left_out]
     rows = []
     for what, names, paper in table_rows:
