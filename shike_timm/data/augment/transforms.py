@@ -38,8 +38,8 @@ class Cutout(torch.nn.Module):
 class ShortenLong:
     """Crop a very long PIL image around its middle to a little more than `ratio` times its shorter side.
 
-    Resized whole, a panorama takes gigabytes, and the centre crop then drops nearly all of it. The pixels that go are an
-    even multiple of the shorter side at both ends, so that the others land where they would without this.
+    Resized whole, a panorama takes gigabytes, and the centre crop then drops nearly all of it. An even multiple of the
+    shorter side goes at both ends, so that the other pixels land where they would without this.
     """
 
     ratio: int = 8
