@@ -24,9 +24,9 @@ def _polygon(corners: int, turn: float, centre: Any, radii: Tuple[float, ...]) -
 
 def draw(kind: str, rng: np.random.Generator) -> Image.Image:
     """A picture of a shape in a random place, size, turn and colour."""
-    background = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((SIZE, SIZE), Image.BICUBIC)
+    background = Image.fromarray(rng.integers(80, 176, (6, 6, 3), dtype=np.uint8)).resize((SIZE, SIZE), Image.BICUBIC)
     picture, colour = ImageDraw.Draw(background), tuple(int(c) for c in rng.integers(0, 256, 3))
-    radius, turn = rng.uniform(11, 26), rng.uniform(0, 2 * math.pi)
+    radius, turn = rng.uniform(15, 30), rng.uniform(0, 2 * math.pi)
     centre = rng.uniform(radius, SIZE - radius, 2)
     box = [*(centre - radius), *(centre + radius)]
     if kind == 'disc':
