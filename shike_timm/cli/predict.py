@@ -24,7 +24,7 @@ from ..models.create import resolve_data_config
 from ..options import HparamsConfig, option, parse
 from ..pretrained.folder import check_classes, check_config
 from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_trained_options
-from ..publishing.export import FILES, load_exported
+from ..publishing.export import FILES, load_exported, read_metadata
 from .script import run_script
 
 _logger = logging.getLogger(__name__)
@@ -84,8 +84,9 @@ def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
         wrong = '--per-expert' if config.per_expert else f'--device {config.device}'
         raise InputError(f"{wrong} does not go with '{path}', which gives averages on the CPU: leave it out.")
     try:
-        saved = read_json(path.with_name(CONFIG_FILE))
-        check_config(saved, f"'{path.with_name(CONFIG_FILE)}'")
+        beside = path.with_name(CONFIG_FILE)
+        saved = (not beside.is_file() and read_metadata(path)) or read_json(beside)
+        check_config(saved, f"'{beside}'")
         run = load_exported(path, 'onnx')
         data_config = timm.data.resolve_data_config(vars(config), pretrained_cfg=saved['pretrained_cfg'])
         num_classes = run(torch.zeros(1, *data_config['input_size'])).shape[-1]

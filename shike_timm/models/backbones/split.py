@@ -8,6 +8,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, fx, nn
 
+from ...errors import nearest
 from .backbone import Backbone, is_column
 from .trace import is_overwritten, make_part, trace
 
@@ -197,7 +198,8 @@ def timm_backbone(
     size ignore `img_size`. `weights` are those of `pretrained_options`.
     """
     if not timm.is_model(name.split('.')[0]):
-        raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
+        near = nearest(name, timm.list_models())
+        raise ValueError(f"backbone '{name}' is not a model of timm{near}: see timm.list_models().")
     kwargs: Dict[str, Any] = dict(  # timm ignores None.
         in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride if output_stride != 32 else None,
         **options)
