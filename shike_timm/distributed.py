@@ -107,6 +107,15 @@ def over_processes(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     return values
 
 
+def gather(items: List[Result]) -> List[Result]:
+    """The items of all processes, in the order of their ranks."""
+    parts: List[Any] = [items]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def equal_statistics(*models: nn.Module, mode: str = 'reduce') -> None:
     """Give BatchNorm the same statistics in all processes: their mean ('reduce') or the first's ('broadcast')."""
     for model in models if world_size() > 1 else ():

@@ -26,10 +26,10 @@ from tqdm import tqdm
 from ..checkpoints import StageSaver
 from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoch
 from ..data.sampler import EpochSampler
-from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
+from ..distributed import Vote, equal_statistics, gather, on_primary, over_processes, rank, world_size
 from ..errors import one_line
 from ..files import write_text
-from ..metrics import METRICS, balanced_over, evaluate, format_classes, format_table
+from ..metrics import METRICS, balanced_over, evaluate, fit_temperature, format_classes, format_table, rejection
 from ..models import Shike
 from ..models.create import create_model
 from ..pretrained.folder import export_model
@@ -98,11 +98,13 @@ class Trainer:
                     metrics[phase.name] = self._train_phase(checkpoint)
                     checkpoint = None
                     on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
-        on_primary(self._write_model)
+        last = metrics[self.phase.name]
+        on_primary(self._write_model, last['reject']['threshold'])
         if rank() == 0:
             print(format_classes(self.per_class, self.data.class_names, self.data.class_counts))
             print(format_table(metrics), flush=True)
-            _logger.info(balanced_over(metrics[self.phase.name], self.data.num_classes))
+            _logger.info(balanced_over(last, self.data.num_classes))
+            _logger.info(rejection(last['reject'], known=True))
         self._log_change(metrics)
         _logger.info(f'Run folder: {self.folder}')
         return metrics
@@ -273,7 +275,7 @@ class Trainer:
             if epoch == phase.epochs - 1 or (epoch + 1) % config.val_interval == 0:
                 # The evaluation may fail, so the epoch is saved before it.
                 on_primary(self.saver.save_last, epoch - 1, asdict(done))
-                metrics = self._evaluate()
+                metrics = self._evaluate(last=epoch == phase.epochs - 1)
                 status += '  Eval: ' + '  '.join(
                     f'{key}: {metrics[key]}' for key in METRICS if metrics[key] is not None)
             left = (time.perf_counter() - start) / (epoch + 1 - first_epoch) * (phase.epochs - epoch - 1)
@@ -289,7 +291,7 @@ class Trainer:
                 metrics and config.eval_metric) else None)
             done = Done()
         if metrics is None:
-            metrics = self._evaluate()
+            metrics = self._evaluate(last=True)
         own = [row for row in read_summary(summary) if int(row['epoch']) >= phase.first_row]
         return dict(metrics, seconds=round(sum(float(row['train_seconds']) for row in own), 1))
 
@@ -410,19 +412,41 @@ class Trainer:
         assert model is not None
         return model
 
-    def evaluate(self, model: nn.Module) -> Dict[str, Any]:
-        """Metrics of a model on the evaluation data."""
+    def evaluate(self, model: nn.Module, kept: Optional[List[Tuple[Tensor, Tensor]]] = None) -> Dict[str, Any]:
+        """Metrics of a model on the evaluation data, whose logits are `kept`."""
         metrics = evaluate(
-            model, self.eval_loader, self.data.shot_counts, self.device, per_class=True, shots=self.config)
+            model, self.eval_loader, self.data.shot_counts, self.device, per_class=True, shots=self.config,
+            kept=kept)
         self.per_class = metrics.pop('per_class')
         return metrics
 
-    def _evaluate(self) -> Dict[str, Any]:
-        """Metrics of the model, or of its moving average and, under `plain`, of the weights as trained."""
-        if not self.task.has_ema():
-            return self.evaluate(self._eval_model())
-        plain = self.evaluate(self._eval_model())
-        return dict(self.evaluate(self._eval_model(ema=True)), plain=plain)
+    def _evaluate(self, last: bool = False) -> Dict[str, Any]:
+        """Metrics of the model, or of its moving average and, under `plain`, of the weights as trained.
+
+        After the last epoch the temperature is fitted before, if that is asked for.
+        """
+        averaged = self.task.has_ema()
+        plain = dict(plain=self.evaluate(self._eval_model())) if averaged else {}
+        model = self._eval_model(ema=averaged)
+        if last and self.config.calibrate:
+            self._calibrate(model)
+        metrics = self.evaluate(model)
+        if last:  # The checkpoint of the epoch is saved after this.
+            self.saver.args.reject_threshold = metrics['reject']['threshold']
+            self.saver.args.temperature = self.model.temperature
+        return dict(metrics, **plain)
+
+    def _calibrate(self, model: nn.Module) -> None:
+        """Fit the temperature of a model to the evaluation data of all processes."""
+        kept: List[Tuple[Tensor, Tensor]] = []
+        before = self.evaluate(model, kept)['ece']
+        parts = gather([(logits.mean(1), targets) for logits, targets in kept])
+        temperature = fit_temperature(*(torch.cat(one) for one in zip(*parts)))
+        for one in (model, self.model):
+            one.set_temperature(temperature)
+        _logger.info(
+            f'Calibration: a temperature of {temperature:g} fits the evaluation images best. Without it their '
+            f'calibration error (ece) is {before} %.')
 
     @contextmanager
     def _own_folder(self, resumed: bool) -> Iterator[None]:
@@ -437,12 +461,13 @@ class Trainer:
             for lock in locks:
                 lock.release()
 
-    def _write_model(self) -> None:
+    def _write_model(self, reject_threshold: float) -> None:
         """Write the model folder and, where matplotlib is installed, the learning curves."""
         config, data = self.config, self.data
         export_model(
             self.model, self.folder / 'model', self.data_config, data.class_names, data.class_counts,
-            shot_counts=data.shot_counts, exif=config.exif, pixel_range=config.pixel_range)
+            shot_counts=data.shot_counts, reject_threshold=reject_threshold, exif=config.exif,
+            pixel_range=config.pixel_range)
         if find_spec('matplotlib') is not None:
             from .curves import write_curves
             write_curves(self.folder)
