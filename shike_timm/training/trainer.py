@@ -23,7 +23,7 @@ from timm.utils.summary import trim_summary
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoints import StageSaver
+from ..checkpoints import StageSaver, load_weights, saved_args
 from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoch
 from ..data.sampler import EpochSampler
 from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
@@ -41,6 +41,7 @@ from .folder import check_folder, claim_folder, read_metrics, save_args
 from .methods import TaskInputs, create_task
 from .phases import PHASES, Phase
 from .progress import progress_bar, read_summary
+from .resume import warn_of_changes
 from .search import search
 from .signals import Interrupted, StopFlag, stop_signals
 from .step import Done, NonFiniteError, seed_all, train_step
@@ -78,6 +79,9 @@ class Trainer:
 
     def train(self, resumed: bool = False, checkpoint: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
         """Train all phases, the first from a checkpoint if there is one. Write and give the metrics of each by name."""
+        if checkpoint is not None:
+            load_weights(self.model, checkpoint['state_dict'], self.folder)
+            warn_of_changes(self.data, saved_args(checkpoint).get('class_counts'))
         self.start(self.phases[0])  # A wrong option fails here, before there is a folder.
         on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
