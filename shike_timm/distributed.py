@@ -6,8 +6,8 @@ from typing import Any, Callable, List, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.utils import distribute_bn, is_distributed_env, world_info_from_env
-from torch import Tensor, nn
+from timm.utils import is_distributed_env, world_info_from_env
+from torch import Tensor
 
 from .devices import resolve_device
 from .errors import InputError, one_line
@@ -105,12 +105,6 @@ def over_processes(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values, op=op)
     return values
-
-
-def equal_statistics(*models: nn.Module, mode: str = 'reduce') -> None:
-    """Give BatchNorm the same statistics in all processes: their mean ('reduce') or the first's ('broadcast')."""
-    for model in models if world_size() > 1 else ():
-        distribute_bn(model, world_size(), mode == 'reduce')
 
 
 class Vote:

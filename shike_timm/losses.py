@@ -133,11 +133,7 @@ def balanced_softmax(logits: Tensor, target: Tensor, class_counts: Tensor, smoot
 
 
 def logit_adjusted(
-        logits: Tensor,
-        target: Tensor,
-        class_counts: Tensor,
-        tau: float = 1.,
-        smoothing: float = 0.,
+        logits: Tensor, target: Tensor, class_counts: Tensor, tau: float = 1., smoothing: float = 0.,
 ) -> Tensor:
     """Logit-adjusted cross-entropy (Menon et al., ICLR 2021): tau log pi_c is added to the logits.
 
@@ -169,11 +165,7 @@ def focal(logits: Tensor, target: Tensor, gamma: float = 2., smoothing: float = 
 
 
 def ldam(
-        logits: Tensor,
-        target: Tensor,
-        class_counts: Tensor,
-        scale: float = 30.,
-        max_margin: float = 0.5,
+        logits: Tensor, target: Tensor, class_counts: Tensor, scale: float = 30., max_margin: float = 0.5,
         class_weights: Optional[Tensor] = None,
 ) -> Tensor:
     """Label-distribution-aware margin loss (Cao et al., NeurIPS 2019).
@@ -205,11 +197,7 @@ def ldam(
 
 
 def representation_loss(
-        logits: Tensor,
-        target: Tensor,
-        alpha: float = 0.1,
-        beta: float = 0.01,
-        detach_teacher: bool = False,
+        logits: Tensor, target: Tensor, alpha: float = 0.1, beta: float = 0.01, detach_teacher: bool = False,
         smoothing: float = 0.,
 ) -> RepresentationLoss:
     """The loss of stage one, L = L_ce + alpha * L_nt + beta * L_mu (Eq. 10).

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from filelock import FileLock
 from timm.optim.lookahead import Lookahead
 from timm.task import DistillationTeacher
-from timm.utils import NativeScaler, update_summary
+from timm.utils import NativeScaler, distribute_bn, update_summary
 from timm.utils.summary import trim_summary
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..checkpoints import StageSaver, load_weights, saved_args
 from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoch
 from ..data.sampler import EpochSampler
-from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
+from ..distributed import Vote, on_primary, over_processes, rank, world_size
 from ..files import write_text
 from ..metrics import METRICS, balanced_over, evaluate, format_classes, format_table
 from ..models import Shike
@@ -314,8 +314,9 @@ class Trainer:
             self.task.train()
             end = min(done.step + part, num_steps)
             done, status = self._train_part(epoch, done, end)
-            averages = [self._eval_model(ema=True)] if self.task.has_ema() else []
-            equal_statistics(self._eval_model(), *averages, mode=config.dist_bn)
+            for ema in (False, True) if self.task.has_ema() else (False,):
+                if world_size() > 1:
+                    distribute_bn(self._eval_model(ema), world_size(), config.dist_bn == 'reduce')
             self._check_weights(epoch)
             if end < num_steps:
                 on_primary(self.saver.save_last, epoch - 1, asdict(done))

@@ -32,10 +32,8 @@ class Cutout(torch.nn.Module):
 
 
 def create_train_transform(
-        input_size: Tuple[int, int, int],
-        augmentation: AugmentationConfig,
-        mean: Tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
-        std: Tuple[float, ...] = IMAGENET_DEFAULT_STD,
+        input_size: Tuple[int, int, int], augmentation: AugmentationConfig,
+        mean: Tuple[float, ...] = IMAGENET_DEFAULT_MEAN, std: Tuple[float, ...] = IMAGENET_DEFAULT_STD,
 ) -> transforms.Compose:
     """Transform from PIL images to the uint8 tensors that timm's loader takes. Random erasing is left to the loader."""
     same_names = (

@@ -39,9 +39,7 @@ def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_
 
 
 def long_tailed_indices(
-        targets: Union[Sequence[int], np.ndarray],
-        counts: Sequence[int],
-        seed: Optional[int] = None,
+        targets: Union[Sequence[int], np.ndarray], counts: Sequence[int], seed: Optional[int] = None,
 ) -> np.ndarray:
     """Positions of `counts[c]` images of each class c, in file order: its first ones without a seed.
 
