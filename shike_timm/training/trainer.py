@@ -235,24 +235,13 @@ class Trainer:
         config = self.config
         folder = self.folder / self.phase.name
         on_primary(partial(folder.mkdir, exist_ok=True))
+        args = argparse.Namespace(
+            **vars(config), world_size=world_size(), class_counts=self.data.class_counts,
+            class_names=self.data.class_names, shot_counts=self.data.shot_counts, classifier_prior=self.phase.prior,
+            classifier_scale=self.model.cosine_scale)
         self.saver = StageSaver(
-            folder,
-            model=self.model,
-            optimizer=self.optimizer,
-            args=argparse.Namespace(
-                **vars(config),
-                world_size=world_size(),
-                class_counts=self.data.class_counts,
-                class_names=self.data.class_names,
-                shot_counts=self.data.shot_counts,
-                classifier_prior=self.phase.prior,
-                classifier_scale=self.model.cosine_scale,
-            ),
-            amp_scaler=self.loss_scaler,
-            task=self.task,
-            max_history=config.checkpoint_hist,
-            decreasing=config.eval_metric in ('loss', 'ece'),
-        )
+            folder, model=self.model, optimizer=self.optimizer, args=args, amp_scaler=self.loss_scaler, task=self.task,
+            max_history=config.checkpoint_hist, decreasing=config.eval_metric in ('loss', 'ece'))
         if checkpoint is None:
             on_primary(self.saver.save_last, -1)
             return

@@ -210,8 +210,8 @@ class _Files:
 class OwnImages(DataSource):
     """A folder or an archive of images, or lists of images in it."""
 
-    def __post_init__(self) -> None:
-        config = self.config
+    def __init__(self, config: SourceConfig, batch_size: int = 1, seed: int = 42):
+        super().__init__(config, batch_size, seed)
         if not (config.train_list or config.val_list):
             self.train_split = self.files.split(config.train_split, TRAIN_SPLITS)
             self.val_split = self.files.split(config.val_split, EVAL_SPLITS)
