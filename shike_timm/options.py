@@ -265,12 +265,9 @@ def _override(values: Dict[str, Any], later: Dict[str, Any]) -> None:
 
 
 def complete(config: Type[Config], given: Dict[str, Any], saved: Optional[Dict[str, Any]] = None) -> Config:
-    """The configuration of given values over the hparams file, over saved values, over the defaults.
+    """The configuration of given values over the hparams file, over those `saved` by an earlier run, over the defaults.
 
-    Args:
-        config: Dataclass of options.
-        given: Checked values from the command line or from Python.
-        saved: Checked values of an earlier run.
+    Given and saved values are checked already.
     """
     values = dict(saved or {})
     for path, read in read_hparams(given['hparams']).items() if given.get('hparams') else ():

@@ -39,7 +39,6 @@ class ExpertTask(TrainingTask):
     Evaluation sees the bare model. Beyond the loss, a trained model can teach every expert.
 
     Args:
-        model: The SHIKE model to train.
         loss: From expert logits [B, M, C] and a target to a scalar, or to a named tuple of scalars that begins with
             the total.
         late_loss: Loss for the last epochs, None for the same one.
@@ -47,13 +46,10 @@ class ExpertTask(TrainingTask):
         freeze_features: Build no graph below the classifiers.
         trunk_grad: Gradient of the shared stages: the 'sum' of what the experts send, as their losses are summed, or
             the 'mean', with which the trunk learns as fast as that of one network.
-        teacher_model: Trained model of the same classes, or its name. Its logits are distilled into each expert. It
-            stays in eval mode and is not trained.
-        distill_loss_weight: Weight of the distillation.
-        temperature: Temperature of the distillation.
-        mean: Channel means that the images are normalized with (default: those of the model's configuration).
-        std: Channel standard deviations that the images are normalized with (default: likewise).
-        device: Device for the task.
+        teacher_model: Trained model of the same classes, or its name. Its logits are distilled into each expert, at a
+            weight `distill_loss_weight` and a temperature. It stays in eval mode and is not trained.
+        mean: Channel means that the images are normalized with (default: those of the model's configuration). The
+            deviations `std` likewise.
     """
 
     trainable_module: nn.Module

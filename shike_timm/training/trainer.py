@@ -27,7 +27,7 @@ from ..checkpoints import StageSaver, load_weights, saved_args
 from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoch
 from ..data.sampler import EpochSampler
 from ..distributed import Vote, on_primary, over_processes, rank, world_size
-from ..files import write_text
+from ..files import named_errors, write_text
 from ..metrics import METRICS, balanced_over, evaluate, format_classes, format_table
 from ..models import Shike
 from ..models.create import create_model
@@ -93,7 +93,7 @@ class Trainer:
             on_primary(self.data.write_split_lists, self.folder)
             if self.before:
                 on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
-            with self._failures_explained():
+            with named_errors(self.folder), self._failures_explained():
                 if self.config.cache_features:
                     self._use_features(fresh=checkpoint is None)
                 for phase in self.phases:
@@ -451,8 +451,6 @@ class Trainer:
         except (RuntimeError, OSError) as error:
             if any(self.folder.glob('*/last.pth.tar')):
                 _logger.error(f'The last checkpoint is kept. Go on with: shike train --resume {self.folder}')
-            if isinstance(error, OSError) and error.errno and error.filename is None:
-                error.filename = str(self.folder)  # The error of a full disk names no file.
             if self.stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(self.stop.signum) from error  # The workers of a loader got the signal too.
             if isinstance(error, ConnectionError):  # The pipe from a process that loads images broke.

@@ -177,19 +177,10 @@ def _count_private(name: str, column: bool, num_levels: int, stages: Optional[in
 
 @torch.inference_mode(False)  # Inference mode does not count how often a tensor is written to.
 def timm_backbone(
-        name: str,
-        num_experts: int,
-        in_chans: int = 3,
-        drop_path_rate: Optional[float] = None,
-        output_stride: int = 32,
-        private_stages: Optional[int] = None,
-        private_blocks: Optional[int] = None,
-        global_pool: Optional[str] = None,
-        img_size: Union[None, int, Tuple[int, int]] = None,
-        weights: Optional[Dict[str, Any]] = None,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
-        **options: Any,
+        name: str, num_experts: int, in_chans: int = 3, drop_path_rate: Optional[float] = None, output_stride: int = 32,
+        private_stages: Optional[int] = None, private_blocks: Optional[int] = None, global_pool: Optional[str] = None,
+        img_size: Union[None, int, Tuple[int, int]] = None, weights: Optional[Dict[str, Any]] = None,
+        device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None, **options: Any,
 ) -> Backbone:
     """A network of timm, made with options of `timm.create_model` and cut at timm's feature levels.
 
