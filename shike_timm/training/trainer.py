@@ -127,9 +127,9 @@ class Trainer:
         """Train on cached features instead of images. In a fresh run, choose the experts first if that is asked for."""
         data = self.data.train
         features = cached_features(
-            self.folder.parent, self.model, data, self.config, self.data_config, self.device, lambda: self.stop.signum)
+            self.folder.parent, self.model, data, self.config, self.data_config, self.device, self.stop)
         if fresh and self.config.search:
-            found = search(features, data, self.model.level_widths, self.config, lambda: self.stop.signum)
+            found = search(features, data, self.model.level_widths, self.config, self.stop)
             write_text(self.folder / 'search.json', json.dumps(found, indent=2) + '\n')
             best = {key: found[0][key] for key in ('levels', 'cosine_scale', 'lr')}
             _logger.info(
@@ -211,7 +211,7 @@ class Trainer:
         seed_all(config.seed, self.phase.number, -1)
         if self.data.train.is_stream:
             set_stream_epoch(loader, self.phase.first_row, int(torch.randint(2 ** 62, ())))
-        num_images = begin_at_class_means(self.model, loader, lambda: self.stop.signum)
+        num_images = begin_at_class_means(self.model, loader, self.stop)
         if config.model_ema:
             self._eval_model(ema=True).load_state_dict(self.model.state_dict())
         _logger.info(

@@ -27,9 +27,6 @@ class Cutout(torch.nn.Module):
         image[..., max(top, 0):max(top + self.size, 0), max(left, 0):max(left + self.size, 0)] = 0
         return image
 
-    def __repr__(self) -> str:
-        return f'{type(self).__name__}(size={self.size})'
-
 
 def create_train_transform(
         input_size: Tuple[int, int, int], augmentation: AugmentationConfig,
