@@ -13,7 +13,7 @@ from ..distributed import rank, world_size
 from ..errors import InputError
 from .augment import AugmentationConfig
 from .augment.batch import why_not_batched
-from .augment.transforms import create_train_transform
+from .augment.transforms import create_eval_transform, create_train_transform
 from .config import LoaderConfig
 from .dataset import AnySet, StreamSet
 from .device_loader import DeviceLoader, why_not_on_device
@@ -203,7 +203,7 @@ def create_eval_loader(
     if _is_on_device(data, device_data, why_not_on_device(data, data_config, is_training=False)):
         return DeviceLoader(
             data.images, data.targets, data_config['mean'], data_config['std'], batch_size, device)
-    transform = timm.data.create_transform(is_training=False, use_prefetcher=True, **data_config)
+    transform = create_eval_transform(data_config)
     share = range(0) if data.is_stream else range(rank(), len(data), world_size())
     collate = partial(_collate_readable, data_config['input_size'][0])
     return _create_worker_loader(data, data_config, batch_size, device, num_workers, transform, share, collate)

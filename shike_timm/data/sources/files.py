@@ -1,5 +1,4 @@
 """Image files in a folder or in uncompressed tar archives, by their paths."""
-import io
 import os
 import tarfile
 from collections import Counter
@@ -45,7 +44,7 @@ class TarImages(ImageSource):
         archive, start, length = self.places[row].tolist()
         with open(self.archives[archive], 'rb') as file:
             file.seek(start)
-            return Image.open(io.BytesIO(file.read(length)))
+            return open_image(self.paths[row], file.read(length))
 
     def stamp(self, row: int) -> str:
         archive, start, length = self.places[row].tolist()

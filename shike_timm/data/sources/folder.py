@@ -179,7 +179,8 @@ class _Files:
     def images(self, split: Optional[str], known: Optional[Sequence[str]] = None) -> ImageSet:
         """The labelled images of a split, or of all folders. The classes may be known."""
         unused: Counter = Counter()
-        folders = list_images(_below(self.listed, split) if split else self.listed, unused)
+        files = _below(self.listed, split) if split else self.listed
+        folders = list_images(files, unused)
         loose = folders.pop('', [])
         full = [folder for folder, images in folders.items() if images]
         if not full:
@@ -188,6 +189,7 @@ class _Files:
                 f"data-dir '{self.root}' holds no images for {where}: add some, a folder per class, or list them with "
                 '--train-list and --val-list.')
         empty = sorted({folder.split('/')[0] for folder in folders} - {folder.split('/')[0] for folder in full})
+        other = [name for name in empty if any(_below(files, name).values())]
         where = self.prefix + (f'{split}/' if split else '')
         classes = _classes(full, self.config.class_depth, os.path.join(self.root, where.rstrip('/')), known)
         paths = [f'{where}{folder}/{file}' for folder in full for file in folders[folder]]
@@ -195,7 +197,8 @@ class _Files:
         hidden, self.hidden = self.hidden, Counter()  # Hidden files are noted once.
         left_out = (
             (len(loose), 'image', ' beside the class folders', loose),
-            (len(empty), 'folder', ' without images', empty),
+            (len(other), 'folder', ' whose files are all of other types', other),
+            (len(empty) - len(other), 'folder', ' without images', [name for name in empty if name not in other]),
             (sum(unused.values()), 'file', ' of other types', unused),
             (sum(hidden.values()), 'hidden name', '', hidden),
         )

@@ -54,6 +54,8 @@ class Split:
         self.cuts = [self._cut_after(info) for info in infos[:-1] if self._places(info['module'])]
         if not self.cuts:
             raise _refusal(name, 'its forward pass calls none of the stages that timm names')
+        if last['output_fmt'] == 'NCHW' and abs(features.shape[2] - self.size[0] / last['reduction']) > 1:
+            raise _refusal(name, f'its last stage gives {features.shape[2]} rows of features whatever the image is')
         self.cuts.append(_Cut(len(self.nodes) - 1, self.nodes[-1].all_input_nodes, level=last))
 
     def _trace(self, method: str, value: Tensor) -> List[fx.Node]:
@@ -145,7 +147,8 @@ class Split:
             return bool(self.head)
         return any(
             node.op == 'get_attr' or node.op == 'call_module' and any(
-                True for _ in self.net.get_submodule(str(node.target)).parameters())
+                isinstance(part, nn.LayerNorm) or list(part.parameters())
+                for part in self.net.get_submodule(str(node.target)).modules())
             for node in self.head)
 
     def make_head(self, net: nn.Module) -> nn.Module:
