@@ -14,7 +14,7 @@ from .errors import InputError, one_line
 
 _logger = logging.getLogger(__name__)
 
-LONGEST_WAIT = timedelta(minutes=30)  # Of one process for the others, such as for the first one to read all images.
+LONGEST_WAIT = timedelta(minutes=30)  # For how long a process waits for the others.
 Result = TypeVar('Result')
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NoReturn, Optional, 
 from .errors import InputError, nearest
 from .recipes import read_hparams
 
-_OPENS = re.compile(r'pipe:|\w://')  # WebDataset runs the first as a command
+_OPENS = re.compile(r'pipe:|\w://')  # WebDataset runs what follows `pipe:` as a command.
 _KINDS = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', dict: 'names with values'}
 
 if TYPE_CHECKING:

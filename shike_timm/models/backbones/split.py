@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from .backbone import Backbone, is_column
 from .trace import is_overwritten, make_part, trace
 
-_MIN_REDUCTION = 4  # Of a stage. The modules at a higher resolution are the stem.
+_MIN_REDUCTION = 4  # Least reduction of a stage. The modules at a higher resolution are the stem.
 _PRIVATE_PART = 6  # An expert has one of this many blocks of a column for itself.
 
 
