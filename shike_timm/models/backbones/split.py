@@ -54,7 +54,8 @@ class Split:
         self.cuts = [self._cut_after(info) for info in infos[:-1] if self._places(info['module'])]
         if not self.cuts:
             raise _refusal(name, 'its forward pass calls none of the stages that timm names')
-        if last['output_fmt'] == 'NCHW' and abs(features.shape[2] - self.size[0] / last['reduction']) > 1:
+        # Convolutions without padding lose a row or two.
+        if last['output_fmt'] == 'NCHW' and abs(features.shape[2] * last['reduction'] / self.size[0] - 1) > 0.25:
             raise _refusal(name, f'its last stage gives {features.shape[2]} rows of features whatever the image is')
         self.cuts.append(_Cut(len(self.nodes) - 1, self.nodes[-1].all_input_nodes, level=last))
 
