@@ -103,7 +103,17 @@ def model_weights(checkpoint: Dict[str, Any], path: Union[str, Path]) -> Dict[st
     if any(map(_AUTHORS_LAYOUT.match, weights)):
         raise InputError(
             f"checkpoint '{path}' is in the layout of the authors' code: convert it with tools/convert_authors.py.")
-    return clean_state_dict(weights)
+    return _merge_lora(clean_state_dict(weights))
+
+
+def _merge_lora(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Weights of an ordinary model: the updates of `--lora` are added to the weights of their layers."""
+    merged = {name.replace('.base_layer.', '.'): value for name, value in weights.items() if '.lora_' not in name}
+    for name, value in weights.items():
+        if name.endswith('.lora_A.default.weight'):
+            layer = name.removesuffix('.lora_A.default.weight')
+            merged[f'{layer}.weight'] = merged[f'{layer}.weight'] + weights[f'{layer}.lora_B.default.weight'] @ value
+    return merged
 
 
 def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:

@@ -152,7 +152,7 @@ def _predictions(logits: Tensor, predictor: _Predictor, config: RowsConfig) -> I
     finite = logits.isfinite().flatten(1).all(1).tolist()
     found = _top_classes(logits.mean(1), predictor, config)
     if config.reject:
-        best = logits.mean(1).softmax(-1).amax(-1)
+        best = logits.mean(1).softmax(-1).amax(-1).tolist()
         found = (_reject(one, value, predictor) for one, value in zip(found, best))
     if config.per_expert:
         experts = zip(*(_top_classes(one, predictor, config) for one in logits.unbind(1)))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import setup_default_logging
 
+from ..data.workers import explain_failure
 from ..distributed import LONGEST_WAIT, rank, world_size
 from ..errors import InputError
 from ..training.signals import Interrupted
@@ -56,18 +57,16 @@ def run_script(main: Callable[[], Any]) -> int:
         return 130
     except Interrupted as stop:
         return fail(128 + stop.signum, f'stopped by signal {stop.signum}')
-    except RuntimeError as error:
+    except BrokenPipeError:  # Who reads the output has seen enough, as `head` has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141  # 128 plus SIGPIPE
+    except (RuntimeError, OSError) as error:
         if world_size() > 1 and ('gloo' in str(error) or isinstance(error, dist.DistError)):
             return fail(
                 1, f'error: Another process of the run is gone, or has not answered for {LONGEST_WAIT}: see its own '
                 'message.')
-        if 'DataLoader worker' not in str(error):
+        known = explain_failure(error)
+        if known is None:
             raise
-        return fail(
-            1, 'error: A process that loads images is gone, perhaps for lack of memory: choose fewer --workers.')
-    except BrokenPipeError:  # Who reads the output has seen enough, as `head` has.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141  # 128 plus SIGPIPE
-    except OSError as error:
-        return fail(1, f'error: {error}')
+        return fail(*known)
     return 0

@@ -1,17 +1,24 @@
 """Decoding: from image files of any kind to PIL images with the channels that a model takes."""
+import io
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import FrozenSet, Optional, Tuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import InputError
 from .config import PreprocessingConfig
 
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+    register_heif_opener()
+
 HIGHEST = {'F': 1., 'I': 2 ** 31 - 1}  # The other deep modes have 16 bits.
 NO_IMAGES = ('BUFR', 'GRIB', 'HDF5', 'MPEG')  # Pillow knows these formats but cannot decode them.
+HEIF = ('.heic', '.heics', '.heif', '.heifs', '.hif')  # Photographs of phones, which Pillow reads with pillow-heif.
 MODES = {1: 'L', 3: 'RGB'}
 TURNS = dict(zip(range(2, 9), (  # By the number of an orientation in EXIF.
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -20,17 +27,24 @@ TURNS = dict(zip(range(2, 9), (  # By the number of an orientation in EXIF.
 
 @lru_cache(maxsize=1)
 def image_extensions() -> FrozenSet[str]:
-    """Extensions of the files that Pillow decodes, in lower case and with their dot."""
+    """Extensions of images, in lower case and with their dot: those that Pillow decodes, and `HEIF`."""
     known = Image.registered_extensions()
-    return frozenset(
-        extension for extension, kind in known.items() if kind in Image.OPEN and kind not in NO_IMAGES)
+    # Pillow opens MPO as JPEG.
+    return frozenset(HEIF).union(
+        extension for extension, kind in known.items()
+        if (kind in Image.OPEN or kind == 'MPO') and kind not in NO_IMAGES)
 
 
-def open_image(path: str) -> Image.Image:
-    """An image file, not decoded yet. A pipe or a device is refused, since its reader may wait for ever."""
-    if os.path.exists(path) and not os.path.isfile(path):
+def open_image(path: str, content: Optional[bytes] = None) -> Image.Image:
+    """An image file, or its content, not decoded yet. A pipe or a device is refused: its reader may wait for ever."""
+    if content is None and os.path.exists(path) and not os.path.isfile(path):
         raise OSError('it is no file')
-    return Image.open(path)
+    try:
+        return Image.open(path if content is None else io.BytesIO(content))
+    except UnidentifiedImageError as error:
+        if path.lower().endswith(HEIF) and 'HEIF' not in Image.OPEN:
+            raise OSError('HEIC is read once pillow-heif is installed: pip install pillow-heif') from error
+        raise
 
 
 def find_turn(image: Image.Image) -> Optional[Image.Transpose]:

@@ -6,17 +6,17 @@ from collections import Counter
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
-import timm.data
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.transforms import Compose
 
 from ..devices import limit_workers
 from ..errors import InputError
+from .augment.transforms import create_eval_transform
 from .decode import MODES, ImageDecoder, open_image
 from .inspect import ImageReader
 from .sources.folder import list_folder, list_images
+from .workers import create_loader
 
 
 def _images_below(folder: str) -> List[str]:
@@ -81,7 +81,6 @@ def create_file_loader(
     channels = data_config['input_size'][0]
     if channels not in MODES:
         raise InputError(f'The model takes images of {channels} channels, expected 1 or 3: no files have such.')
-    transform: Any = timm.data.create_transform(**data_config, is_training=False, use_prefetcher=True)
+    transform: Any = create_eval_transform(data_config)
     reader = ImageReader(open_image, Compose([ImageDecoder(channels, pixel_range, exif), transform]), paths)
-    num_workers = limit_workers(num_workers)
-    return DataLoader(reader, batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin_memory)
+    return create_loader(reader, batch_size, limit_workers(num_workers), _collate, pin_memory=pin_memory)

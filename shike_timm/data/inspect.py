@@ -14,9 +14,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import numpy as np
 import PIL
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..devices import limit_workers
@@ -25,6 +24,7 @@ from ..files import write_text
 from .class_names import first_few
 from .dataset import AnySet, ImageSet, StreamSet
 from .decode import HIGHEST, ImageDecoder, find_turn, image_extensions
+from .workers import create_loader
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class ImageReader(Dataset):
 def _read_all(reader: ImageReader, workers: int, title: str) -> Iterator[Tuple[Any, Optional[str]]]:
     """The items of a reader in order, with a progress bar on a terminal."""
     workers = min(limit_workers(workers), -(-len(reader) // 1000))
-    loader = DataLoader(reader, 32, num_workers=workers, collate_fn=list, generator=torch.Generator())
+    loader = create_loader(reader, 32, workers, list)
     hidden = not len(reader) or not sys.stderr.isatty()
     with tqdm(total=len(reader), desc=title, leave=False, disable=hidden, dynamic_ncols=True) as progress:
         for batch in loader:

@@ -13,11 +13,12 @@ from ..distributed import rank, world_size
 from ..errors import InputError
 from .augment import AugmentationConfig
 from .augment.batch import why_not_batched
-from .augment.transforms import create_train_transform
+from .augment.transforms import create_eval_transform, create_train_transform
 from .config import LoaderConfig
 from .dataset import AnySet, StreamSet
 from .device_loader import DeviceLoader, why_not_on_device
 from .sampler import EpochSampler, SeededDataset
+from .workers import create_loader
 
 
 class _Mixup(timm.data.FastCollateMixup):
@@ -103,17 +104,16 @@ def _create_worker_loader(
         data.replaces_unreadable |= is_training
         num_workers = limit_workers(num_workers)
     seeded = SeededDataset(data, collate) if is_training and not data.is_stream else None
-    loader = DataLoader(
+    loader = create_loader(
         data if seeded is None else seeded,
         batch_size,
+        num_workers,
+        collate if seeded is None else seeded.collate,
         sampler=None if data.is_stream else sampler,
         drop_last=drop_last,
-        num_workers=num_workers,
-        collate_fn=collate if seeded is None else seeded.collate,
         pin_memory=device.type == 'cuda',
         # The images of a stream depend on what their worker did before, so its workers start anew.
         persistent_workers=num_workers > 0 and not data.is_stream,
-        generator=torch.Generator(),  # Otherwise starting workers would draw from torch's own generator.
     )
     return WorkerLoader(
         data, loader, collate, mean=data_config['mean'], std=data_config['std'], channels=data_config['input_size'][0],
@@ -203,7 +203,7 @@ def create_eval_loader(
     if _is_on_device(data, device_data, why_not_on_device(data, data_config, is_training=False)):
         return DeviceLoader(
             data.images, data.targets, data_config['mean'], data_config['std'], batch_size, device)
-    transform = timm.data.create_transform(is_training=False, use_prefetcher=True, **data_config)
+    transform = create_eval_transform(data_config)
     share = range(0) if data.is_stream else range(rank(), len(data), world_size())
     collate = partial(_collate_readable, data_config['input_size'][0])
     return _create_worker_loader(data, data_config, batch_size, device, num_workers, transform, share, collate)

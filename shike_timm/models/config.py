@@ -21,6 +21,10 @@ class ModelConfig:
         False, "start from the model's published weights, as with --initial-checkpoint. Where these are timm's of the "
         'backbone, as with --pretrained-backbone')
     freeze_trunk: bool = option(False, 'do not train the shared stages. They run without gradients, in eval mode')
+    lora: Optional[int] = option(
+        None, 'train low-rank updates of so many ranks in the linear layers of trunk and experts, beside aligners and '
+        'classifiers, and nothing else. They are merged when the model is saved. Needs peft', 'RANK', low=1,
+        card='changed')
     num_classes: Optional[int] = option(None, 'number of classes. By default that of the data', low=1, card='changed')
     num_experts: Optional[int] = option(None, 'number of experts. By default 3')
     private_stages: Optional[int] = option(

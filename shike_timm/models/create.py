@@ -60,6 +60,8 @@ def create_model(
             if config.backbone else '--model shike needs --backbone, the name of a network of timm: add it.')
     if config.freeze_trunk and not (config.pretrained_backbone or config.initial_checkpoint or config.pretrained):
         raise InputError('--freeze-trunk would keep random shared stages: add --pretrained-backbone.')
+    if config.lora and not (config.pretrained_backbone or config.initial_checkpoint or config.pretrained):
+        raise InputError('--lora would keep random weights: add --pretrained-backbone.')
     source = True if config.pretrained_backbone == 'default' else config.pretrained_backbone
     depths, num_experts = config.depths, config.num_experts
     if config.levels:
@@ -71,18 +73,10 @@ def create_model(
         num_experts = num_experts or len(depths)
     try:
         model = cast(Shike, timm.create_model(
-            config.model,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            img_size=img_size,
-            num_experts=num_experts,
-            depths=depths,
-            fusion=config.fusion if config.fusion is False else config.fusion_type,
+            config.model, num_classes=num_classes, in_chans=in_chans, img_size=img_size, num_experts=num_experts,
+            depths=depths, fusion=config.fusion if config.fusion is False else config.fusion_type,
             **{name: getattr(config, name) for name in SAME_ARGUMENTS},
-            drop_rate=config.drop,
-            drop_path_rate=config.drop_path,
-            **config.model_kwargs,
-        ))
+            drop_rate=config.drop, drop_path_rate=config.drop_path, **config.model_kwargs))
         if source and fresh:
             model.load_backbone(source)
         elif source:

@@ -439,13 +439,8 @@ class Shike(PriorModel):
         return torch.cat([expert.join([pooled[i - 1] for i in expert.levels]) for expert in experts], dim=1)
 
     def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+            self, x: Tensor, indices: Optional[Union[int, List[int]]] = None, norm: bool = False,
+            stop_early: bool = False, output_fmt: str = 'NCHW', intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """Features of chosen levels of `feature_info` from images [B, in_chans, H, W].
 

@@ -18,20 +18,20 @@ import torch.distributed as dist
 from filelock import FileLock
 from timm.optim.lookahead import Lookahead
 from timm.task import DistillationTeacher
-from timm.utils import NativeScaler, update_summary
+from timm.utils import NativeScaler, distribute_bn, update_summary
 from timm.utils.summary import trim_summary
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoints import StageSaver
+from ..checkpoints import StageSaver, load_weights, saved_args
 from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoch
 from ..data.sampler import EpochSampler
-from ..distributed import Vote, equal_statistics, gather, on_primary, over_processes, rank, world_size
-from ..errors import one_line
-from ..files import write_text
+from ..distributed import Vote, gather, on_primary, over_processes, rank, world_size
+from ..files import named_errors, write_text
 from ..metrics import METRICS, balanced_over, evaluate, fit_temperature, format_classes, format_table, rejection
 from ..models import Shike
 from ..models.create import create_model
+from ..models.lora import merge_lora
 from ..pretrained.folder import export_model
 from .build import create_optimizer, create_schedule, resolve_autocast
 from .class_means import begin_at_class_means
@@ -41,6 +41,7 @@ from .folder import check_folder, claim_folder, read_metrics, save_args
 from .methods import TaskInputs, create_task
 from .phases import PHASES, Phase
 from .progress import progress_bar, read_summary
+from .resume import warn_of_changes
 from .search import search
 from .signals import Interrupted, StopFlag, stop_signals
 from .step import Done, NonFiniteError, seed_all, train_step
@@ -78,6 +79,9 @@ class Trainer:
 
     def train(self, resumed: bool = False, checkpoint: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
         """Train all phases, the first from a checkpoint if there is one. Write and give the metrics of each by name."""
+        if checkpoint is not None:
+            load_weights(self.model, checkpoint['state_dict'], self.folder)
+            warn_of_changes(self.data, saved_args(checkpoint).get('class_counts'))
         self.start(self.phases[0])  # A wrong option fails here, before there is a folder.
         on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
@@ -89,7 +93,7 @@ class Trainer:
             on_primary(self.data.write_split_lists, self.folder)
             if self.before:
                 on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
-            with self._failures_explained():
+            with named_errors(self.folder), self._failures_explained():
                 if self.config.cache_features:
                     self._use_features(fresh=checkpoint is None)
                 for phase in self.phases:
@@ -125,9 +129,9 @@ class Trainer:
         """Train on cached features instead of images. In a fresh run, choose the experts first if that is asked for."""
         data = self.data.train
         features = cached_features(
-            self.folder.parent, self.model, data, self.config, self.data_config, self.device, lambda: self.stop.signum)
+            self.folder.parent, self.model, data, self.config, self.data_config, self.device, self.stop)
         if fresh and self.config.search:
-            found = search(features, data, self.model.level_widths, self.config, lambda: self.stop.signum)
+            found = search(features, data, self.model.level_widths, self.config, self.stop)
             write_text(self.folder / 'search.json', json.dumps(found, indent=2) + '\n')
             best = {key: found[0][key] for key in ('levels', 'cosine_scale', 'lr')}
             _logger.info(
@@ -192,6 +196,8 @@ class Trainer:
             _logger.info(
                 f"The averaged weights of {phase.title} are kept. Their top1 is {metrics['top1']}, that of the plain "
                 f"weights {metrics['plain']['top1']}.")
+        if config.lora and not phase.is_retraining:
+            merge_lora(self.model)
         return metrics
 
     def _begin_at_class_means(self) -> None:
@@ -207,7 +213,7 @@ class Trainer:
         seed_all(config.seed, self.phase.number, -1)
         if self.data.train.is_stream:
             set_stream_epoch(loader, self.phase.first_row, int(torch.randint(2 ** 62, ())))
-        num_images = begin_at_class_means(self.model, loader, lambda: self.stop.signum)
+        num_images = begin_at_class_means(self.model, loader, self.stop)
         if config.model_ema:
             self._eval_model(ema=True).load_state_dict(self.model.state_dict())
         _logger.info(
@@ -231,24 +237,13 @@ class Trainer:
         config = self.config
         folder = self.folder / self.phase.name
         on_primary(partial(folder.mkdir, exist_ok=True))
+        args = argparse.Namespace(
+            **vars(config), world_size=world_size(), class_counts=self.data.class_counts,
+            class_names=self.data.class_names, shot_counts=self.data.shot_counts, classifier_prior=self.phase.prior,
+            classifier_scale=self.model.cosine_scale)
         self.saver = StageSaver(
-            folder,
-            model=self.model,
-            optimizer=self.optimizer,
-            args=argparse.Namespace(
-                **vars(config),
-                world_size=world_size(),
-                class_counts=self.data.class_counts,
-                class_names=self.data.class_names,
-                shot_counts=self.data.shot_counts,
-                classifier_prior=self.phase.prior,
-                classifier_scale=self.model.cosine_scale,
-            ),
-            amp_scaler=self.loss_scaler,
-            task=self.task,
-            max_history=config.checkpoint_hist,
-            decreasing=config.eval_metric in ('loss', 'ece'),
-        )
+            folder, model=self.model, optimizer=self.optimizer, args=args, amp_scaler=self.loss_scaler, task=self.task,
+            max_history=config.checkpoint_hist, decreasing=config.eval_metric in ('loss', 'ece'))
         if checkpoint is None:
             on_primary(self.saver.save_last, -1)
             return
@@ -310,8 +305,9 @@ class Trainer:
             self.task.train()
             end = min(done.step + part, num_steps)
             done, status = self._train_part(epoch, done, end)
-            averages = [self._eval_model(ema=True)] if self.task.has_ema() else []
-            equal_statistics(self._eval_model(), *averages, mode=config.dist_bn)
+            for ema in (False, True) if self.task.has_ema() else (False,):
+                if world_size() > 1:
+                    distribute_bn(self._eval_model(ema), world_size(), config.dist_bn == 'reduce')
             self._check_weights(epoch)
             if end < num_steps:
                 on_primary(self.saver.save_last, epoch - 1, asdict(done))
@@ -432,8 +428,8 @@ class Trainer:
             self._calibrate(model)
         metrics = self.evaluate(model)
         if last:  # The checkpoint of the epoch is saved after this.
-            self.saver.args.reject_threshold = metrics['reject']['threshold']
-            self.saver.args.temperature = self.model.temperature
+            vars(self.saver.args).update(
+                reject_threshold=metrics['reject']['threshold'], temperature=self.model.temperature)
         return dict(metrics, **plain)
 
     def _calibrate(self, model: nn.Module) -> None:
@@ -480,14 +476,10 @@ class Trainer:
         except (RuntimeError, OSError) as error:
             if any(self.folder.glob('*/last.pth.tar')):
                 _logger.error(f'The last checkpoint is kept. Go on with: shike train --resume {self.folder}')
-            if isinstance(error, OSError) and error.errno and error.filename is None:
-                error.filename = str(self.folder)  # The error of a full disk names no file.
             if self.stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(self.stop.signum) from error  # The workers of a loader got the signal too.
-            if 'DataLoader worker' in str(error) or isinstance(error, ConnectionError):  # The pipe from a worker broke.
-                raise OSError(
-                    f'A process that loads images is gone, perhaps for want of memory ({one_line(error)}): go on with '
-                    'fewer --workers.') from error
+            if isinstance(error, ConnectionError):  # The pipe from a process that loads images broke.
+                raise RuntimeError(f'DataLoader worker: {error}') from error
             raise
 
 

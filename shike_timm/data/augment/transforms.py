@@ -1,7 +1,10 @@
-"""Training transforms: timm's, and the parts of the CIFAR recipe that timm does not have."""
+"""Transforms of images: timm's, and the parts that timm does not have."""
+import math
+from dataclasses import dataclass
 from typing import Any, Dict, Tuple, cast
 
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
 from torchvision import transforms
@@ -27,15 +30,39 @@ class Cutout(torch.nn.Module):
         image[..., max(top, 0):max(top + self.size, 0), max(left, 0):max(left + self.size, 0)] = 0
         return image
 
-    def __repr__(self) -> str:
-        return f'{type(self).__name__}(size={self.size})'
+
+@dataclass
+class ShortenLong:
+    """Crop a very long PIL image around its middle to a little more than `ratio` times its shorter side.
+
+    Resized whole, a panorama takes gigabytes, and the centre crop then drops nearly all of it. An even multiple of the
+    shorter side goes at both ends, so that the other pixels land where they would without this.
+    """
+
+    ratio: int = 8
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        short, long = sorted(image.size)
+        cut = max((long - self.ratio * short) // (4 * short), 0) * 2 * short
+        if not cut:
+            return image
+        return image.crop((cut, 0, width - cut, height) if width == long else (0, cut, width, height - cut))
+
+
+def create_eval_transform(data_config: Dict[str, Any]) -> transforms.Compose:
+    """timm's transform for evaluation, from PIL images to uint8 [C, H, W], with little memory for long images."""
+    transform: Any = create_transform(**data_config, is_training=False, use_prefetcher=True)
+    if data_config.get('crop_mode') in (None, 'center'):
+        size = data_config['input_size'][-2:]
+        ratio = math.ceil(8 * max(data_config.get('crop_pct') or 1, 1) * max(size) / min(size))
+        transform.transforms.insert(0, ShortenLong(ratio))
+    return transform
 
 
 def create_train_transform(
-        input_size: Tuple[int, int, int],
-        augmentation: AugmentationConfig,
-        mean: Tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
-        std: Tuple[float, ...] = IMAGENET_DEFAULT_STD,
+        input_size: Tuple[int, int, int], augmentation: AugmentationConfig,
+        mean: Tuple[float, ...] = IMAGENET_DEFAULT_MEAN, std: Tuple[float, ...] = IMAGENET_DEFAULT_STD,
 ) -> transforms.Compose:
     """Transform from PIL images to the uint8 tensors that timm's loader takes. Random erasing is left to the loader."""
     same_names = (

@@ -1,5 +1,4 @@
 """Image files in a folder or in uncompressed tar archives, by their paths."""
-import io
 import os
 import tarfile
 from collections import Counter
@@ -14,7 +13,7 @@ from ..dataset import ImageSource, Names
 from ..decode import open_image
 
 Member = Tuple[str, int, int]  # Name, first byte and length. The length of a folder is -1.
-DEEPEST = 10  # Archives in one another.
+DEEPEST = 10  # So many archives may lie in one another.
 
 
 class FolderImages(ImageSource):
@@ -45,7 +44,7 @@ class TarImages(ImageSource):
         archive, start, length = self.places[row].tolist()
         with open(self.archives[archive], 'rb') as file:
             file.seek(start)
-            return Image.open(io.BytesIO(file.read(length)))
+            return open_image(self.paths[row], file.read(length))
 
     def stamp(self, row: int) -> str:
         archive, start, length = self.places[row].tolist()

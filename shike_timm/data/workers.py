@@ -1,0 +1,73 @@
+"""Processes that load images. A failure or a stop of theirs ends the wait for them."""
+import re
+from dataclasses import dataclass
+from typing import Any, Callable, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from ..errors import one_line
+
+LONGEST_WAIT = 600  # Seconds without a batch from any process. A slow disk takes far less.
+
+
+@dataclass
+class _InSharedMemory:
+    """A collation whose tensors lie in shared memory.
+
+    torch moves them there too, but later and in a thread. There a failure would only be printed, the batch would be
+    lost, and the training process would wait for it. Here the training process gets the error.
+    """
+
+    collate: Callable[[List[Any]], Any]
+
+    def __call__(self, items: List[Any]) -> Any:
+        batch = self.collate(items)
+        for part in batch if get_worker_info() else ():
+            if isinstance(part, Tensor):
+                part.share_memory_()
+        return batch
+
+
+class _Loader(DataLoader):
+    def __iter__(self) -> Any:
+        try:
+            return super().__iter__()
+        except OSError as error:  # The queues of the workers need a little shared memory too.
+            raise RuntimeError(f'DataLoader worker cannot start: {one_line(error)}') from error
+
+
+def create_loader(
+        data: Any, batch_size: int, num_workers: int, collate: Callable[[List[Any]], Any], **options: Any,
+) -> DataLoader:
+    """torch's loader, which raises a RuntimeError where its processes fail or give no batch for `LONGEST_WAIT`."""
+    return _Loader(
+        data, batch_size, num_workers=num_workers, collate_fn=_InSharedMemory(collate),
+        timeout=LONGEST_WAIT if num_workers else 0,
+        generator=torch.Generator(),  # Otherwise starting workers would draw from torch's own generator.
+        **options)
+
+
+def explain_failure(error: Exception) -> Optional[Tuple[int, str]]:
+    """The exit status and the sentence for an error of the operating system or of a process that loads images.
+
+    None for other errors.
+    """
+    text = str(error)
+    from_worker = re.match(r'Caught \w+ in DataLoader worker.*\n[\w.]+: (.*)$', text, re.DOTALL)
+    text = from_worker[1] if from_worker else text
+    # Older releases of torch end by the signal. A full disk is an OSError.
+    if '(shm)' in text or 'Bus error' in text or isinstance(error, RuntimeError) and 'No space left' in text:
+        return 2, (
+            'error: /dev/shm, the memory that processes share, is too small for the images that --workers load: start '
+            'the container with more, as `docker run --shm-size=2g` does, or choose fewer --workers, such as 0.')
+    if 'DataLoader timed out' in text:
+        return 1, (
+            f'error: The processes that load images gave none for {LONGEST_WAIT // 60} minutes: see that the disk of '
+            'the images answers, and try --workers 0.')
+    if 'Too many open files' in text:
+        return 1, 'error: Too many files are open: allow more with `ulimit -n 65536`, or choose fewer --workers.'
+    if 'DataLoader worker' in text:
+        return 1, 'error: A process that loads images is gone, perhaps for lack of memory: choose fewer --workers.'
+    return (1, f'error: {text}') if isinstance(error, OSError) else None

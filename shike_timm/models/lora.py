@@ -1,0 +1,67 @@
+"""Low-rank updates (LoRA, https://arxiv.org/abs/2106.09685) of pretrained linear layers, with the package peft."""
+import logging
+import re
+from typing import Dict, Sequence
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .shike import Shike
+
+_logger = logging.getLogger(__name__)
+
+
+def add_lora(model: Shike, rank: int, input_size: Sequence[int]) -> None:
+    """Freeze all that may have pretrained weights, and add an update of a rank to each of its linear layers.
+
+    These are `W + B A` in place of `W`, where `B` starts at zero. A frozen trunk gets none. Aligners and classifiers
+    are trained as they are.
+
+    Args:
+        model: The model, with its pretrained weights.
+        rank: Rank of the updates.
+        input_size: Channels, height and width of an image.
+
+    Raises:
+        InputError: If peft is missing, or the model has no linear layers to update.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError('--lora needs the package peft: pip install "shike-timm[lora]".') from error
+    fresh = {name for name, module in model.named_modules() if name.endswith('.aligner') or name == 'classifier'}
+    frozen = ('stem', 'stages') if model.trunk_frozen else ()
+    linear: Dict[nn.Module, str] = {
+        module: name for name, module in model.named_modules()
+        if type(module) is nn.Linear and not name.startswith(frozen) and not any(name.startswith(f) for f in fresh)}
+    names = []
+    # Some networks read the weights of a layer but never call it, so that an update would change nothing.
+    hooks = [one.register_forward_hook(lambda module, _, __: names.append(linear[module])) for one in linear]
+    training = model.training
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, *input_size, device=next(model.parameters()).device))
+    model.train(training)
+    for hook in hooks:
+        hook.remove()
+    if not names:
+        raise InputError('--lora updates linear layers, and this model has none to train: leave it out.')
+    trained = [name for name, one in model.named_parameters() if any(name.startswith(f'{f}.') for f in fresh)]
+    pattern = '|'.join(map(re.escape, sorted(set(names))))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern), model)
+    for name in trained:
+        model.get_parameter(name).requires_grad_(True)
+    sizes = [(one.numel(), one.requires_grad) for one in model.parameters()]
+    _logger.info(
+        f'LoRA: rank {rank} in {len(set(names))} of {len(linear)} linear layers. '
+        f'{sum(size for size, learns in sizes if learns) / 1e6:.2f} of {sum(size for size, _ in sizes) / 1e6:.2f} '
+        'million parameters are trained.')
+
+
+def merge_lora(model: Shike) -> None:
+    """Add the low-rank updates to the weights, so that the model is an ordinary one."""
+    from peft.tuners.lora import LoraLayer
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
