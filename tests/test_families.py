@@ -58,7 +58,6 @@ FAMILIES = {  # but for deepseek_vit, whose smallest network has 412 million par
     'maxxvit': ('maxvit_rmlp_pico_rw_256', None),
     'metaformer': ('poolformerv2_s12', 64),
     'mlp_mixer': ('resmlp_12_224', None),
-    'mobilenetv5': ('mobilenetv5_300m', 64),
     'mobilevit': ('mobilevit_xxs', None),
     'naflexvit': ('naflexvit_base_patch16_parfac_gap', None),
     'nasnet': ('nasnetalarge', 64),

@@ -12,7 +12,7 @@ from ...errors import nearest
 from .backbone import Backbone, is_column
 from .trace import is_overwritten, make_part, trace
 
-_MIN_REDUCTION = 4  # Of a stage. The modules at a higher resolution are the stem.
+_MIN_REDUCTION = 4  # Least reduction of a stage. The modules at a higher resolution are the stem.
 _PRIVATE_PART = 6  # An expert has one of this many blocks of a column for itself.
 
 
@@ -55,6 +55,9 @@ class Split:
         self.cuts = [self._cut_after(info) for info in infos[:-1] if self._places(info['module'])]
         if not self.cuts:
             raise _refusal(name, 'its forward pass calls none of the stages that timm names')
+        # Convolutions without padding lose a row or two.
+        if last['output_fmt'] == 'NCHW' and abs(features.shape[2] * last['reduction'] / self.size[0] - 1) > 0.25:
+            raise _refusal(name, f'its last stage gives {features.shape[2]} rows of features whatever the image is')
         self.cuts.append(_Cut(len(self.nodes) - 1, self.nodes[-1].all_input_nodes, level=last))
 
     def _trace(self, method: str, value: Tensor) -> List[fx.Node]:
@@ -146,7 +149,8 @@ class Split:
             return bool(self.head)
         return any(
             node.op == 'get_attr' or node.op == 'call_module' and any(
-                True for _ in self.net.get_submodule(str(node.target)).parameters())
+                isinstance(part, nn.LayerNorm) or list(part.parameters())
+                for part in self.net.get_submodule(str(node.target)).modules())
             for node in self.head)
 
     def make_head(self, net: nn.Module) -> nn.Module:
@@ -178,19 +182,10 @@ def _count_private(name: str, column: bool, num_levels: int, stages: Optional[in
 
 @torch.inference_mode(False)  # Inference mode does not count how often a tensor is written to.
 def timm_backbone(
-        name: str,
-        num_experts: int,
-        in_chans: int = 3,
-        drop_path_rate: Optional[float] = None,
-        output_stride: int = 32,
-        private_stages: Optional[int] = None,
-        private_blocks: Optional[int] = None,
-        global_pool: Optional[str] = None,
-        img_size: Union[None, int, Tuple[int, int]] = None,
-        weights: Optional[Dict[str, Any]] = None,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
-        **options: Any,
+        name: str, num_experts: int, in_chans: int = 3, drop_path_rate: Optional[float] = None, output_stride: int = 32,
+        private_stages: Optional[int] = None, private_blocks: Optional[int] = None, global_pool: Optional[str] = None,
+        img_size: Union[None, int, Tuple[int, int]] = None, weights: Optional[Dict[str, Any]] = None,
+        device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None, **options: Any,
 ) -> Backbone:
     """A network of timm, made with options of `timm.create_model` and cut at timm's feature levels.
 
