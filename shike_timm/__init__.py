@@ -1,4 +1,8 @@
-"""SHIKE for timm: importing this package registers its models with `timm.create_model`."""
+"""SHIKE for timm: importing this package registers its models with `timm.create_model`.
+
+The functions take the options of the commands as keyword arguments. They raise a ValueError if an option is unknown or
+cannot work. Nothing has been written then.
+"""
 from typing import Any, Dict, Iterator, Union, cast
 
 import timm
@@ -35,9 +39,6 @@ def train(**options: Any) -> Dict[str, Any]:
 
     Returns:
         Metrics and seconds of each stage, as in `metrics.json` of the run folder.
-
-    Raises:
-        ValueError: If an option is unknown or cannot work; nothing has been written then.
     """
     from .cli.train import complete_train_args
     from .training.config import TrainConfig
@@ -50,9 +51,6 @@ def evaluate(**options: Any) -> Dict[str, Any]:
 
     Returns:
         The metrics of `shike_timm.metrics.evaluate`, `per_class` with `names` and `class_counts`.
-
-    Raises:
-        ValueError: If an option is unknown or cannot work.
     """
     from .report.evaluate import EvalConfig, complete_eval_args, evaluate_model
     return evaluate_model(complete_eval_args(check_values(EvalConfig, options, 'evaluate()')))
@@ -63,9 +61,6 @@ def describe(**options: Any) -> Dict[str, Any]:
 
     Returns:
         The result of `shike_timm.cli.describe.describe_data`, which `--json` prints.
-
-    Raises:
-        ValueError: If an option is unknown or cannot work.
     """
     from .cli.describe import DescribeConfig, describe_data
     return describe_data(complete(DescribeConfig, check_values(DescribeConfig, options, 'describe()')))
@@ -80,9 +75,6 @@ def predict(inputs: Any, **options: Any) -> Iterator[Dict[str, Any]]:
 
     Returns:
         An iterator of dictionaries as `shike_timm.cli.predict.predict_rows` gives them.
-
-    Raises:
-        ValueError: If an option is unknown or cannot work.
     """
     from .cli.predict import RowsConfig, predict_rows
     inputs = [str(one) for one in inputs] if isinstance(inputs, (list, tuple)) else [str(inputs)]

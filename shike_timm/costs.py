@@ -37,10 +37,7 @@ def rates_by_turns(steps: Dict[Callable[[], Any], int], device: torch.device, nu
 
 @torch.inference_mode()
 def inference_costs(
-        models: Dict[Any, nn.Module],
-        images: Tensor,
-        num_rounds: int = 5,
-        seconds_per_turn: float = 0.5,
+        models: Dict[Any, nn.Module], images: Tensor, num_rounds: int = 5, seconds_per_turn: float = 0.5,
 ) -> Dict[Any, Dict[str, float]]:
     """Costs of models in eval mode on a batch [B, C, H, W]: `parameters`, `gmacs` of an image, `images_per_second`.
 

@@ -6,15 +6,15 @@ from typing import Any, Callable, List, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.utils import distribute_bn, is_distributed_env, world_info_from_env
-from torch import Tensor, nn
+from timm.utils import is_distributed_env, world_info_from_env
+from torch import Tensor
 
 from .devices import resolve_device
 from .errors import InputError, one_line
 
 _logger = logging.getLogger(__name__)
 
-LONGEST_WAIT = timedelta(minutes=30)  # Of one process for the others, such as for the first one to read all images.
+LONGEST_WAIT = timedelta(minutes=30)  # For how long a process waits for the others.
 Result = TypeVar('Result')
 
 
@@ -107,10 +107,13 @@ def over_processes(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     return values
 
 
-def equal_statistics(*models: nn.Module, mode: str = 'reduce') -> None:
-    """Give BatchNorm the same statistics in all processes: their mean ('reduce') or the first's ('broadcast')."""
-    for model in models if world_size() > 1 else ():
-        distribute_bn(model, world_size(), mode == 'reduce')
+def gather(items: List[Result]) -> List[Result]:
+    """The items of all processes, in the order of their ranks."""
+    parts: List[Any] = [items]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
 
 
 class Vote:

@@ -1,7 +1,11 @@
 """The losses of SHIKE (Jin et al., CVPR 2023) as pure functions of the stacked expert logits.
 
-`logits` is always [B, M, C]: batch, experts, classes. KL(p | q) is sum_c p_c (log p_c - log q_c). Each loss is a
-scalar, summed over experts and averaged over the batch. All arithmetic is in float32, or in float64 if the logits are.
+`logits` is always [B, M, C]: batch, experts, classes. `target` holds class indices [B]; cross-entropies and the focal
+loss also take class probabilities [B, C] from Mixup or CutMix. `class_counts` are the training images n_c of each class
+[C], all positive. `smoothing` is the share of the target's weight that goes to all classes equally.
+
+KL(p | q) is sum_c p_c (log p_c - log q_c). Each loss is a scalar, summed over experts and averaged over the batch. All
+arithmetic is in float32, or in float64 if the logits are.
 """
 from typing import NamedTuple, Optional
 
@@ -44,13 +48,7 @@ def _expected(values: Tensor, target: Tensor, smoothing: float = 0.) -> Tensor:
 
 
 def expert_cross_entropy(logits: Tensor, target: Tensor, smoothing: float = 0.) -> Tensor:
-    """Plain cross-entropy, the L_ce of Eq. 10.
-
-    Args:
-        logits: Expert logits [B, M, C].
-        target: Class indices [B], or class probabilities [B, C] from Mixup or CutMix.
-        smoothing: Share of the target's weight that goes to all classes equally.
-    """
+    """Plain cross-entropy, the L_ce of Eq. 10."""
     return -_expected(_log_softmax(_widen(logits)), target, smoothing)
 
 
@@ -59,9 +57,6 @@ def mutual_distillation(logits: Tensor) -> Tensor:
 
     The sum over ordered pairs of KL(p^j | p^k) equals M * sum_j sum_c p^j_c (log p^j_c - mean_k log p^k_c). No tensor
     of pairs is needed.
-
-    Args:
-        logits: Expert logits [B, M, C].
     """
     num_experts = logits.shape[1]
     log_prob = _log_softmax(_widen(logits))
@@ -75,12 +70,8 @@ def dynamic_knowledge_transfer(logits: Tensor, target: Tensor, detach_teacher: b
 
     The target class is left out. For each other class the grand teacher takes the largest logit of any expert
     (Eq. 6). At the consensus hardest negative, the class with the largest logit averaged over experts, it takes that
-    average instead (Eq. 7). The loss of an expert is KL(teacher | expert) over the C - 1 classes.
-
-    Args:
-        logits: Expert logits [B, M, C] with C of at least 2.
-        target: Class indices [B].
-        detach_teacher: Stop gradients through the teacher.
+    average instead (Eq. 7). The loss of an expert is KL(teacher | expert) over the C - 1 classes. `detach_teacher`
+    stops the gradients through the teacher.
 
     Raises:
         ValueError: If there are fewer than two classes or target is not [B] class indices.
@@ -107,12 +98,9 @@ def dynamic_knowledge_transfer(logits: Tensor, target: Tensor, detach_teacher: b
 def knowledge_distillation(logits: Tensor, teacher: Tensor, temperature: float = 4.) -> Tensor:
     """Distillation of every expert from one trained teacher (Hinton et al., 2015, arXiv:1503.02531).
 
-    T^2 KL(softmax(teacher / T) | softmax(logits / T)). The factor T^2 keeps the size of the gradients for any T.
-
-    Args:
-        logits: Expert logits [B, M, C].
-        teacher: Logits of the teacher [B, C]. They get no gradient.
-        temperature: T, above 0. A higher one gives more weight to the teacher's small probabilities.
+    T^2 KL(softmax(teacher / T) | softmax(logits / T)). The factor T^2 keeps the size of the gradients for any T. A
+    higher temperature T, above 0, gives more weight to the teacher's small probabilities. The logits of the teacher
+    [B, C] get no gradient.
     """
     log_prob = _log_softmax(_widen(logits) / temperature)
     log_teacher = _log_softmax(_widen(teacher.detach()) / temperature)[:, None]
@@ -120,33 +108,17 @@ def knowledge_distillation(logits: Tensor, teacher: Tensor, temperature: float =
 
 
 def balanced_softmax(logits: Tensor, target: Tensor, class_counts: Tensor, smoothing: float = 0.) -> Tensor:
-    """Balanced softmax cross-entropy, Eq. 11.
-
-    Args:
-        logits: Expert logits [B, M, C].
-        target: Class indices [B], or class probabilities [B, C].
-        class_counts: Training images n_c of each class [C], all positive. log n_c is added to the logits.
-        smoothing: As for `expert_cross_entropy`.
-    """
+    """Balanced softmax cross-entropy, Eq. 11: log n_c is added to the logits."""
     logits = _widen(logits)
     return expert_cross_entropy(logits + class_counts.to(logits.dtype).log(), target, smoothing)
 
 
 def logit_adjusted(
-        logits: Tensor,
-        target: Tensor,
-        class_counts: Tensor,
-        tau: float = 1.,
-        smoothing: float = 0.,
+        logits: Tensor, target: Tensor, class_counts: Tensor, tau: float = 1., smoothing: float = 0.,
 ) -> Tensor:
     """Logit-adjusted cross-entropy (Menon et al., ICLR 2021): tau log pi_c is added to the logits.
 
-    Args:
-        logits: Expert logits [B, M, C].
-        target: Class indices [B], or class probabilities [B, C].
-        class_counts: Training images of each class [C], all positive. Their shares are the prior pi.
-        tau: Strength. 1 equals `balanced_softmax`, 0 plain cross-entropy.
-        smoothing: As for `expert_cross_entropy`.
+    The prior pi are the shares of the class counts. tau = 1 equals `balanced_softmax`, 0 plain cross-entropy.
     """
     logits = _widen(logits)
     prior = class_counts.to(logits.dtype) / class_counts.sum()
@@ -156,11 +128,7 @@ def logit_adjusted(
 def focal(logits: Tensor, target: Tensor, gamma: float = 2., smoothing: float = 0.) -> Tensor:
     """Focal loss over softmax probabilities p (Lin et al., ICCV 2017): -(1 - p_y)^gamma log p_y.
 
-    Args:
-        logits: Expert logits [B, M, C].
-        target: Class indices [B], or class probabilities [B, C].
-        gamma: Exponent. A higher one gives less weight to images that are classified well, 0 is plain cross-entropy.
-        smoothing: As for `expert_cross_entropy`.
+    A higher gamma gives less weight to images that are classified well. 0 is plain cross-entropy.
     """
     log_prob = _log_softmax(_widen(logits))
     # This is 1 - p without cancellation. It is kept above 0, where a power below 1 has no finite slope.
@@ -169,24 +137,14 @@ def focal(logits: Tensor, target: Tensor, gamma: float = 2., smoothing: float = 
 
 
 def ldam(
-        logits: Tensor,
-        target: Tensor,
-        class_counts: Tensor,
-        scale: float = 30.,
-        max_margin: float = 0.5,
+        logits: Tensor, target: Tensor, class_counts: Tensor, scale: float = 30., max_margin: float = 0.5,
         class_weights: Optional[Tensor] = None,
 ) -> Tensor:
     """Label-distribution-aware margin loss (Cao et al., NeurIPS 2019).
 
-    Cross-entropy after scale * max_margin * (n_min / n_y)^(1/4) is subtracted from the logit of the target y.
-
-    Args:
-        logits: Expert logits [B, M, C] of a cosine classifier.
-        target: Class indices [B].
-        class_counts: Training images of each class [C], all positive.
-        scale: Factor between cosines and logits. Margins are given for cosines.
-        max_margin: Margin of the smallest class.
-        class_weights: Weights of the classes [C] in the mean over the batch, None for equal ones.
+    Cross-entropy after scale * max_margin * (n_min / n_y)^(1/4) is subtracted from the logit of the target y. The
+    logits are `scale` times the cosines of a cosine classifier. `max_margin` is the margin of the smallest class
+    between cosines. `class_weights` [C] weigh the images of the classes in the mean over the batch.
 
     Raises:
         ValueError: If target is not [B] class indices.
@@ -205,25 +163,13 @@ def ldam(
 
 
 def representation_loss(
-        logits: Tensor,
-        target: Tensor,
-        alpha: float = 0.1,
-        beta: float = 0.01,
-        detach_teacher: bool = False,
+        logits: Tensor, target: Tensor, alpha: float = 0.1, beta: float = 0.01, detach_teacher: bool = False,
         smoothing: float = 0.,
 ) -> RepresentationLoss:
-    """The loss of stage one, L = L_ce + alpha * L_nt + beta * L_mu (Eq. 10).
+    """The loss of stage one, L = L_ce + alpha * L_nt + beta * L_mu (Eq. 10), and its three unweighted terms.
 
-    Args:
-        logits: Expert logits [B, M, C].
-        target: Class indices [B]. If alpha is 0, also class probabilities [B, C]: DKT leaves one class out.
-        alpha: Weight of dynamic knowledge transfer. At 0 the term is not computed.
-        beta: Weight of mutual distillation. At 0 the term is not computed.
-        detach_teacher: Stop gradients through the teacher of dynamic knowledge transfer.
-        smoothing: As for `expert_cross_entropy`. It changes the cross-entropy alone.
-
-    Returns:
-        The total and its three unweighted terms.
+    A term of weight 0 is not computed. The target may be class probabilities if alpha is 0, since DKT leaves one class
+    out. `smoothing` changes the cross-entropy alone.
     """
     ce = expert_cross_entropy(logits, target, smoothing)
     zero = torch.zeros_like(ce)

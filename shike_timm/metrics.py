@@ -1,5 +1,6 @@
 """Accuracy on many-, medium- and few-shot classes: of the ensemble, of each expert and of subsets of the experts."""
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -19,6 +20,8 @@ METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
 MOST_EXPERTS = 4  # With more experts reports do not try every subset.
 MOST_LISTED = 30  # Classes in a table on the terminal.
 NUM_BINS = 15  # Bins of the calibration error.
+NUM_STEPS = 10_000  # Thresholds that are tried for the probability below which the class of an image is unknown.
+KEPT_RIGHT = 0.95  # Share of the right answers that a chosen threshold keeps.
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class ExpertEvaluator(ClassificationEvaluator):
         shots: Shot division of each class [C], as `shot_numbers` gives them.
         device: Device of the logits.
         subsets: Subsets of the experts to evaluate as ensembles.
+        threshold: Probability below which the class of an image is unknown. By default the one that keeps 95 % of the
+            right answers of the ensemble.
         max_samples: Largest number of images to count. The rest is the padding of a distributed sampler.
     """
 
@@ -68,12 +73,15 @@ class ExpertEvaluator(ClassificationEvaluator):
             device: Optional[torch.device] = None,
             *,
             subsets: Sequence[Sequence[int]] = (),
+            threshold: Optional[float] = None,
             max_samples: Optional[int] = None,
     ):
         self.num_experts = num_experts
         self.shots = torch.as_tensor(shots)
         self.subsets = [torch.tensor(subset, device=device) for subset in subsets]
         self.bin_edges = torch.linspace(0, 1, NUM_BINS + 1, device=device)
+        self.threshold = threshold
+        self.steps = (torch.arange(NUM_STEPS + 1, dtype=torch.float64) / NUM_STEPS).float().to(self.bin_edges.device)
         super().__init__(device, max_samples=max_samples)
 
     def reset(self) -> None:
@@ -83,6 +91,8 @@ class ExpertEvaluator(ClassificationEvaluator):
         self.top1 = torch.zeros(num_classes, num_outputs, dtype=torch.int64, device=self.device)
         self.top5 = torch.zeros_like(self.top1)
         self.predicted = torch.zeros_like(self.total)  # How often the ensemble says each class.
+        # Images, and those that the ensemble has right, by the largest threshold that the confidence reaches.
+        self.reached = torch.zeros(NUM_STEPS + 1, 2, dtype=torch.int64, device=self.device)
         dtype = torch.float32 if self.device.type == 'mps' else torch.float64
         self.loss_sum = torch.zeros(num_classes, num_outputs, dtype=dtype, device=self.device)
         # Each bin holds the sum of confidences minus the number of correct answers. A confidence of exactly 1 has its
@@ -110,6 +120,8 @@ class ExpertEvaluator(ClassificationEvaluator):
         confidence = logits.softmax(-1).amax(-1)
         bins = torch.bucketize(confidence, self.bin_edges, right=True) - 1
         self.overconfidence.scatter_add_(0, bins, confidence.to(loss.dtype) - right.to(loss.dtype))
+        step = torch.bucketize(confidence[:, 0].contiguous(), self.steps, right=True) - 1
+        self.reached.index_add_(0, step, torch.stack([torch.ones_like(target), right[:, 0].to(target.dtype)], 1))
 
     def summary(self) -> Dict[str, Any]:
         """The metrics of this process alone."""
@@ -127,19 +139,20 @@ class ExpertEvaluator(ClassificationEvaluator):
             of a division (None without test images); the expected calibration error `ece` (Guo et al., ICML 2017, with
             15 bins and one for confidences of 1, as in torchmetrics). `experts` lists the same for each expert.
             `subsets` lists it for each subset, with its `experts`. `macro_f1` is the mean F1 of the ensemble over
-            those classes. `per_class` has lists over the classes: the number of test images `total`, the accuracy
-            (recall) `top1`, `precision` and `f1` of the ensemble (None without images), and the accuracies of the
-            `experts`.
+            those classes. `reject` has the `threshold` of the ensemble's probability below which the class of an image
+            is unknown, the share `coverage` of the other images, and their `accuracy`. `per_class` has lists over the
+            classes: the number of test images `total`, the accuracy (recall) `top1`, `precision` and `f1` of the
+            ensemble (None without images), and the accuracies of the `experts`.
 
         Raises:
             InputError: If a logit is not finite.
         """
         sums = [one.clone() for one in (
-            self.total, self.top1, self.top5, self.loss_sum, self.overconfidence, self.predicted)]
+            self.total, self.top1, self.top5, self.loss_sum, self.overconfidence, self.predicted, self.reached)]
         if distributed:
             for one in sums:
                 dist.all_reduce(one)
-        total, top1, top5, loss_sum, overconfidence, predicted = (one.cpu().double() for one in sums)
+        total, top1, top5, loss_sum, overconfidence, predicted, reached = (one.cpu().double() for one in sums)
         if loss_sum.isnan().any():
             raise InputError(
                 'The model gives logits that are not finite. Its weights are damaged, or it expects other images: use '
@@ -163,7 +176,7 @@ class ExpertEvaluator(ClassificationEvaluator):
         f1 = 200 * top1[:, 0] / (total + predicted).clamp(min=1)
         metrics: Dict[str, Any] = dict(
             results[0], balanced_classes=int(seen.sum()), experts=results[1:last],
-            macro_f1=round(float(f1[seen].mean()), 2) if seen.any() else None)
+            macro_f1=round(float(f1[seen].mean()), 2) if seen.any() else None, reject=self._rejection(reached))
         if self.subsets:
             metrics['subsets'] = [
                 dict(one, experts=subset.tolist()) for subset, one in zip(self.subsets, results[last:])]
@@ -174,6 +187,15 @@ class ExpertEvaluator(ClassificationEvaluator):
             f1=[round(one, 2) if count else None for one, count in zip(f1.tolist(), total.tolist())],
             experts=per_class[1:last])
         return metrics
+
+    def _rejection(self, reached: Tensor) -> Dict[str, Any]:
+        kept, right = reached.flip(0).cumsum(0).flip(0).T
+        step = math.ceil(round((self.threshold or 0) * NUM_STEPS, 6))
+        if self.threshold is None and right[0]:
+            step = int((right >= KEPT_RIGHT * right[0]).sum()) - 1
+        return dict(
+            threshold=step / NUM_STEPS, coverage=round(100 * float(kept[step] / kept[0].clamp(min=1)), 2),
+            accuracy=round(100 * float(right[step] / kept[step]), 2) if kept[step] else None)
 
 
 @torch.inference_mode()
@@ -187,6 +209,7 @@ def evaluate(
         per_class: bool = False,
         shots: ShotConfig = ShotConfig(),
         kept: Optional[List[Tuple[Tensor, Tensor]]] = None,
+        threshold: Optional[float] = None,
 ) -> Dict[str, Any]:
     """Evaluate a SHIKE model in float32 on the images of all processes. Each image counts once.
 
@@ -199,6 +222,7 @@ def evaluate(
         flip: Average the logits with those of the mirrored images.
         per_class: Also return `per_class`.
         shots: Borders of the shot divisions.
+        threshold: As in `ExpertEvaluator`.
         kept: List to which the expert logits [B, M, C] and class indices [B] of each batch are added, on the CPU.
 
     Returns:
@@ -207,7 +231,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     divisions = shot_numbers(class_counts, shots).tolist()
-    evaluator = ExpertEvaluator(model.num_experts, divisions, device, subsets=subsets)
+    evaluator = ExpertEvaluator(model.num_experts, divisions, device, subsets=subsets, threshold=threshold)
     for images, target in loader:
         if not len(target):
             continue  # No image of the batch could be read.
@@ -234,6 +258,38 @@ def balanced_over(metrics: Dict[str, Any], num_classes: int) -> str:
         + (f" macro-F1 is {metrics['macro_f1']}." if metrics.get('macro_f1') is not None else '')
         + (f' All of them are {divisions[0]}-shot: --many-shot and --few-shot choose other borders.'
            if len(divisions) == 1 else ''))
+
+
+def rejection(reject: Dict[str, Any], known: bool) -> str:
+    """A sentence on the metrics `reject`, of a threshold that was `known` before or was chosen on these images."""
+    whose = "The model's threshold" if known else 'A threshold that keeps 95 % of the right answers here'
+    kept = f"keeps {reject['coverage']} % of the images" + (
+        '' if reject['accuracy'] is None else f", of which {reject['accuracy']} % are right")
+    how = '' if known else f" --reject-below {reject['threshold']:g}"
+    return (
+        f"{whose} is a probability of {reject['threshold']:g}: it {kept}. shike predict --reject{how} calls the others "
+        'unknown.')
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> float:
+    """The temperature T that minimises the cross-entropy of `logits / T`, from 1/20 to 20 (Guo et al., ICML 2017).
+
+    Args:
+        logits: Averaged logits [N, C].
+        targets: Class indices [N].
+    """
+    logits, log_t = logits.double(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+    bound = math.log(20)
+    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn='strong_wolfe')
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(logits / log_t.clamp(-bound, bound).exp(), targets)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return round(math.exp(min(max(log_t.item(), -bound), bound)), 6)
 
 
 def format_classes(per_class: Dict[str, Any], names: Sequence[str], class_counts: Sequence[int]) -> str:

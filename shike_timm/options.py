@@ -3,30 +3,15 @@ import argparse
 import ast
 import copy
 import re
+import typing
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Dict,
-    List,
-    Mapping,
-    NoReturn,
-    Optional,
-    Sequence,
-    Tuple,
-    Type,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple, Type, TypeVar
 
 from .errors import InputError, nearest
 from .recipes import read_hparams
 
-_OPENS = re.compile(r'pipe:|\w://')  # WebDataset runs the first as a command
+_OPENS = re.compile(r'pipe:|\w://')  # WebDataset runs what follows `pipe:` as a command.
 _KINDS = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false', dict: 'names with values'}
 
 if TYPE_CHECKING:
@@ -103,7 +88,9 @@ class Option:
         if self.kind in (bool, dict):
             if not isinstance(value, self.kind):
                 raise InputError(f'{where} is {value!r}, expected {_KINDS[self.kind]}.')
-            return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+            return {
+                key: list(item) if isinstance(item, tuple) else item for key, item in value.items()
+            } if self.kind is dict else value
         if self.nargs is None:
             return self._check_item(value, where)
         if not isinstance(value, (list, tuple)) or not value or self.nargs not in ('+', len(value)):
@@ -142,24 +129,19 @@ def _items(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else (value,)
 
 
-def _plain(value: Any) -> Any:
-    """A value as YAML has it, without tuples."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _kind(annotation: Any) -> Any:
     """The type of an option's value or items: float of Optional[List[float]]."""
-    if get_origin(annotation) is Union:
-        annotation = next(one for one in get_args(annotation) if one is not type(None))
-    if get_origin(annotation) is list:
-        return get_args(annotation)[0]
-    return get_origin(annotation) or annotation
+    if typing.get_origin(annotation) is typing.Union:
+        annotation = next(one for one in typing.get_args(annotation) if one is not type(None))
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0]
+    return typing.get_origin(annotation) or annotation
 
 
 @cache
 def options(config: Type[Any]) -> Dict[str, Option]:
     """The options of a dataclass, by name."""
-    hints = get_type_hints(config)
+    hints = typing.get_type_hints(config)
     return {
         one.name: replace(one.metadata['option'], name=one.name, kind=_kind(hints[one.name]))
         for one in fields(config)}
@@ -225,9 +207,7 @@ def _add(section: Any, option: Option) -> None:
 
 
 def read_command_line(
-        config: Type[Any],
-        description: str,
-        argv: Optional[Sequence[str]] = None,
+        config: Type[Any], description: str, argv: Optional[Sequence[str]] = None,
 ) -> Dict[str, Any]:
     """Values that a command line gives, in their types; their ranges are not checked yet."""
     known = options(config)
@@ -263,10 +243,7 @@ def check_saved(config: Type[Any], values: Mapping[Any, Any], source: str) -> Di
 
 
 def check_file_values(
-        config: Type[Any],
-        values: Mapping[Any, Any],
-        source: str,
-        given: Mapping[str, Any],
+        config: Type[Any], values: Mapping[Any, Any], source: str, given: Mapping[str, Any],
 ) -> Dict[str, Any]:
     """As `check_values`, for a file that a stranger may have written. A value that opens something must be `given`."""
     result = check_values(config, values, source)
@@ -288,12 +265,9 @@ def _override(values: Dict[str, Any], later: Dict[str, Any]) -> None:
 
 
 def complete(config: Type[Config], given: Dict[str, Any], saved: Optional[Dict[str, Any]] = None) -> Config:
-    """The configuration of given values over the hparams file, over saved values, over the defaults.
+    """The configuration of given values over the hparams file, over those `saved` by an earlier run, over the defaults.
 
-    Args:
-        config: Dataclass of options.
-        given: Checked values from the command line or from Python.
-        saved: Checked values of an earlier run.
+    Given and saved values are checked already.
     """
     values = dict(saved or {})
     for path, read in read_hparams(given['hparams']).items() if given.get('hparams') else ():

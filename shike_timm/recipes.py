@@ -49,13 +49,9 @@ def read_yaml(path: str) -> Dict[Any, Any]:
 
 
 def read_hparams(name: str) -> Dict[str, Dict[Any, Any]]:
-    """Read an hparams file and its bases.
+    """Read an hparams file and its bases. It is named by its path, or as a packaged recipe such as 'quickstart'.
 
-    Args:
-        name: Its path, or the name of a packaged recipe such as 'quickstart'.
-
-    Returns:
-        Values by path, those of the base first. Later ones override earlier ones.
+    The result holds the values by path, those of the base first. Later ones override earlier ones.
     """
     path = _find(name)
     chain: Dict[str, Dict[Any, Any]] = {}

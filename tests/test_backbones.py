@@ -67,7 +67,7 @@ def test_three_experts_train_on_a_backbone(name):
 @pytest.mark.parametrize('name, reason', [
     ('crossvit_9_240', 'its last stage gives 2 features of which experts would fuse one'),
     ('mobilenetv5_300m', 'its last stage gives 16 rows of features whatever the image is'),
-    ('resnet_50', 'is not a model of timm'),
+    ('resnet_50', "is not a model of timm, the nearest valid one is 'resnet50'"),
 ])
 def test_a_refusal_is_one_sentence(name, reason):
     with pytest.raises(ValueError, match=f"^backbone '{name}' .*{reason}") as raised:

@@ -14,6 +14,7 @@ from shike_timm.training import trainer
 from shike_timm.training.class_means import begin_at_class_means, class_means
 from shike_timm.training.phases import plan_phases
 from shike_timm.training.runs import prepare, retrain, train
+from shike_timm.training.signals import StopFlag
 from shike_timm.training.trainer import Trainer
 
 MEANS = ['--crt-init', 'means', '--no-aug']
@@ -52,13 +53,13 @@ def test_means_are_exact_whatever_the_batch(batch_size):
     model = Points().train()
     before = model.classifier.weight.detach().clone()
     batches = list(zip(IMAGES.split(batch_size), TARGET.split(batch_size)))
-    means, counts, norms = class_means(model, batches)
+    means, counts, norms = class_means(model, batches, StopFlag())
     # Class 0: (0.6, 0.8) + (0, 1) = (0.6, 1.8), which is 3 (0.2, 0.6). Class 2: (0.8, 0.6) + (1, 0) = (1.8, 0.6).
     one = torch.tensor([[1., 3.], [0., 0.], [3., 1.]], dtype=torch.float64) / 10 ** 0.5
     torch.testing.assert_close(means, torch.stack((one, one.flip(1))), rtol=1e-7, atol=0)
     assert counts.tolist() == [2, 0, 2]
     torch.testing.assert_close(norms, torch.tensor([4.5, 9.], dtype=torch.float64))
-    assert begin_at_class_means(model, batches, lambda: 0) == 4 and model.training
+    assert begin_at_class_means(model, batches, StopFlag()) == 4 and model.training
     assert torch.equal(model.classifier.weight[:, 1], before[:, 1])
     torch.testing.assert_close(model.classifier.weight[:, 0], torch.stack((one[0], one[0].flip(0))).float())
 
@@ -70,7 +71,7 @@ def test_linear_classifiers_decide_as_cosine_ones_at_first():
     logits = []
     for kind in ('cosine', 'linear'):
         model = Points(kind)
-        begin_at_class_means(model, batches, lambda: 0)
+        begin_at_class_means(model, batches, StopFlag())
         logits.append(model.classifier(features))
     assert torch.equal(logits[0].argmax(-1), logits[1].argmax(-1))
     norms = torch.tensor([4.5, 9.])[:, None]

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
 from conftest import ROOT
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from torch.nn import functional
@@ -106,6 +109,17 @@ def test_config_tells_preprocessing_and_classes(format, exported_to, model):
     preprocessing = config['pretrained_cfg']
     assert preprocessing['mean'] == list(model.pretrained_cfg['mean'])
     assert preprocessing['input_size'] == [3, 32, 32] and preprocessing['crop_pct'] == 0.9
+
+
+def test_an_onnx_file_serves_alone(exported_to, tmp_path):
+    folder = exported_to('onnx')
+    alone = shutil.copy(folder / 'model.onnx', tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / 'a.png')
+    own, beside = (
+        list(shike_timm.predict(tmp_path / 'a.png', model=str(one), workers=0)) for one in (alone, folder))
+    assert own == beside
+    facts = onnxruntime.InferenceSession(alone).get_modelmeta().custom_metadata_map
+    assert json.loads(facts['class_names']) == json.loads((folder / 'config.json').read_text())['label_names']
 
 
 def test_runs_without_this_package(exported_to):

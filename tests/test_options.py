@@ -304,6 +304,10 @@ def test_the_console_script(tmp_path):
     assert status == 0 and all(name in out for name in COMMANDS) and not {'torch', 'shike_timm'} & set(out.split())
     status, _, error = shike('tran')
     assert status == 2 and error.startswith("shike: error: 'tran' is not a command") and len(error.splitlines()) == 1
+    assert "the nearest one is 'train'" in error
+    status, bare, _ = shike()
+    assert status == 2 and bare.splitlines()[:-1] == out.splitlines()[:-1]  # The last line lists modules.
+    assert shike('--version')[1].startswith(f'shike-timm {shike_timm.__version__}\n')
     status, _, error = shike('eval', '--batchsize', '3')
     assert status == 2 and error.startswith('shike eval: error: ') and len(error.splitlines()) == 1
 

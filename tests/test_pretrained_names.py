@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 
 import shike_timm
 from shike_timm.cli.train import parse_train_args
-from shike_timm.models.create import create_model, with_backbone_weights
+from shike_timm.models.create import create_model
 from shike_timm.models.registry import BACKBONES
 from shike_timm.pretrained.folder import export_model
 
@@ -90,7 +90,7 @@ def test_any_backbone(hub, tmp_path, backbone, caplog):
     torch.save(net.state_dict(), tmp_path / 'file.pth')
     argv = ['--model', 'shike', '--backbone', backbone]
     made = [
-        create_model(with_backbone_weights(parse_train_args([*argv, *more])), 5, fresh=True).state_dict()
+        create_model(parse_train_args([*argv, *more]), 5, fresh=True).state_dict()
         for more in (['--pretrained'], ['--pretrained-backbone', str(tmp_path / 'file.pth')])]
     assert all(torch.equal(made[0][key], value) for key, value in made[1].items() if '.aligner.' not in key
                and 'classifier' not in key)

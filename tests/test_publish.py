@@ -208,6 +208,15 @@ def test_update_and_visibility(hub, run_copy, publish):
     assert status == 2 and 'exists and is public' in error and len(hub.repos[NAME]['commits']) == 3
 
 
+def test_a_dry_run_writes_what_would_be_published(hub, run_copy, publish, tmp_path):
+    assert publish(run_copy, '--dry-run', tmp_path / 'dry') == (0, '') and not hub.requests
+    assert publish(run_copy) == (0, '')
+    published = {name: content for name, content in hub.files(NAME).items() if not name.startswith('.')}
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'dry').iterdir()} == published
+    status, error = publish(run_copy, '--dry-run', tmp_path / 'dry')
+    assert status == 2 and 'dry' in error
+
+
 def test_license(hub, run_copy, publish):
     path = run_copy / 'model' / 'config.json'
     config = json.loads(path.read_text())

@@ -64,8 +64,8 @@ def export(config: ExportConfig) -> Path:
     folder = Path(config.output or f'exported/{name}-{config.format}')
     difference = save_exported(
         model, folder, config.format, data_config, config.opset, class_names=trained.class_names,
-        class_counts=trained.class_counts, shot_counts=trained.shot_counts, exif=options.get('exif'),
-        pixel_range=options.get('pixel_range'))
+        class_counts=trained.class_counts, shot_counts=trained.shot_counts, reject_threshold=trained.reject_threshold,
+        exif=options.get('exif'), pixel_range=options.get('pixel_range'))
     _logger.info(f'Largest difference from torch: {difference:.1e} of the largest logit.')
     print(folder / FILES[config.format])
     return folder

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
@@ -24,11 +24,12 @@ from ..models.create import resolve_data_config
 from ..options import HparamsConfig, option, parse
 from ..pretrained.folder import check_classes, check_config
 from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_trained_options
-from ..publishing.export import FILES, load_exported
+from ..publishing.export import FILES, load_exported, read_metadata
 from .script import run_script
 
 _logger = logging.getLogger(__name__)
 
+UNKNOWN = 'unknown'  # Stands for the class of an image that is rejected.
 DECODING = ('pixel_range', 'exif')  # Options of `create_file_loader` that a saved model keeps.
 
 
@@ -43,6 +44,10 @@ class PredictionConfig:
     output_type: str = option(
         'prob', 'what to write for each class: its probability or its logit', choices=('prob', 'logit'))
     include_index: bool = option(False, 'also write the indices of the classes')
+    reject: bool = option(
+        False, "write 'unknown' in place of a class whose probability is below the model's threshold, which training "
+        'chose so that 95 of 100 right answers stay')
+    reject_below: Optional[float] = option(None, 'the same with a threshold of your own', 'PROB', low=0)
     per_expert: bool = option(False, 'also write the prediction of each expert')
     batch_size: int = option(256, 'images in a batch', low=1, flags=('-b',))
 
@@ -73,6 +78,7 @@ class _Predictor:
     num_classes: int
     class_names: Optional[Sequence[str]]
     decoding: Dict[str, Any]  # The values of the `DECODING` options.
+    reject_threshold: Optional[float] = None  # Probability below which the class of an image is unknown.
 
 
 def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
@@ -84,8 +90,9 @@ def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
         wrong = '--per-expert' if config.per_expert else f'--device {config.device}'
         raise InputError(f"{wrong} does not go with '{path}', which gives averages on the CPU: leave it out.")
     try:
-        saved = read_json(path.with_name(CONFIG_FILE))
-        check_config(saved, f"'{path.with_name(CONFIG_FILE)}'")
+        beside = path.with_name(CONFIG_FILE)
+        saved = (not beside.is_file() and read_metadata(path)) or read_json(beside)
+        check_config(saved, f"'{beside}'")
         run = load_exported(path, 'onnx')
         data_config = timm.data.resolve_data_config(vars(config), pretrained_cfg=saved['pretrained_cfg'])
         num_classes = run(torch.zeros(1, *data_config['input_size'])).shape[-1]
@@ -100,7 +107,7 @@ def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
     options.update({name: getattr(config, name) for name in DECODING if getattr(config, name) is not None})
     return _Predictor(
         lambda images: run(images)[:, None], torch.device('cpu'), data_config, 1, num_classes,
-        saved.get('label_names'), options)
+        saved.get('label_names'), options, saved.get('reject_threshold'))
 
 
 def _make_predictor(config: RowsConfig) -> _Predictor:
@@ -114,7 +121,7 @@ def _make_predictor(config: RowsConfig) -> _Predictor:
     config = with_trained_options(config, trained)
     return _Predictor(
         model.forward_experts, device, resolve_data_config(config, model), model.num_experts, model.num_classes,
-        trained.class_names, {name: getattr(config, name) for name in DECODING})
+        trained.class_names, {name: getattr(config, name) for name in DECODING}, trained.reject_threshold)
 
 
 def _printable(name: object) -> str:
@@ -132,10 +139,22 @@ def _top_classes(logits: Tensor, predictor: _Predictor, config: RowsConfig) -> I
         yield {**found, 'label': [_printable(names[index]) for index in indices], config.output_type: best}
 
 
+def _reject(found: Dict[str, Any], probability: float, predictor: _Predictor) -> Dict[str, Any]:
+    """The prediction with an unknown class in the first place, if its probability is too small."""
+    if probability < (predictor.reject_threshold or 0):
+        found['label'][0] = UNKNOWN if UNKNOWN not in (predictor.class_names or ()) else f'({UNKNOWN})'
+        if 'index' in found:
+            found['index'][0] = None
+    return found
+
+
 def _predictions(logits: Tensor, predictor: _Predictor, config: RowsConfig) -> Iterator[Dict[str, Any]]:
     """The prediction for each image from expert logits [B, M, classes]."""
     finite = logits.isfinite().flatten(1).all(1).tolist()
     found = _top_classes(logits.mean(1), predictor, config)
+    if config.reject:
+        best = logits.mean(1).softmax(-1).amax(-1).tolist()
+        found = (_reject(one, value, predictor) for one, value in zip(found, best))
     if config.per_expert:
         experts = zip(*(_top_classes(one, predictor, config) for one in logits.unbind(1)))
         found = (dict(one, experts=list(each)) for one, each in zip(found, experts))
@@ -163,6 +182,13 @@ def _predict_files(
 def _prepare(config: RowsConfig) -> Tuple[_Predictor, Iterator[Dict[str, Any]]]:
     paths = find_images(config.inputs)
     predictor = _make_predictor(config)
+    if config.reject_below is not None:
+        predictor.reject_threshold = config.reject_below
+        config = replace(config, reject=True)
+    if config.reject and predictor.reject_threshold is None:
+        raise InputError(
+            '--reject: the model keeps no threshold of its training with these experts and this prior: give '
+            '--reject-below and a probability.')
     loader = create_file_loader(
         paths, predictor.data_config, config.batch_size, min(config.workers, len(paths)),
         pin_memory=predictor.device.type == 'cuda', **predictor.decoding)

@@ -6,6 +6,7 @@ from typing import Any, Dict, Optional, Sequence
 
 import torch
 
+from ..models.create import with_backbone_weights
 from ..options import check_file_values, checked, complete, read_command_line
 from ..recipes import read_hparams
 from ..training.config import TrainConfig
@@ -45,7 +46,7 @@ def complete_train_args(given: Dict[str, Any]) -> TrainConfig:
     config = complete(TrainConfig, given, saved=saved)
     if config.search and saved.get('levels'):  # The search of the resumed run is done.
         config = replace(config, **{name: saved[name] for name in CHOSEN})
-    return config
+    return with_backbone_weights(config)
 
 
 def parse_train_args(argv: Optional[Sequence[str]] = None) -> TrainConfig:

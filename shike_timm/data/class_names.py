@@ -58,10 +58,7 @@ def read_class_stats(path: str) -> Tuple[List[int], Optional[List[str]]]:
 
 
 def index_labels(
-        labels: Sequence[str],
-        class_map: Optional[str],
-        order: Optional[Sequence[str]],
-        notes: List[str],
+        labels: Sequence[str], class_map: Optional[str], order: Optional[Sequence[str]], notes: List[str],
 ) -> Tuple[List[str], np.ndarray]:
     """Class names in label order, and the label of each image [N], -1 if the class map does not name its class."""
     present = {label: normalize_name(label) for label in set(labels)}

@@ -191,10 +191,7 @@ class StreamSet(IterableImageDataset):
     origin = ''
 
     def __init__(
-            self,
-            reader: Any,
-            decoder: Optional[ImageDecoder] = None,
-            class_names: Optional[List[str]] = None,
+            self, reader: Any, decoder: Optional[ImageDecoder] = None, class_names: Optional[List[str]] = None,
     ):
         super().__init__(None, reader=reader)
         self.decoder = decoder or ImageDecoder()
@@ -255,13 +252,8 @@ def _group_hashes(paths: Sequence[str], groups: Optional[Sequence[str]], key: st
 
 
 def label_images(
-        config: SourceConfig,
-        source: ImageSource,
-        labels: Sequence[str],
-        notes: Sequence[str] = (),
-        groups: Optional[Sequence[str]] = None,
-        order: Optional[Sequence[str]] = None,
-        origin: str = '',
+        config: SourceConfig, source: ImageSource, labels: Sequence[str], notes: Sequence[str] = (),
+        groups: Optional[Sequence[str]] = None, order: Optional[Sequence[str]] = None, origin: str = '',
 ) -> ImageSet:
     """The set of a source's images with paths, in an order that only depends on the names of classes and files.
 

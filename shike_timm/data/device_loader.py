@@ -34,14 +34,8 @@ class DeviceLoader:
     """
 
     def __init__(
-            self,
-            images: Any,
-            targets: Any,
-            mean: Tuple[float, ...],
-            std: Tuple[float, ...],
-            batch_size: int,
-            device: torch.device,
-            augmentation: Optional[AugmentationConfig] = None,
+            self, images: Any, targets: Any, mean: Tuple[float, ...], std: Tuple[float, ...], batch_size: int,
+            device: torch.device, augmentation: Optional[AugmentationConfig] = None,
             sampler: Optional[EpochSampler] = None,
     ):
         if sampler is None:

@@ -54,9 +54,8 @@ class TrainingData:
     def write_split_lists(self, folder: Path) -> None:
         """Write lists of both sets into a run folder, if only they tell the sets apart and there are none yet."""
         train, test = self.train, self.test
-        if isinstance(train, StreamSet) or isinstance(test, StreamSet) or not train.has_paths:
-            return
-        if self.is_split_by_path and SplitLists.find(folder) is None:
+        if (self.is_split_by_path and isinstance(train, ImageSet) and isinstance(test, ImageSet) and train.has_paths
+                and SplitLists.find(folder) is None):
             write_split_lists(folder, train, test)
 
     def describe(self) -> str:
@@ -144,12 +143,8 @@ def _warn_about_trained(data: AnySet, lists: SplitLists, config: SourceConfig, m
 
 
 def load_training_data(
-        config: SourceConfig,
-        class_names: Optional[Sequence[str]] = None,
-        run_folder: Union[None, str, Path] = None,
-        workers: int = 0,
-        batch_size: int = 1,
-        seed: int = 42,
+        config: SourceConfig, class_names: Optional[Sequence[str]] = None, run_folder: Union[None, str, Path] = None,
+        workers: int = 0, batch_size: int = 1, seed: int = 42,
 ) -> TrainingData:
     """Load a training set and the set that it is evaluated on. If there is none, a share of each class is held out.
 
@@ -215,13 +210,8 @@ def load_training_data(
 
 
 def load_eval_data(
-        config: SourceConfig,
-        class_names: Optional[Sequence[str]] = None,
-        in_chans: Optional[int] = None,
-        run_folder: Union[None, str, Path] = None,
-        workers: int = 0,
-        batch_size: int = 1,
-        seed: int = 42,
+        config: SourceConfig, class_names: Optional[Sequence[str]] = None, in_chans: Optional[int] = None,
+        run_folder: Union[None, str, Path] = None, workers: int = 0, batch_size: int = 1, seed: int = 42,
 ) -> AnySet:
     """Load an evaluation split alone, with `in_chans` channels. If there is none, what the run of a folder held out."""
     if in_chans:

@@ -1,37 +1,36 @@
 """The registry of data sets: the names that `--dataset` takes."""
 from abc import ABC, abstractmethod
-from typing import Any, Callable, Dict, Optional, Sequence, Type
+from dataclasses import dataclass
+from typing import Any, Callable, ClassVar, Dict, Optional, Sequence, Type
 
 from ..errors import InputError
 from .config import SourceConfig
 from .dataset import AnySet
 
 
+@dataclass(eq=False)
 class DataSource(ABC):
     """A data set. It loads a split on request. A subclass gives `train` and `evaluation`.
 
     Attributes:
+        config: The data to load.
+        batch_size: Images a batch, for streams.
+        seed: Seed of the order, for streams.
         has_imb_factor: Whether `--imb-factor` cuts it to a long tail. `--holdout` then takes the last images of each
             class.
         eval_split: Name of its evaluation split. None if `--val-split` names it.
         num_classes: Number of classes of a published set of lists. Other lists may be given for such a set.
         has_uncertain_splits: Whether a missing split shows only when the data is read.
-
-    Args:
-        config: The data to load.
-        batch_size: Images a batch, for streams.
-        seed: Seed of the order, for streams.
     """
 
-    has_imb_factor = False
-    eval_split: Optional[str] = None
-    num_classes: Optional[int] = None
-    has_uncertain_splits = False
+    config: SourceConfig
+    batch_size: int = 1
+    seed: int = 42
 
-    def __init__(self, config: SourceConfig, batch_size: int = 1, seed: int = 42):
-        self.config = config
-        self.batch_size = batch_size
-        self.seed = seed
+    has_imb_factor = False
+    eval_split: ClassVar[Optional[str]] = None
+    num_classes: ClassVar[Optional[int]] = None
+    has_uncertain_splits = False
 
     @property
     def is_undivided(self) -> bool:

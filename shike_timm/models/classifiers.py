@@ -50,15 +50,10 @@ class LinearClassifier(nn.Module):
 
     @torch.no_grad()
     def set_class_means(self, means: Tensor, has_images: Tensor, norms: Tensor) -> None:
-        """Begin at class means: `w = s mu`, `b = 0` with `s` = 30 over the mean norm of the expert's features.
+        """Begin at class means of unit length [M, C, D]: `w = s mu`, `b = 0`, `s` = 30 over the expert's mean norm [M].
 
         As all means have unit length, the largest logit is at the nearest mean, as with cosines, and the logits are
-        about as large as those of a cosine classifier.
-
-        Args:
-            means: Class means of unit length [M, C, D].
-            has_images: Whether a class has a mean [C]. The others keep their random weights.
-            norms: Mean norm of each expert's features [M].
+        about as large as those of a cosine classifier. Classes without images [C] keep their random weights.
         """
         means = means * (COSINE_SCALE / norms)[:, None, None]
         self.weight[:, has_images] = means[:, has_images].to(self.weight)

@@ -73,18 +73,10 @@ def create_model(
         num_experts = num_experts or len(depths)
     try:
         model = cast(Shike, timm.create_model(
-            config.model,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            img_size=img_size,
-            num_experts=num_experts,
-            depths=depths,
-            fusion=config.fusion if config.fusion is False else config.fusion_type,
+            config.model, num_classes=num_classes, in_chans=in_chans, img_size=img_size, num_experts=num_experts,
+            depths=depths, fusion=config.fusion if config.fusion is False else config.fusion_type,
             **{name: getattr(config, name) for name in SAME_ARGUMENTS},
-            drop_rate=config.drop,
-            drop_path_rate=config.drop_path,
-            **config.model_kwargs,
-        ))
+            drop_rate=config.drop, drop_path_rate=config.drop_path, **config.model_kwargs))
         if source and fresh:
             model.load_backbone(source)
         elif source:

@@ -1,4 +1,4 @@
-"""Priors: the class frequencies that logits stand for, and the offset that exchanges one prior for another."""
+"""What is done to logits after training: they are divided by a temperature, and one prior is exchanged for another."""
 import math
 from typing import Any, List, Optional, Sequence, Union
 
@@ -17,13 +17,18 @@ def _check_frequencies(values: Sequence[float], num_classes: int, what: str) -> 
 
 
 class PriorModel(nn.Module):
-    """A model that knows which class frequencies its logits stand for, and can make them stand for others."""
+    """A model that knows which class frequencies its logits stand for, and can make them stand for others.
+
+    In eval mode every expert's logits become `logits / temperature + log(target prior) - log(classifier prior)`. In
+    training mode they stay as they are.
+    """
 
     num_classes: int
 
     def __init__(self):
         super().__init__()
         self.register_buffer('prior_offset', None, persistent=False)
+        self.temperature = 1.
 
     def set_training_prior(self, class_counts: Optional[Sequence[int]], classifier_prior: Optional[str] = None) -> None:
         """Say what the classifiers were trained on. `set_target_prior` needs it, and a saved model keeps it.
@@ -48,9 +53,6 @@ class PriorModel(nn.Module):
 
     def set_target_prior(self, prior: Frequencies) -> None:
         """Make the logits stand for other class frequencies, also in a saved or exported model.
-
-        In eval mode every expert's logits become `logits + log(target prior) - log(classifier prior)`. In training
-        mode they stay as they are.
 
         Args:
             prior: 'uniform', 'train' (the frequencies of the training set), positive numbers [num_classes] in
@@ -80,12 +82,24 @@ class PriorModel(nn.Module):
             offset = (self._log_prior(prior) - self._log_prior(own)).to(parameter.device, parameter.dtype)
         self.target_prior, self.prior_offset = prior, offset
 
+    def set_temperature(self, temperature: float) -> None:
+        """Divide the logits by a positive number, so that probabilities fit accuracies, also in a saved model.
+
+        Raises:
+            ValueError: If it is not a positive number.
+        """
+        if isinstance(temperature, (bool, str)) or not 0 < float(temperature) < math.inf:
+            raise ValueError(f'The temperature must be a positive number, got {temperature!r}.')
+        self.temperature = float(temperature)
+
     def _log_prior(self, prior: Any) -> Tensor:
         if prior == 'uniform':
             return torch.zeros(self.num_classes, dtype=torch.float64)  # Softmax ignores a constant.
         values = torch.tensor(self.class_counts if prior == 'train' else prior, dtype=torch.float64)
         return (values / values.sum()).log()
 
-    def add_offset(self, logits: Tensor) -> Tensor:
-        """The logits for the target prior in eval mode, as they are in training mode."""
+    def adjust(self, logits: Tensor) -> Tensor:
+        """The logits at the temperature and for the target prior in eval mode, as they are in training mode."""
+        if not self.training and self.temperature != 1.:
+            logits = logits / self.temperature
         return logits if self.training or self.prior_offset is None else logits + self.prior_offset

@@ -105,15 +105,8 @@ def _create_shike(
         kwargs.pop(name, None)
     with fetching(fetched, remote=pretrained and not (cfg.file or cfg.state_dict)):
         model = build_model_with_cfg(
-            Shike,
-            variant,
-            pretrained,
-            backbone=backbone,
-            pretrained_model_args=pretrained_model_args,
-            pretrained_filter_fn=_fit_weights,
-            feature_cfg=dict(feature_cls='getter', out_indices=None),
-            **kwargs,
-        )
+            Shike, variant, pretrained, backbone=backbone, pretrained_model_args=pretrained_model_args,
+            pretrained_filter_fn=_fit_weights, feature_cfg=dict(feature_cls='getter', out_indices=None), **kwargs)
     if isinstance(model, Shike):
         model.implied_args = implied
     model.pretrained_cfg['first_conv'] = get_model_traits(model)['first_conv']

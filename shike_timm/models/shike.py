@@ -55,6 +55,7 @@ class Shike(PriorModel):
         class_counts: As in `set_training_prior`. Ignored if `num_classes` differs.
         classifier_prior: As in `set_training_prior`. Ignored with the counts.
         target_prior: As in `set_target_prior`. Ignored with the counts.
+        temperature: As in `set_temperature`. Ignored with the counts.
         device: Device of the parameters.
         dtype: Data type of the parameters.
         **kwargs: Arguments of timm's network, such as `patch_size`, `reg_tokens` and `dynamic_img_size` of ViT.
@@ -86,6 +87,7 @@ class Shike(PriorModel):
             class_counts: Optional[Sequence[int]] = None,
             classifier_prior: Optional[str] = None,
             target_prior: Frequencies = None,
+            temperature: float = 1.,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             **kwargs: Any,
@@ -150,6 +152,7 @@ class Shike(PriorModel):
         if class_counts is None or len(class_counts) == self.num_classes:
             self.set_training_prior(class_counts, classifier_prior)
             self.set_target_prior(target_prior)
+            self.set_temperature(temperature)
 
     @torch.jit.ignore()
     def no_weight_decay(self) -> Set[str]:
@@ -283,6 +286,7 @@ class Shike(PriorModel):
         self.head_hidden_size = self.head_width * self.num_experts
         self.classifier = nn.Identity()
         self.set_training_prior(None)
+        self.temperature = 1.
         if num_classes:
             parameter = next(self.parameters())
             options = dict(scale=self.cosine_scale) if self.classifier_type == 'cosine' else {}
@@ -298,7 +302,8 @@ class Shike(PriorModel):
         made_with = {**self.implied_args, **self.__dict__.get('_made_with', {})}
         args = {name: without_numpy(value) for name, value in made_with.items()}
         now: Dict[str, Any] = dict(
-            class_counts=self.class_counts, classifier_prior=self.classifier_prior, target_prior=self.target_prior)
+            class_counts=self.class_counts, classifier_prior=self.classifier_prior, target_prior=self.target_prior,
+            temperature=None if self.temperature == 1. else self.temperature)
         scale = getattr(self.classifier, 'scale', self.cosine_scale)
         if scale != COSINE_SCALE or 'cosine_scale' in args:
             now['cosine_scale'] = scale
@@ -434,13 +439,8 @@ class Shike(PriorModel):
         return torch.cat([expert.join([pooled[i - 1] for i in expert.levels]) for expert in experts], dim=1)
 
     def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+            self, x: Tensor, indices: Optional[Union[int, List[int]]] = None, norm: bool = False,
+            stop_early: bool = False, output_fmt: str = 'NCHW', intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """Features of chosen levels of `feature_info` from images [B, in_chans, H, W].
 
@@ -467,7 +467,7 @@ class Shike(PriorModel):
     def forward_expert_head(self, x: Tensor) -> Tensor:
         """Logits of each expert [B, M, num_classes] from what `forward_features` gives."""
         x = self.forward_head(x, pre_logits=True)
-        return self.add_offset(self.classifier(x.unflatten(1, (self.num_experts, -1))))
+        return self.adjust(self.classifier(x.unflatten(1, (self.num_experts, -1))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Averaged logits [B, num_classes], or vectors [B, head_hidden_size] if pre_logits or no classifiers."""
@@ -485,7 +485,7 @@ class Shike(PriorModel):
             x = F.dropout(x, self.drop_rate, self.training)
         if pre_logits or self.num_classes == 0:
             return x
-        return self.add_offset(self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1))
+        return self.adjust(self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1))
 
     def forward_experts(self, x: Tensor) -> Tensor:
         """Logits of each expert [B, M, num_classes] from images [B, in_chans, H, W]."""

@@ -65,6 +65,9 @@ def check_config(config: Dict[str, Any], source: str) -> None:
     for name in ('mean', 'std'):
         if len(found.get(name) or '1') not in (1, 3, channels):
             raise InputError(f"{source} is damaged: '{name}' has {len(found[name])} values, expected {channels}.")
+    threshold = config.get('reject_threshold', 0.)
+    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        raise InputError(f"{source} is damaged: its 'reject_threshold' is {threshold!r}, expected a probability.")
     num_classes = config.get('num_classes', cfg.get('num_classes'))
     if num_classes is None:
         return

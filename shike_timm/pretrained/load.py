@@ -43,6 +43,7 @@ class TrainedModel:
     class_names: Optional[List[str]] = None  # Class names in label order.
     shot_counts: Optional[List[int]] = None  # Images of each class that decide its shot division.
     run_folder: Optional[str] = None  # Run folder of the training.
+    reject_threshold: Optional[float] = None  # Probability below which the class of an image is unknown.
     options: Dict[str, Any] = field(default_factory=dict)  # Options of the training that concern the preprocessing.
 
 
@@ -66,7 +67,7 @@ def _from_name(name: str, pretrained: bool) -> TrainedModel:
     run_folder = str(Path(name.partition(':')[2]).absolute().parent) if name.startswith('local-dir:') else None
     return TrainedModel(
         name, model, counts, config.get('label_names'), config.get('shot_counts', counts), run_folder,
-        {key: config.get(key) for key in ('exif', 'pixel_range')})
+        config.get('reject_threshold'), {key: config.get(key) for key in ('exif', 'pixel_range')})
 
 
 def from_checkpoint(
@@ -100,12 +101,14 @@ def from_checkpoint(
         model = create_model(config, len(counts), preprocessing.channels, img_size=preprocessing.image_size)
         load_weights(model, weights, path)
         model.set_training_prior(counts, saved.get('classifier_prior'))
+        model.set_temperature(saved.get('temperature', 1.))
     except TypeError as error:
         raise InputError(f'{source} is damaged: {one_line(error)}.') from error
     except ValueError as error:
         raise InputError(str(error)) from error
     return TrainedModel(
-        path, model, counts, names, shot_counts, str(Path(path).absolute().parent.parent), vars(preprocessing))
+        path, model, counts, names, shot_counts, str(Path(path).absolute().parent.parent),
+        saved.get('reject_threshold'), vars(preprocessing))
 
 
 def load_trained_model(
@@ -134,6 +137,7 @@ def load_trained_model(
     if experts is not None:
         try:
             trained.model.set_experts(experts)
+            trained.reject_threshold = None  # It was chosen for all experts.
         except ValueError as error:
             raise InputError(f'--experts: {error}') from error
     return trained
@@ -170,5 +174,6 @@ def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:
                     raise ValueError(f"{'the model' if name in values else 'the file'} has no class '{name}'")
                 values = [values[name] for name in trained.class_names]
         trained.model.set_target_prior(values)
+        trained.reject_threshold = None  # It was chosen for the model's own prior.
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"--target-prior '{prior}' cannot be used: {one_line(error)}.") from error

@@ -1,4 +1,5 @@
 """Export of a model to a file that runs without this package. The file is compared with the model before it is kept."""
+import json
 import logging
 import os
 import tempfile
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import CONFIG_FILE
 from ..errors import InputError, one_line
+from ..files import read_json
 from ..pretrained.folder import export_model
 
 FILES = {'onnx': 'model.onnx', 'torchscript': 'model.torchscript.pt', 'torch-export': 'model.pt2'}
@@ -45,6 +47,24 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: Optional[in
     for node in program.graph.node:
         del node.metadata_props[:]  # This removes paths and source lines of this machine.
     onnx.save(program, path)
+
+
+def _write_metadata(path: Path, config: Dict[str, Any]) -> None:
+    """Put class names and configuration into an ONNX file, so that it serves alone."""
+    import onnx
+
+    program = onnx.load(path, load_external_data=False)
+    facts = dict(class_names=config.get('label_names'), config=config)
+    onnx.helper.set_model_props(program, {name: json.dumps(fact) for name, fact in facts.items() if fact})
+    onnx.save(program, path)
+
+
+def read_metadata(path: Union[str, Path]) -> Dict[str, Any]:
+    """The configuration in an ONNX file, that of `config.json`. Empty in files of earlier versions."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    return json.loads(session.get_modelmeta().custom_metadata_map.get('config', '{}'))
 
 
 def _write(model: nn.Module, images: Tensor, path: Path, format: str, opset: Optional[int]) -> None:
@@ -133,6 +153,8 @@ def save_exported(
         saved = Path(temporary, 'saved')
         export_model(model, saved, data_config, **facts)
         (saved / CONFIG_FILE).rename(inside / CONFIG_FILE)
+        if format == 'onnx':
+            _write_metadata(path, read_json(inside / CONFIG_FILE))
         folder.parent.mkdir(parents=True, exist_ok=True)
         inside.rename(folder)
     return difference

@@ -19,6 +19,7 @@ from ..pretrained.folder import find_model, read_config
 from ..pretrained.load import load_trained_model
 from ..training.folder import read_args, read_metrics
 from .card import model_card
+from .export import find_place
 
 REPORT_TABLE = 'classes.csv'
 REPORT_FILES = ('class_counts.png', 'class_accuracy.png', REPORT_TABLE)
@@ -33,6 +34,8 @@ class PublishConfig:
     repo_id: str = option(None, 'name on the Hub', 'USER/NAME', required=True)
     private: bool = option(False, 'make the repository private')
     update: bool = option(False, 'replace what is already published under the name')
+    dry_run: Optional[str] = option(
+        None, 'write the card and all files to this new folder instead, without the Hub', 'FOLDER')
     report: Optional[str] = option(
         None, 'folder that shike report wrote of the model; two of its figures and the table of classes go along with '
         'the card; RUN/report by default, if it exists', 'DIR')
@@ -125,7 +128,9 @@ def _prepare_repo(api: HfApi, config: PublishConfig, card: ModelCard) -> Optiona
 
 
 def publish(config: PublishConfig) -> str:
-    """Publish a model with its card, and give its URL."""
+    """Publish a model with its card, and give its URL; or write them to the folder of a dry run, and give that."""
+    if config.dry_run:
+        find_place(Path(config.dry_run))
     try:
         validate_repo_id(config.repo_id)
         if '/' not in config.repo_id:
@@ -141,6 +146,16 @@ def publish(config: PublishConfig) -> str:
     report = find_report(config.report, folder, model_config, list(metrics.values())[-1] if metrics else {})
     card = model_card(
         config.repo_id, model, model_config, metrics, run_args, config.license, with_report=bool(report))
+    files: Dict[str, Any] = {
+        WEIGHTS_FILE: folder / WEIGHTS_FILE, CONFIG_FILE: json.dumps(model_config, indent=2).encode(),
+        'README.md': str(card).encode(), **{path.name: path for path in report}}
+    if config.dry_run:
+        for name, content in files.items():
+            place = Path(config.dry_run, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        print(f"{config.dry_run} - holds what would be published as '{config.repo_id}': {', '.join(files)}")
+        return config.dry_run
     if not re.fullmatch('[!-~]+', get_token() or ''):  # An error about other characters would show the token.
         raise InputError(
             "There is no token for the Hub, or it is not valid: log in with 'hf auth login --force', or set "
@@ -153,12 +168,7 @@ def publish(config: PublishConfig) -> str:
     try:
         parent = _prepare_repo(api, config, card)
         print(f'Uploading {(folder / WEIGHTS_FILE).stat().st_size / 1e6:.1f} MB to {url}', flush=True)
-        additions = [
-            CommitOperationAdd(WEIGHTS_FILE, folder / WEIGHTS_FILE),
-            CommitOperationAdd(CONFIG_FILE, json.dumps(model_config, indent=2).encode()),
-            CommitOperationAdd('README.md', str(card).encode()),
-            *(CommitOperationAdd(path.name, path) for path in report),
-        ]
+        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
         api.create_commit(
             config.repo_id, additions, commit_message='Publish model with shike-timm', parent_commit=parent)
     except InputError:

@@ -37,7 +37,8 @@ class Analysis:
     def __init__(self, saved: SavedLogits):
         num_images, num_experts, num_classes = saved.logits.shape
         subsets = all_subsets(num_experts) if num_experts <= MOST_EXPERTS else []
-        evaluator = ExpertEvaluator(num_experts, saved.shots.tolist(), subsets=subsets)
+        evaluator = ExpertEvaluator(
+            num_experts, saved.shots.tolist(), subsets=subsets, threshold=saved.reject_threshold)
         log_prior = torch.from_numpy(saved.class_counts / saved.class_counts.sum()).clamp(min=1e-12).log().float()
         parts, size = [], max(_CHUNK // (num_classes * num_experts), 1)
         for start in range(0, num_images, size):

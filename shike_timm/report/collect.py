@@ -51,7 +51,9 @@ def collect(
     paths, open_image = _images(data, len(targets))
     counts = np.array(trained.class_counts)
     divisions = shot_numbers(trained.shot_counts or counts.tolist(), shots)
-    return SavedLogits(logits, targets, paths, names, counts, divisions, open_image=open_image, **fields)
+    return SavedLogits(
+        logits, targets, paths, names, counts, divisions, open_image=open_image,
+        reject_threshold=trained.reject_threshold, **fields)
 
 
 def _reduced_models(model: Shike) -> Iterator[Tuple[Tuple[int, ...], Shike]]:

@@ -17,7 +17,16 @@ from ..devices import DeviceConfig
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..files import check_results_file, write_text, write_whole
-from ..metrics import ShotConfig, all_subsets, balanced_over, evaluate, format_classes, format_subsets, format_table
+from ..metrics import (
+    ShotConfig,
+    all_subsets,
+    balanced_over,
+    evaluate,
+    format_classes,
+    format_subsets,
+    format_table,
+    rejection,
+)
 from ..models.create import resolve_data_config
 from ..options import HparamsConfig, check_file_values, checked, complete, option, options
 from ..pretrained.load import (
@@ -174,7 +183,8 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     subsets = all_subsets(model.num_experts) if config.expert_subsets else ()
     kept = [] if config.save_logits or config.report else None
     metrics = evaluate(
-        model, loader, shot_counts, device, subsets, config.flip, per_class=True, shots=config, kept=kept)
+        model, loader, shot_counts, device, subsets, config.flip, per_class=True, shots=config, kept=kept,
+        threshold=trained.reject_threshold)
     metrics.update(per_class=dict(names=names, class_counts=counts, **metrics['per_class']))
     if rank():
         return metrics
@@ -182,6 +192,7 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     print(format_classes(metrics['per_class'], names or [str(c) for c in range(len(counts))], counts))
     print(format_table({'': metrics}), flush=True)
     _logger.info(balanced_over(metrics, len(counts)))
+    _logger.info(rejection(metrics['reject'], known=trained.reject_threshold is not None))
     _log_long_tail(metrics)
     passes = 2 if config.flip else 1
     try:

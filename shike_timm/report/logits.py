@@ -29,6 +29,7 @@ class SavedLogits:
     name: str = 'model'
     run: Optional[Path] = None  # the run folder of the model
     open_image: Optional[Callable[[int], Image.Image]] = None  # opens the image of an index. None: by its path
+    reject_threshold: Optional[float] = None  # probability below which the class of an image is unknown
 
     def __post_init__(self):
         self.class_counts = np.asarray(self.class_counts, dtype=np.int64)
@@ -59,7 +60,8 @@ def save_logits(path: Union[str, Path], saved: SavedLogits) -> None:
     arrays = {key: getattr(saved, key) for key in _ARRAYS}
     arrays.update(
         paths=np.array(saved.paths, dtype=str), class_names=np.array(saved.class_names, dtype=str),
-        costs=json.dumps(saved.costs))
+        costs=json.dumps(saved.costs), **(
+            {} if saved.reject_threshold is None else dict(reject_threshold=saved.reject_threshold)))
     with write_whole(path, 'wb') as file:
         np.savez(file, **arrays)
 
@@ -72,6 +74,7 @@ def load_logits(path: Union[str, Path]) -> SavedLogits:
     try:
         with np.load(path, allow_pickle=False) as file:
             logits, targets, paths, names, counts, shots, costs = (file[key] for key in _ARRAYS)
+            threshold = float(file['reject_threshold']) if 'reject_threshold' in file else None
         num_images, _, num_classes = logits.shape
         for array, kinds, shape in (
                 (logits, 'f', (num_images, max(logits.shape[1], 1), max(num_classes, 1))),
@@ -91,4 +94,4 @@ def load_logits(path: Union[str, Path]) -> SavedLogits:
     run = path.parent if (path.parent / 'summary.csv').exists() else None
     return SavedLogits(
         logits.astype(np.float32, copy=False), targets, paths.tolist(), names.tolist(), counts, shots, costs, path.stem,
-        run)
+        run, reject_threshold=threshold)

@@ -86,15 +86,8 @@ def create_optimizer(config: OptimizerConfig, lr: float, model: nn.Module) -> to
 def create_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, phase: Phase) -> Scheduler:
     """timm's scheduler of a phase: a linear warm-up, then the schedule over the remaining epochs."""
     scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=phase.epochs - phase.warmup_epochs,
-        warmup_epochs=phase.warmup_epochs,
-        warmup_lr=phase.warmup_lr,
-        warmup_prefix=True,
-        min_lr=config.min_lr,
-        decay_epochs=config.decay_epochs,
-        decay_rate=config.decay_rate,
-    )
+        optimizer, sched=config.sched, num_epochs=phase.epochs - phase.warmup_epochs,
+        warmup_epochs=phase.warmup_epochs, warmup_lr=phase.warmup_lr, warmup_prefix=True, min_lr=config.min_lr,
+        decay_epochs=config.decay_epochs, decay_rate=config.decay_rate)
     assert scheduler is not None  # The name is one of the choices.
     return scheduler

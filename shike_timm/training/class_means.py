@@ -1,5 +1,5 @@
 """Classifiers that begin at the class means of the features."""
-from typing import Any, Callable, Iterable, Tuple
+from typing import Any, Iterable, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -7,19 +7,18 @@ from torch import Tensor
 
 from ..distributed import over_processes
 from ..models import Shike
-from .signals import Interrupted
+from .signals import StopFlag
 from .tasks import expert_features
 
 
 @torch.no_grad()
 def class_means(
-        model: Shike, loader: Iterable[Tuple[Tensor, Tensor]], stopped: Callable[[], int] = lambda: 0,
-) -> Tuple[Tensor, Tensor, Tensor]:
+        model: Shike, loader: Iterable[Tuple[Tensor, Tensor]], stop: StopFlag) -> Tuple[Tensor, Tensor, Tensor]:
     """Per expert, the normalised mean of each class's normalised features, over the images of all processes.
 
     The model runs in eval mode and float32, so that no image depends on the others of its batch. The results are means
     [M, C, D], zero for classes without images, images of each class [C] and the mean norm of each expert's features
-    [M], in float64 on the CPU. `stopped` gives the number of the signal that asked for a stop, 0 for none.
+    [M], in float64 on the CPU.
     """
     num_experts, num_classes = model.num_experts, model.num_classes
     width = model.head_hidden_size // num_experts
@@ -30,8 +29,7 @@ def class_means(
     was_training = model.training
     model.eval()
     for images, target in loader:
-        if stopped():
-            raise Interrupted(stopped())
+        stop.check()
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         features = model.forward_head(expert_features(model, images), pre_logits=True)
@@ -45,9 +43,9 @@ def class_means(
     return F.normalize(sums.transpose(0, 1), dim=-1), counts, norms / counts.sum()
 
 
-def begin_at_class_means(model: Shike, loader: Iterable[Tuple[Tensor, Tensor]], stopped: Callable[[], int]) -> int:
+def begin_at_class_means(model: Shike, loader: Iterable[Tuple[Tensor, Tensor]], stop: StopFlag) -> int:
     """Let the classifiers of classes with images begin at the means of `class_means`. Give the number of images."""
-    means, counts, norms = class_means(model, loader, stopped)
+    means, counts, norms = class_means(model, loader, stop)
     classifier: Any = model.get_classifier()
     classifier.set_class_means(means, counts > 0, norms)
     return int(counts.sum())

@@ -131,6 +131,9 @@ class LoopConfig:
         None, 'also keep the checkpoint with the best value of this metric, as model_best.pth.tar. The evaluation set '
         'then chooses it.', choices=('loss', 'top1', 'top5', 'balanced', 'many', 'medium', 'few', 'ece'),
         may_change=True, card='never')
+    calibrate: bool = option(
+        False, 'after the last epoch of each stage of training, fit one temperature to the evaluation images, which '
+        'divides the logits so that probabilities fit accuracies. The model keeps it', card='changed')
     checkpoint_hist: int = option(
         2, 'checkpoints to keep of each stage of training', low=1, may_change=True, card='never')
     recovery_interval: Optional[int] = option(

@@ -3,7 +3,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..models import Shike
 from ..options import options
 from .config import RunConfig
-from .signals import Interrupted
+from .signals import StopFlag
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def _digest(model: Shike, data: Any, config: RunConfig, data_config: Dict[str, A
 
 def _write_views(
         features: np.ndarray, model: Shike, data: Any, config: RunConfig, data_config: Dict[str, Any],
-        device: torch.device, stopped: Callable[[], int]) -> None:
+        device: torch.device, stop: StopFlag) -> None:
     """Fill the features [N, V, F]: the plain images, the mirrored ones, and then augmented ones."""
     batch_size, num_views = config.validation_batch_size or config.batch_size, features.shape[1]
     plain = create_eval_loader(data, data_config, batch_size, device, config.workers, config.device_data)
@@ -78,8 +78,7 @@ def _write_views(
                 loader.sampler.seed = config.seed * num_views + view
                 order = loader.sampler.draw()[0].numpy()
             for images, _ in loader:
-                if stopped():
-                    raise Interrupted(stopped())
+                stop.check()
                 batches = (images,) if view else (images, images.flip(3))[:num_views]
                 for i, batch in enumerate(batches, view):
                     pooled = model.pool_levels(batch).clamp(-LARGEST, LARGEST)
@@ -110,11 +109,10 @@ def standardise(model: Shike, features: np.ndarray) -> None:
 @torch.no_grad()
 def cached_features(
         folder: Path, model: Shike, data: Any, config: RunConfig, data_config: Dict[str, Any], device: torch.device,
-        stopped: Callable[[], int]) -> np.ndarray:
+        stop: StopFlag) -> np.ndarray:
     """Pooled features [N, V, F] of the training images in float16, memory-mapped from a file of the output folder.
 
-    All runs of the folder with the same trunk, images and preprocessing share the file. `stopped` gives the number of
-    the signal that asked for a stop, 0 for none.
+    All runs of the folder with the same trunk, images and preprocessing share the file.
     """
     shape = len(data), config.cache_features or 1, sum(model.level_widths)
     path = folder / f'features-{_digest(model, data, config, data_config)[:16]}.npy'
@@ -125,7 +123,7 @@ def cached_features(
         try:
             features = np.lib.format.open_memmap(unfinished, 'w+', np.float16, shape)
             model.eval()
-            _write_views(features, model, data, config, data_config, device, stopped)
+            _write_views(features, model, data, config, data_config, device, stop)
             features.flush()
             unfinished.rename(path)
         except OSError as error:

@@ -60,19 +60,19 @@ def _resume_points(config: TrainConfig, folder: Path) -> List[Tuple[int, Path]]:
     return points
 
 
-def read_newest(config: TrainConfig, folder: Path) -> Tuple[int, Optional[Path], Optional[Dict[str, Any]]]:
-    """Phase number, path and content of the newest whole checkpoint, or 1, None and None if there is none."""
+def read_newest(config: TrainConfig, folder: Path) -> Tuple[int, Optional[Dict[str, Any]]]:
+    """Phase number and content of the newest whole checkpoint, or 1 and None if there is none."""
     points = _resume_points(config, folder)
     for number, path in points:
         try:
-            return number, path, _read_to_resume(path, config, folder)
+            return number, _read_to_resume(path, config, folder)
         except DamagedError as error:
             if path == points[-1][1]:
                 raise
             _logger.warning(f'{error} The one before is used.')
     if (folder / PHASES[1]).exists():
         raise InputError(f"'{folder}' is of a retraining that has saved nothing yet: remove it and retrain again.")
-    return 1, None, None
+    return 1, None
 
 
 def changed_option(config: TrainConfig, before: Mapping[str, Any]) -> Optional[Option]:

@@ -12,12 +12,12 @@ from timm.models import safe_model_name
 from torch import nn
 
 from ..checkpoints import load_weights, model_weights
-from ..data import TrainingData, create_eval_loader, create_train_loader, load_training_data
+from ..data import create_eval_loader, create_train_loader, load_training_data
 from ..distributed import join_processes, local_primary_first, world_size
 from ..errors import InputError
 from ..metrics import SHOTS, shot_divisions
 from ..models import Shike
-from ..models.create import create_model, resolve_data_config, with_backbone_weights
+from ..models.create import create_model, resolve_data_config
 from ..models.lora import add_lora
 from ..pretrained.load import from_checkpoint, with_trained_options
 from ..pretrained.start import load_start, start_from
@@ -25,7 +25,7 @@ from ..pretrained.teacher import load_teacher
 from .build import check_compiler
 from .config import RetrainConfig, RunConfig, TrainConfig
 from .phases import Phase, plan_phases
-from .resume import read_newest, run_folder, saved_args, warn_of_changes
+from .resume import read_newest, run_folder, saved_args
 from .step import seed_all
 from .trackers import check_trackers
 from .trainer import Trainer
@@ -34,45 +34,36 @@ _logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> Dict[str, Any]:
-    """Train stage one and, unless `crt_epochs` is 0, retrain the classifiers.
+    """Train stage one and, unless `crt_epochs` is 0, retrain the classifiers. Give what `metrics.json` holds.
 
-    Returns:
-        Metrics and seconds by phase, `stage_one` and `stage_two`, which `metrics.json` holds too.
-
-    Raises:
-        InputError: If anything given cannot work. Nothing has been written then.
-        Interrupted: If a signal stopped the run.
-        NonFiniteError: If the loss or the weights stopped being finite.
+    An option that cannot work is an InputError, and nothing has been written then. Interrupted means that a signal
+    stopped the run, NonFiniteError that the loss or the weights stopped being finite.
     """
+    config = replace(config, experiment=config.experiment or default_experiment(config))
     device = join_processes(config.device)
-    config = with_backbone_weights(config)
     phases = plan_phases(config)
     config = replace(config, crt_epochs=sum(phase.epochs for phase in phases[1:]))
-    checkpoint = path = folder = None
+    checkpoint = folder = None
     if config.resume is not None:
         folder = Path(run_folder(config) or '')
         config = replace(config, output=str(folder.parent), experiment=folder.name)
-        number, path, checkpoint = read_newest(config, folder)
+        number, checkpoint = read_newest(config, folder)
         if number > len(phases):
             raise InputError(f"Stage two of '{folder}' has begun, which --crt-epochs 0 leaves out: drop it.")
         phases = phases[number - 1:]
-    config = replace(config, experiment=config.experiment or default_experiment(config))
     if config.pretrained_backbone and config.fusion_type is None and checkpoint is None:
         config = replace(config, fusion_type='residual')
-    saved, start = saved_args(checkpoint or {}), None
+    class_names, start = saved_args(checkpoint or {}).get('class_names'), None
     if checkpoint is None:
         start = load_start(config, config)
         config = with_trained_options(config, start) if start is not None else config
         if start is None and config.exif is None and not config.dataset:  # Benchmarks and old models turn no images.
             config = replace(config, exif=True)
-    trainer = prepare(config, phases, device, checkpoint is None, saved.get('class_names'), folder)
+    trainer = prepare(config, phases, device, checkpoint is None, class_names, folder)
     if start is not None:
         start_from(trainer.model, start, trainer.data.class_names)
     if config.lora and not phases[0].is_retraining:
         add_lora(trainer.model, config.lora, trainer.data_config['input_size'])
-    if checkpoint is not None:
-        load_weights(trainer.model, checkpoint['state_dict'], path or '')
-        warn_of_changes(trainer.data, saved.get('class_counts'))
     return trainer.train(config.resume is not None, checkpoint)
 
 
@@ -132,7 +123,14 @@ def prepare(
     if 1 < share < config.batch_size:
         _logger.warning(f'--batch-size {config.batch_size} exceeds the training images: it is lowered to {share}.')
         config = replace(config, batch_size=share)
-    _check_eval_metric(config, data)
+    if config.eval_metric in SHOTS:
+        classes = shot_divisions(data.shot_counts, config)[config.eval_metric]
+        if data.test.class_counts:
+            classes = classes & (torch.tensor(data.test.class_counts) > 0)
+        if not classes.any():
+            raise InputError(
+                f'No class of the evaluation data is in the division of --eval-metric {config.eval_metric}: choose '
+                'another metric.')
     seed_all(config.seed, 1, -1)
     model = create_model(config, data.num_classes, config.channels, fresh, config.image_size).to(device)
     if config.recovery_interval and data.train.is_stream:
@@ -161,18 +159,6 @@ def default_experiment(config: RunConfig) -> str:
     """The name of a run that is given none."""
     dataset = (config.dataset or 'folder').replace('/', '_')
     return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3], safe_model_name(config.model), dataset])
-
-
-def _check_eval_metric(config: RunConfig, data: TrainingData) -> None:
-    if config.eval_metric not in SHOTS:
-        return
-    classes = shot_divisions(data.shot_counts, config)[config.eval_metric]
-    if data.test.class_counts:
-        classes = classes & (torch.tensor(data.test.class_counts) > 0)
-    if not classes.any():
-        raise InputError(
-            f"No class of the evaluation data is in the division of --eval-metric {config.eval_metric}: choose another "
-            'metric.')
 
 
 def _check_retraining(config: RetrainConfig, saved: Dict[str, Any], same_classes: bool) -> None:

@@ -2,7 +2,7 @@
 import logging
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ..metrics import ExpertEvaluator
 from ..models.classifiers import COSINE_SCALE, cosines
 from .config import RunConfig
 from .features import READ_AT_ONCE, statistics
-from .signals import Interrupted
+from .signals import StopFlag
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _fit(fold: _Fold, labels: Tensor, class_counts: Tensor, candidate: Candidate
 
 
 def search(
-        features: np.ndarray, data: Any, widths: Sequence[int], config: RunConfig, stopped: Callable[[], int],
+        features: np.ndarray, data: Any, widths: Sequence[int], config: RunConfig, stop: StopFlag,
 ) -> List[Dict[str, Any]]:
     """Try experts on training images that are set aside, and give all candidates, the best one first.
 
@@ -106,8 +106,7 @@ def search(
     learning rate for the best ones. The best one has the highest balanced accuracy over three folds. Top-1 would be
     that of the large classes.
 
-    `features` [N, V, F] are the pooled ones of V views of each training image, `widths` the F of each level. `stopped`
-    gives the number of the signal that asked for a stop, 0 for none.
+    `features` [N, V, F] are the pooled ones of V views of each training image, `widths` the F of each level.
     """
     numbers, labels = _folds(data, config.seed), torch.as_tensor(data.targets, dtype=torch.int64)
     num_classes = len(data.class_names)
@@ -119,8 +118,7 @@ def search(
     def attempt(candidate: Candidate) -> None:
         evaluator = ExpertEvaluator(len(candidate.levels), [0] * num_classes, torch.device('cpu'))
         for fold in folds:
-            if stopped():
-                raise Interrupted(stopped())
+            stop.check()
             counts = torch.bincount(labels[fold.rows], minlength=num_classes).clamp_min(1).float()
             weight = _fit(fold, labels, counts, candidate, config)
             for rows in np.array_split(fold.held, -(-len(fold.held) // READ_AT_ONCE)):

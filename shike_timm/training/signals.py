@@ -22,6 +22,11 @@ class StopFlag:
 
     signum: int = 0
 
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal asked for a stop."""
+        if self.signum:
+            raise Interrupted(self.signum)
+
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:

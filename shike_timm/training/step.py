@@ -32,31 +32,15 @@ def seed_all(seed: int, phase: int, epoch: int, part: int = 0) -> None:
 
 
 def train_step(
-        task: TrainingTask,
-        images: Tensor,
-        target: Tensor,
-        optimizer: torch.optim.Optimizer,
-        config: StepConfig,
-        autocast: Optional[torch.dtype] = None,
-        loss_scaler: Optional[NativeScaler] = None,
-        update: bool = True,
+        task: TrainingTask, images: Tensor, target: Tensor, optimizer: torch.optim.Optimizer, config: StepConfig,
+        autocast: Optional[torch.dtype] = None, loss_scaler: Optional[NativeScaler] = None, update: bool = True,
         num_updates: Optional[int] = None,
 ) -> Dict[str, Tensor]:
-    """Train on one batch. Only loss scaling with an optimizer that is not fused waits for the device.
+    """Train on one batch of images [B, C, H, W], and give what the task returns, `loss` among it.
 
-    Args:
-        task: What to train.
-        images: Images [B, C, H, W].
-        target: What the task takes as target.
-        optimizer: Optimizer of the task's parameters.
-        config: Options of a step.
-        autocast: Data type of autocast, None for none.
-        loss_scaler: Loss scaling, for float16.
-        update: Whether this is the last batch of an update. The gradients of the others are only added up.
-        num_updates: Updates of the phase so far, this one included. The decay of the averaged weights depends on it.
-
-    Returns:
-        What the task returns, `loss` among it.
+    Unless this is the last batch of an `update`, the gradients are only added up. `num_updates` counts the updates of
+    the phase, this one included. The decay of the averaged weights depends on it. Only loss scaling with an optimizer
+    that is not fused waits for the device.
     """
     mixed = torch.autocast(task.device.type, dtype=autocast) if autocast else nullcontext()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format

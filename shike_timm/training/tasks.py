@@ -39,7 +39,6 @@ class ExpertTask(TrainingTask):
     Evaluation sees the bare model. Beyond the loss, a trained model can teach every expert.
 
     Args:
-        model: The SHIKE model to train.
         loss: From expert logits [B, M, C] and a target to a scalar, or to a named tuple of scalars that begins with
             the total.
         late_loss: Loss for the last epochs, None for the same one.
@@ -47,13 +46,10 @@ class ExpertTask(TrainingTask):
         freeze_features: Build no graph below the classifiers.
         trunk_grad: Gradient of the shared stages: the 'sum' of what the experts send, as their losses are summed, or
             the 'mean', with which the trunk learns as fast as that of one network.
-        teacher_model: Trained model of the same classes, or its name. Its logits are distilled into each expert. It
-            stays in eval mode and is not trained.
-        distill_loss_weight: Weight of the distillation.
-        temperature: Temperature of the distillation.
-        mean: Channel means that the images are normalized with (default: those of the model's configuration).
-        std: Channel standard deviations that the images are normalized with (default: likewise).
-        device: Device for the task.
+        teacher_model: Trained model of the same classes, or its name. Its logits are distilled into each expert, at a
+            weight `distill_loss_weight` and a temperature. It stays in eval mode and is not trained.
+        mean: Channel means that the images are normalized with (default: those of the model's configuration). The
+            deviations `std` likewise.
     """
 
     trainable_module: nn.Module
@@ -154,25 +150,14 @@ class ExpertTask(TrainingTask):
 
 
 class RepresentationTask(ExpertTask):
-    """Stage one of SHIKE: cross-entropy, dynamic knowledge transfer and mutual distillation (Eq. 10).
+    """Stage one of SHIKE: cross-entropy, dynamic knowledge transfer `nt` and mutual distillation `mu` (Eq. 10).
 
-    Args:
-        model: The SHIKE model to train, all of it.
-        alpha: Weight of dynamic knowledge transfer, `nt`.
-        beta: Weight of mutual distillation, `mu`.
-        detach_teacher: Stop gradients through the teacher of dynamic knowledge transfer.
-        smoothing: Label smoothing.
-        **kwargs: Arguments of `ExpertTask`.
+    Arguments are those of `shike_timm.losses.representation_loss` and of `ExpertTask`.
     """
 
     def __init__(
-            self,
-            model: Shike,
-            alpha: float = 0.1,
-            beta: float = 0.01,
-            detach_teacher: bool = False,
-            smoothing: float = 0.,
-            **kwargs: Any,
+            self, model: Shike, alpha: float = 0.1, beta: float = 0.01, detach_teacher: bool = False,
+            smoothing: float = 0., **kwargs: Any,
     ):
         loss = partial(
             representation_loss, alpha=alpha, beta=beta, detach_teacher=detach_teacher, smoothing=smoothing)
@@ -182,23 +167,13 @@ class RepresentationTask(ExpertTask):
 class ClassifierRetrainingTask(ExpertTask):
     """Stage two: new classifiers trained with balanced softmax, everything else frozen (Eq. 11).
 
-    The model gets new classifiers when the task is made. BatchNorm statistics keep updating.
-
-    Args:
-        model: A SHIKE model after stage one.
-        class_counts: Training images of each class [C], all positive.
-        device: Device for the task.
-        smoothing: Label smoothing.
-        cosine_scale: As in `Shike.reset_classifier`.
+    The model gets new classifiers when the task is made, with `cosine_scale` as in `Shike.reset_classifier`. BatchNorm
+    statistics keep updating. `class_counts` are the training images of each class [C], all positive.
     """
 
     def __init__(
-            self,
-            model: Shike,
-            class_counts: Sequence[int],
-            device: Optional[torch.device] = None,
-            smoothing: float = 0.,
-            cosine_scale: Optional[float] = None,
+            self, model: Shike, class_counts: Sequence[int], device: Optional[torch.device] = None,
+            smoothing: float = 0., cosine_scale: Optional[float] = None,
     ):
         model.requires_grad_(False)
         model.reset_classifier(model.num_classes, cosine_scale=cosine_scale)

@@ -18,17 +18,17 @@ import torch.distributed as dist
 from filelock import FileLock
 from timm.optim.lookahead import Lookahead
 from timm.task import DistillationTeacher
-from timm.utils import NativeScaler, update_summary
+from timm.utils import NativeScaler, distribute_bn, update_summary
 from timm.utils.summary import trim_summary
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoints import StageSaver
+from ..checkpoints import StageSaver, load_weights, saved_args
 from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoch
 from ..data.sampler import EpochSampler
-from ..distributed import Vote, equal_statistics, on_primary, over_processes, rank, world_size
-from ..files import write_text
-from ..metrics import METRICS, balanced_over, evaluate, format_classes, format_table
+from ..distributed import Vote, gather, on_primary, over_processes, rank, world_size
+from ..files import named_errors, write_text
+from ..metrics import METRICS, balanced_over, evaluate, fit_temperature, format_classes, format_table, rejection
 from ..models import Shike
 from ..models.create import create_model
 from ..models.lora import merge_lora
@@ -41,6 +41,7 @@ from .folder import check_folder, claim_folder, read_metrics, save_args
 from .methods import TaskInputs, create_task
 from .phases import PHASES, Phase
 from .progress import progress_bar, read_summary
+from .resume import warn_of_changes
 from .search import search
 from .signals import Interrupted, StopFlag, stop_signals
 from .step import Done, NonFiniteError, seed_all, train_step
@@ -78,6 +79,9 @@ class Trainer:
 
     def train(self, resumed: bool = False, checkpoint: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
         """Train all phases, the first from a checkpoint if there is one. Write and give the metrics of each by name."""
+        if checkpoint is not None:
+            load_weights(self.model, checkpoint['state_dict'], self.folder)
+            warn_of_changes(self.data, saved_args(checkpoint).get('class_counts'))
         self.start(self.phases[0])  # A wrong option fails here, before there is a folder.
         on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
@@ -89,7 +93,7 @@ class Trainer:
             on_primary(self.data.write_split_lists, self.folder)
             if self.before:
                 on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
-            with self._failures_explained():
+            with named_errors(self.folder), self._failures_explained():
                 if self.config.cache_features:
                     self._use_features(fresh=checkpoint is None)
                 for phase in self.phases:
@@ -98,11 +102,13 @@ class Trainer:
                     metrics[phase.name] = self._train_phase(checkpoint)
                     checkpoint = None
                     on_primary(write_text, path, json.dumps(metrics, indent=2) + '\n')
-        on_primary(self._write_model)
+        last = metrics[self.phase.name]
+        on_primary(self._write_model, last['reject']['threshold'])
         if rank() == 0:
             print(format_classes(self.per_class, self.data.class_names, self.data.class_counts))
             print(format_table(metrics), flush=True)
-            _logger.info(balanced_over(metrics[self.phase.name], self.data.num_classes))
+            _logger.info(balanced_over(last, self.data.num_classes))
+            _logger.info(rejection(last['reject'], known=True))
         self._log_change(metrics)
         _logger.info(f'Run folder: {self.folder}')
         return metrics
@@ -123,9 +129,9 @@ class Trainer:
         """Train on cached features instead of images. In a fresh run, choose the experts first if that is asked for."""
         data = self.data.train
         features = cached_features(
-            self.folder.parent, self.model, data, self.config, self.data_config, self.device, lambda: self.stop.signum)
+            self.folder.parent, self.model, data, self.config, self.data_config, self.device, self.stop)
         if fresh and self.config.search:
-            found = search(features, data, self.model.level_widths, self.config, lambda: self.stop.signum)
+            found = search(features, data, self.model.level_widths, self.config, self.stop)
             write_text(self.folder / 'search.json', json.dumps(found, indent=2) + '\n')
             best = {key: found[0][key] for key in ('levels', 'cosine_scale', 'lr')}
             _logger.info(
@@ -207,7 +213,7 @@ class Trainer:
         seed_all(config.seed, self.phase.number, -1)
         if self.data.train.is_stream:
             set_stream_epoch(loader, self.phase.first_row, int(torch.randint(2 ** 62, ())))
-        num_images = begin_at_class_means(self.model, loader, lambda: self.stop.signum)
+        num_images = begin_at_class_means(self.model, loader, self.stop)
         if config.model_ema:
             self._eval_model(ema=True).load_state_dict(self.model.state_dict())
         _logger.info(
@@ -231,24 +237,13 @@ class Trainer:
         config = self.config
         folder = self.folder / self.phase.name
         on_primary(partial(folder.mkdir, exist_ok=True))
+        args = argparse.Namespace(
+            **vars(config), world_size=world_size(), class_counts=self.data.class_counts,
+            class_names=self.data.class_names, shot_counts=self.data.shot_counts, classifier_prior=self.phase.prior,
+            classifier_scale=self.model.cosine_scale)
         self.saver = StageSaver(
-            folder,
-            model=self.model,
-            optimizer=self.optimizer,
-            args=argparse.Namespace(
-                **vars(config),
-                world_size=world_size(),
-                class_counts=self.data.class_counts,
-                class_names=self.data.class_names,
-                shot_counts=self.data.shot_counts,
-                classifier_prior=self.phase.prior,
-                classifier_scale=self.model.cosine_scale,
-            ),
-            amp_scaler=self.loss_scaler,
-            task=self.task,
-            max_history=config.checkpoint_hist,
-            decreasing=config.eval_metric in ('loss', 'ece'),
-        )
+            folder, model=self.model, optimizer=self.optimizer, args=args, amp_scaler=self.loss_scaler, task=self.task,
+            max_history=config.checkpoint_hist, decreasing=config.eval_metric in ('loss', 'ece'))
         if checkpoint is None:
             on_primary(self.saver.save_last, -1)
             return
@@ -275,7 +270,7 @@ class Trainer:
             if epoch == phase.epochs - 1 or (epoch + 1) % config.val_interval == 0:
                 # The evaluation may fail, so the epoch is saved before it.
                 on_primary(self.saver.save_last, epoch - 1, asdict(done))
-                metrics = self._evaluate()
+                metrics = self._evaluate(last=epoch == phase.epochs - 1)
                 status += '  Eval: ' + '  '.join(
                     f'{key}: {metrics[key]}' for key in METRICS if metrics[key] is not None)
             left = (time.perf_counter() - start) / (epoch + 1 - first_epoch) * (phase.epochs - epoch - 1)
@@ -291,7 +286,7 @@ class Trainer:
                 metrics and config.eval_metric) else None)
             done = Done()
         if metrics is None:
-            metrics = self._evaluate()
+            metrics = self._evaluate(last=True)
         own = [row for row in read_summary(summary) if int(row['epoch']) >= phase.first_row]
         return dict(metrics, seconds=round(sum(float(row['train_seconds']) for row in own), 1))
 
@@ -310,8 +305,9 @@ class Trainer:
             self.task.train()
             end = min(done.step + part, num_steps)
             done, status = self._train_part(epoch, done, end)
-            averages = [self._eval_model(ema=True)] if self.task.has_ema() else []
-            equal_statistics(self._eval_model(), *averages, mode=config.dist_bn)
+            for ema in (False, True) if self.task.has_ema() else (False,):
+                if world_size() > 1:
+                    distribute_bn(self._eval_model(ema), world_size(), config.dist_bn == 'reduce')
             self._check_weights(epoch)
             if end < num_steps:
                 on_primary(self.saver.save_last, epoch - 1, asdict(done))
@@ -412,19 +408,41 @@ class Trainer:
         assert model is not None
         return model
 
-    def evaluate(self, model: nn.Module) -> Dict[str, Any]:
-        """Metrics of a model on the evaluation data."""
+    def evaluate(self, model: nn.Module, kept: Optional[List[Tuple[Tensor, Tensor]]] = None) -> Dict[str, Any]:
+        """Metrics of a model on the evaluation data, whose logits are `kept`."""
         metrics = evaluate(
-            model, self.eval_loader, self.data.shot_counts, self.device, per_class=True, shots=self.config)
+            model, self.eval_loader, self.data.shot_counts, self.device, per_class=True, shots=self.config,
+            kept=kept)
         self.per_class = metrics.pop('per_class')
         return metrics
 
-    def _evaluate(self) -> Dict[str, Any]:
-        """Metrics of the model, or of its moving average and, under `plain`, of the weights as trained."""
-        if not self.task.has_ema():
-            return self.evaluate(self._eval_model())
-        plain = self.evaluate(self._eval_model())
-        return dict(self.evaluate(self._eval_model(ema=True)), plain=plain)
+    def _evaluate(self, last: bool = False) -> Dict[str, Any]:
+        """Metrics of the model, or of its moving average and, under `plain`, of the weights as trained.
+
+        After the last epoch the temperature is fitted before, if that is asked for.
+        """
+        averaged = self.task.has_ema()
+        plain = dict(plain=self.evaluate(self._eval_model())) if averaged else {}
+        model = self._eval_model(ema=averaged)
+        if last and self.config.calibrate:
+            self._calibrate(model)
+        metrics = self.evaluate(model)
+        if last:  # The checkpoint of the epoch is saved after this.
+            vars(self.saver.args).update(
+                reject_threshold=metrics['reject']['threshold'], temperature=self.model.temperature)
+        return dict(metrics, **plain)
+
+    def _calibrate(self, model: nn.Module) -> None:
+        """Fit the temperature of a model to the evaluation data of all processes."""
+        kept: List[Tuple[Tensor, Tensor]] = []
+        before = self.evaluate(model, kept)['ece']
+        parts = gather([(logits.mean(1), targets) for logits, targets in kept])
+        temperature = fit_temperature(*(torch.cat(one) for one in zip(*parts)))
+        for one in (model, self.model):
+            one.set_temperature(temperature)
+        _logger.info(
+            f'Calibration: a temperature of {temperature:g} fits the evaluation images best. Without it their '
+            f'calibration error (ece) is {before} %.')
 
     @contextmanager
     def _own_folder(self, resumed: bool) -> Iterator[None]:
@@ -439,12 +457,13 @@ class Trainer:
             for lock in locks:
                 lock.release()
 
-    def _write_model(self) -> None:
+    def _write_model(self, reject_threshold: float) -> None:
         """Write the model folder and, where matplotlib is installed, the learning curves."""
         config, data = self.config, self.data
         export_model(
             self.model, self.folder / 'model', self.data_config, data.class_names, data.class_counts,
-            shot_counts=data.shot_counts, exif=config.exif, pixel_range=config.pixel_range)
+            shot_counts=data.shot_counts, reject_threshold=reject_threshold, exif=config.exif,
+            pixel_range=config.pixel_range)
         if find_spec('matplotlib') is not None:
             from .curves import write_curves
             write_curves(self.folder)
@@ -457,8 +476,6 @@ class Trainer:
         except (RuntimeError, OSError) as error:
             if any(self.folder.glob('*/last.pth.tar')):
                 _logger.error(f'The last checkpoint is kept. Go on with: shike train --resume {self.folder}')
-            if isinstance(error, OSError) and error.errno and error.filename is None:
-                error.filename = str(self.folder)  # The error of a full disk names no file.
             if self.stop.signum and not isinstance(error, Interrupted):
                 raise Interrupted(self.stop.signum) from error  # The workers of a loader got the signal too.
             if isinstance(error, ConnectionError):  # The pipe from a process that loads images broke.

@@ -60,9 +60,7 @@ def auto_augment(images: Tensor, generator: Optional[torch.Generator] = None) ->
 
 
 def augment_batch(
-        images: Tensor,
-        augmentation: AugmentationConfig,
-        generator: Optional[torch.Generator] = None,
+        images: Tensor, augmentation: AugmentationConfig, generator: Optional[torch.Generator] = None,
 ) -> Tensor:
     """Augment uint8 images [N, 3, H, W] as `create_train_transform` does. `why_not_batched` must give None."""
     num_images, _, height, width = images.shape

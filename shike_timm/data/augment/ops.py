@@ -35,10 +35,6 @@ def _levels(images: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.arange(256, device=images.device, dtype=dtype)
 
 
-def invert(images: Tensor, magnitude: Tensor) -> Tensor:
-    return 255 - images
-
-
 def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
     """Keep the `magnitude` highest bits."""
     mask = torch.bitwise_left_shift(255, 8 - magnitude.int()) & 255
@@ -48,14 +44,6 @@ def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
 def solarize(images: Tensor, magnitude: Tensor) -> Tensor:
     """Invert the pixels at or above the threshold `magnitude`."""
     return torch.where(images < magnitude.view(-1, 1, 1, 1), images, 255 - images)
-
-
-def brightness(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _blend(torch.zeros_like(images), images, 1 + magnitude)
-
-
-def color(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _blend(_grey(images), images, 1 + magnitude)
 
 
 def contrast(images: Tensor, magnitude: Tensor) -> Tensor:
@@ -120,22 +108,6 @@ def _affine(images: Tensor, a: Number, b: Number, c: Number, d: Number, e: Numbe
     return taken.where(inside[:, None], FILL)
 
 
-def shear_x(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _affine(images, 1., magnitude.double(), 0., 0., 1., 0.)
-
-
-def shear_y(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _affine(images, 1., 0., 0., magnitude.double(), 1., 0.)
-
-
-def translate_x(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _affine(images, 1., 0., -magnitude.trunc().double(), 0., 1., 0.)
-
-
-def translate_y(images: Tensor, magnitude: Tensor) -> Tensor:
-    return _affine(images, 1., 0., 0., 0., 1., -magnitude.trunc().double())
-
-
 def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
     """Rotate about the centre by `magnitude` degrees against the clock."""
     angle = -magnitude.double() * (math.pi / 180)
@@ -146,18 +118,18 @@ def rotate(images: Tensor, magnitude: Tensor) -> Tensor:
 
 OPS: Dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'AutoContrast': autocontrast,
-    'Brightness': brightness,
-    'Color': color,
+    'Brightness': lambda images, magnitude: _blend(torch.zeros_like(images), images, 1 + magnitude),
+    'Color': lambda images, magnitude: _blend(_grey(images), images, 1 + magnitude),
     'Contrast': contrast,
     'Equalize': equalize,
-    'Invert': invert,
+    'Invert': lambda images, magnitude: 255 - images,
     'Posterize': posterize,
     'Rotate': rotate,
     'Sharpness': sharpness,
-    'ShearX': shear_x,
-    'ShearY': shear_y,
+    'ShearX': lambda images, magnitude: _affine(images, 1., magnitude.double(), 0., 0., 1., 0.),
+    'ShearY': lambda images, magnitude: _affine(images, 1., 0., 0., magnitude.double(), 1., 0.),
     'Solarize': solarize,
-    'TranslateX': translate_x,
-    'TranslateY': translate_y,
+    'TranslateX': lambda images, magnitude: _affine(images, 1., 0., -magnitude.trunc().double(), 0., 1., 0.),
+    'TranslateY': lambda images, magnitude: _affine(images, 1., 0., 0., 0., 1., -magnitude.trunc().double()),
 }
 """Operations by torchvision's names, each from images [N, 3, H, W] and magnitudes [N] to images [N, 3, H, W]."""

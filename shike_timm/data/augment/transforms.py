@@ -30,9 +30,6 @@ class Cutout(torch.nn.Module):
         image[..., max(top, 0):max(top + self.size, 0), max(left, 0):max(left + self.size, 0)] = 0
         return image
 
-    def __repr__(self) -> str:
-        return f'{type(self).__name__}(size={self.size})'
-
 
 @dataclass
 class ShortenLong:
@@ -64,10 +61,8 @@ def create_eval_transform(data_config: Dict[str, Any]) -> transforms.Compose:
 
 
 def create_train_transform(
-        input_size: Tuple[int, int, int],
-        augmentation: AugmentationConfig,
-        mean: Tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
-        std: Tuple[float, ...] = IMAGENET_DEFAULT_STD,
+        input_size: Tuple[int, int, int], augmentation: AugmentationConfig,
+        mean: Tuple[float, ...] = IMAGENET_DEFAULT_MEAN, std: Tuple[float, ...] = IMAGENET_DEFAULT_STD,
 ) -> transforms.Compose:
     """Transform from PIL images to the uint8 tensors that timm's loader takes. Random erasing is left to the loader."""
     same_names = (

@@ -13,7 +13,7 @@ from ..dataset import ImageSource, Names
 from ..decode import open_image
 
 Member = Tuple[str, int, int]  # Name, first byte and length. The length of a folder is -1.
-DEEPEST = 10  # Archives in one another.
+DEEPEST = 10  # So many archives may lie in one another.
 
 
 class FolderImages(ImageSource):

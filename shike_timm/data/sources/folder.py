@@ -1,7 +1,6 @@
 """Your own images, in a folder, an archive or on lists: finds the images, their splits and their classes."""
 import os
 from collections import Counter
-from contextlib import suppress
 from functools import cached_property
 from typing import Dict, FrozenSet, List, Optional, Sequence, Tuple
 
@@ -31,34 +30,26 @@ def list_folder(root: str, hidden: Counter, unread: List[str]) -> Listing:
 
     Hidden names are counted, and folders that cannot be read are added to a list.
     """
+    def name_of(path: str) -> str:
+        return '' if path == root else os.path.relpath(path, root).replace(os.sep, '/')
+
+    def note(error: OSError) -> None:
+        if error.filename == root:
+            raise error
+        unread.append(name_of(error.filename))
+
     listed: Listing = {}
-    waiting: List[Tuple[str, FrozenSet[Tuple[int, int]]]] = [('', frozenset())]
-    while waiting:
-        folder, above = waiting.pop()
-        path = os.path.join(root, folder)
-        try:
-            status = os.stat(path)
-            if (status.st_dev, status.st_ino) in above:
-                continue
-            with os.scandir(path) as found:
-                entries = list(found)
-        except OSError:
-            if not folder:
-                raise
-            unread.append(folder)
+    around: Dict[str, FrozenSet[Tuple[int, int]]] = {}  # The folders around each folder, by device and inode.
+    for path, folders, files in os.walk(root, onerror=note, followlinks=True):
+        status, outer = os.stat(path), around.pop(path, frozenset())
+        place = status.st_dev, status.st_ino
+        if place in outer:
+            folders.clear()
             continue
-        above |= {(status.st_dev, status.st_ino)}
-        files = listed[folder] = []
-        for entry in entries:
-            is_folder = False
-            with suppress(OSError):  # The link may lead to itself.
-                is_folder = entry.is_dir()
-            if _is_hidden(entry.name):
-                hidden[entry.name] += 1
-            elif is_folder:
-                waiting.append((f'{folder}/{entry.name}' if folder else entry.name, above))
-            else:
-                files.append(entry.name)
+        hidden.update(filter(_is_hidden, (*folders, *files)))
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        around.update({os.path.join(path, name): outer | {place} for name in folders})
+        listed[name_of(path)] = [name for name in files if not _is_hidden(name)]
     return listed
 
 

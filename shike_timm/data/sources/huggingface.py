@@ -23,9 +23,6 @@ class _TableImages(ImageSource):
         image = self.reader.dataset[row][self.reader.image_key]
         return Image.open(io.BytesIO(image['bytes'])) if image['bytes'] else open_image(image['path'])
 
-    def stamp(self, row: int) -> str:
-        return f'{self.root}|{row}'
-
 
 @register_dataset('hfds/')
 class HuggingFaceSource(TimmSource):

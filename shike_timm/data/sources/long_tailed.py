@@ -13,7 +13,7 @@ from ..dataset import ImageSet, in_memory_set
 from ..holdout import hold_out_last
 from ..registry import DataSource, register_dataset
 
-DIGITS_TEST_IMAGES = 50  # Number of the last images of each class.
+DIGITS_TEST_IMAGES = 50  # So many last images of each class are the test images.
 
 
 def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_type: str = 'exp') -> List[int]:
@@ -39,9 +39,7 @@ def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_
 
 
 def long_tailed_indices(
-        targets: Union[Sequence[int], np.ndarray],
-        counts: Sequence[int],
-        seed: Optional[int] = None,
+        targets: Union[Sequence[int], np.ndarray], counts: Sequence[int], seed: Optional[int] = None,
 ) -> np.ndarray:
     """Positions of `counts[c]` images of each class c, in file order: its first ones without a seed.
 

@@ -16,10 +16,10 @@ class Backbone:
     stem: nn.Module  # Everything before the first shared stage.
     stages: List[nn.Module]  # The shared stages in order.
     last_stages: Sequence[nn.Module]  # The private stages of each expert, as one module that gives features alone.
-    # Of the stem, if it is a feature level, of each shared stage and of the private stages: `num_chs`, `reduction`
-    # (input over output resolution), `output_fmt` ('NCHW', 'NHWC' or 'NLC', timm's names), `num_prefix_tokens` (class
-    # and register tokens, which come before those of the patches), and for tokens `has_map` (whether the others lie in
-    # the order of the image).
+    # An entry describes the stem (if it is a feature level), a shared stage or the private stages: `num_chs`,
+    # `reduction` (input over output resolution), `output_fmt` ('NCHW', 'NHWC' or 'NLC', timm's names),
+    # `num_prefix_tokens` (class and register tokens, which come before those of the patches), and for tokens `has_map`
+    # (whether the others lie in the order of the image).
     feature_info: List[Dict[str, Any]]
     first_conv: List[nn.Module]  # The convolutions that see the images.
     initialised: bool  # Whether the parameters have their initial values already.

@@ -9,16 +9,9 @@ from .backbone import Backbone
 
 
 def cifar_resnet(
-        blocks_per_stage: int,
-        num_experts: int,
-        in_chans: int = 3,
-        drop_path_rate: Optional[float] = None,
-        output_stride: int = 32,
-        private_stages: int = 1,
-        private_blocks: Optional[int] = None,
-        global_pool: Optional[str] = None,
-        img_size: Optional[int] = None,
-        **dd: Any,
+        blocks_per_stage: int, num_experts: int, in_chans: int = 3, drop_path_rate: Optional[float] = None,
+        output_stride: int = 32, private_stages: int = 1, private_blocks: Optional[int] = None,
+        global_pool: Optional[str] = None, img_size: Optional[int] = None, **dd: Any,
 ) -> Backbone:
     """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem, and three stages of n basic blocks with 16, 32 and 64 channels.
 

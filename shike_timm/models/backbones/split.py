@@ -8,10 +8,11 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, fx, nn
 
+from ...errors import nearest
 from .backbone import Backbone, is_column
 from .trace import is_overwritten, make_part, trace
 
-_MIN_REDUCTION = 4  # Of a stage. The modules at a higher resolution are the stem.
+_MIN_REDUCTION = 4  # Least reduction of a stage. The modules at a higher resolution are the stem.
 _PRIVATE_PART = 6  # An expert has one of this many blocks of a column for itself.
 
 
@@ -181,19 +182,10 @@ def _count_private(name: str, column: bool, num_levels: int, stages: Optional[in
 
 @torch.inference_mode(False)  # Inference mode does not count how often a tensor is written to.
 def timm_backbone(
-        name: str,
-        num_experts: int,
-        in_chans: int = 3,
-        drop_path_rate: Optional[float] = None,
-        output_stride: int = 32,
-        private_stages: Optional[int] = None,
-        private_blocks: Optional[int] = None,
-        global_pool: Optional[str] = None,
-        img_size: Union[None, int, Tuple[int, int]] = None,
-        weights: Optional[Dict[str, Any]] = None,
-        device: Optional[torch.device] = None,
-        dtype: Optional[torch.dtype] = None,
-        **options: Any,
+        name: str, num_experts: int, in_chans: int = 3, drop_path_rate: Optional[float] = None, output_stride: int = 32,
+        private_stages: Optional[int] = None, private_blocks: Optional[int] = None, global_pool: Optional[str] = None,
+        img_size: Union[None, int, Tuple[int, int]] = None, weights: Optional[Dict[str, Any]] = None,
+        device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None, **options: Any,
 ) -> Backbone:
     """A network of timm, made with options of `timm.create_model` and cut at timm's feature levels.
 
@@ -201,7 +193,8 @@ def timm_backbone(
     size ignore `img_size`. `weights` are those of `pretrained_options`.
     """
     if not timm.is_model(name.split('.')[0]):
-        raise ValueError(f"backbone '{name}' is not a model of timm: see timm.list_models().")
+        near = nearest(name, timm.list_models())
+        raise ValueError(f"backbone '{name}' is not a model of timm{near}: see timm.list_models().")
     kwargs: Dict[str, Any] = dict(  # timm ignores None.
         in_chans=in_chans, drop_path_rate=drop_path_rate, output_stride=output_stride if output_stride != 32 else None,
         **options)
