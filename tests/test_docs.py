@@ -1,0 +1,79 @@
+"""Documents: what scripts make is as they make it, links lead somewhere, and the blocks of Python run."""
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PAGES = sorted([*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')])
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'docs' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_python_is_made_from_the_docstrings():
+    assert (ROOT / 'docs' / 'api.md').read_text() == script('api').page()
+
+
+def test_pictures_are_made_from_the_recorded_rows(tmp_path, monkeypatch):
+    figures = script('figures')
+    monkeypatch.setattr(figures, 'FOLDER', tmp_path)
+    for path in figures.main():
+        drawn = path.read_text()
+        assert drawn.startswith('<?xml') or drawn == (ROOT / 'docs' / 'figures' / path.name).read_text()
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r'(?:\]\(|src="|srcset=")([^)"#:]+)(?=[)"#])', text):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_python_of_the_readme_runs():
+    block = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)[0]
+    found = {}
+    exec(block, found)
+    assert found['logits'].shape == (4, 100) and found['experts'].shape == (4, 3, 100)
+
+
+def test_the_pictures_to_try_have_a_long_tail(tmp_path):
+    photographs = script('photographs')
+    subprocess.run([sys.executable, photographs.__file__, tmp_path], check=True)
+    counts = [len(list((tmp_path / kind).iterdir())) for kind in photographs.CLASSES]
+    assert counts == sorted(counts, reverse=True) and (counts[0], counts[-1]) == (400, 10)
+
+
+@pytest.mark.slow
+def test_the_tour_runs(tmp_path):
+    nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
+    for name in ('tour.ipynb', 'photographs.py'):
+        shutil.copy(ROOT / 'docs' / name, tmp_path)
+    notebook = nbformat.read(tmp_path / 'tour.ipynb', 4)
+    nbclient.NotebookClient(notebook, timeout=900, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    pytest.importorskip('material')
+    subprocess.run(
+        [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', tmp_path], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_the_app_shows_what_the_model_says(tiny_run):
+    pytest.importorskip('gradio')
+    from PIL import Image
+    sys.path.insert(0, str(ROOT))
+    from app import Demo
+    demo = Demo(str(tiny_run))
+    label, rows, maps = demo.look(Image.new('RGB', (8, 8), 'white'), 'as the model is')
+    other, _, _ = demo.look(Image.new('RGB', (8, 8), 'white'), 'train')
+    assert len(rows) == len(maps) == 3 and abs(sum(label.values())) <= 1.001 and label != other
