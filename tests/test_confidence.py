@@ -13,7 +13,9 @@ from shike_timm.cli.export import export, parse_export_args
 from shike_timm.metrics import ExpertEvaluator, fit_temperature, rejection
 from shike_timm.pretrained.folder import export_model
 from shike_timm.pretrained.load import load_trained_model
+from shike_timm.report.analysis import Analysis
 from shike_timm.report.logits import load_logits, save_logits
+from shike_timm.report.page import write_report
 
 COUNTS = [60, 25, 10, 5]
 
@@ -118,7 +120,8 @@ def run(tmp_path_factory):
                 Image.fromarray(pixels).save(folder / f'{i}.png')
     train(parse_train_args([
         *TINY, '--dataset', '', '--imb-factor', '100', '--data-dir', str(root / 'data'), '--num-classes', '3',
-        '--batch-size', '8', '--output', str(root), '--calibrate', '--model-ema']))
+        '--batch-size', '8', '--output', str(root), '--calibrate', '--model-ema',
+        '--model-ema-decay', '0.5', '--crt-epochs', '6']))
     return root / 'run', root / 'data' / 'validation'
 
 
@@ -168,6 +171,11 @@ def test_saved_logits_keep_the_threshold(run, tmp_path):
     shike_timm.evaluate(model=str(run[0]), device='cpu', workers=0, save_logits=str(tmp_path / 'a.npz'))
     saved = load_logits(tmp_path / 'a.npz')
     assert saved.reject_threshold == json.loads((run[0] / 'model' / 'config.json').read_text())['reject_threshold']
+    page = write_report(tmp_path / 'report', [Analysis(saved)]).read_text()
+    reject = json.loads((run[0] / 'metrics.json').read_text())['stage_two']['reject']
+    assert f'threshold is a probability of {saved.reject_threshold:g}' in page
+    assert f"keeps {reject['coverage']} %" in page
+    assert f"of which {reject['accuracy']} % are right" in page
     saved.reject_threshold = None
     save_logits(tmp_path / 'b.npz', saved)
     assert load_logits(tmp_path / 'b.npz').reject_threshold is None

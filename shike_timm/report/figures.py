@@ -195,6 +195,12 @@ def reliability(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     kept, accuracy = analysis.coverage()
     chosen = np.unique(np.linspace(min(len(kept) - 1, len(kept) // 50), len(kept) - 1, 200).astype(int))
     bottom.plot(100 * kept[chosen], 100 * accuracy[chosen], color=COLORS[2])
+    reject = analysis.metrics['reject']
+    if reject['accuracy'] is not None:
+        bottom.plot(
+            reject['coverage'], reject['accuracy'], 'o', color=COLORS[6],
+            label=f"probability of at least {reject['threshold']:g}")
+        bottom.legend(loc='lower left')
     bottom.set(xlabel='images kept in %, most confident first', ylabel='accuracy in %', xlim=(0, 100))
     return figure
 
@@ -259,7 +265,7 @@ DRAWINGS: Dict[str, Tuple[Callable[..., Figure], str, str]] = {
     'reliability': (
         reliability, 'Whether its probabilities can be trusted',
         'Below the dotted line the model is more confident than it is accurate. The last curve shows the accuracy when '
-        'a person looks at the least confident images instead.'),
+        'a person looks at the least confident images instead. The point is the threshold of shike predict --reject.'),
     'confusions': (
         confusions, 'The confusions that cost the tail most',
         'A few-shot class → the class that it is taken for. More images of these two classes would help most.'),

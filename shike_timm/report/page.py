@@ -14,7 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..files import spreadsheet_cell, write_text, write_whole
-from ..metrics import METRICS, SHOTS
+from ..metrics import METRICS, SHOTS, rejection
 from ..plotting import draw, save
 from ..training.config import card_options
 from ..training.folder import read_args
@@ -113,6 +113,7 @@ def write_report(
         undefined=jinja2.StrictUndefined)
     environment.filters.update(shorten=shorten, data_uri=_data_uri, open=analysis.saved.image)
     text = environment.get_template('page.html').render(
+        rejection=rejection(analysis.metrics['reject'], known=analysis.saved.reject_threshold is not None),
         version=__version__, analysis=analysis, saved=analysis.saved, models=models, metrics=METRICS, shares=SHARES,
         figures=figures, comparison=comparison, pairs=[_compare(*pair) for pair in combinations(models, 2)],
         seeds=seed_groups(models), confusions=tail_confusions(analysis), cams=cams,
