@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, List
 
@@ -28,18 +29,22 @@ def _signature(value: Any) -> str:
 
 
 def _entry(name: str, value: Any, level: int) -> List[str]:
-    lines = inspect.cleandoc(value.__doc__ or '').splitlines()
-    text: List[str] = []
-    for line in lines:
+    text: List[str] = []  # A paragraph or an item of a list each.
+    for line in inspect.cleandoc(value.__doc__ or '').splitlines():
         section = re.fullmatch(r'(Args|Returns|Raises):', line)
-        item = re.fullmatch(r'    (\*{0,2}\w+): (.*)', line)
+        item = re.fullmatch(r' {4}(\*{0,2}\w+): (.*)', line)
         if section:
             text += [f'**{section[1]}**', '']
         elif item:
             text.append(f'- `{item[1]}`: {item[2]}')
+        elif line.strip() and text and text[-1] and not text[-1].startswith('**'):
+            text[-1] += ' ' + line.strip()
         else:
-            text.append(re.sub(r'^ {4,}', '  ', line))
-    return [f"{'#' * level} `{name}{_signature(value)}`", '', *text, '']
+            text.append(line.strip())
+    wrapped = [
+        textwrap.fill(one, 100, subsequent_indent='  ' if one.startswith('- ') else '', break_long_words=False,
+                      break_on_hyphens=False) for one in text]
+    return [f"{'#' * level} `{name}`", '', f'`{name.split(".")[-1]}{_signature(value)}`', '', *wrapped, '']
 
 
 def page() -> str:

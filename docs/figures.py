@@ -1,16 +1,9 @@
 #!/usr/bin/env python3
-"""Draw the pictures of README.md and docs: `python docs/figures.py`, after a change of results/runs.csv too."""
-import csv
+"""Draw the pictures of README.md and docs: `python docs/figures.py`."""
 from pathlib import Path
 from typing import Dict, List
 
-import matplotlib
-
-matplotlib.use('svg')
-import matplotlib.pyplot as plt  # noqa: E402
-
 FOLDER = Path(__file__).parent / 'figures'
-RUNS = Path(__file__).parents[1] / 'results' / 'runs.csv'
 THEMES = {  # Text, lines, and the fill of trunk, experts and classifiers.
     'light': dict(text='#1f2328', line='#656d76', trunk='#ddf4ff', expert='#dafbe1', classifier='#fff8c5'),
     'dark': dict(text='#e6edf3', line='#8b949e', trunk='#0c2d4a', expert='#12351f', classifier='#3d2e00'),
@@ -72,48 +65,12 @@ def architecture(theme: Dict[str, str]) -> str:
     return drawing.svg()
 
 
-def _rows() -> Dict[str, Dict[str, str]]:
-    with RUNS.open(newline='') as file:
-        return {row['name']: row for row in csv.DictReader(file)}
-
-
-def operations(theme: Dict[str, str], path: Path) -> None:
-    """Accuracy of fine-tuning against training operations, in epochs of the plain network."""
-    rows = _rows()
-    sides = {  # Of a name: the operations of an epoch in those of the plain network, and the epochs.
-        'one network': ('ops_plain', 1, (5, 10, 20)),
-        'SHIKE, three experts': ('ops_shike', 2, (5, 10)),
-    }
-    figure, axes = plt.subplots(figsize=(6, 3.4))
-    colours = iter(('#0969da', '#1a7f37'))
-    for label, (name, cost, epochs) in sides.items():
-        points = [(cost * n, float(rows[f'{name}_{n:02}']['balanced'])) for n in epochs if f'{name}_{n:02}' in rows]
-        if points:
-            axes.plot(*zip(*points), marker='o', label=label, color=next(colours))
-    axes.set_xlabel('operations of stage one, in epochs of one network')
-    axes.set_ylabel('balanced accuracy, %')
-    axes.legend(frameon=False, labelcolor=theme['text'])
-    for part in (axes.xaxis, axes.yaxis):
-        part.label.set_color(theme['text'])
-    axes.tick_params(colors=theme['text'])
-    for name, spine in axes.spines.items():
-        spine.set_color(theme['line'])
-        spine.set_visible(name in ('left', 'bottom'))
-    figure.tight_layout()
-    figure.savefig(path, transparent=True, metadata={'Date': None})
-    plt.close(figure)
-
-
 def main() -> List[Path]:
     """Write all pictures, and give their paths."""
-    plt.rcParams['svg.hashsalt'] = 'shike'
-    FOLDER.mkdir(exist_ok=True)
     written = []
     for name, theme in THEMES.items():
-        path = FOLDER / f'architecture-{name}.svg'
-        path.write_text(architecture(theme))
-        operations(theme, FOLDER / f'operations-{name}.svg')
-        written += [path, FOLDER / f'operations-{name}.svg']
+        written.append(FOLDER / f'architecture-{name}.svg')
+        written[-1].write_text(architecture(theme), encoding='utf-8')
     return written
 
 

@@ -14,7 +14,7 @@ from .version import __version__ as __version__
 
 
 def shike(backbone: str, pretrained_backbone: Union[None, Source] = None, **kwargs: Any) -> models.Shike:
-    """A SHIKE model on any convolutional network of timm.
+    """A SHIKE model on a network of timm. Nearly all of them can be split.
 
     Args:
         backbone: Name of timm's network, such as 'regnety_016'.

@@ -9,10 +9,12 @@ from conftest import TINY
 from scipy.optimize import minimize_scalar
 
 import shike_timm
+from shike_timm.checkpoints import load_checkpoint
 from shike_timm.cli.export import export, parse_export_args
+from shike_timm.errors import InputError
 from shike_timm.metrics import ExpertEvaluator, fit_temperature, rejection
 from shike_timm.pretrained.folder import export_model
-from shike_timm.pretrained.load import load_trained_model
+from shike_timm.pretrained.load import from_checkpoint, load_trained_model
 from shike_timm.report.analysis import Analysis
 from shike_timm.report.logits import load_logits, save_logits
 from shike_timm.report.page import write_report
@@ -165,6 +167,10 @@ def test_thresholds_of_other_experts_and_priors_are_asked_for(run, tiny_run, run
     status, _, error = run_script('predict', images, '--model', tmp_path / 'model')
     assert status == 2 and "'reject_threshold' is '0.5', expected a probability" in error
     assert 'temperature' not in config['model_args']  # Only --calibrate sets one.
+    checkpoint = load_checkpoint(tiny_run / 'stage_two' / 'last.pth.tar')
+    checkpoint['args'].reject_threshold = 'high'
+    with pytest.raises(InputError, match="'reject_threshold' is 'high', expected a probability"):
+        from_checkpoint(checkpoint, 'last.pth.tar')
 
 
 def test_saved_logits_keep_the_threshold(run, tmp_path):

@@ -55,3 +55,8 @@ class ModelConfig:
         {}, "further arguments of timm's network, such as pad_type=same", 'KEY=VALUE', card='changed')
     grad_checkpointing: bool = option(
         False, 'recompute activations to save memory. BatchNorm then sees each batch twice', card='changed')
+
+    @property
+    def begins_trained(self) -> bool:
+        """Whether the model begins with weights, of its backbone or of a trained model."""
+        return bool(self.pretrained_backbone or self.initial_checkpoint or self.pretrained)

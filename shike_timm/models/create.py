@@ -58,9 +58,9 @@ def create_model(
         raise InputError(
             f"--backbone '{config.backbone}' goes with --model shike, not with '{config.model}': change one of them."
             if config.backbone else '--model shike needs --backbone, the name of a network of timm: add it.')
-    if config.freeze_trunk and not (config.pretrained_backbone or config.initial_checkpoint or config.pretrained):
+    if config.freeze_trunk and not config.begins_trained:
         raise InputError('--freeze-trunk would keep random shared stages: add --pretrained-backbone.')
-    if config.lora and not (config.pretrained_backbone or config.initial_checkpoint or config.pretrained):
+    if config.lora and not config.begins_trained:
         raise InputError('--lora would keep random weights: add --pretrained-backbone.')
     source = True if config.pretrained_backbone == 'default' else config.pretrained_backbone
     depths, num_experts = config.depths, config.num_experts

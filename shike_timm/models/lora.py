@@ -30,14 +30,14 @@ def add_lora(model: Shike, rank: int, input_size: Sequence[int]) -> None:
         import peft
     except ImportError as error:
         raise InputError('--lora needs the package peft: pip install "shike-timm[lora]".') from error
-    fresh = {name for name, module in model.named_modules() if name.endswith('.aligner') or name == 'classifier'}
-    frozen = ('stem', 'stages') if model.trunk_frozen else ()
+    fresh = 'classifier.', *(f'{name}.' for name, _ in model.named_modules() if name.endswith('.aligner'))
+    frozen = ('stem.', 'stages.') if model.trunk_frozen else ()
     linear: Dict[nn.Module, str] = {
         module: name for name, module in model.named_modules()
-        if type(module) is nn.Linear and not name.startswith(frozen) and not any(name.startswith(f) for f in fresh)}
-    names = []
+        if type(module) is nn.Linear and not name.startswith((*fresh, *frozen))}
+    names = set()
     # Some networks read the weights of a layer but never call it, so that an update would change nothing.
-    hooks = [one.register_forward_hook(lambda module, _, __: names.append(linear[module])) for one in linear]
+    hooks = [one.register_forward_hook(lambda module, _, __: names.add(linear[module])) for one in linear]
     training = model.training
     with torch.no_grad():
         model.eval()(torch.zeros(1, *input_size, device=next(model.parameters()).device))
@@ -46,14 +46,14 @@ def add_lora(model: Shike, rank: int, input_size: Sequence[int]) -> None:
         hook.remove()
     if not names:
         raise InputError('--lora updates linear layers, and this model has none to train: leave it out.')
-    trained = [name for name, one in model.named_parameters() if any(name.startswith(f'{f}.') for f in fresh)]
-    pattern = '|'.join(map(re.escape, sorted(set(names))))
+    pattern = '|'.join(map(re.escape, sorted(names)))
     peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern), model)
-    for name in trained:
-        model.get_parameter(name).requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if name.startswith(fresh):
+            parameter.requires_grad_(True)
     sizes = [(one.numel(), one.requires_grad) for one in model.parameters()]
     _logger.info(
-        f'LoRA: rank {rank} in {len(set(names))} of {len(linear)} linear layers. '
+        f'LoRA: rank {rank} in {len(names)} of {len(linear)} linear layers. '
         f'{sum(size for size, learns in sizes if learns) / 1e6:.2f} of {sum(size for size, _ in sizes) / 1e6:.2f} '
         'million parameters are trained.')
 

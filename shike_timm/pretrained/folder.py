@@ -65,9 +65,7 @@ def check_config(config: Dict[str, Any], source: str) -> None:
     for name in ('mean', 'std'):
         if len(found.get(name) or '1') not in (1, 3, channels):
             raise InputError(f"{source} is damaged: '{name}' has {len(found[name])} values, expected {channels}.")
-    threshold = config.get('reject_threshold', 0.)
-    if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-        raise InputError(f"{source} is damaged: its 'reject_threshold' is {threshold!r}, expected a probability.")
+    check_threshold(source, config.get('reject_threshold'))
     num_classes = config.get('num_classes', cfg.get('num_classes'))
     if num_classes is None:
         return
@@ -76,6 +74,12 @@ def check_config(config: Dict[str, Any], source: str) -> None:
             f"{source} contradicts itself: it is of {num_classes!r} classes and of {args.get('num_classes')!r}.")
     check_classes(
         source, num_classes, config.get('label_names'), config.get('class_counts'), config.get('shot_counts'))
+
+
+def check_threshold(source: str, threshold: Any) -> None:
+    """Refuse a threshold for unknown images that is no probability. `source` begins the message."""
+    if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
+        raise InputError(f"{source} is damaged: its 'reject_threshold' is {threshold!r}, expected a probability.")
 
 
 def check_classes(source: str, num_classes: int, names: Any, counts: Any = None, shot_counts: Any = None) -> None:

@@ -14,7 +14,7 @@ from ..models import Shike
 from ..models.config import ModelConfig
 from ..models.create import create_model, is_registered
 from ..options import Config, check_saved, checked, option
-from .folder import check_classes, find_model, read_config
+from .folder import check_classes, check_threshold, find_model, read_config
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def from_checkpoint(
     source, counts, names = f"checkpoint '{path}'", saved['class_counts'], saved.get('class_names')
     shot_counts = saved.get('shot_counts', counts)
     check_classes(source, len(counts) if isinstance(counts, list) else 0, names, counts, shot_counts)
+    check_threshold(source, saved.get('reject_threshold'))
     # Options that an older version did not have get their defaults.
     config = checked(ModelConfig, check_saved(ModelConfig, saved, source))
     preprocessing = checked(PreprocessingConfig, check_saved(PreprocessingConfig, saved, source))

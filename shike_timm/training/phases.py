@@ -62,8 +62,7 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
     if crt_epochs and config.crt_cosine_scale is not None and config.classifier == 'linear':
         raise InputError(
             f'--crt-cosine-scale {config.crt_cosine_scale:g} does not go with --classifier linear: drop one of them.')
-    if config.head_init == 'means' and not (
-            config.pretrained_backbone or config.initial_checkpoint or config.pretrained):
+    if config.head_init == 'means' and not config.begins_trained:
         raise InputError('--head-init means would average features of random weights: add --pretrained-backbone.')
     if config.cache_features and (config.private_stages != 0 or not config.freeze_trunk):
         raise InputError('--cache-features goes with --private-stages 0 and --freeze-trunk: add both.')

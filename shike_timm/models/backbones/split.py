@@ -61,7 +61,7 @@ class Split:
         self.cuts.append(_Cut(len(self.nodes) - 1, self.nodes[-1].all_input_nodes, level=last))
 
     def _trace(self, method: str, value: Tensor) -> List[fx.Node]:
-        """The nodes of a method. timm's encoders have no head: theirs are none."""
+        """The nodes of a method, none if the network is an encoder without a head, such as timm's Qwen3VitEncoder."""
         try:
             return trace(self.net, self.levels, method, value)
         except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
