@@ -185,3 +185,7 @@ def test_saved_logits_keep_the_threshold(run, tmp_path):
     saved.reject_threshold = None
     save_logits(tmp_path / 'b.npz', saved)
     assert load_logits(tmp_path / 'b.npz').reject_threshold is None
+    saved.reject_threshold = 2.
+    save_logits(tmp_path / 'c.npz', saved)
+    with pytest.raises(InputError, match=r'2\.0, expected a probability'):
+        load_logits(tmp_path / 'c.npz')

@@ -30,7 +30,7 @@ def test_run_folder(tiny_run):
     metrics = json.loads((tiny_run / 'metrics.json').read_text())
     assert list(metrics) == ['stage_one', 'stage_two']
     for result in metrics.values():
-        assert set(result) == {*METRICS, 'balanced_classes', 'macro_f1', 'experts', 'seconds'}
+        assert set(result) == {*METRICS, 'balanced_classes', 'macro_f1', 'experts', 'reject', 'seconds'}
         assert len(result['experts']) == 3 and result['seconds'] > 0
     with (tiny_run / 'summary.csv').open() as file:
         rows = list(csv.DictReader(file))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..data.decode import open_image
 from ..errors import InputError, one_line
+from ..pretrained.folder import check_threshold
 from ..files import write_whole
 
 _ARRAYS = ('logits', 'targets', 'paths', 'class_names', 'class_counts', 'shots', 'costs')
@@ -86,6 +87,7 @@ def load_logits(path: Union[str, Path]) -> SavedLogits:
             raise ValueError('its logits are not finite')
         if targets.min() < 0 or targets.max() >= num_classes or counts.min() < 1 or not set(shots) <= {0, 1, 2}:
             raise ValueError(f'it has targets, counts or shots that {num_classes} classes cannot have')
+        check_threshold('it', threshold)
         costs = [dict(one, experts=list(one['experts']), gmacs=float(one['gmacs'])) for one in json.loads(str(costs))]
     except Exception as error:  # A damaged file can make NumPy raise nearly anything.
         raise InputError(
