@@ -10,8 +10,8 @@ from PIL import Image
 
 from ..data.decode import open_image
 from ..errors import InputError, one_line
-from ..pretrained.folder import check_threshold
 from ..files import write_whole
+from ..pretrained.folder import check_threshold
 
 _ARRAYS = ('logits', 'targets', 'paths', 'class_names', 'class_counts', 'shots', 'costs')
 
