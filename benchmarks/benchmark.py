@@ -124,7 +124,7 @@ def _shike(config: BenchmarkConfig) -> Trainer:
         raise InputError(
             f"--kd-model-name '{config.kd_model_name}' teaches the classes of a data set: add --dataset or --data-dir.")
     known: Any = config.num_classes or published or timm.get_pretrained_cfg_value(config.model, 'num_classes')
-    model = create_model(config, known, config.channels)
+    model = create_model(config, known, config.channels, img_size=config.image_size)
     return _on_noise(config, model, resolve_data_config(config, model))
 
 

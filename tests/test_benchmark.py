@@ -94,6 +94,12 @@ def test_noise_has_the_size_that_is_asked_for(options, size):
         assert images.shape == (4, *size) and one.model(images).shape == (4, 100)
 
 
+def test_a_transformer_takes_the_size_too():
+    run = _shike(parse_benchmark_args([*QUICK, '--model', 'shike', '--backbone', 'test_vit', '--img-size', '64']))
+    images, _ = next(iter(run.train_loader))
+    assert images.shape == (4, 3, 64, 64) and run.model(images).shape[0] == 4
+
+
 def test_a_published_set_without_its_images_is_noise_with_its_classes():
     run = _shike(parse_benchmark_args(['--hparams', 'inat2018_resnet50', '--img-size', '64', '--device', 'cpu']))
     assert run.data_config['input_size'] == (3, 64, 64) and run.model.num_classes == 8142
