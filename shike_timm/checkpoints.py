@@ -66,10 +66,7 @@ class StageSaver(CheckpointSaver):
 
 
 def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
-    """Read a file of torch.save or safetensors to the CPU: tensors and plain values only.
-
-    The tensors of a safetensors file are under `state_dict`.
-    """
+    """Read a file of torch.save, or of safetensors under `state_dict`, to the CPU: tensors and plain values only."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"checkpoint '{path}' does not exist.")

@@ -39,10 +39,7 @@ def rates_by_turns(steps: Dict[Callable[[], Any], int], device: torch.device, nu
 def inference_costs(
         models: Dict[Any, nn.Module], images: Tensor, num_rounds: int = 5, seconds_per_turn: float = 0.5,
 ) -> Dict[Any, Dict[str, float]]:
-    """Costs of models in eval mode on a batch [B, C, H, W]: `parameters`, `gmacs` of an image, `images_per_second`.
-
-    A turn of a model takes about `seconds_per_turn`, but at least one batch. The median turn counts.
-    """
+    """Costs of models in eval mode on a batch [B, C, H, W]: `parameters`, `gmacs` of an image, `images_per_second`."""
     steps = [partial(model, images) for model in models.values()]
     # This is also the first call of each step. It is slow, so it is not timed.
     flops = [count_flops(step) for step in steps]

@@ -63,8 +63,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 def keep_freed_memory() -> bool:
     """Make glibc keep the memory of freed tensors, and give whether it does.
 
-    By default the kernel maps and clears every large tensor anew. On two CPU cores that takes up to a fifth of a
-    training step. In return, the process stays as large as its largest step.
+    By default the kernel maps and clears every large tensor anew, which takes up to a fifth of a step on two CPU cores.
     """
     if not sys.platform.startswith('linux'):
         return False

@@ -59,15 +59,18 @@ def join_processes(name: Optional[str]) -> torch.device:
     return resolve_device(f'cuda:{local_rank}' if kind == 'cuda' else kind)
 
 
-def _raise_together(error: Optional[Exception]) -> None:
-    """Raise the error of any process in all of them."""
-    errors: List[Optional[Exception]] = [error]
-    if world_size() > 1:
-        errors = [None] * world_size()
-        dist.all_gather_object(errors, error)
-    for one in errors:
+def _call_in(is_called: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in some processes. The others wait, and all raise what any of them raises."""
+    result = error = None
+    if is_called:
+        try:
+            result = function(*args)
+        except Exception as raised:
+            error = raised
+    for one in gather([error]):
         if one is not None:
             raise one
+    return result
 
 
 def local_primary_first(function: Callable[[], Result]) -> Result:
@@ -76,27 +79,13 @@ def local_primary_first(function: Callable[[], Result]) -> Result:
     All processes raise what any of them raises.
     """
     is_first = world_size() == 1 or world_info_from_env()[0] == 0
-    result: Any = None
-    for turn in (True, False):
-        error = None
-        if is_first is turn:
-            try:
-                result = function()
-            except Exception as raised:
-                error = raised
-        _raise_together(error)
-    return result
+    first, later = _call_in(is_first, function), _call_in(not is_first, function)
+    return first if is_first else later
 
 
 def on_primary(function: Callable[..., Any], *args: Any) -> None:
     """Call a function in the first process only. The others wait, and all raise what it raises."""
-    error = None
-    if rank() == 0:
-        try:
-            function(*args)
-        except Exception as raised:
-            error = raised
-    _raise_together(error)
+    _call_in(rank() == 0, function, *args)
 
 
 def over_processes(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:

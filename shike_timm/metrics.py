@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.task import ClassificationEvaluator
 from torch import Tensor
 
 from .distributed import world_size
@@ -49,43 +48,26 @@ def all_subsets(num_experts: int) -> List[Tuple[int, ...]]:
     return list(itertools.chain(*(itertools.combinations(range(num_experts), n + 1) for n in range(num_experts))))
 
 
-class ExpertEvaluator(ClassificationEvaluator):
-    """timm's evaluator for expert logits: metrics of the ensemble, of each expert and of subsets of the experts.
+class ExpertEvaluator:
+    """Evaluator of expert logits: metrics of the ensemble, of each expert and of subsets of the experts.
 
     It keeps sums of fixed size on the device, so batches do not wait for the host and processes can add up their sums.
-
-    Args:
-        num_experts: Number of experts M.
-        shots: Shot division of each class [C], as `shot_numbers` gives them.
-        device: Device of the logits.
-        subsets: Subsets of the experts to evaluate as ensembles.
-        threshold: Probability below which the class of an image is unknown. By default the one that keeps 95 % of the
-            right answers of the ensemble.
-        max_samples: Largest number of images to count. The rest is the padding of a distributed sampler.
+    `shots` are the shot divisions of the classes [C], as `shot_numbers` gives them. The `subsets` of the experts are
+    evaluated as ensembles. Below the probability `threshold` the class of an image is unknown. By default it is the one
+    that keeps 95 % of the right answers of the ensemble.
     """
 
-    metric_names = METRICS
-
     def __init__(
-            self,
-            num_experts: int,
-            shots: Sequence[int],
-            device: Optional[torch.device] = None,
-            *,
-            subsets: Sequence[Sequence[int]] = (),
-            threshold: Optional[float] = None,
-            max_samples: Optional[int] = None,
+            self, num_experts: int, shots: Sequence[int], device: Optional[torch.device] = None, *,
+            subsets: Sequence[Sequence[int]] = (), threshold: Optional[float] = None,
     ):
         self.num_experts = num_experts
+        self.device = torch.device(device or 'cpu')
         self.shots = torch.as_tensor(shots)
         self.subsets = [torch.tensor(subset, device=device) for subset in subsets]
         self.bin_edges = torch.linspace(0, 1, NUM_BINS + 1, device=device)
         self.threshold = threshold
-        self.steps = (torch.arange(NUM_STEPS + 1, dtype=torch.float64) / NUM_STEPS).float().to(self.bin_edges.device)
-        super().__init__(device, max_samples=max_samples)
-
-    def reset(self) -> None:
-        self.num_samples = 0
+        self.steps = (torch.arange(NUM_STEPS + 1, dtype=torch.float64) / NUM_STEPS).float().to(self.device)
         num_classes, num_outputs = len(self.shots), 1 + self.num_experts + len(self.subsets)
         self.total = torch.zeros(num_classes, dtype=torch.int64, device=self.device)
         self.top1 = torch.zeros(num_classes, num_outputs, dtype=torch.int64, device=self.device)
@@ -102,10 +84,6 @@ class ExpertEvaluator(ClassificationEvaluator):
     @torch.no_grad()
     def update(self, output: Tensor, target: Tensor) -> None:
         """Count a batch of expert logits [B, M, C] with class indices [B]."""
-        if self.max_samples is not None:
-            num_left = max(self.max_samples - self.num_samples, 0)
-            output, target = output[:num_left], target[:num_left]
-        self.num_samples += len(target)
         ensembles = [output.index_select(1, subset).mean(1, keepdim=True) for subset in self.subsets]
         logits = torch.cat([output.mean(1, keepdim=True), output, *ensembles], dim=1).float()
         index = target[:, None].expand(logits.shape[:2])
@@ -122,10 +100,6 @@ class ExpertEvaluator(ClassificationEvaluator):
         self.overconfidence.scatter_add_(0, bins, confidence.to(loss.dtype) - right.to(loss.dtype))
         step = torch.bucketize(confidence[:, 0].contiguous(), self.steps, right=True) - 1
         self.reached.index_add_(0, step, torch.stack([torch.ones_like(target), right[:, 0].to(target.dtype)], 1))
-
-    def summary(self) -> Dict[str, Any]:
-        """The metrics of this process alone."""
-        return self.compute()
 
     def compute(self, distributed: bool = False) -> Dict[str, Any]:
         """Metrics of all images so far. All but the loss are in percent with two decimals.
@@ -200,16 +174,9 @@ class ExpertEvaluator(ClassificationEvaluator):
 
 @torch.inference_mode()
 def evaluate(
-        model: Any,
-        loader,
-        class_counts: Sequence[int],
-        device: torch.device,
-        subsets: Sequence[Sequence[int]] = (),
-        flip: bool = False,
-        per_class: bool = False,
-        shots: ShotConfig = ShotConfig(),
-        kept: Optional[List[Tuple[Tensor, Tensor]]] = None,
-        threshold: Optional[float] = None,
+        model: Any, loader, class_counts: Sequence[int], device: torch.device, subsets: Sequence[Sequence[int]] = (),
+        flip: bool = False, per_class: bool = False, shots: ShotConfig = ShotConfig(),
+        kept: Optional[List[Tuple[Tensor, Tensor]]] = None, threshold: Optional[float] = None,
 ) -> Dict[str, Any]:
     """Evaluate a SHIKE model in float32 on the images of all processes. Each image counts once.
 
@@ -274,9 +241,7 @@ def rejection(reject: Dict[str, Any], known: bool) -> str:
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     """The temperature T that minimises the cross-entropy of `logits / T`, from 1/20 to 20 (Guo et al., ICML 2017).
 
-    Args:
-        logits: Averaged logits [N, C].
-        targets: Class indices [N].
+    The logits are averaged over experts [N, C], the targets are class indices [N].
     """
     logits, log_t = logits.double(), torch.zeros((), dtype=torch.float64, requires_grad=True)
     bound = math.log(20)

@@ -22,42 +22,23 @@ Config = TypeVar('Config', bound='DataclassInstance')
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of one option.
+    """What is known of one option."""
 
-    Attributes:
-        default: The value if the user gives none. An option whose default is None may be set to None.
-        help: What it does, in a line or two.
-        metavar: Placeholder for the value in the help.
-        choices: All valid values.
-        nargs: Length of a list, '+' for any length but zero.
-        const: The value of a flag without a value. The flag with `--no-` then gives None.
-        low: Least value.
-        below: Bound that the value must be less than.
-        flags: Further flags.
-        required: Whether it must be given.
-        positional: Whether it is given without a flag.
-        may_change: Whether a resumed run may have another value than it began with.
-        card: When a model card shows the option: 'always', if it was 'changed' from its default, or 'never'.
-        name: Name in hparams files, in `args.yaml` and in Python. The flag has hyphens instead of underscores.
-        kind: Type of the value or of each item: int, float, str, dict (KEY=VALUE KEY=VALUE) or bool. A bool also has
-            a flag with `--no-`.
-    """
-
-    default: Any
+    default: Any  # The value if the user gives none. An option whose default is None may be set to None.
     help: str
-    metavar: Optional[str] = None
-    choices: Optional[Sequence[Any]] = None
-    nargs: Any = None
-    const: Optional[str] = None
-    low: Optional[float] = None
-    below: Optional[float] = None
-    flags: Sequence[str] = ()
+    metavar: Optional[str] = None  # Placeholder for the value in the help.
+    choices: Optional[Sequence[Any]] = None  # All valid values.
+    nargs: Any = None  # Length of a list, '+' for any length but zero.
+    const: Optional[str] = None  # The value of a flag without a value. The flag with `--no-` then gives None.
+    low: Optional[float] = None  # Least value.
+    below: Optional[float] = None  # Bound that the value must be less than.
+    flags: Sequence[str] = ()  # Further flags.
     required: bool = False
-    positional: bool = False
-    may_change: bool = False
-    card: str = 'always'
-    name: str = ''
-    kind: Any = str
+    positional: bool = False  # Whether it is given without a flag.
+    may_change: bool = False  # Whether a resumed run may have another value than it began with.
+    card: str = 'always'  # When a model card shows it: 'always', if it was 'changed' from its default, or 'never'.
+    name: str = ''  # Name in files and in Python. The flag has hyphens instead of underscores.
+    kind: Any = str  # Type of the value or of each item: int, float, str, dict (KEY=VALUE KEY=VALUE) or bool.
 
     @property
     def flag(self) -> str:

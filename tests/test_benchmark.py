@@ -14,7 +14,7 @@ from shike_timm.costs import count_flops
 from shike_timm.training.build import resolve_autocast
 from shike_timm.training.config import StepConfig
 from shike_timm.training.step import train_step
-from shike_timm.training.tasks import RepresentationTask
+from shike_timm.training.tasks import ExpertTask
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 from benchmark import _plain, _shike, benchmark, format_report, parse_benchmark_args  # noqa: E402
@@ -141,7 +141,7 @@ def test_peak_memory_of_a_known_step():
 
 def test_parts_add_up_to_the_step():
     model = timm.create_model('resnet32_shike')
-    task = RepresentationTask(model)
+    task = ExpertTask(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     images, target = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
     config = StepConfig()

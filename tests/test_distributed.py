@@ -93,12 +93,12 @@ def test_processes_share_the_order_of_one(seen):
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
     from shike_timm.training.config import StepConfig
     from shike_timm.training.step import train_step
-    from shike_timm.training.tasks import RepresentationTask
+    from shike_timm.training.tasks import ExpertTask
     weights = []
     for num_parts in (1, 3):
         torch.manual_seed(0)
         args = parse_train_args([*TINY, '--opt', 'momentum'])
-        task = RepresentationTask(create_model(args, 10)).eval()  # BatchNorm has statistics of each part else
+        task = ExpertTask(create_model(args, 10)).eval()  # BatchNorm has statistics of each part else
         optimizer = create_optimizer(args, 0.001, task.get_eval_model())
         images, target = torch.randn(12, 3, 8, 8), torch.arange(12) % 10
         config = StepConfig(grad_accum_steps=num_parts)

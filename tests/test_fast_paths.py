@@ -19,7 +19,7 @@ from shike_timm.training.build import create_optimizer
 from shike_timm.training.config import StepConfig
 from shike_timm.training.runs import train
 from shike_timm.training.step import train_step
-from shike_timm.training.tasks import ClassifierRetrainingTask, RepresentationTask
+from shike_timm.training.tasks import ClassifierRetrainingTask, ExpertTask
 
 CLASSES = 20
 
@@ -36,7 +36,7 @@ def batch(seed=0):
 
 def logits_and_gradients(channels_last=False, compiled=False):
     model = small_model()
-    task = RepresentationTask(model)
+    task = ExpertTask(model)
     images, target = batch()
     if channels_last:
         task.to(memory_format=torch.channels_last)
@@ -81,7 +81,7 @@ def test_fused_optimizer_takes_the_same_steps():
     weights = []
     for options in ([], ['fused=False']):
         model = small_model()
-        task = RepresentationTask(model)
+        task = ExpertTask(model)
         optimizer = optimizer_of(model, *options)
         assert bool(optimizer.defaults['fused']) != bool(options)
         for seed in range(3):
@@ -106,7 +106,7 @@ def test_a_first_step_that_loss_scaling_skips_leaves_no_trace():
 @pytest.mark.parametrize('opt', ['lookahead_momentum', 'lamb', 'adamw'])
 def test_other_optimizers_can_be_made(opt):
     model = small_model()
-    train_step(RepresentationTask(model), *batch(), optimizer_of(model, '--opt', opt), StepConfig())
+    train_step(ExpertTask(model), *batch(), optimizer_of(model, '--opt', opt), StepConfig())
 
 
 def test_lookahead_is_brought_together_after_each_epoch(tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_stage_two_keeps_nothing_of_the_trunk_for_backward():
 def test_a_step_reads_no_value_on_the_host(monkeypatch):
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    task = RepresentationTask(model)
+    task = ExpertTask(model)
 
     def refuse(*_, **__):
         raise AssertionError('a value was read on the host')

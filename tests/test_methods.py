@@ -15,7 +15,7 @@ from shike_timm.losses import (
     logit_adjusted,
     representation_loss,
 )
-from shike_timm.training.methods import METHODS, TaskInputs, create_task
+from shike_timm.training.methods import METHODS, create_task
 from shike_timm.training.phases import plan_phases
 
 COUNTS = [50, 30, 10, 5, 2]
@@ -39,7 +39,7 @@ def make_task(method, classifier='cosine'):
     torch.manual_seed(0)
     model = timm.create_model('resnet32_shike', num_classes=5, classifier=classifier)
     config = parse_train_args(['--method', method, '--tau', '1.5', '--focal-gamma', '3'])
-    return create_task(TaskInputs(config, model, COUNTS, torch.device('cpu'), (0.5,) * 3, (0.2,) * 3), False)
+    return create_task(config, model, COUNTS, torch.device('cpu'))
 
 
 @pytest.mark.parametrize('method', METHODS)

@@ -127,15 +127,15 @@ def test_retraining_repeats_stage_two(tiny_run, tmp_path):
 
 def test_one_overflow_under_loss_scaling_is_no_end(tmp_path, monkeypatch):
     """A loss that is not finite once, then is: an end without loss scaling only."""
-    from shike_timm.training.tasks import RepresentationTask
-    original, steps = RepresentationTask.forward, []
+    from shike_timm.training.tasks import ExpertTask
+    original, steps = ExpertTask.forward, []
 
     def forward(self, images, target):
         result = original(self, images, target)
         steps.append(1)
         return dict(result, loss=result['loss'] * float('inf')) if len(steps) == 3 else result
 
-    monkeypatch.setattr(RepresentationTask, 'forward', forward)
+    monkeypatch.setattr(ExpertTask, 'forward', forward)
     finish = Trainer.__post_init__
 
     def scales(self):
@@ -159,8 +159,8 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, run_script):
 
 
 def test_nan_names_its_first_step(tmp_path, monkeypatch):
-    from shike_timm.training.tasks import RepresentationTask
-    original, steps = RepresentationTask.forward, []
+    from shike_timm.training.tasks import ExpertTask
+    original, steps = ExpertTask.forward, []
 
     def forward(self, images, target):
         result = original(self, images, target)
@@ -169,7 +169,7 @@ def test_nan_names_its_first_step(tmp_path, monkeypatch):
             result['loss'] = result['loss'] * float('nan')
         return result
 
-    monkeypatch.setattr(RepresentationTask, 'forward', forward)
+    monkeypatch.setattr(ExpertTask, 'forward', forward)
     with pytest.raises(trainer.NonFiniteError, match='at step 2 of epoch 0 of stage one'):
         run(tmp_path, '--log-interval', '100')
 

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from timm.task import DistillationTeacher
 from torch import nn
 
 from shike_timm.losses import balanced_softmax, expert_cross_entropy, knowledge_distillation, representation_loss
-from shike_timm.training.tasks import ClassifierRetrainingTask, ExpertTask, RepresentationTask
+from shike_timm.training.tasks import ClassifierRetrainingTask, ExpertTask
 
 COUNTS = [50, 30, 10, 5, 2]
 
@@ -25,7 +26,7 @@ def batch(size=8):
 
 
 def test_representation_task():
-    task = RepresentationTask(make_model(), alpha=0.5, beta=0.25, detach_teacher=True)
+    task = ExpertTask(make_model(), partial(representation_loss, alpha=0.5, beta=0.25, detach_teacher=True))
     images, target = batch()
     reference = copy.deepcopy(task.get_eval_model()).train()
     result = task.train()(images, target)
@@ -44,8 +45,8 @@ def test_a_teacher_sees_the_images_as_it_knows_them_and_stays_as_it_is(compiled)
     before = copy.deepcopy(teacher.state_dict())
     model, (images, target) = make_model(), batch()
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.3, 0.25, 0.5])
-    task = RepresentationTask(
-        model, teacher_model=DistillationTeacher(teacher), distill_loss_weight=0.5, temperature=2.,
+    task = ExpertTask(
+        model, teacher=DistillationTeacher(teacher), distill_loss_weight=0.5, temperature=2.,
         mean=mean.tolist(), std=std.tolist())
     logits = copy.deepcopy(model).train().forward_experts(images)
     pixels = images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
@@ -66,7 +67,7 @@ def test_a_teacher_sees_the_images_as_it_knows_them_and_stays_as_it_is(compiled)
 
 def test_a_teacher_by_name_sees_the_images_as_they_are():
     model, (images, target) = timm.create_model('resnet32_shike'), batch()
-    task = RepresentationTask(model, teacher_model='resnet32_shike.paper_cifar100_lt_if100').train()
+    task = ExpertTask(model, teacher=DistillationTeacher('resnet32_shike.paper_cifar100_lt_if100')).train()
     teacher = timm.create_model('resnet32_shike.paper_cifar100_lt_if100', pretrained=True).eval()
     expected = knowledge_distillation(copy.deepcopy(model).train().forward_experts(images), teacher(images))
     assert torch.equal(task(images, target)['kd'], expected.detach())
@@ -102,7 +103,7 @@ def test_retraining_builds_no_graph_below_the_classifiers():
 
 @pytest.mark.parametrize('compiled', [False, True])
 def test_ema_and_checkpoint_state(compiled):
-    task = RepresentationTask(make_model())
+    task = ExpertTask(make_model())
     assert task.get_eval_model(ema=True) is None and not task.has_ema()
     task.setup_ema(decay=0.5)
     if compiled:
@@ -119,7 +120,7 @@ def test_ema_and_checkpoint_state(compiled):
 
 
 def test_clipping_can_leave_out_the_classifiers():
-    task = RepresentationTask(make_model())
+    task = ExpertTask(make_model())
     every = list(task.get_clip_parameters())
     assert len(every) == len(list(task.parameters()))
     assert len(list(task.get_clip_parameters(exclude_head=True))) == len(every) - 1
@@ -143,7 +144,7 @@ def worker(rank, port, path):
     for name in ('one', 'two'):
         model = make_model()
         torch.manual_seed(2)
-        task = RepresentationTask(model) if name == 'one' else ClassifierRetrainingTask(model, COUNTS)
+        task = ExpertTask(model) if name == 'one' else ClassifierRetrainingTask(model, COUNTS)
         task.prepare_distributed()
         frozen_statistics(task.trainable_module)
         images, target = batch()
@@ -160,7 +161,7 @@ def test_distributed_gradients_are_those_of_the_whole_batch(tmp_path, unused_por
     for name in ('one', 'two'):
         model = make_model()
         torch.manual_seed(2)
-        task = RepresentationTask(model) if name == 'one' else ClassifierRetrainingTask(model, COUNTS)
+        task = ExpertTask(model) if name == 'one' else ClassifierRetrainingTask(model, COUNTS)
         frozen_statistics(task.trainable_module)
         task(*batch())['loss'].backward()
         expected = gradients(task)

@@ -48,17 +48,11 @@ def name_hashes(names: Sequence[str]) -> np.ndarray:
 
 
 class ImageSource(ABC):
-    """Images in a folder, an archive or a data set, one in each row.
+    """Images in a folder, an archive or a data set, one in each row."""
 
-    Attributes:
-        root: The folder, archive or data set that they are in.
-        paths: Path of each image, unique. Empty if images have no names.
-        images: uint8 images [N, H, W, C] if all are in memory, else None.
-    """
-
-    root: str = ''
-    paths: Names = Names(())
-    images: Optional[np.ndarray] = None
+    root: str = ''  # The folder, archive or data set that they are in.
+    paths: Names = Names(())  # Path of each image, unique. Empty if images have no names.
+    images: Optional[np.ndarray] = None  # uint8 images [N, H, W, C] if all are in memory.
 
     @abstractmethod
     def open(self, row: int) -> Image.Image:
@@ -75,29 +69,18 @@ class ImageSet(Dataset):
 
     An image that cannot be read is counted, and named in a warning the first time. In training another image of its
     class takes its place, so the classes stay as frequent as they are counted. In evaluation its item is None.
-
-    Attributes:
-        source: Where the images are kept.
-        targets: Label of each image [N].
-        class_names: Class names in label order.
-        decoder: Decodes the images.
-        rows: Row of each image in the source. By default all rows in order.
-        groups: Number of each image's group [N], None without groups.
-        notes: What was left out, and why.
-        origin: Where the set comes from, in words.
-        replaces_unreadable: Whether other images take the place of unreadable ones, as in training.
     """
 
     source: ImageSource
-    targets: np.ndarray
-    class_names: List[str]
+    targets: np.ndarray  # Label of each image [N].
+    class_names: List[str]  # Class names in label order.
     decoder: ImageDecoder = ImageDecoder()
-    rows: Any = None
-    groups: Optional[np.ndarray] = None
-    notes: List[str] = field(default_factory=list)
-    origin: str = ''
+    rows: Any = None  # Row of each image in the source. By default all rows in order.
+    groups: Optional[np.ndarray] = None  # Number of each image's group [N], None without groups.
+    notes: List[str] = field(default_factory=list)  # What was left out, and why.
+    origin: str = ''  # Where the set comes from, in words.
     transform: Optional[Callable] = field(default=None, init=False)
-    replaces_unreadable: bool = field(default=False, init=False)
+    replaces_unreadable: bool = field(default=False, init=False)  # As in training.
 
     is_stream = False
 
@@ -257,14 +240,8 @@ def label_images(
 ) -> ImageSet:
     """The set of a source's images with paths, in an order that only depends on the names of classes and files.
 
-    Args:
-        config: How images are decoded, labelled and grouped.
-        source: The images.
-        labels: Name of each image's class.
-        notes: What was left out so far.
-        groups: Group of each image, if the data has a column of them.
-        order: Class names in label order. By default they are sorted.
-        origin: Where the set comes from, in words.
+    `labels` are the class names of the images, and `groups` their groups, if the data has a column of them. `order` has
+    the class names in label order. By default they are sorted.
     """
     paths = list(source.paths)
     notes = list(notes)

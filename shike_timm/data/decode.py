@@ -61,15 +61,11 @@ class ImageDecoder:
 
     Deep images (16 or 32 bits, or floating point) are scaled by the range of their type: 0 to 65535, 0 to 2^31 - 1,
     and 0 to 1. Pillow alone would clip them.
-
-    Attributes:
-        pixel_range: Values of deep images that become black and white, instead of the range of their type.
-        exif: Turn images as their EXIF orientation says.
     """
 
     channels: int = 3
-    pixel_range: Optional[Tuple[float, float]] = None
-    exif: bool = False
+    pixel_range: Optional[Tuple[float, float]] = None  # Replaces the range of the type.
+    exif: bool = False  # Turn images as their EXIF orientation says.
 
     @staticmethod
     def is_deep(image: Image.Image) -> bool:

@@ -27,10 +27,10 @@ def why_not_on_device(data: AnySet, data_config: Dict[str, Any], is_training: bo
 
 
 class DeviceLoader:
-    """Batches of normalised images [B, C, H, W] and their labels [B] from tensors on the device.
+    """Batches of normalised images [B, C, H, W] and their labels [B] from uint8 images [N, H, W, C] on the device.
 
-    With a sampler it is a training loader: the sampled images are augmented in rounds of many. Without one it gives
-    this process's share of the images, uint8 [N, H, W, C], in order.
+    With a sampler the sampled images are augmented in rounds of many. Without one the images of this process come in
+    order.
     """
 
     def __init__(

@@ -51,9 +51,8 @@ def hold_out_last(data: ImageSet, sizes: Union[Sequence[int], np.ndarray], optio
 def hold_out_share(data: AnySet, share: float, name: str, take_last: bool = False) -> Tuple[ImageSet, ImageSet]:
     """Hold a share of each class out, rounded up: the set to train on, and the set held out.
 
-    In each class the images whose class and file name have the smallest hashes are chosen. So the choice does not
-    change with other classes, or with images that are added elsewhere. Groups stay together. `take_last` chooses the
-    last images of each class instead.
+    In each class the images whose class and file name have the smallest hashes are chosen, whatever other images there
+    are, or the last ones with `take_last`. Groups stay together.
     """
     if isinstance(data, StreamSet):
         raise InputError(

@@ -65,13 +65,8 @@ def _collate(items: List[Tuple[Any, Optional[str]]]) -> Tuple[Optional[Tensor], 
 
 
 def create_file_loader(
-        paths: List[str],
-        data_config: Dict[str, Any],
-        batch_size: int,
-        num_workers: int = 4,
-        pin_memory: bool = False,
-        pixel_range: Optional[Tuple[float, float]] = None,
-        exif: bool = False,
+        paths: List[str], data_config: Dict[str, Any], batch_size: int, num_workers: int = 4, pin_memory: bool = False,
+        pixel_range: Optional[Tuple[float, float]] = None, exif: bool = False,
 ) -> Iterable[Tuple[Optional[Tensor], List[Optional[str]]]]:
     """Loader over image files in order.
 

@@ -144,26 +144,17 @@ def exclude_unreadable(data: ImageSet, workers: int = 0, anew: bool = False) -> 
 
 @dataclass
 class Inspected:
-    """The facts of an image.
+    """The facts of an image."""
 
-    Attributes:
-        name: Its path, or its index if it has none.
-        digest: Digest of its file, or of its pixels if there is no file.
-        extrema: Lowest and highest value of a deep image.
-        is_turned: Whether its EXIF orientation turns it.
-        look: Perceptual hash of 64 bits, if asked for.
-        error: Why it cannot be read.
-    """
-
-    name: str = ''
+    name: str = ''  # Its path, or its index if it has none.
     target: int = -1
-    digest: Optional[bytes] = None
+    digest: Optional[bytes] = None  # Digest of its file, or of its pixels if there is no file.
     size: Optional[Tuple[int, int]] = None
     mode: str = ''
-    extrema: Any = None
-    is_turned: bool = False
-    look: Optional[int] = None
-    error: Optional[str] = None
+    extrema: Any = None  # Lowest and highest value of a deep image.
+    is_turned: bool = False  # Whether its EXIF orientation turns it.
+    look: Optional[int] = None  # Perceptual hash of 64 bits, if asked for.
+    error: Optional[str] = None  # Why it cannot be read.
 
 
 def _digest(content: Any) -> bytes:

@@ -26,23 +26,16 @@ UNUSED_IN_MEMORY = ('class_map', 'class_depth', 'group_key', 'input_key', 'targe
 
 @dataclass
 class TrainingData:
-    """A training set, the set that it is evaluated on, and its classes.
-
-    Attributes:
-        class_counts: Training images of each class, all positive.
-        class_names: Class names in label order.
-        shot_counts: Images of each class, with those that are held out. They make a class many-, medium- or few-shot.
-        holdout: Share of each class that is held out.
-        is_split_by_path: Whether images are held out or listed, so that only their paths tell both sets apart.
-    """
+    """A training set, the set that it is evaluated on, and its classes."""
 
     train: AnySet
     test: AnySet
-    class_counts: List[int]
-    class_names: List[str]
+    class_counts: List[int]  # Training images of each class, all positive.
+    class_names: List[str]  # Class names in label order.
+    # Images of each class, with those that are held out. They make a class many-, medium- or few-shot.
     shot_counts: List[int] = field(default_factory=list)
-    holdout: float = 0.
-    is_split_by_path: bool = False
+    holdout: float = 0.  # Share of each class that is held out.
+    is_split_by_path: bool = False  # Whether images are held out or listed, so only paths tell both sets apart.
 
     def __post_init__(self) -> None:
         self.shot_counts = self.shot_counts or self.class_counts

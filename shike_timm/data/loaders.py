@@ -84,47 +84,32 @@ def _is_on_device(data: AnySet, device_data: Optional[bool], why_not: Optional[s
 
 
 def _create_worker_loader(
-        data: AnySet,
-        data_config: Dict[str, Any],
-        batch_size: int,
-        device: torch.device,
-        num_workers: int,
-        transform: Any,
-        sampler: Union[EpochSampler, range],
-        collate: Callable,
-        drop_last: bool = False,
-        **erasing: Any,
+        data: AnySet, data_config: Dict[str, Any], batch_size: int, device: torch.device, num_workers: int,
+        transform: Any, sampler: Union[EpochSampler, range], collate: Callable, drop_last: bool = False, **erasing: Any,
 ) -> WorkerLoader:
     """timm's loader over sampled images, or over a stream as it comes."""
     is_training = isinstance(sampler, EpochSampler)
     data.transform = transform
+    options: Dict[str, Any] = dict(drop_last=drop_last, pin_memory=device.type == 'cuda')
+    items, collate_items = data, collate
     if isinstance(data, StreamSet):
-        data.set_loader_cfg(num_workers=num_workers)  # The images of a stream depend on this number.
+        # The images of a stream depend on the number of workers, and on what these did before: they start anew.
+        data.set_loader_cfg(num_workers=num_workers)
     else:
         data.replaces_unreadable |= is_training
         num_workers = limit_workers(num_workers)
-    seeded = SeededDataset(data, collate) if is_training and not data.is_stream else None
-    loader = create_loader(
-        data if seeded is None else seeded,
-        batch_size,
-        num_workers,
-        collate if seeded is None else seeded.collate,
-        sampler=None if data.is_stream else sampler,
-        drop_last=drop_last,
-        pin_memory=device.type == 'cuda',
-        # The images of a stream depend on what their worker did before, so its workers start anew.
-        persistent_workers=num_workers > 0 and not data.is_stream,
-    )
+        options.update(sampler=sampler, persistent_workers=num_workers > 0)
+        if is_training:
+            items = SeededDataset(data, collate)
+            collate_items = items.collate
+    loader = create_loader(items, batch_size, num_workers, collate_items, **options)
     return WorkerLoader(
         data, loader, collate, mean=data_config['mean'], std=data_config['std'], channels=data_config['input_size'][0],
         device=device, **erasing)
 
 
 def mixup_options(
-        config: LoaderConfig,
-        augmentation: AugmentationConfig,
-        num_classes: int,
-        why_not: Optional[str] = None,
+        config: LoaderConfig, augmentation: AugmentationConfig, num_classes: int, why_not: Optional[str] = None,
 ) -> Optional[Dict[str, Any]]:
     """Arguments of `timm.data.FastCollateMixup`, None without Mixup and CutMix, refused if labels cannot be mixed."""
     if not (augmentation.mixup or augmentation.cutmix):
@@ -135,34 +120,22 @@ def mixup_options(
     if config.batch_size % 2:
         raise InputError(f'{flag} pairs images, but --batch-size {config.batch_size} is odd: choose an even one.')
     return dict(
-        mixup_alpha=augmentation.mixup,
-        cutmix_alpha=augmentation.cutmix,
-        prob=augmentation.mixup_prob,
-        switch_prob=augmentation.mixup_switch_prob,
-        mode=augmentation.mixup_mode,
-        label_smoothing=0.,
-        num_classes=num_classes,
-    )
+        mixup_alpha=augmentation.mixup, cutmix_alpha=augmentation.cutmix, prob=augmentation.mixup_prob,
+        switch_prob=augmentation.mixup_switch_prob, mode=augmentation.mixup_mode, label_smoothing=0.,
+        num_classes=num_classes)
 
 
 def create_train_loader(
-        data: AnySet,
-        data_config: Dict[str, Any],
-        config: LoaderConfig,
-        augmentation: AugmentationConfig,
-        device: torch.device,
-        num_workers: int = 4,
-        num_classes: int = 0,
-        why_not_mixed: Optional[str] = None,
+        data: AnySet, data_config: Dict[str, Any], config: LoaderConfig, augmentation: AugmentationConfig,
+        device: torch.device, num_workers: int = 4, num_classes: int = 0, why_not_mixed: Optional[str] = None,
         every_image: bool = False,
 ) -> Loader:
     """Loader over a training set. Each process has its share; batches that not all processes have are dropped.
 
     Small sets in memory lie on the device as one tensor and are augmented there. Others go through timm's loader and
-    its workers. In both cases the images of an epoch depend only on the seed that `loader.sampler.set_epoch` or
-    `set_stream_epoch` is given, or that torch's generator gives at the start of the epoch, and on its first step. From
-    a later step on the same images come, but on the device with another augmentation. `why_not_mixed` says why labels
-    must be class indices, if they must. `every_image` is for one pass: no image is dropped, and none are mixed.
+    its workers. The images of an epoch depend only on the seed that `loader.sampler.set_epoch` or `set_stream_epoch` is
+    given, by default a drawn one, and on the first step. `why_not_mixed` says why labels must be class indices, if they
+    must. `every_image` is for one pass: no image is dropped, and none are mixed.
     """
     mixup = None if every_image else mixup_options(config, augmentation, num_classes, why_not_mixed)
     sampler = EpochSampler(len(data), config.batch_size, config.grad_accum_steps)
@@ -192,11 +165,7 @@ def create_train_loader(
 
 
 def create_eval_loader(
-        data: AnySet,
-        data_config: Dict[str, Any],
-        batch_size: int,
-        device: torch.device,
-        num_workers: int = 4,
+        data: AnySet, data_config: Dict[str, Any], batch_size: int, device: torch.device, num_workers: int = 4,
         device_data: Optional[bool] = None,
 ) -> Loader:
     """Loader over an evaluation split in order, from the device or timm's. Of several processes each has its share."""

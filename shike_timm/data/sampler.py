@@ -11,10 +11,10 @@ from ..distributed import rank, world_size
 
 
 class EpochSampler(Sampler[Tuple[int, int]]):
-    """This process's share of a training set in a new order.
+    """This process's share of a training set in a new order, each image with its own seed.
 
     Each process takes the same number of whole batches, a multiple of `multiple`, and no image comes twice. The images
-    of a step do not depend on the number of processes. Each image comes with its own seed.
+    of a step do not depend on the number of processes.
     """
 
     def __init__(self, num_images: int, batch_size: int, multiple: int = 1):
@@ -57,8 +57,8 @@ class EpochSampler(Sampler[Tuple[int, int]]):
 class SeededDataset(Dataset):
     """A data set whose items depend only on their index and seed, not on the items that a worker made before.
 
-    `collate` makes a batch of items. If it draws, as the mixing of images does, it goes on where the last item stopped.
-    Without workers this happens in the training process, whose dropout must not depend on it.
+    If `collate` draws, as the mixing of images does, it goes on where the last item stopped. Without workers this
+    happens in the training process, whose dropout must not depend on it.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[List[Any]], Any]):

@@ -16,8 +16,8 @@ LONGEST_WAIT = 600  # Seconds without a batch from any process. A slow disk take
 class _InSharedMemory:
     """A collation whose tensors lie in shared memory.
 
-    torch moves them there too, but later and in a thread. There a failure would only be printed, the batch would be
-    lost, and the training process would wait for it. Here the training process gets the error.
+    torch moves them there too, but in a thread, where a failure would only be printed. Here the training process gets
+    the error.
     """
 
     collate: Callable[[List[Any]], Any]
@@ -50,10 +50,7 @@ def create_loader(
 
 
 def explain_failure(error: Exception) -> Optional[Tuple[int, str]]:
-    """The exit status and the sentence for an error of the operating system or of a process that loads images.
-
-    None for other errors.
-    """
+    """The exit status and the sentence for an error of the system or of a process that loads images, else None."""
     text = str(error)
     from_worker = re.match(r'Caught \w+ in DataLoader worker.*\n[\w.]+: (.*)$', text, re.DOTALL)
     text = from_worker[1] if from_worker else text

@@ -42,11 +42,8 @@ def bottleneck_aligner(
     return nn.Sequential(*layers, *_conv_norm(width, out_chs, 1, **dd))
 
 
-ALIGNERS = {
-    'conv': conv_aligner,
-    'bottleneck': bottleneck_aligner,
-    'separable': partial(bottleneck_aligner, depthwise=True),
-}
+ALIGNERS = dict(
+    conv=conv_aligner, bottleneck=bottleneck_aligner, separable=partial(bottleneck_aligner, depthwise=True))
 
 
 def to_map(x: Tensor, level: Dict[str, Any], size: Sequence[int]) -> Tensor:
@@ -110,8 +107,7 @@ class LevelExpert(nn.Module):
 class VectorAligner(nn.Module):
     """Brings features of any format to one vector, which fits the channels of all places of an expert's own features.
 
-    The layers after the pooling are a LayerNorm, a linear layer to 256 channels, GELU and a linear layer that starts
-    at zero.
+    The last linear layer starts at zero.
     """
 
     def __init__(self, shallow: Dict[str, Any], own: Dict[str, Any], **dd: Any):

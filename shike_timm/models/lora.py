@@ -16,15 +16,7 @@ def add_lora(model: Shike, rank: int, input_size: Sequence[int]) -> None:
     """Freeze all that may have pretrained weights, and add an update of a rank to each of its linear layers.
 
     These are `W + B A` in place of `W`, where `B` starts at zero. A frozen trunk gets none. Aligners and classifiers
-    are trained as they are.
-
-    Args:
-        model: The model, with its pretrained weights.
-        rank: Rank of the updates.
-        input_size: Channels, height and width of an image.
-
-    Raises:
-        InputError: If peft is missing, or the model has no linear layers to update.
+    are trained as they are. `input_size` is channels, height and width of an image.
     """
     try:
         import peft

@@ -1,5 +1,4 @@
 """The registered models: their configurations, the weights in the package, and the entry points."""
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from ..errors import InputError
+from ..files import read_json
 from .backbones import BackboneFn, cifar_resnet, fetching, preprocessing, timm_backbone
 from .expand import BACKBONE_TAG, backbone_cfg, expand
 from .shike import OLD_ARGUMENTS, Shike
@@ -44,7 +44,7 @@ def _cifar_cfg(name: str) -> Dict[str, Any]:
         num_classes=100, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR_MEAN, std=CIFAR_STD)
     folder = PACKAGED_WEIGHTS / name
     if folder.is_dir():  # The folder is absent while results/weights.py makes it.
-        labels = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))['label_names']
+        labels = read_json(folder / CONFIG_FILE)['label_names']
         cfg.update(file=str(folder / WEIGHTS_FILE), label_names=tuple(labels))
     return cfg
 
@@ -112,7 +112,7 @@ def _create_shike(
     model.pretrained_cfg['first_conv'] = get_model_traits(model)['first_conv']
     folder = Path(model.pretrained_cfg.get('file') or '').parent
     if pretrained and isinstance(model, Shike) and folder.parent == PACKAGED_WEIGHTS:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding='utf-8'))
+        config = read_json(folder / CONFIG_FILE)
         if config['num_classes'] == model.num_classes:
             model.set_training_prior(config['class_counts'], config['model_args'].get('classifier_prior'))
     return model

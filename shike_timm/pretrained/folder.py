@@ -111,8 +111,7 @@ def export_model(
 ) -> None:
     """Write a folder that timm loads as `local-dir:FOLDER`. An existing one is replaced as a whole.
 
-    The model was made by `timm.create_model`, the preprocessing by `timm.data.resolve_data_config`. The facts go into
-    `config.json`, unless they are empty.
+    The facts go into `config.json`, unless they are empty.
     """
     folder = Path(os.path.realpath(folder))
     temporary = folder.with_name(folder.name + '.tmp')

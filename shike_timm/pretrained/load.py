@@ -116,10 +116,9 @@ def load_trained_model(
         name: Optional[str] = None, checkpoint: Optional[str] = None, pretrained: bool = False,
         experts: Optional[Sequence[int]] = None, described: Optional[ModelConfig] = None, in_chans: int = 3,
 ) -> TrainedModel:
-    """Load a trained model to the CPU: by a name that `--model` takes, or from a checkpoint.
+    """Load a trained model to the CPU: by a name that `--model` takes, or from a checkpoint, as `from_checkpoint` does.
 
-    `pretrained` loads the published weights of a registered name. `experts` are those to keep. `described` and
-    `in_chans` describe the model of a checkpoint that holds weights alone.
+    `pretrained` loads the published weights of a registered name. `experts` are those to keep.
     """
     if bool(name) == bool(checkpoint):
         raise InputError('Give the model, either as --model or as --checkpoint.')

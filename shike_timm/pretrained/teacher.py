@@ -14,8 +14,7 @@ def load_teacher(
 ) -> DistillationTeacher:
     """Load the trained model of `--kd-model-name`, of any architecture. Its logits come in the data's label order.
 
-    `input_size` is channels, height and width. With `held_out`, the teacher must not have seen the images that are
-    held out of the training set for evaluation.
+    With `held_out`, it must not have seen the images that are held out of the training set for evaluation.
     """
     try:
         teacher = DistillationTeacher(name, in_chans=input_size[0], device=device)

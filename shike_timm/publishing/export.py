@@ -124,18 +124,13 @@ def _compare(model: nn.Module, exported: Callable[[Tensor], Tensor], input_size:
 
 
 def save_exported(
-        model: nn.Module,
-        folder: Union[str, Path],
-        format: str,
-        data_config: Dict[str, Any],
-        opset: Optional[int] = None,
-        **facts: Any,
+        model: nn.Module, folder: Union[str, Path], format: str, data_config: Dict[str, Any],
+        opset: Optional[int] = None, **facts: Any,
 ) -> float:
     """Write the folder of an exported model, for any batch size, and give its difference from the model.
 
-    The model, made by `timm.create_model`, is put into eval mode. The difference is the largest one found, relative to
-    the largest logit. The folder must not exist, or be empty; it appears whole or not at all. The facts are those of
-    `export_model`.
+    The difference is the largest one found, relative to the largest logit. The folder must not exist, or be empty; it
+    appears whole or not at all. The facts are those of `export_model`.
     """
     folder = Path(folder).absolute()
     with tempfile.TemporaryDirectory(dir=find_place(folder)) as temporary:

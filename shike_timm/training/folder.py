@@ -58,10 +58,9 @@ def save_args(folder: Path, config: RunConfig) -> None:
 
 
 def claim_folder(folder: Path, config: RunConfig, resumed: bool) -> FileLock:
-    """Create a run folder with its `args.yaml`, and lock it for this process.
+    """Create a run folder with its `args.yaml`, and lock it until this process ends.
 
-    The operating system releases the lock when the process ends, however it ends. On Linux it is a flock, which NFS
-    passes on to its server, so that it also holds between machines.
+    On Linux the lock is a flock, which NFS passes on to its server, so that it also holds between machines.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

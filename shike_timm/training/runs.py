@@ -36,8 +36,7 @@ _logger = logging.getLogger(__name__)
 def train(config: TrainConfig) -> Dict[str, Any]:
     """Train stage one and, unless `crt_epochs` is 0, retrain the classifiers. Give what `metrics.json` holds.
 
-    An option that cannot work is an InputError, and nothing has been written then. Interrupted means that a signal
-    stopped the run, NonFiniteError that the loss or the weights stopped being finite.
+    An option that cannot work is an InputError, and nothing has been written then.
     """
     config = replace(config, experiment=config.experiment or default_experiment(config))
     device = join_processes(config.device)

@@ -30,10 +30,9 @@ class StopFlag:
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Turn SIGINT and SIGTERM into a flag. A second signal acts at once.
+    """Turn SIGINT and SIGTERM into a flag, in the main thread. A second signal acts at once.
 
-    Under torchrun a process may get the signal twice, so the handler stays installed and only sets the flag. Only the
-    main thread can take signals. In another thread the flag is never set.
+    Under torchrun a process may get the signal twice, so the handler stays installed and only sets the flag.
     """
     flag = StopFlag()
     previous = {}

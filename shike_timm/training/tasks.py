@@ -1,6 +1,6 @@
 """Training tasks of timm over expert logits: from a batch to its loss."""
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 import torch
 from timm.task import DistillationTeacher, TrainingTask
@@ -11,6 +11,7 @@ from ..losses import RepresentationLoss, balanced_softmax, knowledge_distillatio
 from ..models import Shike
 
 TERMS = (*RepresentationLoss._fields[1:], 'kd')  # A task may give these terms beside its loss.
+LATE = 0.8  # Share of the epochs after which `late_loss` is used.
 
 
 def expert_features(model: Shike, x: Tensor) -> Tensor:
@@ -36,37 +37,20 @@ class ExpertLogits(nn.Module):
 class ExpertTask(TrainingTask):
     """Training of a SHIKE model with any loss of the stacked expert logits.
 
-    Evaluation sees the bare model. Beyond the loss, a trained model can teach every expert.
-
-    Args:
-        loss: From expert logits [B, M, C] and a target to a scalar, or to a named tuple of scalars that begins with
-            the total.
-        late_loss: Loss for the last epochs, None for the same one.
-        late_from: Share of the epochs after which `late_loss` is used. The training loop sets `progress`.
-        freeze_features: Build no graph below the classifiers.
-        trunk_grad: Gradient of the shared stages: the 'sum' of what the experts send, as their losses are summed, or
-            the 'mean', with which the trunk learns as fast as that of one network.
-        teacher_model: Trained model of the same classes, or its name. Its logits are distilled into each expert, at a
-            weight `distill_loss_weight` and a temperature. It stays in eval mode and is not trained.
-        mean: Channel means that the images are normalized with (default: those of the model's configuration). The
-            deviations `std` likewise.
+    Evaluation sees the bare model. `loss` goes from expert logits [B, M, C] and a target to a scalar, or to a named
+    tuple of scalars that begins with the total. `late_loss` replaces it once `progress`, the share of the epochs that
+    are done, reaches `LATE`. With `freeze_features` no graph is built below the classifiers. A `trunk_grad` of 'mean'
+    lets the trunk learn as fast as that of one network. The logits of a teacher, which is not trained, are distilled
+    into each expert. Its images are normalized with `mean` and `std`.
     """
 
     trainable_module: nn.Module
 
     def __init__(
-            self,
-            model: Shike,
-            loss: Callable[[Tensor, Tensor], Union[Tensor, Tuple[Tensor, ...]]],
-            late_loss: Optional[Callable[[Tensor, Tensor], Tensor]] = None,
-            late_from: float = 0.8,
-            freeze_features: bool = False,
-            trunk_grad: str = 'sum',
-            teacher_model: Union[str, nn.Module, DistillationTeacher, None] = None,
-            distill_loss_weight: float = 1.,
-            temperature: float = 4.,
-            mean: Optional[Sequence[float]] = None,
-            std: Optional[Sequence[float]] = None,
+            self, model: Shike, loss: Callable[..., Any] = representation_loss,
+            late_loss: Optional[Callable[..., Tensor]] = None, freeze_features: bool = False, trunk_grad: str = 'sum',
+            teacher: Optional[DistillationTeacher] = None, distill_loss_weight: float = 1., temperature: float = 4.,
+            mean: Optional[Sequence[float]] = None, std: Optional[Sequence[float]] = None,
             device: Optional[torch.device] = None,
     ):
         super().__init__(device=device)
@@ -77,16 +61,12 @@ class ExpertTask(TrainingTask):
                     parameter.register_hook(lambda grad: grad / model.num_experts)
         self.loss = loss
         self.late_loss = late_loss or loss
-        self.late_from = late_from
         self.progress = 0.
-        self.teacher = None
+        self.teacher = teacher
         self.distill_loss_weight = distill_loss_weight
         self.temperature = temperature
-        if teacher_model is not None:
-            teacher = teacher_model
-            if not isinstance(teacher, DistillationTeacher):
-                teacher = DistillationTeacher(teacher, device=device)
-            self.teacher = teacher.requires_grad_(False)
+        if teacher is not None:
+            teacher.requires_grad_(False)
             # From the student's normalization to the teacher's. No comparison waits for the device.
             cfg = model.pretrained_cfg
             own_mean, own_std = (
@@ -127,17 +107,12 @@ class ExpertTask(TrainingTask):
         return (parameter for parameter in model.parameters() if parameter not in head)
 
     def forward(self, input: Tensor, target: Tensor) -> Dict[str, Tensor]:
-        """Loss of a batch.
+        """The `loss` of images [B, in_chans, H, W], its unweighted terms, and the averaged logits `output` [B, C].
 
-        Args:
-            input: Images [B, in_chans, H, W].
-            target: Class indices [B], or class probabilities [B, C] if the loss takes them.
-
-        Returns:
-            `loss`, the averaged logits `output` [B, C], the unweighted terms of the loss and, with a teacher, `kd`.
+        The target are class indices [B], or class probabilities [B, C] if the loss takes them.
         """
         logits = self.trainable_module(input)
-        result = (self.loss if self.progress < self.late_from else self.late_loss)(logits, target)
+        result = (self.loss if self.progress < LATE else self.late_loss)(logits, target)
         total, terms = (result, {}) if isinstance(result, Tensor) else (result[0], result._asdict())
         terms.pop('total', None)
         if self.teacher is not None:
@@ -149,26 +124,10 @@ class ExpertTask(TrainingTask):
         return dict(loss=total, output=output, **{name: term.detach() for name, term in terms.items()})
 
 
-class RepresentationTask(ExpertTask):
-    """Stage one of SHIKE: cross-entropy, dynamic knowledge transfer `nt` and mutual distillation `mu` (Eq. 10).
-
-    Arguments are those of `shike_timm.losses.representation_loss` and of `ExpertTask`.
-    """
-
-    def __init__(
-            self, model: Shike, alpha: float = 0.1, beta: float = 0.01, detach_teacher: bool = False,
-            smoothing: float = 0., **kwargs: Any,
-    ):
-        loss = partial(
-            representation_loss, alpha=alpha, beta=beta, detach_teacher=detach_teacher, smoothing=smoothing)
-        super().__init__(model, loss, **kwargs)
-
-
 class ClassifierRetrainingTask(ExpertTask):
     """Stage two: new classifiers trained with balanced softmax, everything else frozen (Eq. 11).
 
-    The model gets new classifiers when the task is made, with `cosine_scale` as in `Shike.reset_classifier`. BatchNorm
-    statistics keep updating. `class_counts` are the training images of each class [C], all positive.
+    The model gets them when the task is made. BatchNorm statistics keep updating.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ from .class_means import begin_at_class_means
 from .config import RunConfig
 from .features import FeatureLoader, cached_features, standardise
 from .folder import check_folder, claim_folder, read_metrics, save_args
-from .methods import TaskInputs, create_task
+from .methods import create_task
 from .phases import PHASES, Phase
 from .progress import progress_bar, read_summary
 from .resume import warn_of_changes
@@ -154,10 +154,8 @@ class Trainer:
         if phase.is_retraining:
             seed_all(config.seed, phase.number, -1)  # New classifiers must not depend on what was drawn before.
         self.task = create_task(
-            TaskInputs(
-                config, self.model, self.data.class_counts, self.device, self.data_config['mean'],
-                self.data_config['std'], self.teacher),
-            phase.is_retraining)
+            config, self.model, self.data.class_counts, self.device, phase.is_retraining, teacher=self.teacher,
+            mean=self.data_config['mean'], std=self.data_config['std'])
         if config.channels_last:
             self.task.to(memory_format=torch.channels_last)
         if config.model_ema:
@@ -349,11 +347,8 @@ class Trainer:
                 loss, *values = reduced.double().tolist()
                 now = time.perf_counter()
                 done_now = Done(
-                    step + 1,
-                    done.num_images + num_images,
-                    done.seconds + now - start,
-                    {key: done.sums.get(key, 0.) + value for key, value in zip(sums, values)},
-                )
+                    step + 1, done.num_images + num_images, done.seconds + now - start,
+                    {key: done.sums.get(key, 0.) + value for key, value in zip(sums, values)})
                 rates = images_since_log / (now - log_start), num_images / (now - start)
                 status = self._status(loss, done_now, rates)
                 self.progress.set_postfix_str(status, refresh=False)
@@ -417,10 +412,7 @@ class Trainer:
         return metrics
 
     def _evaluate(self, last: bool = False) -> Dict[str, Any]:
-        """Metrics of the model, or of its moving average and, under `plain`, of the weights as trained.
-
-        After the last epoch the temperature is fitted before, if that is asked for.
-        """
+        """Metrics of the model, or of its moving average and, under `plain`, of the weights as trained."""
         averaged = self.task.has_ema()
         plain = dict(plain=self.evaluate(self._eval_model())) if averaged else {}
         model = self._eval_model(ema=averaged)

@@ -33,8 +33,7 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
 def auto_augment(images: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
     """torchvision's AutoAugment CIFAR-10 policy for uint8 images [N, 3, H, W], with grey (128) as fill.
 
-    Each image draws one of 25 pairs of operations and, for each of the two, whether it is applied and its sign. The
-    generator is on the CPU, so draws are the same on every device, and no device waits.
+    Draws are made on the CPU, so they are the same on every device, and no device waits.
     """
     transform = AutoAugment(AutoAugmentPolicy.CIFAR10)
     space = transform._augmentation_space(NUM_MAGNITUDES, (images.shape[-2], images.shape[-1]))

@@ -13,10 +13,7 @@ from . import AugmentationConfig
 
 
 class Cutout(torch.nn.Module):
-    """Blacken one square at a random place of an image (DeVries and Taylor, 2017).
-
-    The centre may be any pixel. The square is clipped at the borders, to a quarter at least.
-    """
+    """Blacken one square, clipped at the borders, around a random pixel of an image (DeVries and Taylor, 2017)."""
 
     def __init__(self, size: int):
         super().__init__()

@@ -27,22 +27,14 @@ def _has_digest(path: str, digest: str) -> bool:
 
 
 class PublishedSource(DataSource):
-    """A published long-tailed data set.
-
-    Attributes:
-        train_list: Usual name of its training list, and the SHA-256 of that list. `eval_list` is alike.
-        spellings: Patterns and replacements that lead from a path on the lists to other places of the image.
-        whole: Folder of all images by class. If there is no training list, the images that are not evaluated on are
-            trained on.
-        whole_counts: Number of those images, and the `counts_digest` of their classes.
-    """
+    """A published long-tailed data set."""
 
     title: str
-    train_list: Tuple[str, str]
+    train_list: Tuple[str, str]  # Usual name of the list, and its SHA-256.
     eval_list: Tuple[str, str]
-    spellings: Sequence[Tuple[str, str]] = ()
-    whole: Optional[str] = None
-    whole_counts: Tuple[int, str] = (0, '')
+    spellings: Sequence[Tuple[str, str]] = ()  # Patterns and replacements that lead to other places of an image.
+    whole: Optional[str] = None  # Folder of all images by class. Without a training list its rest is trained on.
+    whole_counts: Tuple[int, str] = (0, '')  # Number of these training images, and `counts_digest` of their classes.
 
     @property
     def root(self) -> str:

@@ -7,10 +7,9 @@ from torch import nn
 
 @dataclass
 class Backbone:
-    """A network cut into stages.
+    """A network cut into stages, each of which is called on what the last one gave.
 
-    Stem and stages are called one after the other, each on what the last one gave: the features, or a tuple of the
-    features and whatever else later stages need, such as position embeddings or sizes.
+    This is the features, or a tuple of the features and whatever else later stages need, such as position embeddings.
     """
 
     stem: nn.Module  # Everything before the first shared stage.

@@ -13,10 +13,7 @@ def cifar_resnet(
         output_stride: int = 32, private_stages: int = 1, private_blocks: Optional[int] = None,
         global_pool: Optional[str] = None, img_size: Optional[int] = None, **dd: Any,
 ) -> Backbone:
-    """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem, and three stages of n basic blocks with 16, 32 and 64 channels.
-
-    It takes images of any `img_size`, and its `global_pool` is the network's.
-    """
+    """The CIFAR ResNet of depth 6 n + 2: a 3x3 stem, and three stages of n basic blocks with 16, 32 and 64 channels."""
     if private_blocks is not None:
         raise ValueError('The CIFAR ResNet is made of stages: give private_stages in place of private_blocks.')
     if output_stride != 32:
@@ -36,7 +33,4 @@ def cifar_resnet(
         stem=nn.Sequential(conv, nn.BatchNorm2d(16, **dd), nn.ReLU(inplace=True)),
         stages=[stage for _, stage in stages[:num_shared]],
         last_stages=[last] + [copy.deepcopy(last) for _ in range(num_experts - 1)],
-        feature_info=[*levels[:num_shared + 1], levels[-1]],
-        first_conv=[conv],
-        initialised=False,
-    )
+        feature_info=[*levels[:num_shared + 1], levels[-1]], first_conv=[conv], initialised=False)

@@ -15,10 +15,9 @@ class _Proxy(fx.Proxy):
 
 
 class Tracer(fx.Tracer):
-    """Records which modules, functions and parameters a forward pass on the meta device uses, in which order.
+    """Records which modules, functions and parameters a method of a network uses for a value on the meta device.
 
-    The pass is that of a method of the network, whose first argument is the value. Modules without one of the feature
-    levels inside are recorded whole. `node.meta['value']` is what a node gives.
+    Modules without one of the feature levels inside are recorded whole. `node.meta['value']` is what a node gives.
     """
 
     def __init__(self, levels: Sequence[str], method: str, value: Tensor):
