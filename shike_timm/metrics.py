@@ -143,9 +143,7 @@ class ExpertEvaluator:
                    for name, mask in groups.items()},
                 ece=round(100 * float(overconfidence[:, k].abs().sum()) / num_images, 2),
             ) for k in range(accuracy.shape[1])]
-        per_class = [
-            [round(share, 2) if count else None for share, count in zip(shares, total.tolist())]
-            for shares in accuracy.T.tolist()]
+        per_class = [_rounded(shares, total) for shares in accuracy.T]
         last = self.num_experts + 1
         f1 = 200 * top1[:, 0] / (total + predicted).clamp(min=1)
         metrics: Dict[str, Any] = dict(
@@ -154,11 +152,9 @@ class ExpertEvaluator:
         if self.subsets:
             metrics['subsets'] = [
                 dict(one, experts=subset.tolist()) for subset, one in zip(self.subsets, results[last:])]
-        precision = 100 * top1[:, 0] / predicted
+        precision = _rounded(100 * top1[:, 0] / predicted, predicted)
         metrics['per_class'] = dict(
-            total=total.long().tolist(), top1=per_class[0],
-            precision=[round(one, 2) if count else None for one, count in zip(precision.tolist(), predicted.tolist())],
-            f1=[round(one, 2) if count else None for one, count in zip(f1.tolist(), total.tolist())],
+            total=total.long().tolist(), top1=per_class[0], precision=precision, f1=_rounded(f1, total),
             experts=per_class[1:last])
         return metrics
 
@@ -170,6 +166,10 @@ class ExpertEvaluator:
         return dict(
             threshold=step / NUM_STEPS, coverage=round(100 * float(kept[step] / kept[0].clamp(min=1)), 2),
             accuracy=round(100 * float(right[step] / kept[step]), 2) if kept[step] else None)
+
+
+def _rounded(values: Tensor, counts: Tensor) -> List[Optional[float]]:
+    return [round(value, 2) if count else None for value, count in zip(values.tolist(), counts.tolist())]
 
 
 @torch.inference_mode()

@@ -148,7 +148,7 @@ def test_nobody_waits_for_a_process_that_fails(monkeypatch, local_rank, expected
 
     def gather(errors, error):
         seen.append('met')
-        errors[:] = [error, None]
+        errors[:] = [error, []]
 
     def fail():
         seen.append('read')

@@ -5,9 +5,8 @@ from ..errors import InputError
 from ..options import check_file_values, complete, options, read_command_line
 from ..pretrained.plain import PlainModel, load_plain, plain_from_checkpoint
 from ..training.config import RetrainConfig, RunConfig
-from ..training.rebalance import rebalance
 from ..training.resume import read_stage_one, saved_args
-from ..training.runs import retrain
+from ..training.runs import rebalance, retrain
 from .script import run_script
 
 CONFIG = RetrainConfig

@@ -52,7 +52,6 @@ class DeviceLoader:
         )
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
         return -(-len(self.images) // self.batch_size) if self.sampler is None else self.sampler.num_batches
 
     def _rounds(self) -> Iterator[Tuple[Tensor, Tensor]]:

@@ -161,28 +161,23 @@ def _digest(content: Any) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def _fill(found: Inspected, image: Image.Image, perceptual: bool) -> None:
-    image.load()
-    found.size, found.mode, found.is_turned = image.size, image.mode, find_turn(image) is not None
-    if ImageDecoder.is_deep(image):
-        found.extrema = image.getextrema()
-    if perceptual:
-        import imagehash
-        found.look = int(str(imagehash.phash(ImageDecoder(1)(image))), 16)
-
-
 def _inspect(perceptual: bool, image: Image.Image) -> Inspected:
     found, file = Inspected(), getattr(image, 'fp', None)
     try:
-        if file is None:
-            _fill(found, image, perceptual)
-            found.digest = _digest(repr((image.size, image.mode)).encode() + image.tobytes())
-        else:
+        if file is not None:
             file.seek(0)
             content = file.read()
             found.digest = _digest(content)
-            with Image.open(io.BytesIO(content)) as copy:
-                _fill(found, copy, perceptual)
+            image = Image.open(io.BytesIO(content))
+        image.load()
+        found.size, found.mode, found.is_turned = image.size, image.mode, find_turn(image) is not None
+        if ImageDecoder.is_deep(image):
+            found.extrema = image.getextrema()
+        if perceptual:
+            import imagehash
+            found.look = int(str(imagehash.phash(ImageDecoder(1)(image))), 16)
+        if file is None:
+            found.digest = _digest(repr((image.size, image.mode)).encode() + image.tobytes())
     except Exception as error:  # A decoder may raise anything for a damaged file.
         found.error = one_line(error)
     return found

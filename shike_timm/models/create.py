@@ -13,10 +13,6 @@ from .config import ModelConfig
 from .expand import BACKBONE_TAG
 from .shike import Shike
 
-# These options are arguments of the same name.
-SAME_ARGUMENTS = (
-    'backbone', 'private_stages', 'private_blocks', 'classifier', 'cosine_scale', 'aligner')
-
 _LEVELS = re.compile(r'\d+(\+\d+)*')
 
 Model = TypeVar('Model', bound=ModelConfig)
@@ -75,7 +71,8 @@ def create_model(
         model = cast(Shike, timm.create_model(
             config.model, num_classes=num_classes, in_chans=in_chans, img_size=img_size, num_experts=num_experts,
             depths=depths, fusion=config.fusion if config.fusion is False else config.fusion_type,
-            **{name: getattr(config, name) for name in SAME_ARGUMENTS},
+            backbone=config.backbone, private_stages=config.private_stages, private_blocks=config.private_blocks,
+            classifier=config.classifier, cosine_scale=config.cosine_scale, aligner=config.aligner,
             drop_rate=config.drop, drop_path_rate=config.drop_path, **config.model_kwargs))
         if source and fresh:
             model.load_backbone(source)

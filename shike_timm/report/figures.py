@@ -241,38 +241,7 @@ def learning_curves(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     return draw_curves(read_curves(analysis.saved.run))
 
 
-# Each figure of the page by name: its function, title and caption.
-DRAWINGS: Dict[str, Tuple[Callable[..., Figure], str, str]] = {
-    'class_counts': (
-        class_counts, 'How many training images the classes have',
-        'The shades are the shot divisions of the evaluation. By default many-shot classes have more than 100 training '
-        'images and few-shot classes fewer than 20.'),
-    'class_accuracy': (
-        class_accuracy, 'Accuracy along the tail',
-        'Each point is a class. Top: the ensemble. Bottom: the best single expert, in the colour of that expert. The '
-        'line is a moving average with its 95 % band. The best of several looks better than each is, by chance alone.'),
-    'best_experts': (
-        best_experts, 'Which expert is best at how many classes',
-        'Experts that tie share a class. If the experts were equally good, 95 % of the shares would lie inside the '
-        'bracket. A share inside it says nothing about an expert.'),
-    'hardest_negatives': (
-        hardest_negatives, 'How probable the hardest wrong class is',
-        'The largest probability that each test image gives to a wrong class. Less on the right is better.'),
-    'stages_and_experts': (
-        stages_and_experts, 'Stages, experts and cost',
-        'Top: accuracy by shot division with 95 % intervals. Bottom: every subset of the experts. The best of each '
-        'size has a label.'),
-    'reliability': (
-        reliability, 'Whether its probabilities can be trusted',
-        'Below the dotted line the model is more confident than it is accurate. The last curve shows the accuracy when '
-        'a person looks at the least confident images instead. The point is the threshold of shike predict --reject.'),
-    'confusions': (
-        confusions, 'The confusions that cost the tail most',
-        'A few-shot class → the class that it is taken for. More images of these two classes would help most.'),
-    'prior_shift': (
-        prior_shift, 'If classes in use are as long-tailed as the training set',
-        'Test images are weighted as if classes had their training frequencies to a power. For the dashed line the '
-        'logarithm of these is added to the logits, which is right for a model with balanced classifiers.'),
-    'learning_curves': (
-        learning_curves, 'Learning curves', 'Both stages in a row. The loss jumps where new classifiers begin.'),
-}
+DRAWINGS: Dict[str, Callable[..., Figure]] = {one.__name__: one for one in (
+    class_counts, class_accuracy, best_experts, hardest_negatives, stages_and_experts, reliability, confusions,
+    prior_shift, learning_curves)}
+"""Each figure of the page by name. The page has its title and caption."""

@@ -95,10 +95,10 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     analysis, other = models[0], earlier or (models[1] if len(models) > 1 else None)
-    figures = []
-    for name, (function, title, caption) in DRAWINGS.items():
+    figures = {}
+    for name, function in DRAWINGS.items():
         figure, missing = draw(function, analysis, other)
-        figures.append((name, title, caption, Markup(save(figure, folder / name)), missing))
+        figures[name] = Markup(save(figure, folder / name)), missing
     comparison = None
     for old in folder.glob('comparison.*'):  # An earlier report may have compared other models.
         old.unlink()

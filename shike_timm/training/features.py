@@ -36,7 +36,6 @@ class FeatureLoader:
         self.sampler = EpochSampler(len(self.targets), batch_size)
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
         return self.sampler.num_batches
 
     def __iter__(self) -> Iterator[Tuple[Tensor, Tensor]]:

@@ -14,12 +14,13 @@ from torch import nn
 from ..checkpoints import load_weights, model_weights
 from ..data import create_eval_loader, create_train_loader, load_training_data
 from ..distributed import join_processes, local_primary_first, world_size
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..metrics import SHOTS, shot_divisions
 from ..models import Shike
 from ..models.create import create_model, resolve_data_config
 from ..models.lora import add_lora
 from ..pretrained.load import from_checkpoint, with_trained_options
+from ..pretrained.plain import PlainModel, create_plain
 from ..pretrained.start import load_start, start_from
 from ..pretrained.teacher import load_teacher
 from .build import check_compiler
@@ -71,7 +72,7 @@ def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]
 
     The classes are those of stage one unless `num_classes` differs. Returns and raises as `train`.
     """
-    config, phase, device = plan_retraining(config)
+    config, phase, device = _plan_retraining(config)
     saved = saved_args(checkpoint)
     same_classes = config.num_classes == saved.get('num_classes')
     _check_retraining(config, saved, same_classes)
@@ -88,7 +89,32 @@ def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]
     return trainer.train()
 
 
-def plan_retraining(config: RetrainConfig) -> Tuple[RetrainConfig, Phase, torch.device]:
+def rebalance(config: RetrainConfig, plain: PlainModel) -> Dict[str, Any]:
+    """Retrain the classifier of a plain network: a model of one expert without fusion, in a run folder of its own.
+
+    Returns and raises as `train`. The metrics `before` are those of the network's own classifier, if it has the classes
+    of the data.
+    """
+    config, phase, device = _plan_retraining(config)
+    trainer = prepare(config, [phase], device, False)
+    net = create_plain(plain, config.channels, trainer.data.class_names)
+    try:
+        trainer.model.load_backbone(plain.weights)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"checkpoint '{plain.name}' cannot be split: {one_line(error)}.") from error
+    if trainer.data.holdout:
+        _logger.warning(
+            f"The images to evaluate on are held out of the training images, but '{plain.name}' may have learnt from "
+            'them: both accuracies may be too high. Give the split that it was evaluated on, where there is one.')
+    if net is None:
+        _logger.info(f"'{plain.name}' has other classes than the data, so there are no metrics before.")
+    else:
+        trainer.before['before'] = trainer.evaluate(net.to(device))
+    del net
+    return trainer.train()
+
+
+def _plan_retraining(config: RetrainConfig) -> Tuple[RetrainConfig, Phase, torch.device]:
     """The configuration of a retraining with its epochs and the name of its run folder, its phase and its device."""
     device = join_processes(config.device)
     phase = plan_phases(config, retraining=True)[-1]

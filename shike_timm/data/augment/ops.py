@@ -31,10 +31,6 @@ def _lookup(images: Tensor, table: Tensor) -> Tensor:
     return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
 
 
-def _levels(images: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.arange(256, device=images.device, dtype=dtype)
-
-
 def posterize(images: Tensor, magnitude: Tensor) -> Tensor:
     """Keep the `magnitude` highest bits."""
     mask = torch.bitwise_left_shift(255, 8 - magnitude.int()) & 255
@@ -68,7 +64,7 @@ def autocontrast(images: Tensor, magnitude: Tensor) -> Tensor:
     low = images.amin((2, 3)).double()[..., None]
     high = images.amax((2, 3)).double()[..., None]
     scale = torch.full_like(high, 255).div_(high - low)  # `255 / tensor` would round twice.
-    levels = _levels(images, torch.float64)
+    levels = torch.arange(256, device=images.device, dtype=torch.float64)
     table = (levels * scale - low * scale).trunc().clamp(0, 255)
     return _lookup(images, torch.where(high > low, table, levels))
 
@@ -83,7 +79,7 @@ def equalize(images: Tensor, magnitude: Tensor) -> Tensor:
     step = (num_pixels - last) // 255
     before = histogram.cumsum(2) - histogram
     table = ((step // 2 + before) // step.clamp(min=1)).clamp(max=255)
-    return _lookup(images, torch.where(step > 0, table, _levels(images, torch.int64)))
+    return _lookup(images, torch.where(step > 0, table, torch.arange(256, device=images.device)))
 
 
 Number = Union[float, Tensor]
