@@ -154,7 +154,9 @@ def _panel(drawing: Drawing, left: int, top: int, title: str, sides: Sequence[Se
         for point in side:
             x, y = place(*point)
             drawing.dot(x, y, colour)
-            drawing.text(max(x + x_off, left + 38), y + y_off, f'{point[1]:.2f}', 13, anchor, f' fill="{drawing.theme[colour]}"')
+            drawing.text(
+                max(x + x_off, left + 38), y + y_off, f'{point[1]:.2f}', 13, anchor,
+                f' fill="{drawing.theme[colour]}"')
 
 
 def _dots(

@@ -38,7 +38,8 @@ def test_operations_of_the_pictures_are_those_of_the_models():
         operations(timm.create_model('resnet32_shike'), 32)
         / operations(timm.create_model('resnet32_shike', num_experts=1, fusion=False), 32), rel=0.02)
     assert told['lite0'] == pytest.approx(
-        operations(shike_timm.shike(lite0, aligner='separable'), 64) / operations(timm.create_model(lite0), 64), rel=0.02)
+        operations(shike_timm.shike(lite0, aligner='separable'), 64)
+        / operations(timm.create_model(lite0), 64), rel=0.02)
 
 
 def test_pictures_are_as_the_script_draws_them(tmp_path, monkeypatch):
