@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the tables of README.md and docs/results.md from runs.csv and shike eval's results on the package's weights."""
+"""Make the tables of README.md and docs/tables.md from runs.csv and shike eval's results on the package's weights."""
 import argparse
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from run import RESULTS, read_rows
 
-FILES = [RESULTS.parent / 'README.md', RESULTS.parent / 'docs' / 'results.md']
+FILES = [RESULTS.parent / 'README.md', RESULTS.parent / 'docs' / 'tables.md']
 
 Rows = List[Tuple[str, List[str], Optional[str]]]
 

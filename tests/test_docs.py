@@ -22,6 +22,26 @@ def test_the_page_of_python_is_made_from_the_docstrings():
     assert (ROOT / 'docs' / 'api.md').read_text() == script('api').page()
 
 
+def test_operations_of_the_pictures_are_those_of_the_models():
+    import timm
+    import torch
+
+    import shike_timm
+    from shike_timm.costs import count_flops
+
+    def operations(model, size):
+        with torch.inference_mode():
+            return count_flops(lambda: model.eval()(torch.zeros(1, 3, size, size)))
+
+    told, lite0 = script('figures').OPERATIONS, 'tf_efficientnet_lite0'
+    assert told['resnet32'] == pytest.approx(
+        operations(timm.create_model('resnet32_shike'), 32)
+        / operations(timm.create_model('resnet32_shike', num_experts=1, fusion=False), 32), rel=0.02)
+    assert told['lite0'] == pytest.approx(
+        operations(shike_timm.shike(lite0, aligner='separable'), 64)
+        / operations(timm.create_model(lite0), 64), rel=0.02)
+
+
 def test_pictures_are_as_the_script_draws_them(tmp_path, monkeypatch):
     figures = script('figures')
     monkeypatch.setattr(figures, 'FOLDER', tmp_path)
@@ -29,11 +49,21 @@ def test_pictures_are_as_the_script_draws_them(tmp_path, monkeypatch):
         assert path.read_text() == (ROOT / 'docs' / 'figures' / path.name).read_text()
 
 
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r'^#+ (.*)$', text, re.MULTILINE)
+    return {re.sub(r'[^\w -]', '', heading).strip().lower().replace(' ', '-') for heading in headings}
+
+
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
-    for target in re.findall(r'(?:\]\(|src="|srcset=")([^)"#:]+)(?=[)"#])', text):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r'(?:\]\(|src="|srcset=")([^)"#:]*)#?([^)":]*)[)"]', text):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor and path.suffix == '.md':
+            assert anchor in anchors(path), f'{target}#{anchor}'
 
 
 def test_the_python_of_the_readme_runs():
