@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..files import check_results_file, write_text
 from ..metrics import ShotConfig, shot_divisions
 from ..options import HparamsConfig, checked, option, parse
-from .script import run_script
+from .script import command
 
 NUMBERED = r'.*(?=[_-]\d+\.\w+$)'  # The path of an image up to the number that ends its name.
 MAX_LISTED = 10  # Longest list in the text. The JSON lists all.
@@ -285,12 +285,7 @@ def describe(config: DescribeConfig) -> None:
     print(json.dumps(summary, indent=2) if config.json else _text(summary))
 
 
-parse_describe_args = partial(
-    parse, DescribeConfig, 'Describe a data set: classes, counts, sizes, duplicates, unreadable files.')
-
-
 CONFIG = DescribeConfig
-
-
-def main() -> int:
-    return run_script(lambda: describe(parse_describe_args()))
+parse_describe_args = partial(
+    parse, CONFIG, 'Describe a data set: classes, counts, sizes, duplicates, unreadable files.')
+main = command(describe, parse_describe_args)

@@ -3,7 +3,7 @@ from typing import Optional, Sequence
 
 from ..options import read_command_line
 from ..report.evaluate import EvalConfig, complete_eval_args, evaluate_model
-from .script import run_script
+from .script import command
 
 CONFIG = EvalConfig
 
@@ -14,5 +14,4 @@ def parse_eval_args(argv: Optional[Sequence[str]] = None) -> EvalConfig:
         read_command_line(EvalConfig, 'Evaluate a model on many-, medium- and few-shot classes.', argv))
 
 
-def main() -> int:
-    return run_script(lambda: evaluate_model(parse_eval_args()))
+main = command(evaluate_model, parse_eval_args)

@@ -13,7 +13,7 @@ from ..models.create import is_registered
 from ..options import HparamsConfig, option, parse
 from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior
 from ..publishing.export import FILES, find_place, save_exported
-from .script import run_script
+from .script import command
 
 _logger = logging.getLogger(__name__)
 
@@ -73,7 +73,4 @@ def export(config: ExportConfig) -> Path:
 
 CONFIG = ExportConfig
 parse_export_args = partial(parse, CONFIG, 'Export a model to a file that runs without this package.')
-
-
-def main() -> int:
-    return run_script(lambda: export(parse_export_args()))
+main = command(export, parse_export_args)

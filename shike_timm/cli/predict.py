@@ -25,7 +25,7 @@ from ..options import HparamsConfig, option, parse
 from ..pretrained.folder import check_classes, check_config
 from ..pretrained.load import TrainedModelConfig, load_trained_model, set_target_prior, with_trained_options
 from ..publishing.export import FILES, load_exported, read_metadata
-from .script import run_script
+from .script import command
 
 _logger = logging.getLogger(__name__)
 
@@ -248,7 +248,4 @@ def predict(config: PredictConfig) -> None:
 
 CONFIG = PredictConfig
 parse_predict_args = partial(parse, CONFIG, 'Predict the classes of image files.')
-
-
-def main() -> int:
-    return run_script(lambda: predict(parse_predict_args()))
+main = command(predict, parse_predict_args)

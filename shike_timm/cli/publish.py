@@ -3,11 +3,8 @@ from functools import partial
 
 from ..options import parse
 from ..publishing.hub import PublishConfig, publish
-from .script import run_script
+from .script import command
 
 CONFIG = PublishConfig
 parse_publish_args = partial(parse, CONFIG, 'Publish a trained model and its card to the Hugging Face Hub.')
-
-
-def main() -> int:
-    return run_script(lambda: publish(parse_publish_args()))
+main = command(publish, parse_publish_args)

@@ -3,12 +3,8 @@ from functools import partial
 
 from ..options import parse
 from ..report.runs import ReportConfig, make_report
-from .script import run_script
+from .script import command
 
 CONFIG = ReportConfig
-
-parse_report_args = partial(parse, ReportConfig, 'Draw a report of a run, or of saved logits, and compare several.')
-
-
-def main() -> int:
-    return run_script(lambda: make_report(parse_report_args()))
+parse_report_args = partial(parse, CONFIG, 'Draw a report of a run, or of saved logits, and compare several.')
+main = command(make_report, parse_report_args)

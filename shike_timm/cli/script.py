@@ -18,6 +18,11 @@ from ..training.signals import Interrupted
 from ..training.step import NonFiniteError
 
 
+def command(run: Callable[[Any], Any], parse: Callable[[], Any]) -> Callable[[], int]:
+    """The `main` of a command, which runs with the configuration of the command line."""
+    return lambda: run_script(lambda: run(parse()))
+
+
 def run_script(main: Callable[[], Any]) -> int:
     """Run a command. Its exit status is 0, 1 after a failure, 2 for bad input, or 128 plus a signal."""
     for number in range(3):  # Otherwise the next file that is opened would be taken for a closed one of these.

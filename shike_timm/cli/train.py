@@ -13,7 +13,7 @@ from ..training.config import TrainConfig
 from ..training.resume import run_folder
 from ..training.runs import train
 from ..training.search import CHOSEN
-from .script import run_script
+from .script import command
 
 _logger = logging.getLogger(__name__)
 
@@ -55,5 +55,4 @@ def parse_train_args(argv: Optional[Sequence[str]] = None) -> TrainConfig:
         read_command_line(TrainConfig, 'Train a model: stage one, then classifier retraining.', argv))
 
 
-def main() -> int:
-    return run_script(lambda: train(parse_train_args()))
+main = command(train, parse_train_args)

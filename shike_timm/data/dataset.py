@@ -50,9 +50,11 @@ def name_hashes(names: Sequence[str]) -> np.ndarray:
 class ImageSource(ABC):
     """Images in a folder, an archive or a data set, one in each row."""
 
-    root: str = ''  # The folder, archive or data set that they are in.
-    paths: Names = Names(())  # Path of each image, unique. Empty if images have no names.
     images: Optional[np.ndarray] = None  # uint8 images [N, H, W, C] if all are in memory.
+
+    def __init__(self, root: str = '', paths: Iterable[str] = ()):
+        self.root = root  # The folder, archive or data set that they are in.
+        self.paths = Names(paths)  # Path of each image, unique. Empty if images have no names.
 
     @abstractmethod
     def open(self, row: int) -> Image.Image:
@@ -206,6 +208,7 @@ class _MemoryImages(ImageSource):
     images: np.ndarray
 
     def __init__(self, images: np.ndarray):
+        super().__init__()
         self.images = images
 
     def open(self, row: int) -> Image.Image:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ...errors import InputError, one_line
 from ..class_names import first_few
-from ..dataset import ImageSource, Names
+from ..dataset import ImageSource
 from ..decode import open_image
 
 Member = Tuple[str, int, int]  # Name, first byte and length. The length of a folder is -1.
@@ -18,10 +18,6 @@ DEEPEST = 10  # So many archives may lie in one another.
 
 class FolderImages(ImageSource):
     """Image files at these paths below a folder."""
-
-    def __init__(self, root: str, paths: Sequence[str]):
-        self.root = root
-        self.paths = Names(paths)
 
     def open(self, row: int) -> Image.Image:
         return open_image(os.path.join(self.root, self.paths[row]))
@@ -35,8 +31,7 @@ class TarImages(ImageSource):
     """Members of uncompressed tar archives: the archive, first byte and length of each are its place [N, 3]."""
 
     def __init__(self, root: str, paths: Sequence[str], places: np.ndarray, archives: Sequence[str] = ()):
-        self.root = root
-        self.paths = Names(paths)
+        super().__init__(root, paths)
         self.places = places.reshape(-1, 3)
         self.archives = list(archives) or [root]
 

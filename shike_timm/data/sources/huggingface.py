@@ -5,7 +5,7 @@ from typing import Any, Sequence
 from PIL import Image
 
 from ...errors import InputError
-from ..dataset import ImageSet, ImageSource, Names, label_images
+from ..dataset import ImageSet, ImageSource, label_images
 from ..decode import open_image
 from ..registry import register_dataset
 from .timm_source import TimmSource
@@ -15,9 +15,8 @@ class _TableImages(ImageSource):
     """Images in memory-mapped Arrow tables. `reader` is timm's."""
 
     def __init__(self, reader: Any, paths: Sequence[str]):
+        super().__init__(reader.dataset._fingerprint, paths)
         self.reader = reader
-        self.paths = Names(paths)
-        self.root = f'{reader.dataset._fingerprint}'
 
     def open(self, row: int) -> Image.Image:
         image = self.reader.dataset[row][self.reader.image_key]

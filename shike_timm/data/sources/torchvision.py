@@ -6,7 +6,7 @@ from PIL import Image
 from torchvision.datasets import QMNIST
 
 from ...errors import InputError
-from ..dataset import ImageSet, ImageSource, Names, in_memory_set, label_images
+from ..dataset import ImageSet, ImageSource, in_memory_set, label_images
 from ..registry import register_dataset
 from .timm_source import TimmSource
 
@@ -17,9 +17,8 @@ class _TorchImages(ImageSource):
     """Images of one of torchvision's data sets, whose paths are their numbers."""
 
     def __init__(self, dataset: Any, num_images: int):
+        super().__init__(str(getattr(dataset, 'root', '')), (f'{i:08d}' for i in range(num_images)))
         self.dataset = dataset
-        self.paths = Names(f'{i:08d}' for i in range(num_images))
-        self.root = str(getattr(dataset, 'root', ''))
 
     def open(self, row: int) -> Image.Image:
         return self.dataset[row][0]
