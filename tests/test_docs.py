@@ -66,6 +66,13 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(path), f'{target}#{anchor}'
 
 
+def test_the_modules_of_the_design_exist():
+    text = (ROOT / 'docs' / 'design.md').read_text()
+    known = {path.name for path in ROOT.glob('*.py')} | {path.name for path in (ROOT / 'shike_timm').rglob('*.py')}
+    named = {name.split('/')[-1] for name in re.findall(r'`([\w/]+\.py)`', text) if not (ROOT / name).exists()}
+    assert named <= known, named - known
+
+
 def test_the_python_of_the_readme_runs():
     block = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)[0]
     found = {}
