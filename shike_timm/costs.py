@@ -47,10 +47,8 @@ def inference_costs(
     rates = rates_by_turns(turns, images.device, num_rounds)
     return {
         name: dict(
-            parameters=sum(p.numel() for p in model.parameters()),
-            gmacs=flops[i] / 2e9 / len(images),
-            images_per_second=len(images) * statistics.median(rates[i]),
-        )
+            parameters=sum(p.numel() for p in model.parameters()), gmacs=flops[i] / 2e9 / len(images),
+            images_per_second=len(images) * statistics.median(rates[i]))
         for i, (name, model) in enumerate(models.items())
     }
 

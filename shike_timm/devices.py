@@ -69,7 +69,5 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     return bool(
-        mallopt
-        and any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_KEPT)
-        and mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
-    )
+        mallopt and any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_KEPT)
+        and mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))

@@ -29,10 +29,7 @@ def world_size() -> int:
 
 
 def join_processes(name: Optional[str]) -> torch.device:
-    """Join the processes that torchrun or Slurm started, if any, and give the device of this one.
-
-    Each process takes its own GPU. All but the first stop logging.
-    """
+    """Join the processes that torchrun or Slurm started, if any, and give the device of this one, a GPU of its own."""
     if not is_distributed_env():
         return resolve_device(name)
     kind = (name or ('cuda' if torch.cuda.is_available() else 'cpu')).partition(':')[0]

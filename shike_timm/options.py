@@ -203,8 +203,7 @@ def read_command_line(
         raise InputError(f"Unknown argument '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}: see --help.")
     return {
         name: known[name].check(dict(value) if known[name].kind is dict else value, known[name].flag)
-        for name, value in vars(given).items()
-    }
+        for name, value in vars(given).items()}
 
 
 def check_values(config: Type[Any], values: Mapping[Any, Any], source: str) -> Dict[str, Any]:

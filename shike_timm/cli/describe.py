@@ -154,9 +154,6 @@ def _group_leaks(sets: Dict[str, Tuple[AnySet, List[Inspected]]]) -> List[Dict[s
 def describe_data(config: DescribeConfig) -> Dict[str, Any]:
     """Read a whole data set and summarize it. With `--class-stats` its class counts are written.
 
-    Args:
-        config: The data, and what to look for.
-
     Returns:
         `train` and `evaluation` (None without such a split): `origin` in words, `images`, `classes` with images,
         `imbalance_factor`, `class_counts` by name, `classes_without_images`, `images_without_label`, `unreadable`
@@ -168,9 +165,6 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
         `label_gaps`: numbers missing among class names. `group_leaks`: groups in both splits, an image of each split.
         `group_key`: what keeps numbered images of one thing together when a share is held out.
         `only_in_train`, `only_in_evaluation`: classes of one split.
-
-    Raises:
-        InputError: If there is no such data, or the file of class counts cannot be written.
     """
     check_results_file(config.class_stats)
     if config.class_stats and Path(config.class_stats).exists():
@@ -201,14 +195,9 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
         stats = dict(pos_counts=numbers, num_samples=summary['train']['images'], class_names=names)
         write_text(config.class_stats, json.dumps(stats, indent=2) + '\n')
     return dict(
-        train=summary['train'],
-        evaluation=summary.get('evaluation'),
-        no_evaluation=reason,
-        shots=shots,
-        duplicates=_by_place(_equal(found)),
-        similar=_by_place(_similar(found)) if perceptual else None,
-        label_gaps=_label_gaps(sorted(counts['train'])),
-        group_leaks=_group_leaks(sets),
+        train=summary['train'], evaluation=summary.get('evaluation'), no_evaluation=reason, shots=shots,
+        duplicates=_by_place(_equal(found)), similar=_by_place(_similar(found)) if perceptual else None,
+        label_gaps=_label_gaps(sorted(counts['train'])), group_leaks=_group_leaks(sets),
         group_key=_find_groups([one.name for _, seen in sets.values() for one in seen])
         if held_out and not config.group_key else None,
         only_in_train=sorted(counts['train'].keys() - counts['evaluation']) if test is not None else [],

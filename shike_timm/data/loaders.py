@@ -75,7 +75,6 @@ def _collate_readable(channels: int, batch: List[Optional[Tuple[Any, int]]]) -> 
 
 
 def _is_on_device(data: AnySet, device_data: Optional[bool], why_not: Optional[str]) -> bool:
-    """Whether the data lies on the device: as the option says, or by default if that is possible."""
     if data.is_stream and world_size() > 1:
         raise InputError('A stream of images cannot be shared out among processes exactly: use files, or one process.')
     if device_data and why_not:

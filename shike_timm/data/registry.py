@@ -50,11 +50,7 @@ DATASETS: Dict[str, Type[DataSource]] = {}
 
 
 def register_dataset(*names: str) -> Callable[[Type[Any]], Type[Any]]:
-    """Register a subclass of `DataSource` by name. A name that ends with a slash stands for all names that begin so.
-
-    Raises:
-        ValueError: If a name is taken.
-    """
+    """Register a subclass of `DataSource` by name. A name that ends with a slash stands for all names that begin so."""
     def register(source: Type[Any]) -> Type[Any]:
         for name in names:
             if name in DATASETS:

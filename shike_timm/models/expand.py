@@ -29,9 +29,6 @@ def expand(state_dict: Mapping[str, Tensor], model: Shike) -> Dict[str, Tensor]:
 
     Trunk and experts get them, each expert the same. Aligners stay as they are. The classifier goes into every expert
     if the model's are linear and its experts begin as the backbone. Otherwise classifiers stay as they are.
-
-    Raises:
-        RuntimeError: If the weights are not of the backbone.
     """
     name = model.backbone_name or ''
     chans = preprocessing(name).get('input_size', (3,))[0]

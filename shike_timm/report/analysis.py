@@ -115,9 +115,7 @@ class Analysis:
 
 
 def mean_intervals(
-        outcomes: np.ndarray,
-        values: Sequence[float],
-        shots: Dict[str, np.ndarray],
+        outcomes: np.ndarray, values: Sequence[float], shots: Dict[str, np.ndarray],
 ) -> Dict[str, Optional[Tuple[float, float]]]:
     """95 % intervals, in percent, of mean values over other test images of the same classes. None without classes.
 

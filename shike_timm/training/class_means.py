@@ -16,9 +16,8 @@ def class_means(
         model: Shike, loader: Iterable[Tuple[Tensor, Tensor]], stop: StopFlag) -> Tuple[Tensor, Tensor, Tensor]:
     """Per expert, the normalised mean of each class's normalised features, over the images of all processes.
 
-    The model runs in eval mode and float32, so that no image depends on the others of its batch. The results are means
-    [M, C, D], zero for classes without images, images of each class [C] and the mean norm of each expert's features
-    [M], in float64 on the CPU.
+    The model runs in eval mode, so that no image depends on the others of its batch. The results are means [M, C, D],
+    zero for classes without images, images of each class [C] and the mean norm of each expert's features [M].
     """
     num_experts, num_classes = model.num_experts, model.num_classes
     width = model.head_hidden_size // num_experts

@@ -109,10 +109,7 @@ def standardise(model: Shike, features: np.ndarray) -> None:
 def cached_features(
         folder: Path, model: Shike, data: Any, config: RunConfig, data_config: Dict[str, Any], device: torch.device,
         stop: StopFlag) -> np.ndarray:
-    """Pooled features [N, V, F] of the training images in float16, memory-mapped from a file of the output folder.
-
-    All runs of the folder with the same trunk, images and preprocessing share the file.
-    """
+    """Pooled features [N, V, F] of the training images in float16, from a file that runs with the same trunk share."""
     shape = len(data), config.cache_features or 1, sum(model.level_widths)
     path = folder / f'features-{_digest(model, data, config, data_config)[:16]}.npy'
     if not path.exists():

@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
 def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     """Retrain the classifiers of a checkpoint of stage one, which `read_stage_one` gives, in a run folder of its own.
 
-    The classes are those of stage one unless `num_classes` differs. Returns and raises as `train`.
+    The classes are those of stage one unless `num_classes` differs.
     """
     config, phase, device = _plan_retraining(config)
     saved = saved_args(checkpoint)
@@ -90,10 +90,9 @@ def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]
 
 
 def rebalance(config: RetrainConfig, plain: PlainModel) -> Dict[str, Any]:
-    """Retrain the classifier of a plain network: a model of one expert without fusion, in a run folder of its own.
+    """Retrain the classifier of a plain network, a model of one expert without fusion, in a run folder of its own.
 
-    Returns and raises as `train`. The metrics `before` are those of the network's own classifier, if it has the classes
-    of the data.
+    The metrics `before` are those of the network's own classifier, if it has the classes of the data.
     """
     config, phase, device = _plan_retraining(config)
     trainer = prepare(config, [phase], device, False)

@@ -38,9 +38,9 @@ def train_step(
 ) -> Dict[str, Tensor]:
     """Train on one batch of images [B, C, H, W], and give what the task returns, `loss` among it.
 
-    Unless this is the last batch of an `update`, the gradients are only added up. `num_updates` counts the updates of
-    the phase, this one included. The decay of the averaged weights depends on it. Only loss scaling with an optimizer
-    that is not fused waits for the device.
+    Unless this is the last batch of an `update`, the gradients are only added up. The decay of the averaged weights
+    depends on `num_updates`, this one included. Only loss scaling with an optimizer that is not fused waits for the
+    device.
     """
     mixed = torch.autocast(task.device.type, dtype=autocast) if autocast else nullcontext()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format

@@ -312,7 +312,6 @@ class Trainer:
         return done, status
 
     def _train_part(self, epoch: int, done: Done, end: int) -> Tuple[Done, str]:
-        """Train batches of an epoch from where it is to `end`."""
         config, num_steps = self.config, len(self.train_loader)
         self._seed_part(epoch, done, end)
         never = torch.full((), num_steps, dtype=torch.int64, device=self.task.device)

@@ -74,10 +74,7 @@ def create_train_transform(
     cifar_policy = augmentation.aa == 'cifar10'
     parts: Any = create_transform(
         train_crop_mode=None if pad_crop else augmentation.train_crop_mode,
-        auto_augment=None if cifar_policy else augmentation.aa,
-        separate=True,
-        **options,
-    )
+        auto_augment=None if cifar_policy else augmentation.aa, separate=True, **options)
     first, second, last = (list(part.transforms) for part in parts)
     if pad_crop:
         size = input_size[-2:]

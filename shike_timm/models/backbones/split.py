@@ -168,7 +168,6 @@ def _create_skeleton(name: str, **kwargs: Any) -> Any:
 
 
 def _count_private(name: str, column: bool, num_levels: int, stages: Optional[int], blocks: Optional[int]) -> int:
-    """How many of the last levels are private."""
     if 0 in (stages, blocks):
         return 0
     unit, other, given, wrong = ('blocks', 'stages', blocks, stages) if column else ('stages', 'blocks', stages, blocks)
@@ -235,8 +234,7 @@ def timm_backbone(
         last_stages=[of_net[-1] for of_net in parts] if private else [],
         feature_info=[cut.level for cut in (*stem, *shared, *([last] if private else []))],
         first_conv=[nets[0].get_submodule(c) for c in ([first_conv] if isinstance(first_conv, str) else first_conv)],
-        initialised=True,
-        name=name,
+        initialised=True, name=name,
         heads=[split.make_head(one) for one in nets] if private and split.has_own_head else None,
         global_pool=global_pool or (
             net.global_pool if private and isinstance(getattr(net, 'global_pool', 0), str) else 'avg'),
