@@ -10,32 +10,17 @@ from .dataset import AnySet
 
 @dataclass(eq=False)
 class DataSource(ABC):
-    """A data set. It loads a split on request. A subclass gives `train` and `evaluation`.
-
-    Attributes:
-        config: The data to load.
-        batch_size: Images a batch, for streams.
-        seed: Seed of the order, for streams.
-        has_imb_factor: Whether `--imb-factor` cuts it to a long tail. `--holdout` then takes the last images of each
-            class.
-        eval_split: Name of its evaluation split. None if `--val-split` names it.
-        num_classes: Number of classes of a published set of lists. Other lists may be given for such a set.
-        has_uncertain_splits: Whether a missing split shows only when the data is read.
-    """
+    """A data set. It loads a split on request. A subclass gives `train` and `evaluation`."""
 
     config: SourceConfig
-    batch_size: int = 1
-    seed: int = 42
+    batch_size: int = 1  # For streams.
+    seed: int = 42  # Seed of the order, for streams.
 
-    has_imb_factor = False
-    eval_split: ClassVar[Optional[str]] = None
-    num_classes: ClassVar[Optional[int]] = None
-    has_uncertain_splits = False
-
-    @property
-    def is_undivided(self) -> bool:
-        """Whether there are no splits, so that all images may be evaluated on."""
-        return False
+    has_imb_factor = False  # Whether `--imb-factor` cuts it to a long tail. `--holdout` then takes the last images.
+    eval_split: ClassVar[Optional[str]] = None  # Name of its evaluation split. None if `--val-split` names it.
+    num_classes: ClassVar[Optional[int]] = None  # That of a published set, for which other lists may be given.
+    has_uncertain_splits = False  # Whether a missing split shows only when the data is read.
+    is_undivided = False  # Whether there are no splits, so that all images may be evaluated on.
 
     @abstractmethod
     def train(self, class_names: Optional[Sequence[str]] = None) -> AnySet:

@@ -218,6 +218,7 @@ class OwnImages(DataSource):
         if not (config.train_list or config.val_list):
             self.train_split = self.files.split(config.train_split, TRAIN_SPLITS)
             self.val_split = self.files.split(config.val_split, EVAL_SPLITS)
+            self.is_undivided = not (self.train_split or self.val_split)
 
     @cached_property
     def files(self) -> _Files:
@@ -227,10 +228,6 @@ class OwnImages(DataSource):
     def listed(self) -> Optional[ImageSet]:
         """The images of `--val-list`."""
         return load_list(self.config, self.config.val_list) if self.config.val_list else None
-
-    @property
-    def is_undivided(self) -> bool:
-        return not (self.config.train_list or self.config.val_list or self.train_split or self.val_split)
 
     def train(self, class_names: Optional[Sequence[str]] = None) -> ImageSet:
         config = self.config
