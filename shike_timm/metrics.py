@@ -236,7 +236,8 @@ def evaluate(
         if not len(target):
             continue  # No image of the batch could be read.
         # The same weights must give the same metrics, so the layout is always the same.
-        images = images.contiguous(memory_format=torch.channels_last)
+        if images.ndim == 4:  # Else they are features.
+            images = images.contiguous(memory_format=torch.channels_last)
         logits = model.forward_experts(images)
         if flip:
             logits = (logits + model.forward_experts(images.flip(-1))) / 2

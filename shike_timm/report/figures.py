@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..metrics import SHOTS, all_subsets
 from ..plotting import COLORS, INK, NEUTRAL, Missing, add_legend, log_scale, new_figure
-from ..training.curves import draw_curves, read_curves
+from ..training.curves import draw_curves
 from .analysis import TILTS, Analysis, best_expert_shares, tail_confusions, trend, wilson
 
 MANY_POINTS = 1000  # More points than this are drawn as pixels, which keeps files small.
@@ -238,7 +238,7 @@ def prior_shift(analysis: Analysis, other: Optional[Analysis]) -> Figure:
 def learning_curves(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     if analysis.saved.run is None:
         raise Missing('There is no run folder with a summary.csv beside this model.')
-    return draw_curves(read_curves(analysis.saved.run))
+    return draw_curves(analysis.saved.run)
 
 
 # Each figure of the page by name: its function, title and caption.
@@ -274,5 +274,6 @@ DRAWINGS: Dict[str, Tuple[Callable[..., Figure], str, str]] = {
         'Test images are weighted as if classes had their training frequencies to a power. For the dashed line the '
         'logarithm of these is added to the logits, which is right for a model with balanced classifiers.'),
     'learning_curves': (
-        learning_curves, 'Learning curves', 'Both stages in a row. The loss jumps where new classifiers begin.'),
+        learning_curves, 'Learning curves', 'Both stages of training in a row. The loss jumps where new '
+        'classifiers begin. The terms are not weighted.'),
 }
