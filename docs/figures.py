@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Draw the pictures of README.md and docs from results/runs.csv and the modules: `python docs/figures.py`."""
+import ast
 import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'results'))
@@ -24,6 +25,17 @@ THEMES = {
 # Multiply-accumulates of an image, in those of one network: ResNet-32 at 32 px, EfficientNet-Lite0 at 64 px.
 OPERATIONS = {'resnet32': 0.120 / 0.069, 'lite0': 62 / 31}
 IMAGES = 10_000  # of the test split of CIFAR-100
+GROUND = 'ground floor'
+FLOORS = {
+    'cli': 'the commands: parse, call, print',
+    'report': 'evaluation and its page',
+    'publishing': 'exports, the card, the Hub',
+    'training': 'phases, methods, the loop, run folders',
+    'pretrained': 'trained models, read and written',
+    'models': 'the network and the backbones that it is made of',
+    'data': 'from files to batches',
+    GROUND: 'what all others use, and what knows nothing of them',
+}
 
 
 class Drawing:
@@ -102,6 +114,46 @@ def architecture(theme: Theme) -> str:
     return drawing.svg()
 
 
+def _imports() -> Dict[str, Set[str]]:
+    """The parts of the package that each part imports. Modules beside the packages are the ground floor."""
+    package = ROOT / 'shike_timm'
+    found: Dict[str, Set[str]] = {floor: set() for floor in FLOORS}
+    for path in sorted(package.rglob('*.py')):
+        folders = path.relative_to(package).parts[:-1]
+        if path.name in ('__init__.py', '__main__.py') and not folders:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                parts = [*folders[:len(folders) - node.level + 1], *(node.module or '').split('.')]
+                names = [parts[0]] if parts[0] else [alias.name for alias in node.names]
+                part = folders[0] if folders else GROUND
+                found[part] |= {name if name in FLOORS else GROUND for name in names} - {part}
+    return found
+
+
+def house(theme: Theme) -> str:
+    """The parts of the package: each imports from the floors below it alone."""
+    imports, level = _imports(), {GROUND: 0}
+    while len(level) < len(imports):
+        ready = [part for part in imports if part not in level and imports[part] <= set(level)]
+        if not ready:
+            raise ValueError(f'These parts import one another: {sorted(set(imports) - set(level))}.')
+        level.update({part: 1 + max(level[below] for below in imports[part]) for part in ready})
+    top = max(level.values())
+    drawing = Drawing(theme, 680, 90 + 64 * (top + 1))
+    drawing.line([(10, 60), (340, 10), (670, 60)], 'line', 1.5)
+    drawing.text(340, 48, 'shike', 15, more=' font-weight="bold"')
+    for floor in range(top + 1):
+        parts, y = [part for part in FLOORS if level[part] == floor], 60 + 64 * (top - floor)
+        for i, part in enumerate(parts):
+            width = 620 // len(parts)
+            drawing.bar(30 + width * i, y, width, 64, 'trunk' if floor else 'classifier', f' stroke="{theme["line"]}"')
+            x = 30 + width * i + width // 2
+            drawing.text(x, y + 27, part, 15, more=' font-weight="bold"')
+            drawing.text(x, y + 48, FLOORS[part], 13)
+    return drawing.svg()
+
+
 def _values() -> Dict[str, Dict[str, float]]:
     """The figures of each recorded run by the names of their columns."""
     words = ('name', 'options', 'seed', 'commit', 'device', 'experts', 'log')
@@ -154,7 +206,9 @@ def _panel(drawing: Drawing, left: int, top: int, title: str, sides: Sequence[Se
         for point in side:
             x, y = place(*point)
             drawing.dot(x, y, colour)
-            drawing.text(max(x + x_off, left + 38), y + y_off, f'{point[1]:.2f}', 13, anchor, f' fill="{drawing.theme[colour]}"')
+            drawing.text(
+                max(x + x_off, left + 38), y + y_off, f'{point[1]:.2f}', 13, anchor,
+                f' fill="{drawing.theme[colour]}"')
 
 
 def _dots(
@@ -239,7 +293,7 @@ def frozen(theme: Theme) -> str:
 
 
 PICTURES: Dict[str, Callable[[Theme], str]] = {
-    function.__name__: function for function in (architecture, operations, ablation, tail, frozen)}
+    function.__name__: function for function in (architecture, house, operations, ablation, tail, frozen)}
 
 
 def main() -> List[Path]:

@@ -4,11 +4,15 @@ import importlib
 from pathlib import Path
 from typing import Any, Dict, List, Type
 
-from shike_timm.options import Option, groups, title
+from shike_timm.options import Option, groups, options, title
 from shike_timm_cli import COMMANDS
 
 PAGE = Path(__file__).with_suffix('.md')
 RESUMABLE = 'train'  # its runs can be resumed and its models have cards
+FIRST = (  # of `shike train`, at the top of the page
+    'data_dir', 'train_list', 'holdout', 'hparams', 'backbone', 'img_size', 'epochs', 'crt_epochs', 'batch_size', 'lr',
+    'experiment', 'resume',
+)
 
 
 def _value(option: Option) -> str:
@@ -32,6 +36,11 @@ def _row(option: Option, training: bool) -> str:
     return '| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |'
 
 
+def _link(group: Type[Any]) -> str:
+    name = title(group)
+    return f"[{name}](#{name.lower().replace(' ', '-')})"
+
+
 def _config(command: str) -> Type[Any]:
     """The configuration class of a command."""
     module = importlib.import_module(f"shike_timm.cli.{command.replace('-', '_')}")
@@ -46,13 +55,18 @@ def page() -> str:
         own = groups(_config(name))
         for group, members in own.items():
             found.setdefault(group, members)
-        commands.append(f"| `shike {name}` | {what} | {', '.join(map(title, own))} |")
-    training = groups(_config(RESUMABLE))
+        commands.append(f"| `shike {name}` | {what} | {', '.join(_link(group) for group in own)} |")
+    training, train = groups(_config(RESUMABLE)), options(_config(RESUMABLE))
     lines = [
         '# Options', '',
-        '`python docs/options.py` makes this page from the declarations. In hparams files and in Python names have '
-        'underscores and no `--`. An option that is on or off also has a flag with `--no-`, and is off unless the text '
-        'says otherwise. The card of a published model shows an option always, if changed, or (blank) never.', '',
+        'Most runs need only some of these options of `shike train`:', '',
+        '| option | default | meaning |', '|---|---|---|',
+        *(f'| `{train[name].flag}` | {train[name].shown_default} | {train[name].help} |' for name in FIRST), '',
+        'In hparams files and in Python, names have underscores and no `--`. An option that is on or off',
+        'also has a flag with `--no-`, and is off unless the text says otherwise. The card of a published',
+        'model shows an option always, if changed, or (blank) never. `python docs/options.py` makes this',
+        'page.', '',
+        '## Commands', '',
         '| command | what it does | options |', '|---|---|---|', *commands,
     ]
     for group, members in found.items():

@@ -38,7 +38,8 @@ def test_operations_of_the_pictures_are_those_of_the_models():
         operations(timm.create_model('resnet32_shike'), 32)
         / operations(timm.create_model('resnet32_shike', num_experts=1, fusion=False), 32), rel=0.02)
     assert told['lite0'] == pytest.approx(
-        operations(shike_timm.shike(lite0, aligner='separable'), 64) / operations(timm.create_model(lite0), 64), rel=0.02)
+        operations(shike_timm.shike(lite0, aligner='separable'), 64)
+        / operations(timm.create_model(lite0), 64), rel=0.02)
 
 
 def test_pictures_are_as_the_script_draws_them(tmp_path, monkeypatch):
@@ -63,6 +64,13 @@ def test_links_lead_somewhere(page):
         assert path.exists(), target
         if anchor and path.suffix == '.md':
             assert anchor in anchors(path), f'{target}#{anchor}'
+
+
+def test_the_modules_of_the_design_exist():
+    text = (ROOT / 'docs' / 'design.md').read_text()
+    known = {path.name for path in ROOT.glob('*.py')} | {path.name for path in (ROOT / 'shike_timm').rglob('*.py')}
+    named = {name.split('/')[-1] for name in re.findall(r'`([\w/]+\.py)`', text) if not (ROOT / name).exists()}
+    assert named <= known, named - known
 
 
 def test_the_python_of_the_readme_runs():

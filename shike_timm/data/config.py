@@ -48,7 +48,8 @@ class TrainDataConfig:
 
     train_split: str = option('train', 'split to train on')
     train_list: Optional[str] = option(
-        None, 'list of the images to train on, in a format of --val-list', 'FILE', card='changed')
+        None, 'list of the images to train on: lines of a path and a label, .csv or .tsv with a header, or COCO .json',
+        'FILE', card='changed')
     train_num_samples: Optional[int] = option(None, 'number of images of a training stream', low=1, card='never')
     holdout: float = option(
         0., 'evaluate on this share of each class of the training set, and do not train on it. If there is nothing else'
