@@ -49,9 +49,9 @@ class Drawing:
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
             f'orient="auto"><path d="M0 0L8 4L0 8z" fill="{theme["line"]}"/></marker></defs>']
 
-    def box(self, x: int, y: int, width: int, text: str, fill: str, height: int = 40) -> None:
-        self.bar(x, y, width, height, fill, f' rx="6" stroke="{self.theme["line"]}"')
-        self.text(x + width // 2, y + height // 2 + 5, text)
+    def box(self, x: int, y: int, width: int, text: str, fill: str) -> None:
+        self.bar(x, y, width, 40, fill, f' rx="6" stroke="{self.theme["line"]}"')
+        self.text(x + width // 2, y + 26, text, 16)
 
     def bar(self, x: float, y: float, width: float, height: float, fill: str, more: str = '') -> None:
         self.parts.append(
@@ -91,26 +91,28 @@ class Drawing:
 
 def architecture(theme: Theme) -> str:
     """The shared trunk, three experts that each fuse features of another depth, and their classifiers."""
-    drawing = Drawing(theme, 860, 300)
+    drawing = Drawing(theme, 700, 310)
     for i, text in enumerate(('stem', 'stage 1', 'stage 2', 'stage 3')):
-        drawing.box(20 + 100 * i, 130, 80, text, 'trunk')
+        drawing.box(10 + 88 * i, 135, 70, text, 'trunk')
         if i:
-            drawing.arrow(100 * i, 150, 100 * i + 18, 150)
-    drawing.text(210, 200, 'one shared trunk')
+            drawing.arrow(88 * i - 8, 155, 88 * i + 8, 155)
+    drawing.text(175, 205, 'one shared trunk', 16)
     for m in range(3):
-        y = 20 + 110 * m
-        drawing.arrow(400, 150, 428, 150, 428, y + 20, 448, y + 20)
-        drawing.box(450, y, 110, 'own stage 4', 'expert')
-        drawing.arrow(560, y + 20, 588, y + 20)
-        drawing.box(590, y, 80, 'fuse', 'expert')
-        drawing.arrow(670, y + 20, 698, y + 20)
-        drawing.box(700, y, 130, f'classifier {m + 1}', 'classifier')
-    drawing.arrow(160, 130, 160, 8, 630, 8, 630, 18, dashed=True)
-    drawing.arrow(260, 130, 260, 100, 630, 100, 630, 128, dashed=True)
-    drawing.arrow(360, 170, 360, 228, 630, 228, 630, 238, dashed=True)
-    drawing.text(210, 240, 'dashed: features of another depth for each expert', 12)
-    drawing.text(765, 112, 'logits are averaged', 12)
-    drawing.text(765, 222, 'retrained for the tail', 12)
+        y = 25 + 110 * m
+        drawing.arrow(344, 155, 364, 155, 364, y + 20, 380, y + 20)
+        drawing.box(382, y, 108, 'own stage 4', 'expert')
+        drawing.arrow(490, y + 20, 506, y + 20)
+        drawing.box(508, y, 60, 'fuse', 'expert')
+        drawing.arrow(568, y + 20, 584, y + 20)
+        drawing.box(586, y, 106, f'classifier {m + 1}', 'classifier')
+    drawing.arrow(133, 135, 133, 10, 538, 10, 538, 23, dashed=True)
+    drawing.arrow(221, 135, 221, 105, 538, 105, 538, 133, dashed=True)
+    drawing.arrow(309, 175, 309, 228, 538, 228, 538, 243, dashed=True)
+    drawing.text(160, 258, 'dashed: features of another', 15)
+    drawing.text(160, 278, 'depth for each expert', 15)
+    drawing.text(622, 100, 'logits averaged', 15)
+    drawing.text(622, 210, 'retrained', 15)
+    drawing.text(622, 228, 'for the tail', 15)
     return drawing.svg()
 
 

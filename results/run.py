@@ -69,7 +69,7 @@ def to_row(name: str, options: str, folder: Path, started: Dict[str, Any]) -> Di
         seed=yaml.safe_load((folder / 'args.yaml').read_text())['seed'],
         commit=', '.join(started['commits']),
         device=started['device'],
-        minutes=round(sum(stage['seconds'] for stage in metrics.values()) / 60, 1),
+        minutes=round(sum(stage.get('seconds', 0) for stage in metrics.values()) / 60, 1),
         **{f'stage_one_{key}': one.get(key) for key in SHARES},
         **{key: last[key] for key in SHARES},
         experts=' / '.join(f"{expert['top1']:.2f}" for expert in last['experts']),

@@ -234,7 +234,7 @@ def make_weights_table(results: Path) -> str:
         rows.append([experts, *cells, *cost])
     header = ['experts', 'top-1', 'many', 'medium', 'few', 'ECE', 'top-1, flips', 'ECE, flips', 'params M', 'GMACs']
     return _markdown(
-        'The weights of the package by experts kept, alone and averaged over mirrored images at twice the GMACs:',
+        'The weights of the package by experts kept, alone and with mirrored images at twice the GMACs:',
         header, rows)
 
 

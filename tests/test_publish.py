@@ -150,6 +150,8 @@ def test_the_code_on_the_card_runs(tiny_run, tmp_path, monkeypatch):
     exec(block(str(tiny_card(tiny_run)), 'python').replace(f'hf-hub:{NAME}', f'local-dir:{tiny_run}/model'), names)
     assert names['logits'].shape == (1, 10) and names['experts'].shape == (1, 3, 10)
     assert names['label'] in [str(digit) for digit in range(10)]
+    config = dict(read_files(tiny_run)[0], exif=True)
+    assert 'ImageOps.exif_transpose(' in str(model_card(NAME, timm.create_model('resnet32_shike'), config))
     grey = timm.create_model('resnet32_shike', in_chans=1)
     assert ".convert('L')" in str(model_card(NAME, grey, read_files(tiny_run)[0]))
 
@@ -232,8 +234,8 @@ def test_license(hub, run_copy, publish):
 def write_tables(folder, config, top1):
     """What publishing takes of a report."""
     folder.mkdir()
-    rows = ['class,training images,test images,ensemble']
-    rows += [f'{name},{count},50,{top1}' for name, count in zip(config['label_names'], config['class_counts'])]
+    rows = ['class,training images,test images,ensemble,most confused with']
+    rows += [f'{name},{count},50,{top1},a|b' for name, count in zip(config['label_names'], config['class_counts'])]
     (folder / 'classes.csv').write_text('\n'.join(rows))
     for name in ('class_counts.png', 'class_accuracy.png'):
         (folder / name).write_bytes(f'png of {name}'.encode())
@@ -254,7 +256,9 @@ def test_a_report_goes_along(hub, run_copy, tmp_path, publish):
     assert len(files) == 6 and files['class_accuracy.png'] == b'png of class_accuracy.png'
     assert files['classes.csv'] == (run_copy / 'report' / 'classes.csv').read_bytes()
     links = re.findall(r'\]\((\w+\.(?:png|csv))\)', files['README.md'].decode())
-    assert links == ['class_counts.png', 'class_accuracy.png', 'classes.csv']
+    assert links == ['class_accuracy.png', 'classes.csv', 'class_counts.png']
+    row = f"| {config['label_names'][0]} | {config['class_counts'][0]} | 50 | {top1} | a\\|b |"
+    assert row in files['README.md'].decode()
     (run_copy / 'report' / 'classes.csv').write_text('class\nant')
     status, error = publish(run_copy)
     assert status == 2 and "classes.csv' is damaged" in error

@@ -97,6 +97,16 @@ def test_a_checkpoint_of_timms_loop_is_rebalanced(trained, colours, tmp_path, ru
     assert status == 0 and json.loads((tmp_path / 'out' / 'run' / 'metrics.json').read_text())['before'] == before
 
 
+def test_accuracy_that_is_given_up_is_told(trained, colours, tmp_path, run_script):
+    path, _ = trained
+    _, _, error = run_script(
+        'retrain_classifier.py', '--checkpoint', path, '--data-dir', colours, '--crt-lr', '50', '--crt-epochs', '1',
+        '--workers', '0', '--device', 'cpu', '--output', tmp_path / 'out', '--experiment', 'run')
+    before, after = (
+        stage['top1'] for stage in json.loads((tmp_path / 'out' / 'run' / 'metrics.json').read_text()).values())
+    assert after < before and f'top1 went from {before} to {after}' in error and '--target-prior train' in error
+
+
 @pytest.mark.parametrize('layout', ['torchvision', 'parallel', 'compiled', 'bare', 'folder'])
 def test_layouts_of_other_trainers(tmp_path, layout):
     net = timm.create_model(NET, num_classes=3)

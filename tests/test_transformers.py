@@ -5,7 +5,8 @@ import timm
 import torch
 from PIL import Image
 
-from shike_timm.pretrained.folder import export_model
+from shike_timm.pretrained.folder import export_model, read_config
+from shike_timm.publishing.card import model_card
 
 
 @pytest.mark.slow
@@ -21,3 +22,7 @@ def test_pipeline(tmp_path):
         expected = model(timm.data.create_transform(**config)(image)[None]).softmax(-1)[0].topk(3)
     assert [one['label'] for one in told] == [names[c] for c in expected.indices]
     assert [one['score'] for one in told] == pytest.approx(expected.values.tolist(), abs=1e-4)
+    Image.fromarray(np.full((32, 32, 3), 90, dtype=np.uint8)).save(tmp_path / 'image.png')
+    card = str(model_card('me/net', model, read_config(f'local-dir:{tmp_path}/model')))
+    code = card.split('```python\n')[2].split('```')[0]
+    exec(code.replace("'me/net'", repr(str(tmp_path / 'model'))).replace('image.png', str(tmp_path / 'image.png')), {})

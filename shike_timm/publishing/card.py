@@ -84,11 +84,20 @@ def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalRes
 def _result_rows(metrics: Dict[str, Any]) -> List[List[str]]:
     rows = []
     for stage, result in metrics.items():
-        outputs = {'ensemble': result, **{f'expert {m}': expert for m, expert in enumerate(result['experts'])}}
+        experts = result['experts'] if len(result['experts']) > 1 else []
+        outputs = {'ensemble' if experts else 'model': result}
+        outputs.update((f'expert {m}', expert) for m, expert in enumerate(experts))
         for name, output in outputs.items():
             cells = ['-' if output.get(key) is None else f'{output[key]:.2f}' for key in METRIC_NAMES]
             rows.append([stage.removeprefix('stage_'), name, *cells])
     return rows
+
+
+def _known(config: Dict[str, Any], most: int = 20) -> str:
+    """The names of the classes, those with most training images first. Of many, the first ones and the last."""
+    names, counts = config.get('label_names') or [], config.get('class_counts')
+    names = [names[c] for c in sorted(range(len(names)), key=lambda c: -counts[c] if counts else c)]
+    return ', '.join(names if len(names) <= most else [*names[:most // 2], '...', *names[-(most // 2):]])
 
 
 def _recipe(metrics: Dict[str, Any], args: Dict[str, Any]) -> Dict[str, Any]:
@@ -114,12 +123,13 @@ def model_card(
         args: Optional[Dict[str, Any]] = None,
         license: Optional[str] = None,
         load_as: Optional[str] = None,
-        with_report: bool = False,
+        worst: Optional[List[List[str]]] = None,
 ) -> ModelCard:
     """The card of a model: its `config.json`, and the `metrics.json` and `args.yaml` of its run without their folders.
 
     `load_as` is the name to load the model by, if it is not on the Hub. `license` is by default that of the pretrained
-    weights that it started from.
+    weights that it started from. `worst` has rows of the worst classes, if the figures of a report lie
+    beside the card: name, training images, test images, percent right, and the class that it is most often taken for.
     """
     metrics, args, counts = metrics or {}, dict(args or {}), config.get('class_counts')
     if args.get('dataset'):
@@ -146,5 +156,5 @@ def model_card(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()), data_name=_data_name(args),
         counts=counts, shots=shots, divisions={shot: int(mask.sum()) for shot, mask in divisions.items()},
         results=_result_rows(metrics), averaged='all' if seen == num_classes else f'{seen} of {num_classes}',
-        with_report=with_report, load_as=load_as or f'hf-hub:{repo_id}', mode=MODES[model.in_chans], recipe=recipe,
-        recipe_yaml=yaml.safe_dump(recipe, sort_keys=False)))
+        known=_known(config), worst=worst, load_as=load_as or f'hf-hub:{repo_id}',
+        mode=MODES[model.in_chans], recipe=recipe, recipe_yaml=yaml.safe_dump(recipe, sort_keys=False)))

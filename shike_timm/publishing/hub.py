@@ -23,6 +23,7 @@ from .export import find_place
 
 REPORT_TABLE = 'classes.csv'
 REPORT_FILES = ('class_counts.png', 'class_accuracy.png', REPORT_TABLE)
+WORST = ('class', 'training images', 'test images', 'ensemble', 'most confused with')
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,14 @@ def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
 
 
 def find_report(
-        folder: Optional[str], model_folder: Path, config: Dict[str, Any], result: Dict[str, Any]) -> List[Path]:
-    """The files of the model's report that are published: from `folder`, or from RUN/report if it exists."""
+        folder: Optional[str], model_folder: Path, config: Dict[str, Any], result: Dict[str, Any],
+) -> Tuple[List[Path], Optional[List[List[str]]]]:
+    """The files of the model's report that are published, from `folder` or from RUN/report, and its worst classes."""
     model_folder = model_folder.resolve()
     report = Path(folder) if folder else model_folder.with_name('report')
     table = report / REPORT_TABLE
     if folder is None and not (model_folder.name == 'model' and table.is_file()):
-        return []
+        return [], None
     paths = [report / name for name in REPORT_FILES]
     for path in paths:
         if not path.is_file():
@@ -69,6 +71,9 @@ def find_report(
         counts = {spreadsheet_cell(row['class']): int(row['training images']) for row in rows}
         correct = sum(float(row['ensemble']) * int(row['test images']) for row in rows if row['ensemble'])
         top1 = correct / max(sum(int(row['test images']) for row in rows), 1)
+        worst = [row for row in rows if float(row['ensemble'] or 100) < 100]
+        worst.sort(key=lambda row: (float(row['ensemble']), -int(row['test images'])))
+        cells = [[str(row[key]).replace('|', '\\|') for key in WORST] for row in worst[:5]]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"'{table}' is damaged ({one_line(error)}): make the report anew.") from error
     names, problem = config.get('label_names'), None
@@ -80,7 +85,7 @@ def find_report(
         problem = f"its top-1 is {top1:.2f} and that of the run {result['top1']:.2f}"
     if problem:
         raise InputError(f"'{report}' is of another model, as {problem}: make it anew, or move it away.")
-    return paths
+    return paths, cells
 
 
 def _explain(error: BaseException, repo_id: str, endpoint: str) -> Exception:
@@ -143,12 +148,14 @@ def publish(config: PublishConfig) -> str:
     model = load_trained_model(f'local-dir:{folder}').model
     model_config = read_config(f'local-dir:{folder}')
     model_config.get('model_args', {}).pop('pretrained_backbone', None)  # The value may be a path of this machine.
-    report = find_report(config.report, folder, model_config, list(metrics.values())[-1] if metrics else {})
+    report, worst = find_report(config.report, folder, model_config, list(metrics.values())[-1] if metrics else {})
     card = model_card(
-        config.repo_id, model, model_config, metrics, run_args, config.license, with_report=bool(report))
+        config.repo_id, model, model_config, metrics, run_args, config.license, worst=worst)
     files: Dict[str, Any] = {
         WEIGHTS_FILE: folder / WEIGHTS_FILE, CONFIG_FILE: json.dumps(model_config, indent=2).encode(),
         'README.md': str(card).encode(), **{path.name: path for path in report}}
+    if not report:
+        print(f"The card says no worst classes and has no figures: 'shike report {config.model}' makes them.")
     if config.dry_run:
         for name, content in files.items():
             place = Path(config.dry_run, name)

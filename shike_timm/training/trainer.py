@@ -37,7 +37,7 @@ from .config import RunConfig
 from .features import FeatureLoader, cached_features, level_batches, standardise
 from .folder import check_folder, claim_folder, read_metrics, save_args
 from .methods import TaskInputs, create_task
-from .phases import PHASES, Phase
+from .phases import Phase
 from .progress import Progress, read_summary, telling_progress
 from .resume import warn_of_changes
 from .search import search
@@ -113,7 +113,7 @@ class Trainer:
 
     def _log_change(self, metrics: Dict[str, Any]) -> None:
         """Say so if stage two gave up accuracy, since it answers for a world of equally frequent classes."""
-        before, after = (metrics.get(name, {}).get('top1', 0.) for name in PHASES)
+        before, after = (metrics[name]['top1'] for name in (next(iter(metrics)), self.phase.name))
         if self.phase.is_retraining and after < before:
             self.model.set_target_prior('train')
             as_trained = self.evaluate(self.model)['top1']
