@@ -2,7 +2,7 @@
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class ExpertEvaluator:
         self.total = torch.zeros(num_classes, dtype=torch.int64, device=self.device)
         self.top1 = torch.zeros(num_classes, num_outputs, dtype=torch.int64, device=self.device)
         self.top5 = torch.zeros_like(self.top1)
-        self.predicted = torch.zeros_like(self.total)  # How often the ensemble says each class.
+        self.predicted = torch.zeros_like(self.top1)  # How often each output says each class.
         # Images, and those that the ensemble has right, by the largest threshold that the confidence reaches.
         self.reached = torch.zeros(NUM_STEPS + 1, 2, dtype=torch.int64, device=self.device)
         dtype = torch.float32 if self.device.type == 'mps' else torch.float64
@@ -88,11 +88,12 @@ class ExpertEvaluator:
         logits = torch.cat([output.mean(1, keepdim=True), output, *ensembles], dim=1).float()
         index = target[:, None].expand(logits.shape[:2])
         loss = F.cross_entropy(logits.transpose(1, 2), index, reduction='none').to(self.loss_sum.dtype)
-        right = logits.argmax(-1) == index  # Of equal logits topk may choose another than argmax, as reports use it.
+        answers = logits.argmax(-1)
+        right = answers == index  # Of equal logits topk may choose another than argmax, as reports use it.
         hits = (logits.topk(min(5, logits.shape[-1]), dim=-1).indices == target[:, None, None]).any(-1) | right
         self.total.index_add_(0, target, torch.ones_like(target))
         self.top1.index_add_(0, target, right.long())
-        self.predicted.index_add_(0, logits[:, 0].argmax(-1), torch.ones_like(target))
+        self.predicted.scatter_add_(0, answers, torch.ones_like(answers))
         self.top5.index_add_(0, target, hits.long())
         self.loss_sum.index_add_(0, target, loss)
         confidence = logits.softmax(-1).amax(-1)
@@ -110,11 +111,11 @@ class ExpertEvaluator:
         Returns:
             Metrics of the ensemble: the mean cross-entropy `loss`; `top1` and `top5`; `balanced`, the accuracy averaged
             over the `balanced_classes` classes with test images; `many`, `medium` and `few`, averaged over the classes
-            of a division (None without test images); the expected calibration error `ece` (Guo et al., ICML 2017, with
-            15 bins and one for confidences of 1, as in torchmetrics). `experts` lists the same for each expert.
-            `subsets` lists it for each subset, with its `experts`. `macro_f1` is the mean F1 of the ensemble over
-            those classes. `reject` has the `threshold` of the ensemble's probability below which the class of an image
-            is unknown, the share `coverage` of the other images, and their `accuracy`. `per_class` has lists over the
+            of a division (None without test images); `macro_f1`, the mean F1 over the classes with test images; the
+            expected calibration error `ece` (Guo et al., ICML 2017, with 15 bins and one for confidences of 1, as in
+            torchmetrics). `experts` lists the same for each expert. `subsets` lists it for each subset, with its
+            `experts`. `reject` has the `threshold` of the ensemble's probability below which the class of an image is
+            unknown, the share `coverage` of the other images, and their `accuracy`. `per_class` has lists over the
             classes: the number of test images `total`, the accuracy (recall) `top1`, `precision` and `f1` of the
             ensemble (None without images), and the accuracies of the `experts`.
 
@@ -134,6 +135,7 @@ class ExpertEvaluator:
         seen, num_images = total > 0, max(int(total.sum()), 1)
         accuracy = 100 * top1 / total[:, None].clamp(min=1)
         groups = {'balanced': seen, **{shot: seen & (self.shots == number) for number, shot in enumerate(SHOTS)}}
+        f1 = 200 * top1 / (total[:, None] + predicted).clamp(min=1)
         results = [
             dict(
                 loss=round(float(loss_sum[:, k].sum()) / num_images, 4),
@@ -141,20 +143,20 @@ class ExpertEvaluator:
                 top5=round(100 * float(top5[:, k].sum()) / num_images, 2),
                 **{name: round(float(accuracy[mask, k].mean()), 2) if mask.any() else None
                    for name, mask in groups.items()},
+                macro_f1=round(float(f1[seen, k].mean()), 2) if seen.any() else None,
                 ece=round(100 * float(overconfidence[:, k].abs().sum()) / num_images, 2),
             ) for k in range(accuracy.shape[1])]
         per_class = [_rounded(shares, total) for shares in accuracy.T]
         last = self.num_experts + 1
-        f1 = 200 * top1[:, 0] / (total + predicted).clamp(min=1)
         metrics: Dict[str, Any] = dict(
             results[0], balanced_classes=int(seen.sum()), experts=results[1:last],
-            macro_f1=round(float(f1[seen].mean()), 2) if seen.any() else None, reject=self._rejection(reached))
+            reject=self._rejection(reached))
         if self.subsets:
             metrics['subsets'] = [
                 dict(one, experts=subset.tolist()) for subset, one in zip(self.subsets, results[last:])]
-        precision = _rounded(100 * top1[:, 0] / predicted, predicted)
+        precision = _rounded((100 * top1 / predicted)[:, 0], predicted[:, 0])
         metrics['per_class'] = dict(
-            total=total.long().tolist(), top1=per_class[0], precision=precision, f1=_rounded(f1, total),
+            total=total.long().tolist(), top1=per_class[0], precision=precision, f1=_rounded(f1[:, 0], total),
             experts=per_class[1:last])
         return metrics
 
@@ -203,7 +205,8 @@ def evaluate(
         if not len(target):
             continue  # No image of the batch could be read.
         # The same weights must give the same metrics, so the layout is always the same.
-        images = images.contiguous(memory_format=torch.channels_last)
+        if images.ndim == 4:  # Else they are features.
+            images = images.contiguous(memory_format=torch.channels_last)
         logits = model.forward_experts(images)
         if flip:
             logits = (logits + model.forward_experts(images.flip(-1))) / 2
@@ -221,8 +224,8 @@ def balanced_over(metrics: Dict[str, Any], num_classes: int) -> str:
     """Sentences that say how many classes the balanced accuracy averages, and what the table leaves out."""
     divisions = [shot for shot in SHOTS if metrics[shot] is not None]
     return (
-        f"balanced is the mean over {metrics['balanced_classes']} of {num_classes} classes, those with images here."
-        + (f" macro-F1 is {metrics['macro_f1']}." if metrics.get('macro_f1') is not None else '')
+        f"balanced and macro_f1 are means over {metrics['balanced_classes']} of {num_classes} classes, those with "
+        'images here.'
         + (f' All of them are {divisions[0]}-shot: --many-shot and --few-shot choose other borders.'
            if len(divisions) == 1 else ''))
 
@@ -267,13 +270,24 @@ def format_classes(per_class: Dict[str, Any], names: Sequence[str], class_counts
     if len(rows) > MOST_LISTED:
         rows = sorted((row for row in rows if row[-1] is not None), key=lambda row: row[-1])[:10]
         title = 'worst ten classes'
-    return _format_rows([(title, 'training', 'test', 'top1', 'precision', 'F1'), *rows])
+    return _format_rows([(title, 'training', 'test', 'recall', 'precision', 'F1'), *rows])
+
+
+def shown_divisions(results: Iterable[Mapping[str, Any]]) -> List[str]:
+    """The shot divisions that have classes with images in any of the metrics. A single one is all classes: none."""
+    results = list(results)
+    found = [shot for shot in SHOTS if any(result[shot] is not None for result in results)]
+    return found if len(found) > 1 else []
+
+
+def shown_metrics(results: Iterable[Mapping[str, Any]]) -> List[str]:
+    """The metrics that a table of these results shows, in order."""
+    return ['loss', 'top1', 'top5', 'balanced', 'macro_f1', *shown_divisions(results), 'ece']
 
 
 def format_table(stages: Dict[str, Dict[str, Any]]) -> str:
     """A text table of the metrics by stage. Each expert and each ensemble has a row."""
-    found = [shot for shot in SHOTS if any(result[shot] is not None for result in stages.values())]
-    columns = [key for key in METRICS if key not in SHOTS or len(found) > 1]  # A single division is all classes.
+    columns = shown_metrics(stages.values())
     rows: List[Sequence[Any]] = [('', *columns)]
     for stage, result in stages.items():
         experts = result['experts'] if len(result['experts']) > 1 else []

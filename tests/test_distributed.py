@@ -241,7 +241,7 @@ def test_a_killed_process_starts_again_by_itself(tmp_path, undisturbed):
     wait_for(tmp_path / 'run', 'one', 1, 4)
     os.kill(worker_ids(process)[1], signal.SIGKILL)
     _, error = finish(process)
-    assert re.search(r'Resuming stage_one at epoch 1, step [1-9]', error)
+    assert re.search(r'Resuming stage_one at epoch 2, step [1-9]', error)
     assert result(tmp_path / 'run') == undisturbed
 
 

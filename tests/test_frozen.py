@@ -131,7 +131,7 @@ def test_the_recipe_chooses_experts_and_trains_them(backbone_file, tmp_path, mon
 
 
 def test_an_interrupted_run_goes_on_without_another_search(backbone_file, tmp_path, monkeypatch):
-    from shike_timm.training import trainer
+    from shike_timm.training import features, trainer
 
     frozen_run(tmp_path / 'whole', backbone_file)
     original = trainer.Trainer.train_epoch
@@ -146,7 +146,7 @@ def test_an_interrupted_run_goes_on_without_another_search(backbone_file, tmp_pa
         frozen_run(tmp_path / 'cut', backbone_file)
     monkeypatch.undo()
     monkeypatch.setattr(trainer, 'search', lambda *args: pytest.fail('a second search'))
-    monkeypatch.setattr(trainer.Shike, 'pool_levels', lambda *args: pytest.fail('features computed again'))
+    monkeypatch.setattr(features, '_write_views', lambda *args: pytest.fail('features computed again'))
     frozen_run(tmp_path / 'cut', backbone_file, '--resume')  # The same command again.
     assert without_seconds(tmp_path / 'cut' / 'run') == without_seconds(tmp_path / 'whole' / 'run')
 

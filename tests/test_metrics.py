@@ -37,10 +37,10 @@ def test_metrics_counted_by_hand():
     sure = 1 / (1 + 2 * math.exp(-10))
     assert first == dict(
         loss=round(-math.log(sure), 4), top1=100., top5=100., balanced=100., many=100., medium=100., few=100.,
-        ece=round(100 * (1 - sure), 2))
+        macro_f1=100., ece=round(100 * (1 - sure), 2))
     assert second == dict(
         loss=round(5 - math.log(sure), 4), top1=50., top5=100., balanced=33.33, many=100., medium=0., few=0.,
-        ece=round(100 * (sure - 0.5), 2))
+        macro_f1=22.22, ece=round(100 * (sure - 0.5), 2))
 
 
 def test_calibration_error_counted_by_hand():
@@ -196,10 +196,10 @@ def test_precision_and_f1_are_those_of_scikit_learn():
 
 
 def test_table():
-    metrics = dict(loss=1., top1=50., top5=80., balanced=49., many=60., medium=None, few=1.25, ece=7.5)
+    metrics = dict(loss=1., top1=50., top5=80., balanced=49., many=60., medium=None, few=1.25, macro_f1=44., ece=7.5)
     table = format_table({'stage_one': dict(metrics, experts=[metrics, metrics])})
     lines = table.splitlines()
-    assert lines[0].split() == ['loss', 'top1', 'top5', 'balanced', 'many', 'medium', 'few', 'ece']
+    assert lines[0].split() == ['loss', 'top1', 'top5', 'balanced', 'macro_f1', 'many', 'few', 'ece']
     assert [line.split()[:2] for line in lines[1:]] == [
         ['stage_one', 'expert'], ['stage_one', 'expert'], ['stage_one', 'ensemble']]
-    assert lines[-1].split()[2:] == ['1.00', '50.00', '80.00', '49.00', '60.00', '-', '1.25', '7.50']
+    assert lines[-1].split()[2:] == ['1.00', '50.00', '80.00', '49.00', '44.00', '60.00', '1.25', '7.50']

@@ -18,7 +18,7 @@ from scipy import stats
 import shike_timm
 from shike_timm.cli.eval import parse_eval_args
 from shike_timm.errors import InputError
-from shike_timm.metrics import METRICS, SHOTS, shot_numbers
+from shike_timm.metrics import METRICS, SHOTS, shot_numbers, shown_metrics
 from shike_timm.pretrained.folder import export_model
 from shike_timm.report.logits import SavedLogits, load_logits, save_logits
 
@@ -107,7 +107,7 @@ def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_scrip
 
     text, table = read_page(tmp_path / 'report')
     cells = re.findall(r'<td>([^<]*)</td>', re.search(r'<table id="metrics">.*?</table>', text, re.S)[0])
-    expected = [f'{one[key]:.2f}' for one in (*results['experts'], results) for key in METRICS]
+    expected = [f'{one[key]:.2f}' for one in (*results['experts'], results) for key in shown_metrics([results])]
     assert [cell for cell in cells if re.fullmatch(r'[\d.]+', cell)] == expected
     with (tmp_path / 'report' / 'classes.csv').open(newline='', encoding='utf-8') as file:
         header, *rows = csv.reader(file)
@@ -160,7 +160,7 @@ def test_seeds_of_one_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(page, 'DRAWINGS', {})  # they take seconds
     runs = [make_run(tmp_path / f'run{seed}', seed) for seed in range(3)]
     ((group, values),) = page.seed_groups([*runs, make_run(tmp_path / 'faster', 3, lr=0.2)])
-    assert group == runs and set(values) == set(METRICS)
+    assert group == runs and set(values) == {*METRICS, 'macro_f1'}
     few = [run.metrics['few'] for run in runs]
     assert len(set(few)) == 3 and values['few'] == pytest.approx((np.mean(few), np.std(few, ddof=1)))
     page.write_report(tmp_path / 'report', runs)
@@ -253,7 +253,8 @@ def test_numbers_counted_by_hand():
     saved.logits = 2 * np.eye(2, dtype=np.float32)[[0, 0, 0, 1, 0, 0]][:, None]
     analyzed = analysis.Analysis(saved)
     assert analyzed.most_confused == [(1, 1), (0, 2)]
-    (confusion,) = analysis.tail_confusions(analyzed)
+    assert analyzed.metrics['macro_f1'] == analyzed.metrics['experts'][0]['macro_f1'] == 33.33  # F1 of 2/3 and of 0
+    (confusion,) = analysis.costly_confusions(analyzed)
     assert confusion == analysis.Confusion(1, 0, 2, 100., [4, 5])
     sure = 1 / (1 + np.exp(-2))
     assert analyzed.hardest_negative == pytest.approx([1 - sure] * 3 + [sure] * 3)
@@ -278,8 +279,8 @@ def test_shares_of_best_experts():
 @pytest.mark.parametrize('saved, sentences', [
     (dict(counts=COUNTS, num_experts=1, missing=[0, 9]), ['one expert', 'no run folder']),
     (dict(counts=[300, 3], num_experts=5), ['no run folder']),
-    (dict(counts=[300, 200, 50]), ['no few-shot class', 'no run folder']),
-    (dict(counts=COUNTS, num_images=1), ['no few-shot class', 'no run folder']),
+    (dict(counts=[300, 200, 150]), ['no run folder']),
+    (dict(counts=[200] + [5] * 9, num_images=1, seed=1), ['is taken for', 'no run folder']),
 ])
 def test_what_is_missing_is_said(tmp_path, saved, sentences):
     with warnings.catch_warnings():
@@ -291,7 +292,13 @@ def test_what_is_missing_is_said(tmp_path, saved, sentences):
     assert len(found) == len(sentences) and all(want in reported for want, reported in zip(sentences, found))
     for row in table['rows']:
         assert (row[4] is None) == (row[3] == 0)
-    assert len(list(tmp_path.glob('*.svg'))) == len(list(tmp_path.glob('*.png'))) == 9
+    assert len(list(tmp_path.glob('*.svg'))) == len(list(tmp_path.glob('*.png'))) == 10
+    # Divisions without classes, or one that holds all of them, are no tiles and no columns.
+    divisions = [shot for shot in SHOTS if one.shots[shot].any()]
+    tiles = re.findall(r'<div class="card">([\w-]+)<b>', text)
+    assert tiles == ['top-1', 'balanced', 'macro-F1', *(divisions if len(divisions) > 1 else [])]
+    assert 'id="mistakes"' in text or 'is taken for' in found[0]
+    assert 'class 0' in (tmp_path / 'class_accuracy.svg').read_text() + (tmp_path / 'confusion_matrix.svg').read_text()
 
 
 def test_hostile_names_are_text(tmp_path):

@@ -152,7 +152,7 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, run_script):
         'train.py', *TINY, '--output', tmp_path, '--lr', '1e30', '--warmup-lr', '0.01', '--epochs', '3',
         '--classifier', 'linear', '--log-interval', '1')
     assert status == 1
-    assert 'train.py: The ' in error and 'epoch 1 of stage one' in error
+    assert 'train.py: The ' in error and 'stage one, epoch 2 of ' in error
     checkpoint = load_checkpoint(tmp_path / 'run' / 'stage_one' / 'last.pth.tar')
     assert checkpoint['epoch'] == 0
     assert all(value.isfinite().all() for value in checkpoint['state_dict'].values())
@@ -170,7 +170,7 @@ def test_nan_names_its_first_step(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(ExpertTask, 'forward', forward)
-    with pytest.raises(trainer.NonFiniteError, match='at step 2 of epoch 0 of stage one'):
+    with pytest.raises(trainer.NonFiniteError, match='at step 3 of stage one, epoch 1 of '):
         run(tmp_path, '--log-interval', '100')
 
 

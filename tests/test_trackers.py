@@ -1,17 +1,22 @@
 """What a run tells beside its files: trackers, learning curves and log lines."""
 import csv
+import io
 import logging
 import re
 import shutil
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import TINY
 from timm.utils import summary
+from tqdm import std, tqdm
 
 from shike_timm.cli.retrain_classifier import parse_retrain_args
 from shike_timm.cli.train import parse_train_args
+from shike_timm.training import progress
 from shike_timm.training.runs import train
 from shike_timm.training.trackers import tracking
 
@@ -58,7 +63,7 @@ def test_trackers_get_what_the_summary_holds(tmp_path, monkeypatch, caplog):
     assert (run / 'curves.png').read_bytes()[:4] == b'\x89PNG'
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith('Train: ')]
     assert len(lines) == 4  # one an epoch
-    assert lines[0].startswith('Train: epoch 1 of 2 in stage one, 0:0')
+    assert lines[0].startswith('Train: stage one, epoch 1 of 2, 0:0')
     assert 'Eval' not in lines[0] and 'top1: ' in lines[1]
 
 
@@ -97,9 +102,39 @@ def test_a_terminal_gets_one_bar_of_the_run(tiny_run, tmp_path, monkeypatch, run
     shutil.copy(run / 'stage_one' / 'checkpoint-0.pth.tar', run / 'stage_one' / 'last.pth.tar')
     status, _, err = run_script('train.py', '--resume', run)
     assert status == 0, err
-    assert '24/24 [' in err and '25%' in err  # goes on where the run was, a quarter of both stages
-    assert {int(total) for total in re.findall(r'/(\d+) \[\d\d:\d\d<', err)} == {24}  # and counts all steps
-    assert err.count('Train: ') == 3 and not re.search(r'\S Train: epoch', err)  # a line an epoch, above it
+    assert 'stage two, epoch 2 of 2' in err and 'stage one, epoch 1 of 2:' not in err  # goes on where the run was
+    assert min(map(int, re.findall(r'epoch \d of 2: +(\d+)%', err))) >= 25
+    assert err.count('Train: ') == 3 and not re.search(r'\S Train: stage', err)  # a line an epoch, above it
+
+
+@pytest.mark.parametrize('columns', [80, 100])
+def test_the_loss_on_a_terminal_moves_every_second(columns, monkeypatch):
+    text, clock = io.StringIO(), [1000.]
+    monkeypatch.setattr(time, 'perf_counter', lambda: clock[0])
+    monkeypatch.setattr(time, 'time', lambda: clock[0])
+    monkeypatch.setattr(std, 'time', lambda: clock[0])
+    bar = tqdm(total=10_000, smoothing=0, ncols=columns, file=text, bar_format=progress.BAR, position=0)
+    told = progress.Progress(10_000, bar, 1)
+    for step in range(20):
+        clock[0] += 0.5
+        told.update('stage one, epoch 12 of 180', torch.tensor(9. - step / 10), 64)
+    lines = text.getvalue().split('\r')
+    assert re.findall(r'loss (\S+), 128 images/s', text.getvalue())[-1] == '7.20'  # of the step before
+    assert len({match.group() for line in lines if (match := re.search(r'loss \S+', line))}) == 10
+    assert max(map(len, lines)) <= columns and '| 1:23:10 left, loss' in lines[-1]
+
+
+def test_a_log_gets_a_line_a_minute_with_the_time_left_of_the_run(monkeypatch, caplog):
+    clock = [1000.]
+    monkeypatch.setattr(time, 'perf_counter', lambda: clock[0])
+    told = progress.Progress(1000, tqdm(disable=True), 60)
+    told.begin(500)  # A resumed run, of which half is done.
+    with caplog.at_level('INFO'):
+        for _ in range(40):
+            clock[0] += 3
+            told.update('stage one, epoch 6 of 8', torch.tensor(1.5), 32)
+    assert caplog.messages == [
+        f'Train: stage one, epoch 6 of 8, loss 1.50, 11 images/s, 0:{left} left' for left in ('24:00', '23:00')]
 
 
 def test_a_run_of_an_older_version_keeps_its_columns(tiny_run, tmp_path):

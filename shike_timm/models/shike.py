@@ -473,8 +473,8 @@ class Shike(PriorModel):
         return self.adjust(self.classifier(x.unflatten(1, (self.num_experts, -1))).mean(1))
 
     def forward_experts(self, x: Tensor) -> Tensor:
-        """Logits of each expert [B, M, num_classes] from images [B, in_chans, H, W]."""
-        return self.forward_expert_head(self.forward_features(x))
+        """Logits of each expert [B, M, num_classes] from images [B, in_chans, H, W] or features of `pool_levels`."""
+        return self.forward_expert_head(self.forward_levels(x) if x.ndim == 2 else self.forward_features(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits averaged over experts [B, num_classes] from images [B, in_chans, H, W]."""

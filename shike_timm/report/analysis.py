@@ -87,6 +87,11 @@ class Analysis:
         return Counter(sorted(pairs)).most_common()
 
     @property
+    def has_few(self) -> bool:
+        """Whether there are few-shot classes with test images."""
+        return bool(self.shots['few'].any())
+
+    @property
     def most_confused(self) -> List[Optional[Tuple[int, int]]]:
         """The wrong class that the ensemble predicts most for each class, and how often. None without mistakes."""
         best = {true: (predicted, count) for (true, predicted), count in reversed(self.confusions)}
@@ -230,13 +235,14 @@ class Confusion(NamedTuple):
     true: int
     predicted: int
     count: int
-    cost: float  # points of few-shot accuracy
+    cost: float  # points of the accuracy of the few-shot classes, or of balanced accuracy without any
     images: List[int]  # indices of the first four
 
 
-def tail_confusions(analysis: Analysis) -> List[Confusion]:
-    """The 15 confusions that cost the few-shot classes most. Empty without such classes or without mistakes."""
-    few, total, targets = analysis.shots['few'], analysis.total, analysis.saved.targets
+def costly_confusions(analysis: Analysis) -> List[Confusion]:
+    """The 15 confusions that cost the few-shot classes most, or all classes where none is few-shot."""
+    total, targets = analysis.total, analysis.saved.targets
+    few = analysis.shots['few'] if analysis.has_few else total > 0
     found = [
         (100 * count / total[true] / few.sum(), true, predicted, count)
         for (true, predicted), count in analysis.confusions if few[true]]

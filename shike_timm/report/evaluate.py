@@ -54,7 +54,8 @@ class EvaluationConfig:
     flip: bool = option(False, 'average the logits with those of the mirrored images, at twice the cost')
     batch_size: int = option(256, 'images in a batch', low=1, flags=('-b',))
     results_file: Optional[str] = option(
-        None, 'file to write the metrics to: a table of the classes if it ends in .csv, else JSON', 'FILE')
+        None, 'file to write the metrics to: if it ends in .csv, a table of precision, recall and F1 of the classes, '
+        'else JSON', 'FILE')
     save_logits: Optional[str] = option(
         None, 'npz file to write the logits of each expert to, with targets, paths and classes', 'FILE')
     report: Optional[str] = option(
@@ -121,7 +122,7 @@ def _load_split(config: EvalConfig, trained: TrainedModel) -> AnySet:
 
 
 def _write_results(path: str, metrics: Dict[str, Any]) -> None:
-    """Write metrics as JSON, or as a table of the classes whose first row is all images."""
+    """Write metrics as JSON, or as a table of the classes after a row of all images and one of the means of classes."""
     if Path(path).suffix.lower() != '.csv':
         write_text(path, json.dumps(metrics, indent=2) + '\n')
         return
@@ -129,12 +130,17 @@ def _write_results(path: str, metrics: Dict[str, Any]) -> None:
     experts, counts = classes.pop('experts'), classes['class_counts']
     classes['names'] = classes['names'] or [str(c) for c in range(len(counts))]
     keys = 'names', 'class_counts', 'total', 'top1', 'precision', 'f1'
-    columns = {key.removesuffix('s'): classes[key] for key in keys}
+    columns = {'recall' if key == 'top1' else key.removesuffix('s'): classes[key] for key in keys}
     columns.update({f'expert_{m}': one for m, one in enumerate(experts)})
-    whole = ['', sum(counts), sum(classes['total']), metrics['top1'], None, metrics['macro_f1']]
+    sums, mean = [sum(counts), sum(classes['total'])], [one for one in classes['precision'] if one is not None]
+    rows = [
+        # Over all images precision, recall and F1 are one: the share of right answers.
+        ['all images', *sums, *[metrics['top1']] * 3, *(one['top1'] for one in metrics['experts'])],
+        ['mean of classes', *sums, metrics['balanced'], round(sum(mean) / len(mean), 2), metrics['macro_f1'],
+         *(one['balanced'] for one in metrics['experts'])]]
     with write_whole(path) as file:
         csv.writer(file).writerows(
-            [columns, [*whole, *(one['top1'] for one in metrics['experts'])], *zip(*columns.values())])
+            [columns, *rows, *zip(*columns.values())])
 
 
 def _log_long_tail(metrics: Dict[str, Any]) -> None:

@@ -3,16 +3,17 @@
 Each function takes the `Analysis` of a model and of a second one or None. If it has nothing to draw, it raises
 `Missing`.
 """
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..metrics import SHOTS, all_subsets
+from ..metrics import MOST_LISTED, SHOTS, all_subsets, shown_divisions
 from ..plotting import COLORS, INK, NEUTRAL, Missing, add_legend, log_scale, new_figure
-from ..training.curves import draw_curves, read_curves
-from .analysis import TILTS, Analysis, best_expert_shares, tail_confusions, trend, wilson
+from ..training.curves import draw_curves
+from .analysis import TILTS, Analysis, best_expert_shares, costly_confusions, trend, wilson
 
 MANY_POINTS = 1000  # More points than this are drawn as pixels, which keeps files small.
 
@@ -24,11 +25,11 @@ def shorten(name: str, length: int = 24) -> str:
 
 
 def _shade_shots(axes: Any, analysis: Analysis) -> None:
-    """Shade and name the shot divisions along the ordered classes."""
+    """Shade and name the shot divisions along the ordered classes. Few classes are named too."""
     shots = analysis.saved.shots
     start = -0.5
     for shot, size, alpha in zip(SHOTS, np.bincount(shots, minlength=3), (0.12, 0.07, 0.03)):
-        if size:
+        if 0 < size < len(shots):
             axes.axvspan(start, start + size, color=INK, alpha=alpha, linewidth=0)
             axes.text(
                 start + size / 2, 0.98, shot, transform=axes.get_xaxis_transform(), ha='center', va='top', fontsize=9,
@@ -36,11 +37,17 @@ def _shade_shots(axes: Any, analysis: Analysis) -> None:
         start += size
     axes.set_xlim(-0.5, len(shots) - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if len(shots) <= MOST_LISTED:
+        axes.set_xticks(range(len(shots)), _names(analysis, analysis.order), rotation=90, fontsize=8)
+
+
+def _names(analysis: Analysis, classes: Any) -> List[str]:
+    return [shorten(analysis.saved.class_names[c], 16) for c in classes]
 
 
 def class_counts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     counts = analysis.saved.class_counts[analysis.order]
-    figure, axes = new_figure(3)
+    figure, axes = new_figure(3.6)
     _shade_shots(axes, analysis)
     axes.step(np.arange(len(counts)), counts, where='mid', color=COLORS[0])
     log_scale(axes, 'symlog' if counts.min() < 1 else 'log')
@@ -60,7 +67,7 @@ def class_accuracy(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     accuracy = 100 * analysis.accuracy[analysis.order]
     many = len(accuracy) > MANY_POINTS
     size = dict(s=3 if many else 16, linewidth=0, rasterized=many, alpha=0.5 if many else 0.9)
-    figure, (top, bottom) = new_figure(5.6, 2, sharex=True, sharey=True)
+    figure, (top, bottom) = new_figure(6, 2, sharex=True, sharey=True)
     ranks = np.arange(len(accuracy))
     for axes in (top, bottom):
         _shade_shots(axes, analysis)
@@ -133,7 +140,7 @@ def hardest_negatives(analysis: Analysis, other: Optional[Analysis]) -> Figure:
 
 def _shot_bars(axes: Any, models: Sequence[Tuple[str, Analysis]]) -> None:
     """Accuracy by shot division with 95 % intervals, a bar for each model."""
-    names = {'balanced': 'all', **{shot: shot for shot in SHOTS if any(one.shots[shot].any() for _, one in models)}}
+    names = {'balanced': 'all', **{shot: shot for shot in shown_divisions(one.metrics for _, one in models)}}
     for k, (label, one) in enumerate(models):
         x, width = _bar_places(k, len(models), len(names))
         value = np.array([one.metrics[name] for name in names], dtype=float)
@@ -206,11 +213,9 @@ def reliability(analysis: Analysis, other: Optional[Analysis]) -> Figure:
 
 
 def confusions(analysis: Analysis, other: Optional[Analysis]) -> Figure:
-    if not analysis.shots['few'].any():
-        raise Missing('There is no few-shot class with test images.')
-    found = tail_confusions(analysis)
+    found = costly_confusions(analysis)
     if not found:
-        raise Missing('No image of a few-shot class is taken for another class.')
+        raise Missing('No image of these classes is taken for another class.')
     figure, axes = new_figure(1.2 + 0.3 * len(found))
     names = analysis.saved.class_names
     axes.barh(range(len(found)), [one.cost for one in found], color=COLORS[6], alpha=0.85)
@@ -218,8 +223,32 @@ def confusions(analysis: Analysis, other: Optional[Analysis]) -> Figure:
         range(len(found)), [f'{shorten(names[one.true])} → {shorten(names[one.predicted])}' for one in found])
     axes.margins(y=0.01)
     axes.invert_yaxis()
-    axes.set_xlabel('points of few-shot accuracy lost', loc='right')  # Long names leave the axes little room.
+    # Long names leave the axes little room.
+    axes.set_xlabel(f"points of {'few-shot' if analysis.has_few else 'balanced'} accuracy lost", loc='right')
     axes.grid(axis='y', visible=False)
+    return figure
+
+
+def confusion_matrix(analysis: Analysis, other: Optional[Analysis]) -> Figure:
+    total, mistakes = analysis.total, analysis.total - analysis.right_by_class[:, 0]
+    worst = set(np.argsort(-mistakes, kind='stable')[:MOST_LISTED].tolist())
+    classes = [c for c in analysis.order.tolist() if total[c] and c in worst]
+    matrix = np.zeros((analysis.saved.num_classes,) * 2)
+    np.add.at(matrix, (analysis.saved.targets, analysis.predictions[:, 0]), 1)
+    share = 100 * matrix[np.ix_(classes, classes)] / total[classes, None]
+    figure, axes = new_figure(min(3 + 0.2 * len(classes), 6))
+    colors = LinearSegmentedColormap.from_list('share', [to_rgba(COLORS[0], 0), to_rgba(COLORS[0], 1)])
+    axes.pcolormesh(np.ma.masked_equal(share, 0), cmap=colors, vmin=0, vmax=100)
+    if len(classes) <= 12:
+        for (row, column), value in np.ndenumerate(share):
+            if value:
+                axes.text(column + 0.5, row + 0.5, f'{value:.0f}', ha='center', va='center', fontsize=8)
+    places, names = np.arange(len(classes)) + 0.5, _names(analysis, classes)
+    axes.set_xticks(places, names, rotation=90, fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
+    axes.set(xlabel='predicted class', ylabel='class')
+    axes.invert_yaxis()
+    axes.grid(visible=False)
     return figure
 
 
@@ -238,10 +267,10 @@ def prior_shift(analysis: Analysis, other: Optional[Analysis]) -> Figure:
 def learning_curves(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     if analysis.saved.run is None:
         raise Missing('There is no run folder with a summary.csv beside this model.')
-    return draw_curves(read_curves(analysis.saved.run))
+    return draw_curves(analysis.saved.run)
 
 
 DRAWINGS: Dict[str, Callable[..., Figure]] = {one.__name__: one for one in (
-    class_counts, class_accuracy, best_experts, hardest_negatives, stages_and_experts, reliability, confusions,
-    prior_shift, learning_curves)}
+    class_counts, class_accuracy, best_experts, hardest_negatives, stages_and_experts, reliability, confusion_matrix,
+    confusions, prior_shift, learning_curves)}
 """Each figure of the page by name. The page has its title and caption."""

@@ -14,15 +14,13 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..files import spreadsheet_cell, write_text, write_whole
-from ..metrics import METRICS, SHOTS, rejection
+from ..metrics import METRICS, MOST_LISTED, SHOTS, rejection, shown_divisions, shown_metrics
 from ..plotting import draw, save
 from ..training.config import card_options
 from ..training.folder import read_args
 from ..version import __version__
-from .analysis import Analysis, paired_test, same_images, tail_confusions, wilson
+from .analysis import Analysis, costly_confusions, paired_test, same_images, wilson
 from .figures import DRAWINGS, compare_models, shorten
-
-SHARES = ('top1', 'balanced', *SHOTS)
 
 
 def class_table(analysis: Analysis) -> Tuple[List[str], List[List[Any]]]:
@@ -64,7 +62,7 @@ def seed_groups(models: Sequence[Analysis]) -> List[Tuple[List[Analysis], Dict[s
         first, *others = [one.saved for one in members]
         if len(seeds) == len(members) > 1 and all(
                 same_images(first, one) and np.array_equal(first.class_counts, one.class_counts) for one in others):
-            columns = {key: [one.metrics[key] for one in members] for key in METRICS}
+            columns = {key: [one.metrics[key] for one in members] for key in (*METRICS, 'macro_f1')}
             found.append((members, {
                 key: (statistics.mean(values), statistics.stdev(values))
                 for key, values in columns.items() if None not in values}))
@@ -114,9 +112,11 @@ def write_report(
     environment.filters.update(shorten=shorten, data_uri=_data_uri, open=analysis.saved.image)
     text = environment.get_template('page.html').render(
         rejection=rejection(analysis.metrics['reject'], known=analysis.saved.reject_threshold is not None),
-        version=__version__, analysis=analysis, saved=analysis.saved, models=models, metrics=METRICS, shares=SHARES,
+        version=__version__, analysis=analysis, saved=analysis.saved, models=models,
+        metrics=shown_metrics(one.metrics for one in models),
+        shares=['top1', 'balanced', 'macro_f1', *shown_divisions(one.metrics for one in models)],
         figures=figures, comparison=comparison, pairs=[_compare(*pair) for pair in combinations(models, 2)],
-        seeds=seed_groups(models), confusions=tail_confusions(analysis), cams=cams,
-        table=dict(header=header, rows=rows))
+        seeds=seed_groups(models), confusions=costly_confusions(analysis), cams=cams,
+        table=dict(header=header, rows=rows), most_listed=MOST_LISTED)
     write_text(folder / 'report.html', text)
     return folder / 'report.html'

@@ -3,7 +3,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import numpy as np
 import torch
@@ -103,6 +103,15 @@ def standardise(model: Shike, features: np.ndarray) -> None:
     for expert in experts:
         for own, levels in zip((expert.norm.running_mean, expert.norm.running_var), moments):
             own.copy_(torch.cat([levels[level - 1] for level in expert.levels]))
+
+
+@torch.inference_mode()
+def level_batches(model: Shike, loader: Any) -> List[Tuple[Tensor, Tensor]]:
+    """Batches of pooled features [B, F] and labels [B] in float32, for the evaluations of a frozen trunk."""
+    model.eval()
+    return [
+        (model.pool_levels(images.contiguous(memory_format=torch.channels_last)), target)
+        for images, target in loader if len(target)]
 
 
 @torch.no_grad()

@@ -1,23 +1,67 @@
 """The progress of a run: the bar on a terminal, and the summary of its epochs."""
 import csv
+import logging
 import sys
+import time
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Dict, Iterator, List
 
+from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..distributed import rank
 
+_logger = logging.getLogger(__name__)
+
+BAR = '{l_bar}{bar}| {remaining} left{postfix}'
+
+
+class Progress:
+    """How far a run is, in steps of all its stages. Tell it once in `interval` seconds, in a bar or in the log."""
+
+    def __init__(self, num_steps: int, bar: tqdm, interval: float):
+        self.num_steps, self.bar, self.interval = num_steps, bar, interval
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Measure the time that is left from now on, where `step` steps are done."""
+        self.first = self.step = self.bar.n = self.bar.initial = step
+        self.bar.start_t = time.time()
+        self.start = self.told = time.perf_counter()
+        self.images, self.losses = 0, []
+
+    def left(self) -> timedelta:
+        """The time until the end of the run, at the mean speed so far."""
+        seconds = (time.perf_counter() - self.start) / max(self.step - self.first, 1)
+        return timedelta(seconds=round(seconds * (self.num_steps - self.step)))
+
+    def update(self, where: str, loss: Tensor, images: int) -> None:
+        """Count a step. The loss that is told is that of the step before, so that the device need not wait."""
+        self.step += 1
+        self.images += images
+        self.losses = [*self.losses[-1:], loss]
+        self.bar.set_description_str(where, refresh=False)
+        self.bar.update()
+        seconds = time.perf_counter() - self.told
+        if seconds >= self.interval:
+            status = f'loss {float(self.losses[0]):#.3g}, {self.images / seconds:.0f} images/s'
+            if self.bar.disable:
+                _logger.info(f'Train: {where}, {status}, {self.left()} left')
+            else:
+                self.bar.set_postfix_str(status)
+            self.told, self.images = self.told + seconds, 0
+
 
 @contextmanager
-def progress_bar(num_steps: int) -> Iterator[tqdm]:
-    """A bar of the whole run with the time that is left, below the log lines. Only a terminal shows it."""
+def telling_progress(num_steps: int, alone: bool) -> Iterator[Progress]:
+    """The progress of a run: a bar below the log lines of a terminal, else a line a minute if it is `alone`."""
     shown = rank() == 0 and sys.stderr.isatty()
-    bar = tqdm(total=num_steps, unit='step', smoothing=0, dynamic_ncols=True, disable=not shown)
+    bar = tqdm(total=num_steps, smoothing=0, dynamic_ncols=True, disable=not shown, bar_format=BAR)
     with bar, logging_redirect_tqdm() if shown else nullcontext():
-        yield bar
+        yield Progress(num_steps, bar, 1 if shown else 60 if alone and rank() == 0 else float('inf'))
 
 
 def read_summary(summary: Path) -> List[Dict[str, str]]:

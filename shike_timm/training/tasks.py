@@ -7,10 +7,11 @@ from timm.task import DistillationTeacher, TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..losses import RepresentationLoss, balanced_softmax, knowledge_distillation, representation_loss
+from ..losses import balanced_softmax, knowledge_distillation, representation_loss
 from ..models import Shike
 
-TERMS = (*RepresentationLoss._fields[1:], 'kd')  # A task may give these terms beside its loss.
+TERMS = {  # The terms that a task may give beside its loss, and their names in figures.
+    'ce': 'cross-entropy', 'nt': 'knowledge transfer', 'mu': 'mutual distillation', 'kd': 'teacher'}
 LATE = 0.8  # Share of the epochs after which `late_loss` is used.
 
 

@@ -7,7 +7,6 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,6 @@ from timm.task import DistillationTeacher
 from timm.utils import NativeScaler, distribute_bn, update_summary
 from timm.utils.summary import trim_summary
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..checkpoints import StageSaver, load_weights, saved_args
 from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoch
@@ -36,11 +34,11 @@ from ..pretrained.folder import export_model
 from .build import create_optimizer, create_schedule, resolve_autocast
 from .class_means import begin_at_class_means
 from .config import RunConfig
-from .features import FeatureLoader, cached_features, standardise
+from .features import FeatureLoader, cached_features, level_batches, standardise
 from .folder import check_folder, claim_folder, read_metrics, save_args
 from .methods import create_task
 from .phases import Phase
-from .progress import progress_bar, read_summary
+from .progress import Progress, read_summary, telling_progress
 from .resume import warn_of_changes
 from .search import search
 from .signals import Interrupted, StopFlag, stop_signals
@@ -74,7 +72,7 @@ class Trainer:
         self.folder = Path(self.config.output, self.config.experiment)
         self.stop = StopFlag()
         self.vote = Vote()
-        self.progress = tqdm(disable=True)
+        self.progress: Progress
         self.track: Callable[[Path], None] = lambda summary: None
 
     def train(self, resumed: bool = False, checkpoint: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
@@ -88,7 +86,7 @@ class Trainer:
         metrics = read_metrics(self.folder) or dict(self.before)
         num_steps = sum(phase.epochs for phase in self.phases) * len(self.train_loader)
         with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
-              progress_bar(num_steps) as self.progress, self._own_folder(resumed)):
+              telling_progress(num_steps, not self.config.log_interval) as self.progress, self._own_folder(resumed)):
             _logger.info(self.data.describe())
             on_primary(self.data.write_split_lists, self.folder)
             if self.before:
@@ -146,6 +144,7 @@ class Trainer:
             self.start(self.phases[0])
         if fresh:
             standardise(self.model, features)
+        self.eval_loader = level_batches(self.model, self.eval_loader)
         self.train_loader = FeatureLoader(features, data.targets, self.config.batch_size, self.device)
 
     def start(self, phase: Phase) -> None:
@@ -227,8 +226,7 @@ class Trainer:
         if self.loss_scaler is not None and self.loss_scaler.state_dict_key in checkpoint:
             self.loss_scaler.load_state_dict(checkpoint[self.loss_scaler.state_dict_key])
         epoch, done = checkpoint['epoch'] + 1, Done(**checkpoint['saver'].get('done', {}))
-        self.progress.initial = self.progress.n = epoch * len(self.train_loader) + done.step
-        _logger.info(f'Resuming {self.phase.title} at epoch {epoch}, step {done.step}.')
+        _logger.info(f'Resuming {self.phase.title} at epoch {epoch + 1}, step {done.step}.')
         return epoch, done
 
     def _create_saver(self, checkpoint: Optional[Dict[str, Any]]) -> None:
@@ -256,7 +254,8 @@ class Trainer:
         rows = read_summary(summary)
         # An older run lacks some columns.
         terms = [term for term in TERMS if not rows or f'train_{term}' in rows[0]]
-        metrics, start = None, time.perf_counter()
+        metrics = None
+        self.progress.begin(self.progress.step + first_epoch * len(self.train_loader) + done.step)
         for epoch in range(first_epoch, phase.epochs):
             done, status = self.train_epoch(epoch, done)
             if isinstance(self.optimizer, Lookahead):
@@ -271,10 +270,7 @@ class Trainer:
                 metrics = self._evaluate(last=epoch == phase.epochs - 1)
                 status += '  Eval: ' + '  '.join(
                     f'{key}: {metrics[key]}' for key in METRICS if metrics[key] is not None)
-            left = (time.perf_counter() - start) / (epoch + 1 - first_epoch) * (phase.epochs - epoch - 1)
-            _logger.info(
-                f'Train: epoch {epoch + 1} of {phase.epochs} in {phase.title}, {timedelta(seconds=round(left))} left  '
-                f'{status}')
+            _logger.info(f'Train: {self._where(epoch)}, {self.progress.left()} left  {status}')
             evaluated = {key: metrics[key] if metrics else None for key in METRICS}
             on_primary(partial(
                 update_summary, phase.first_row + epoch, trained, evaluated, str(summary), self._lr(),
@@ -319,7 +315,6 @@ class Trainer:
         sums: Dict[str, Tensor] = {}
         num_images, images_since_log, done_now, status = 0, 0, done, ''
         start = log_start = time.perf_counter()
-        self.progress.set_description_str(f'{self.phase.title} {epoch}', refresh=False)
         for step, (images, target) in enumerate(self.train_loader, done.step):
             signum = self.vote(self.stop.signum)
             if signum:
@@ -350,12 +345,10 @@ class Trainer:
                     {key: done.sums.get(key, 0.) + value for key, value in zip(sums, values)})
                 rates = images_since_log / (now - log_start), num_images / (now - start)
                 status = self._status(loss, done_now, rates)
-                self.progress.set_postfix_str(status, refresh=False)
-                if config.log_interval and self.progress.disable and not last:
-                    share = 100 * (step + 1) / num_steps
-                    _logger.info(f'Train: epoch {epoch + 1} [{step:>4d}/{num_steps} ({share:>3.0f}%)]  {status}')
+                if config.log_interval and self.progress.bar.disable and not last:
+                    _logger.info(f'Train: {self._where(epoch)}, step {step + 1} of {num_steps}  {status}')
                 log_start, images_since_log = now, 0
-            self.progress.update()
+            self.progress.update(self._where(epoch), result['loss'].detach(), batch_size * world_size())
         return done_now, status
 
     def _seed_part(self, epoch: int, done: Done, end: int) -> None:
@@ -370,6 +363,9 @@ class Trainer:
         part = done.step * world_size() + rank()
         if part:
             seed_all(seed, self.phase.number, epoch, part)
+
+    def _where(self, epoch: int) -> str:
+        return f'{self.phase.title}, epoch {epoch + 1} of {self.phase.epochs}'
 
     def _lr(self) -> float:
         """The learning rate, the highest one where rates differ by layer."""
@@ -387,14 +383,14 @@ class Trainer:
         bad_step = int(over_processes(first_bad_step, dist.ReduceOp.MIN))
         if bad_step < len(self.train_loader):
             raise NonFiniteError(
-                f'The loss is not finite at step {bad_step} of epoch {epoch} of {self.phase.title}: '
+                f'The loss is not finite at step {bad_step + 1} of {self._where(epoch)}: '
                 'try a lower --lr, --clip-grad, or --amp-dtype bfloat16.')
 
     def _check_weights(self, epoch: int) -> None:
         tensors = [t for t in self._eval_model().state_dict().values() if t.is_floating_point()]
         if not math.isfinite(float(nn.utils.get_total_norm(tensors))):
             raise NonFiniteError(
-                f'The weights are not finite after epoch {epoch} of {self.phase.title}: try a lower --lr.')
+                f'The weights are not finite after {self._where(epoch)}: try a lower --lr.')
 
     def _eval_model(self, ema: bool = False) -> nn.Module:
         """The model that the task evaluates, or its moving average."""
