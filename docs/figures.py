@@ -34,7 +34,7 @@ FLOORS = {
     'pretrained': 'trained models, read and written',
     'models': 'the network and the backbones that it is made of',
     'data': 'from files to batches',
-    GROUND: 'what all others use, and what knows nothing of them',
+    GROUND: 'errors, options, files, devices, losses, metrics',
 }
 
 
