@@ -188,15 +188,23 @@ def _add(section: Any, option: Option) -> None:
 
 
 def read_command_line(
-        config: Type[Any], description: str, argv: Optional[Sequence[str]] = None,
+        config: Type[Any], description: str, argv: Optional[Sequence[str]] = None, examples: Sequence[str] = (),
 ) -> Dict[str, Any]:
-    """Values that a command line gives, in their types; their ranges are not checked yet."""
+    """Values that a command line gives, in their types; their ranges are not checked yet.
+
+    The help begins with the examples and the options that they name.
+    """
     known = options(config)
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for group, members in groups(config).items():
-        section = parser.add_argument_group(title(group))
+    parser = _Parser(
+        usage='%(prog)s [options]' if examples else None, description='\n  '.join([description, *examples]),
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    by_flag = {one.flag: one for one in known.values()}
+    first = [by_flag[word] for word in dict.fromkeys(' '.join(examples).split()) if word in by_flag]
+    for name, members in [('The options above', first), *((title(one), of) for one, of in groups(config).items())]:
+        section = parser.add_argument_group(name)
         for one in members:
-            _add(section, one)
+            if members is first or one not in first:
+                _add(section, one)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [flag for one in known.values() for flag in (one.flag, *one.flags)]

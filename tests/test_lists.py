@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from image_data import labels_of, load, load_evaluation, load_named, names_of
 
+from shike_timm.data import SourceConfig
+from shike_timm.data.sources.lists import load_list
 from shike_timm.errors import InputError
 
 
@@ -232,3 +234,15 @@ def test_an_image_of_two_categories_is_refused(make_images, tmp_path):
         annotations=[dict(image_id=1, category_id=i) for i in range(2)])))
     with pytest.raises(InputError, match="Image 1 of .* annotated as '0' and as '1'"):
         load(make_images({'ant': 1}), train_list=str(tmp_path / 'coco.json'))
+
+
+def test_names_without_extensions_are_found_in_an_archive_too(make_images, tmp_path):
+    root = make_images({'a': 3, 'b': 2})
+    with tarfile.open(tmp_path / 'all.tar', 'w') as tar:
+        for folder in ('a', 'b'):
+            tar.add(root / folder, folder)
+    rows = [f'{folder}/{path.stem},{folder}' for folder in ('a', 'b') for path in sorted((root / folder).iterdir())]
+    (tmp_path / 'ids.csv').write_text('\n'.join(['id,label', *rows]))
+    for data in (root, tmp_path / 'all.tar'):
+        config = SourceConfig(data_dir=str(data), train_list=str(tmp_path / 'ids.csv'), input_key='id')
+        assert load_list(config, config.train_list).class_counts == [3, 2]

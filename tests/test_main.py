@@ -1,4 +1,6 @@
 """`python -m shike_timm SCRIPT.py` registers the models and runs a script of others, such as timm's validate.py."""
+import re
+import shlex
 import sys
 
 import pytest
@@ -6,6 +8,9 @@ import torch
 
 from shike_timm.__main__ import main
 from shike_timm.cli import describe
+from shike_timm.cli.train import EXAMPLES
+from shike_timm.options import read_command_line
+from shike_timm.training.config import TrainConfig
 
 SCRIPT = """
 import argparse
@@ -50,3 +55,13 @@ def test_scripts_of_the_clone_are_commands(run_script, name):
     for script, called in ((f'{name}.py', f'{name}.py'), (command, f'shike {command}')):
         status, _, error = run_script(script, '--unknown')
         assert status == 2 and error.startswith(f'{called}: error: ') and len(error.splitlines()) == 1
+
+
+def test_the_help_of_training_begins_with_examples(run_script):
+    status, out, _ = run_script('train', '--help')
+    assert status == 0 and out.count('  shike train') == 3 and out.index('shike train --data-dir photos\n') < 200
+    above = out[out.index('The options above:'):].split('\n\n')[0]
+    assert len(re.findall(r'^  -', above, re.M)) == 13  # a dozen, and --no-resume
+    assert out.count('--data-dir DIR') == 1 and out.index('--data-dir DIR') < out.index('Data:')
+    for example in EXAMPLES:
+        assert read_command_line(TrainConfig, '', shlex.split(example.replace('\\\n', ' '))[2:])['data_dir'] == 'photos'

@@ -3,7 +3,9 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -202,3 +204,11 @@ def test_names_that_spreadsheets_would_run(folder, run_script, tmp_path, monkeyp
     told = [run_script(*command, '--results-format', name)[1] for name in ('csv', 'spreadsheet', 'jsonl')]
     assert told[0].splitlines()[1].startswith('=1+1.png') and told[1] == told[0].replace('=1+1', "'=1+1")
     assert '"=1+1.png"' in told[2]
+
+
+def test_one_image_on_a_terminal_is_one_line(tmp_path, run_script, monkeypatch):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    path = tmp_path / 'one.png'
+    Image.new('RGB', (32, 32)).save(path)
+    status, out, err = run_script('predict', path, '--model', 'resnet32_shike', '--device', 'cpu', '--topk', '2')
+    assert status == 0 and re.fullmatch(rf'{path}: \w+ 0\.\d+, \w+ 0\.\d+\n', out), (out, err)

@@ -2,6 +2,7 @@
 import csv
 import json
 import logging
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -225,6 +226,12 @@ def predict(config: PredictConfig) -> None:
     """Write the predictions for image files."""
     check_results_file(config.results_file)
     predictor, rows = _prepare(config)
+    plain = not (config.results_file or config.per_expert or config.include_index) and config.results_format == 'csv'
+    if plain and sys.stdout.isatty() and len(config.inputs) == 1 and os.path.isfile(config.inputs[0]):
+        (row,) = rows
+        found = row['error'] or ', '.join(f'{name} {x:.4g}' for name, x in zip(row['label'], row[config.output_type]))
+        print(f"{row['filename']}: {found}")  # A line for a reader.
+        return
     num_files = num_errors = 0
     start = time.perf_counter()
     with write_whole(config.results_file or '-') as file:

@@ -18,6 +18,12 @@ from .script import command
 _logger = logging.getLogger(__name__)
 
 CONFIG = TrainConfig
+EXAMPLES = (
+    'shike train --data-dir photos',
+    'shike train --data-dir photos --hparams finetune --backbone convnext_tiny --img-size 224 '
+    '\\\n    --epochs 10 --batch-size 64 --lr 0.02 --amp',
+    'shike train --data-dir photos --train-list train.csv --val-list val.csv --experiment first --resume',
+)
 CPU_RECIPE = dict(hparams='frozen', backbone='tf_efficientnet_lite0', img_size=160)
 GPU_RECIPE = dict(hparams='finetune', backbone='convnext_tiny', img_size=224)
 
@@ -52,7 +58,7 @@ def complete_train_args(given: Dict[str, Any]) -> TrainConfig:
 def parse_train_args(argv: Optional[Sequence[str]] = None) -> TrainConfig:
     """The configuration that a command line gives."""
     return complete_train_args(
-        read_command_line(TrainConfig, 'Train a model: stage one, then classifier retraining.', argv))
+        read_command_line(TrainConfig, 'Train a model: stage one, then classifier retraining.', argv, EXAMPLES))
 
 
 main = command(train, parse_train_args)

@@ -12,7 +12,7 @@ from ...errors import InputError, one_line
 from ..config import SourceConfig
 from ..dataset import ImageSet, label_images
 from ..decode import image_extensions
-from .files import open_files
+from .files import open_files, tar_members
 
 INPUT_KEYS = ('path', 'image', 'filename', 'file_name', 'file')
 TARGET_KEYS = ('label', 'target', 'class', 'category')
@@ -158,18 +158,20 @@ def load_list(config: SourceConfig, path: str, spellings: Sequence[Tuple[str, st
     listed = _drop_repetitions(listed, path, notes)
     if not os.path.exists(root):
         raise InputError(f"data-dir '{root}' does not exist: give the folder that the paths of '{path}' begin in.")
-    paths = listed.paths
-    if os.path.isdir(root):
-        if not any(os.path.splitext(one)[1] for one in paths[:10]):  # They may be names without their extensions.
-            spellings = [*spellings, *(('$', extension) for extension in ('.jpg', '.jpeg', '.png', '.JPG', '.tif'))]
-        spelled = (paths, *([re.sub(*pair, one) for one in paths] for pair in spellings))
-        present = [some for some in spelled if any(os.path.exists(os.path.join(root, one)) for one in some[:10])]
-        if not present:
-            raise InputError(
-                f"'{os.path.join(root, paths[0])}' does not exist: give the folder that the paths of '{path}' "
-                'begin in as --data-dir.')
-        paths = present[0]
-    source = open_files(root, paths, notes)
+    paths, in_folder = listed.paths, os.path.isdir(root)
+    members = None if in_folder else tar_members(root, notes)
+    names = {member[0] for member in members or ()}
+    if not any(os.path.splitext(one)[1] for one in paths[:10]):  # They may be names without their extensions.
+        spellings = [*spellings, *(('$', extension) for extension in ('.jpg', '.jpeg', '.png', '.JPG', '.tif'))]
+    spelled = (paths, *([re.sub(*pair, one) for one in paths] for pair in spellings))
+    present = [some for some in spelled if any(
+        os.path.exists(os.path.join(root, one)) if in_folder else one in names for one in some[:10])]
+    if in_folder and not present:
+        raise InputError(
+            f"'{os.path.join(root, paths[0])}' does not exist: give the folder that the paths of '{path}' begin in as "
+            '--data-dir.')
+    paths = present[0] if present else paths
+    source = open_files(root, paths, notes, members)
     return label_images(
         config, source, listed.labels, notes, listed.groups, listed.order, f"the list '{path}'")
 
