@@ -4,15 +4,12 @@ import importlib
 from pathlib import Path
 from typing import Any, Dict, List, Type
 
+from shike_timm.cli.train import EXAMPLES
 from shike_timm.options import Option, groups, options, title
 from shike_timm_cli import COMMANDS
 
 PAGE = Path(__file__).with_suffix('.md')
 RESUMABLE = 'train'  # its runs can be resumed and its models have cards
-FIRST = (  # of `shike train`, at the top of the page
-    'data_dir', 'train_list', 'holdout', 'hparams', 'backbone', 'img_size', 'epochs', 'crt_epochs', 'batch_size', 'lr',
-    'experiment', 'resume',
-)
 
 
 def _value(option: Option) -> str:
@@ -56,12 +53,14 @@ def page() -> str:
         for group, members in own.items():
             found.setdefault(group, members)
         commands.append(f"| `shike {name}` | {what} | {', '.join(_link(group) for group in own)} |")
-    training, train = groups(_config(RESUMABLE)), options(_config(RESUMABLE))
+    training = groups(_config(RESUMABLE))
+    by_flag = {option.flag: option for option in options(_config(RESUMABLE)).values()}
+    first = [by_flag[word] for word in dict.fromkeys(' '.join(EXAMPLES).split()) if word in by_flag]
     lines = [
         '# Options', '',
-        'Most runs need only some of these options of `shike train`:', '',
+        'Three ways to train:', '', '```bash', *EXAMPLES, '```', '', 'Most runs need only these options of them:', '',
         '| option | default | meaning |', '|---|---|---|',
-        *(f'| `{train[name].flag}` | {train[name].shown_default} | {train[name].help} |' for name in FIRST), '',
+        *(f'| `{one.flag}` | {one.shown_default} | {one.help} |' for one in first), '',
         'In hparams files and in Python, names have underscores and no `--`. An option that is on or off',
         'also has a flag with `--no-`, and is off unless the text says otherwise. The card of a published',
         'model shows an option always, if changed, or (blank) never. `python docs/options.py` makes this',

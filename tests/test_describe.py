@@ -10,7 +10,7 @@ from timm.loss import load_class_stats
 
 import shike_timm
 from shike_timm.cli.describe import _label_gaps, describe_data, parse_describe_args
-from shike_timm.data import in_memory_set
+from shike_timm.data import SourceConfig, in_memory_set, load_training_data
 from shike_timm.data.dataset import ImageSet, ImageSource, StreamSet
 from shike_timm.data.inspect import find_similar, inspect_images
 
@@ -182,3 +182,15 @@ def test_sets_of_other_kinds(tmp_path):
 def test_numbers_that_are_no_numbering_have_no_gaps():
     assert _label_gaps(['1', '2', '5']) == [3, 4]
     assert _label_gaps(['20240101', '4006381333931']) == _label_gaps(['1', 'two']) == []
+
+
+def test_unreadable_images_are_not_held_out(make_images):
+    """As in training, which leaves them out first."""
+    root = make_images({'ant': 10, 'bee': 10})
+    for name in ('0.png', '1.png', '2.png'):
+        (root / 'ant' / name).write_text('<html>')
+    told = describe_data(parse_describe_args(['--data-dir', str(root), '--workers', '0']))
+    trained = load_training_data(SourceConfig(data_dir=str(root)))
+    assert told['evaluation']['class_counts'] == dict(zip(('ant', 'bee'), trained.test.class_counts)) == dict(
+        ant=2, bee=2)
+    assert len(told['train']['unreadable']) == 3 and told['train']['class_counts'] == dict(ant=8, bee=8)

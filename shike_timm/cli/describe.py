@@ -10,11 +10,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
+
 from ..data import SourceConfig
 from ..data.config import DataConfig
-from ..data.dataset import AnySet
+from ..data.dataset import AnySet, StreamSet
 from ..data.holdout import hold_out_share
-from ..data.inspect import Inspected, find_similar, inspect_images
+from ..data.inspect import Inspected, find_similar, find_unreadable, inspect_images
 from ..data.load import HOLDOUT, open_dataset
 from ..errors import InputError
 from ..files import check_results_file, write_text
@@ -39,6 +41,15 @@ class DescribeConfig(DataConfig, ShotConfig, HparamsConfig):
     workers: int = option(4, 'processes that read images', low=0, flags=('-j',))
 
 
+def _hold_out(train: AnySet, share: float, name: str, take_last: bool, workers: int) -> Tuple[AnySet, AnySet]:
+    """As `hold_out_share` of the images that can be read. The others are kept in the training set, to be told."""
+    if isinstance(train, StreamSet) or train.images is not None:
+        return hold_out_share(train, share, name, take_last)
+    readable = np.setdiff1d(np.arange(len(train)), list(find_unreadable(train, workers)))
+    test = hold_out_share(train.take(readable), share, name, take_last)[1]
+    return train.take(np.flatnonzero(~np.isin(train.rows, test.rows))), test
+
+
 def _load(config: DescribeConfig) -> Tuple[AnySet, Optional[AnySet], Optional[str]]:
     """The training set, the evaluation split, and why there is none."""
     # `describe` writes this file, the data reads it.
@@ -47,7 +58,7 @@ def _load(config: DescribeConfig) -> Tuple[AnySet, Optional[AnySet], Optional[st
     train = source.train()
     name = config.dataset or str(config.data_dir)
     if config.holdout:
-        return (*hold_out_share(train, config.holdout, name, source.has_imb_factor), None)
+        return (*_hold_out(train, config.holdout, name, source.has_imb_factor, config.workers), None)
     try:
         test = source.evaluation(train.class_names)
     except InputError as error:
@@ -57,7 +68,7 @@ def _load(config: DescribeConfig) -> Tuple[AnySet, Optional[AnySet], Optional[st
     if test is not None or config.class_stats:  # The file counts all images.
         return train, test, 'the data set has one split' if test is None else None
     try:
-        return (*hold_out_share(train, HOLDOUT, name, source.has_imb_factor), None)  # As `train` does.
+        return (*_hold_out(train, HOLDOUT, name, source.has_imb_factor, config.workers), None)  # As `train` does.
     except InputError as error:
         return train, None, str(error)
 
