@@ -252,7 +252,7 @@ def start(tmp_path, *extra):
 
 def wait_for_epoch(process, epoch):
     for line in process.stderr:
-        if line.startswith(f'Train: epoch {epoch + 1} '):
+        if line.startswith(f'Train: stage one, epoch {epoch + 1} of ') and ' left  Loss' in line:
             return
     raise AssertionError('the run ended early')
 
