@@ -264,7 +264,8 @@ def test_a_loss_of_stage_two_is_explained(caplog, gain):
     asked = []
     model = SimpleNamespace(set_target_prior=asked.append)
     trainer = SimpleNamespace(
-        phase=SimpleNamespace(is_retraining=True), model=model, evaluate=lambda model: dict(top1=68.5 if asked else 0))
+        phase=SimpleNamespace(is_retraining=True, name='stage_two'), model=model,
+        evaluate=lambda model: dict(top1=68.5 if asked else 0))
     Trainer._log_change(trainer, dict(stage_one=dict(top1=67.5), stage_two=dict(top1=67.5 + gain)))
     assert asked == (['train', None] if gain < 0 else [])
     assert ('from 67.5 to 66.5' in caplog.text and 'it is 68.5 with --target-prior train' in caplog.text) == (gain < 0)
