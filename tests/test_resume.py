@@ -242,17 +242,27 @@ def test_another_metric_begins_anew_with_its_best(tiny_run, tmp_path, monkeypatc
     assert best == [60., None]
 
 
-def start(tmp_path, *extra):
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    return subprocess.Popen(
-        [sys.executable, ROOT / 'train.py', *TINY, '--output', tmp_path, *extra], env=environment,
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        start_new_session=True)
+@pytest.fixture
+def start(tmp_path):
+    """Starts a run in a group of its own, which ends with the test."""
+    started = []
+
+    def start(*extra):
+        started.append(subprocess.Popen(
+            [sys.executable, ROOT / 'train.py', *TINY, '--output', tmp_path, *extra],
+            env=dict(os.environ, PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for_epoch(process, epoch):
     for line in process.stderr:
-        if line.startswith(f'Train: stage one, epoch {epoch + 1} of ') and ' left  Loss' in line:
+        if line.startswith(f'Train: stage one, epoch {epoch + 1} of ') and 'Loss' in line:
             return
     raise AssertionError('the run ended early')
 
@@ -267,8 +277,8 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('signum, epoch', [(signal.SIGKILL, 1), (signal.SIGINT, 0)])
-def test_signals_leave_a_run_that_resumes(tmp_path, undisturbed, signum, epoch):
-    process = start(tmp_path, *LONGER)
+def test_signals_leave_a_run_that_resumes(start, tmp_path, undisturbed, signum, epoch):
+    process = start(*LONGER)
     wait_for_epoch(process, epoch)
     process.send_signal(signum)
     error = process.communicate(timeout=60)[1]
@@ -283,8 +293,8 @@ def test_signals_leave_a_run_that_resumes(tmp_path, undisturbed, signum, epoch):
     assert without_seconds(folder) == undisturbed
 
 
-def test_a_signal_to_the_whole_group_is_an_orderly_stop(tmp_path):
-    process = start(tmp_path, '--epochs', '1000', '--val-interval', '1000', '--workers', '2')
+def test_a_signal_to_the_whole_group_is_an_orderly_stop(start):
+    process = start('--epochs', '1000', '--val-interval', '1000', '--workers', '2')
     wait_for_epoch(process, 1)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 143  # of 1000 epochs
