@@ -32,8 +32,8 @@ from shike_timm.files import check_results_file, write_text  # noqa: E402
 from shike_timm.models import Shike  # noqa: E402
 from shike_timm.models.create import check_model_name, create_model, resolve_data_config  # noqa: E402
 from shike_timm.options import option, parse  # noqa: E402
-from shike_timm.training.build import check_compiler, create_optimizer, resolve_autocast  # noqa: E402
 from shike_timm.training.config import RunConfig  # noqa: E402
+from shike_timm.training.optimizer import check_compiler, create_optimizer, resolve_autocast  # noqa: E402
 from shike_timm.training.phases import Phase, plan_phases  # noqa: E402
 from shike_timm.training.runs import prepare  # noqa: E402
 from shike_timm.training.trainer import Trainer  # noqa: E402

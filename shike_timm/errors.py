@@ -14,7 +14,7 @@ class InputError(ValueError):
 
 
 class DamagedError(InputError):
-    """A checkpoint that is not whole. The one before it may serve instead."""
+    """A checkpoint that is not whole. An earlier checkpoint of the run may be used instead."""
 
 
 def one_line(message: Union[str, BaseException]) -> str:

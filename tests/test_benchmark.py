@@ -11,8 +11,8 @@ from conftest import ROOT
 from torch import nn
 
 from shike_timm.costs import count_flops
-from shike_timm.training.build import resolve_autocast
 from shike_timm.training.config import StepConfig
+from shike_timm.training.optimizer import resolve_autocast
 from shike_timm.training.step import train_step
 from shike_timm.training.tasks import ExpertTask
 

@@ -21,7 +21,7 @@ from shike_timm.data.sampler import EpochSampler
 from shike_timm.errors import InputError
 from shike_timm.models.create import create_model
 from shike_timm.training import runs
-from shike_timm.training.build import create_optimizer
+from shike_timm.training.optimizer import create_optimizer
 from shike_timm.training.phases import plan_phases
 
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')

@@ -15,8 +15,8 @@ from shike_timm.errors import InputError
 from shike_timm.losses import balanced_softmax, representation_loss
 from shike_timm.models.backbones import cifar_resnet
 from shike_timm.models.shike import Shike
-from shike_timm.training.build import create_optimizer
 from shike_timm.training.config import StepConfig
+from shike_timm.training.optimizer import create_optimizer
 from shike_timm.training.runs import train
 from shike_timm.training.step import train_step
 from shike_timm.training.tasks import ClassifierRetrainingTask, ExpertTask

@@ -20,8 +20,8 @@ from shike_timm.data.loaders import mixup_options
 from shike_timm.errors import InputError
 from shike_timm.models.create import create_model
 from shike_timm.options import check_values, complete, options, read_command_line
-from shike_timm.training.build import create_optimizer, create_schedule, resolve_autocast
 from shike_timm.training.config import TrainConfig, card_options
+from shike_timm.training.optimizer import create_optimizer, create_schedule, resolve_autocast
 from shike_timm.training.phases import plan_phases
 from shike_timm.training.resume import changed_option
 from shike_timm_cli import COMMANDS

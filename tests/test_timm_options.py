@@ -21,9 +21,9 @@ from shike_timm.losses import balanced_softmax, expert_cross_entropy, focal, log
 from shike_timm.metrics import METRICS
 from shike_timm.options import options
 from shike_timm.training import trainer
-from shike_timm.training.build import create_schedule
 from shike_timm.training.config import LoopConfig
 from shike_timm.training.methods import METHODS
+from shike_timm.training.optimizer import create_schedule
 from shike_timm.training.phases import plan_phases
 from shike_timm.training.runs import prepare, train
 from shike_timm.training.trainer import Trainer

@@ -118,7 +118,7 @@ def _equal(found: List[Found]) -> List[List[Found]]:
 
 
 def _similar(found: List[Found]) -> List[List[Found]]:
-    """Groups of images that look alike, some of which are not equal."""
+    """Groups of images that look alike and are not all the same file."""
     hashed = [(one, one[2].look) for one in found if one[2].look is not None]
     groups = ([hashed[i][0] for i in group] for group in find_similar([look for _, look in hashed]))
     return [group for group in groups if len({one.digest for _, _, one in group}) > 1]

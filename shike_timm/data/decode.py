@@ -60,7 +60,7 @@ class ImageDecoder:
     """Decodes images to one mode.
 
     Deep images (16 or 32 bits, or floating point) are scaled by the range of their type: 0 to 65535, 0 to 2^31 - 1,
-    and 0 to 1. Pillow alone would clip them.
+    and 0 to 1. Pillow's own conversion would clip them.
     """
 
     channels: int = 3

@@ -83,7 +83,7 @@ def _stamp(data: ImageSet, index: int) -> str:
     """All that decides whether an image can be read, empty if its file is not there."""
     try:
         text = f'{data.source.stamp(int(data.rows[index]))}|{data.decoder}|{PIL.__version__}|{len(image_extensions())}'
-    except OSError:
+    except (OSError, ValueError):  # A path with a null byte is a ValueError.
         return ''
     return hashlib.blake2b(text.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()
 

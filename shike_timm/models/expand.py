@@ -35,7 +35,7 @@ def expand(state_dict: Mapping[str, Tensor], model: Shike) -> Dict[str, Tensor]:
     args = {
         key: value for key, value in model._backbone_args.items()
         if value is not None and not key.startswith('private_')}
-    # timm's own filters make its layout of what was published, and miss nothing.
+    # timm converts the published weights to its own names, and refuses them if any are missing.
     whole = timm.create_model(
         name, pretrained=True, in_chans=chans, pretrained_cfg_overlay=dict(state_dict=dict(state_dict)), **args)
     net = timm_backbone(name, num_experts=1, in_chans=chans, **model._backbone_args, weights=dict(

@@ -41,7 +41,8 @@ class Shike(PriorModel):
         fusion: How an expert fuses its own features with the aligned ones. 'product' (the paper, Eq. 3) multiplies
             them, and is the default for feature maps. 'residual' gives `own * (1 + aligned)`; `aligned` starts at zero,
             so a fresh expert is its backbone. It is the default for tokens, where one vector is fused into all of them.
-            False is a plain mixture of experts, or with `num_experts=1` the plain network. True is the default.
+            False is a plain mixture of experts, or with `num_experts=1` the plain network. True, the default, chooses
+            'product' or 'residual'.
         classifier: 'cosine' or 'linear'.
         aligner: 'conv' (the paper's), 'bottleneck' (far smaller on wide backbones) or 'separable' (a bottleneck of
             depthwise convolutions, for backbones with few operations).
@@ -192,7 +193,7 @@ class Shike(PriorModel):
         self.set_preprocessing(source)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights. Those of an older version, where all experts pooled their maps, change the model to that."""
+        """Load weights. Those of an older version have no heads of experts: then the model pools its maps plainly."""
         names = [name for name in self.state_dict() if '.head.' in name]
         if names and self.output_fmt == 'NCHW' and not any(name in state_dict for name in names):
             self._pool_plainly(self.num_features // self.num_experts)
@@ -440,6 +441,7 @@ class Shike(PriorModel):
             raise ValueError(f"output_fmt must be 'NCHW' or '{self.output_fmt}', got '{output_fmt}'.")
         levels, size = self._levels(indices), x.shape[2:]
         x, shared = self._forward_trunk(x, every=True)
+        # From 0, the stem, if it is a level, else from 1.
         features = [shared[i] for i in range(1 - self.num_stem_levels, len(self.stages) + 1)]
         if len(self.experts) and not (stop_early and max(levels) < len(features)):
             features.append(self._forward_fused(x, shared))

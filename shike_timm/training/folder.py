@@ -33,7 +33,8 @@ def read_metrics(folder: Path) -> Dict[str, Any]:
         experts = result.get('experts') if isinstance(result, dict) else None
         for one in [result, *experts] if isinstance(experts, list) else [None]:
             if not isinstance(one, dict) or not all(
-                    isinstance(one.get(name), (int, float, type(None))) for name in (*METRICS, 'balanced_classes')):
+                    isinstance(one.get(name), (int, float, type(None)))
+                    for name in (*METRICS, 'macro_f1', 'balanced_classes')):
                 raise InputError(
                     f"'{path}' is damaged: '{phase}' does not hold the metrics of a model and its experts. Restore "
                     'it, or remove it.')

@@ -23,8 +23,8 @@ from ..pretrained.load import from_checkpoint, with_trained_options
 from ..pretrained.plain import PlainModel, create_plain
 from ..pretrained.start import load_start, start_from
 from ..pretrained.teacher import load_teacher
-from .build import check_compiler
 from .config import RetrainConfig, RunConfig, TrainConfig
+from .optimizer import check_compiler
 from .phases import Phase, plan_phases
 from .resume import read_newest, run_folder, saved_args
 from .step import seed_all

@@ -40,9 +40,9 @@ class ExpertTask(TrainingTask):
 
     Evaluation sees the bare model. `loss` goes from expert logits [B, M, C] and a target to a scalar, or to a named
     tuple of scalars that begins with the total. `late_loss` replaces it once `progress`, the share of the epochs that
-    are done, reaches `LATE`. With `freeze_features` no graph is built below the classifiers. A `trunk_grad` of 'mean'
-    lets the trunk learn as fast as that of one network. The logits of a teacher, which is not trained, are distilled
-    into each expert. Its images are normalized with `mean` and `std`.
+    are done, reaches `LATE`. With `freeze_features` no graph is built below the classifiers. With a
+    `trunk_grad` of 'mean' the trunk's gradient is divided by the number of experts. The logits of a teacher, which is
+    not trained, are distilled into each expert. Its images are normalized with `mean` and `std`.
     """
 
     trainable_module: nn.Module

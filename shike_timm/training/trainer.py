@@ -31,12 +31,12 @@ from ..models import Shike
 from ..models.create import create_model
 from ..models.lora import merge_lora
 from ..pretrained.folder import export_model
-from .build import create_optimizer, create_schedule, resolve_autocast
 from .class_means import begin_at_class_means
 from .config import RunConfig
 from .features import FeatureLoader, cached_features, level_batches, standardise
 from .folder import check_folder, claim_folder, read_metrics, save_args
 from .methods import create_task
+from .optimizer import create_optimizer, create_schedule, resolve_autocast
 from .phases import Phase
 from .progress import Progress, read_summary, telling_progress
 from .resume import warn_of_changes
@@ -64,7 +64,7 @@ class Trainer:
     eval_loader: Any
     device: torch.device
     teacher: Optional[DistillationTeacher] = None  # Every expert also learns its logits.
-    before: Dict[str, Any] = field(default_factory=dict)  # Metrics of what the run begins with, by name.
+    before: Dict[str, Any] = field(default_factory=dict)  # Metrics of the model that the run begins with, as 'before'.
 
     def __post_init__(self) -> None:
         self.autocast = resolve_autocast(self.config, self.device)
@@ -113,7 +113,8 @@ class Trainer:
 
     def _log_change(self, metrics: Dict[str, Any]) -> None:
         """Say so if stage two gave up accuracy, since it answers for a world of equally frequent classes."""
-        before, after = (metrics[name]['top1'] for name in (next(iter(metrics)), self.phase.name))
+        first = next(iter(metrics))  # Stage one, or the model that the run began with.
+        before, after = metrics[first]['top1'], metrics[self.phase.name]['top1']
         if self.phase.is_retraining and after < before:
             self.model.set_target_prior('train')
             as_trained = self.evaluate(self.model)['top1']
@@ -304,12 +305,14 @@ class Trainer:
                     distribute_bn(self._eval_model(ema), world_size(), config.dist_bn == 'reduce')
             self._check_weights(epoch)
             if end < num_steps:
+                # The last whole epoch is saved, and how far this one is.
                 on_primary(self.saver.save_last, epoch - 1, asdict(done))
         return done, status
 
     def _train_part(self, epoch: int, done: Done, end: int) -> Tuple[Done, str]:
         config, num_steps = self.config, len(self.train_loader)
         self._seed_part(epoch, done, end)
+        # The number of steps stands for no bad step.
         never = torch.full((), num_steps, dtype=torch.int64, device=self.task.device)
         first_bad_step = never
         sums: Dict[str, Tensor] = {}
@@ -337,6 +340,7 @@ class Trainer:
 
             if last or step % (config.log_interval or CHECK_INTERVAL) == 0:
                 self._check_loss(first_bad_step, epoch)
+                # Sums over processes: the mean of their losses, and the totals of `sums`.
                 reduced = over_processes(torch.stack([result['loss'].detach() / world_size(), *sums.values()]))
                 loss, *values = reduced.double().tolist()
                 now = time.perf_counter()
@@ -399,7 +403,7 @@ class Trainer:
         return model
 
     def evaluate(self, model: nn.Module, kept: Optional[List[Tuple[Tensor, Tensor]]] = None) -> Dict[str, Any]:
-        """Metrics of a model on the evaluation data, whose logits are `kept`."""
+        """Metrics of a model on the evaluation data. Logits and targets are added to `kept`, if it is given."""
         metrics = evaluate(
             model, self.eval_loader, self.data.shot_counts, self.device, per_class=True, shots=self.config,
             kept=kept)
