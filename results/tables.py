@@ -122,9 +122,10 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('MobileNetV2: one network, 4 + 1', ['mobilenetv2_val_plain'], None),
         ('MobileNetV2: three experts, frozen trunk, 5 + 1', ['mobilenetv2_val_three'], None),
         ('MobileNetV2: SHIKE, frozen trunk, 5 + 1', ['mobilenetv2_val_shike'], None),
-        ('ViT-S/14: one network, 3 + 1', ['vit_val_plain'], None),
-        ('ViT-S/14: three experts, frozen trunk, 4 + 1', ['vit_val_three'], None),
-        ('ViT-S/14: SHIKE, frozen trunk, 4 + 1', ['vit_val_shike'], None),
+        ('ViT-S/14: one network, AdamW, 3 + 1', ['vit_val_plain'], None),
+        ('ViT-S/14: three experts, frozen trunk, AdamW, 4 + 1', ['vit_val_three'], None),
+        ('ViT-S/14: SHIKE, frozen trunk, AdamW, 4 + 1', ['vit_val_shike'], None),
+        ('ViT-S/14: SHIKE, frozen trunk, SGD, 4 + 1', ['vit_val_shike_sgd'], None),
     ]),
     'methods_short': ('Methods on one network with a cosine classifier, CIFAR-100-LT (100), 40 epochs:', [
         ('`ce`', ['ce_short'], None),

@@ -234,7 +234,7 @@ def test_a_folder_of_all_defects_trains_and_each_is_named(run_script, tmp_path):
     assert config['exif'] is True
     assert dict(zip(config['label_names'], config['shot_counts'])) == {
         'ant': ants, 'naïve, "b"': 6, 'one': 1, 'market/indoor': 4, 'market/outdoor': 4, 'church/outdoor': 4}
-    assert 'balanced is the mean over 5 of 6 classes' in error
+    assert 'means over 5 of 6 classes' in error
     assert metrics(out / 'run' / 'metrics.json')['stage_two']['balanced_classes'] == 5
     line = next(line for line in error.splitlines() if line.startswith('Data: '))
     for words in (
