@@ -180,8 +180,7 @@ def stages_and_experts(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     else:
         bottom.set_title('too many experts to try every subset')
     bottom.set(xlabel='GMACs an image' if known else 'experts kept (costs were not measured)', ylabel='top-1 in %')
-    if not known:
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bottom.xaxis.set_major_locator(MaxNLocator(4, integer=not known))  # More labels would overlap.
     return figure
 
 
