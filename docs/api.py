@@ -41,10 +41,11 @@ def _entry(name: str, value: Any, level: int) -> List[str]:
             text[-1] += ' ' + line.strip()
         else:
             text.append(line.strip())
+    text = [f'`{name.split(".")[-1]}{_signature(value)}`', '', *text]
     wrapped = [
         textwrap.fill(one, 100, subsequent_indent='  ' if one.startswith('- ') else '', break_long_words=False,
                       break_on_hyphens=False) for one in text]
-    return [f"{'#' * level} `{name}`", '', f'`{name.split(".")[-1]}{_signature(value)}`', '', *wrapped, '']
+    return [f"{'#' * level} `{name}`", '', *wrapped, '']
 
 
 def page() -> str:

@@ -13,6 +13,7 @@ from shike_timm.cli.describe import _label_gaps, describe_data, parse_describe_a
 from shike_timm.data import SourceConfig, in_memory_set, load_training_data
 from shike_timm.data.dataset import ImageSet, ImageSource, StreamSet
 from shike_timm.data.inspect import find_similar, inspect_images
+from shike_timm.data.sources.files import FolderImages
 
 
 @pytest.fixture
@@ -194,3 +195,12 @@ def test_unreadable_images_are_not_held_out(make_images):
     assert told['evaluation']['class_counts'] == dict(zip(('ant', 'bee'), trained.test.class_counts)) == dict(
         ant=2, bee=2)
     assert len(told['train']['unreadable']) == 3 and told['train']['class_counts'] == dict(ant=8, bee=8)
+
+
+def test_each_image_is_read_once(make_images, monkeypatch):
+    """Also where images are held out, which takes those that can be read."""
+    root, opened = make_images({'ant': 10, 'bee': 10}), []
+    read = FolderImages.open
+    monkeypatch.setattr(FolderImages, 'open', lambda self, row: opened.append(self.paths[row]) or read(self, row))
+    told = describe_data(parse_describe_args(['--data-dir', str(root), '--workers', '0']))
+    assert told['evaluation']['images'] == 4 and sorted(opened) == sorted(set(opened)) and len(opened) == 20

@@ -16,8 +16,9 @@ from ..data import SourceConfig
 from ..data.config import DataConfig
 from ..data.dataset import AnySet, StreamSet
 from ..data.holdout import hold_out_share
-from ..data.inspect import Inspected, find_similar, find_unreadable, inspect_images
+from ..data.inspect import Inspected, find_similar, inspect_images
 from ..data.load import HOLDOUT, open_dataset
+from ..data.registry import find_dataset
 from ..errors import InputError
 from ..files import check_results_file, write_text
 from ..metrics import ShotConfig, shot_divisions
@@ -41,36 +42,36 @@ class DescribeConfig(DataConfig, ShotConfig, HparamsConfig):
     workers: int = option(4, 'processes that read images', low=0, flags=('-j',))
 
 
-def _hold_out(train: AnySet, share: float, name: str, take_last: bool, workers: int) -> Tuple[AnySet, AnySet]:
-    """As `hold_out_share` of the images that can be read. The others are kept in the training set, to be told."""
-    if isinstance(train, StreamSet) or train.images is not None:
-        return hold_out_share(train, share, name, take_last)
-    readable = np.setdiff1d(np.arange(len(train)), list(find_unreadable(train, workers)))
-    test = hold_out_share(train.take(readable), share, name, take_last)[1]
-    return train.take(np.flatnonzero(~np.isin(train.rows, test.rows))), test
-
-
-def _load(config: DescribeConfig) -> Tuple[AnySet, Optional[AnySet], Optional[str]]:
-    """The training set, the evaluation split, and why there is none."""
+def _load(config: DescribeConfig) -> Tuple[AnySet, Optional[AnySet], Optional[str], Optional[float]]:
+    """The training set, the evaluation split, why there is none, and the share that `train` would hold out for it."""
     # `describe` writes this file, the data reads it.
-    source_config = replace(checked(SourceConfig, vars(config)), class_stats=None)
-    source = open_dataset(source_config)
+    source = open_dataset(replace(checked(SourceConfig, vars(config)), class_stats=None))
     train = source.train()
-    name = config.dataset or str(config.data_dir)
     if config.holdout:
-        return (*_hold_out(train, config.holdout, name, source.has_imb_factor, config.workers), None)
+        return train, None, None, config.holdout
     try:
         test = source.evaluation(train.class_names)
     except InputError as error:
         if not source.has_uncertain_splits:
             raise
-        return train, None, str(error)
-    if test is not None or config.class_stats:  # The file counts all images.
-        return train, test, 'the data set has one split' if test is None else None
-    try:
-        return (*_hold_out(train, HOLDOUT, name, source.has_imb_factor, config.workers), None)  # As `train` does.
-    except InputError as error:
-        return train, None, str(error)
+        return train, None, str(error), None
+    if test is not None:
+        return train, test, None, None
+    return train, None, 'the data set has one split', None if config.class_stats else HOLDOUT  # It counts all images.
+
+
+def _hold_out(
+        train: AnySet, seen: List[Inspected], share: float, config: DescribeConfig,
+) -> Dict[str, Tuple[AnySet, List[Inspected]]]:
+    """Both sets with the facts of their images. As in `train`, unreadable images are not held out."""
+    readable = train if isinstance(train, StreamSet) else train.take(
+        np.flatnonzero([one.error is None for one in seen]))
+    test = hold_out_share(
+        readable, share, config.dataset or str(config.data_dir), find_dataset(config.dataset).has_imb_factor)[1]
+    held_out = np.isin(train.rows, test.rows)
+    return {
+        'train': (train.take(np.flatnonzero(~held_out)), list(compress(seen, ~held_out))),
+        'evaluation': (test, list(compress(seen, held_out)))}
 
 
 def _three(values: Sequence[int]) -> List[int]:
@@ -184,9 +185,17 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
     if config.perceptual and not is_installed:
         raise InputError("--perceptual needs imagehash: pip install 'shike-timm[describe]'.")
     perceptual = is_installed if config.perceptual is None else config.perceptual
-    train, test, reason = _load(config)
+    train, test, reason, share = _load(config)
     sets = {'train': (train, inspect_images(train, config.workers, perceptual))}
-    if test is not None:
+    if share:
+        try:
+            sets = _hold_out(*sets['train'], share, config)
+            test, reason = sets['evaluation'][0], None
+        except InputError as error:
+            if config.holdout:
+                raise
+            reason = str(error)
+    elif test is not None:
         sets['evaluation'] = (test, inspect_images(test, config.workers, perceptual))
     summary: Dict[str, Any] = {split: _describe_split(*one) for split, one in sets.items()}
     counts = {split: {name: count for name, count in summary[split]['class_counts'].items() if count} for split in sets}
@@ -263,6 +272,8 @@ def _text(summary: Dict[str, Any]) -> str:
             lines.append(f'{word} {titles[kind]}: {len(groups)}')
             lines += _few([
                 sign.join(f"{one['file']} ({one['split']}, {one['class']})" for one in group) for group in groups])
+    if summary['similar'] is None:
+        lines.append("images that look alike: not looked for. --perceptual does, with imagehash")
     if summary['group_leaks']:
         lines.append(f"groups in training and evaluation: {len(summary['group_leaks'])}")
         lines += _few([' and '.join(leak.values()) for leak in summary['group_leaks']])

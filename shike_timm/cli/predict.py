@@ -249,8 +249,8 @@ def predict(config: PredictConfig) -> None:
                 table.writerow(flat)
             else:
                 table.writerow({key: spreadsheet_cell(value) for key, value in flat.items()})
-    rate = num_files / (time.perf_counter() - start)
-    _logger.info(f'{num_files} files, {rate:.1f} a second; {num_errors} could not be predicted.')
+    rate, files = num_files / (time.perf_counter() - start), 'file' if num_files == 1 else 'files'
+    _logger.info(f'{num_files} {files}, {rate:.1f} a second; {num_errors} could not be predicted.')
 
 
 CONFIG = PredictConfig

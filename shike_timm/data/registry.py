@@ -35,7 +35,10 @@ DATASETS: Dict[str, Type[DataSource]] = {}
 
 
 def register_dataset(*names: str) -> Callable[[Type[Any]], Type[Any]]:
-    """Register a subclass of `DataSource` by name. A name that ends with a slash stands for all names that begin so."""
+    """Register a subclass of `DataSource` by name. A name that ends with a slash stands for all names that begin so.
+
+    A name that is taken is a ValueError.
+    """
     def register(source: Type[Any]) -> Type[Any]:
         for name in names:
             if name in DATASETS:

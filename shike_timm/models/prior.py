@@ -83,7 +83,10 @@ class PriorModel(nn.Module):
         self.target_prior, self.prior_offset = prior, offset
 
     def set_temperature(self, temperature: float) -> None:
-        """Divide the logits by a positive number, so that probabilities fit accuracies, also in a saved model."""
+        """Divide the logits by a positive number, so that probabilities fit accuracies, also in a saved model.
+
+        Any other value is a ValueError.
+        """
         if isinstance(temperature, (bool, str)) or not 0 < float(temperature) < math.inf:
             raise ValueError(f'The temperature must be a positive number, got {temperature!r}.')
         self.temperature = float(temperature)

@@ -132,15 +132,16 @@ def _write_results(path: str, metrics: Dict[str, Any]) -> None:
     keys = 'names', 'class_counts', 'total', 'top1', 'precision', 'f1'
     columns = {'recall' if key == 'top1' else key.removesuffix('s'): classes[key] for key in keys}
     columns.update({f'expert_{m}': one for m, one in enumerate(experts)})
-    sums, mean = [sum(counts), sum(classes['total'])], [one for one in classes['precision'] if one is not None]
+    sums = [sum(counts), sum(classes['total'])]
+    # As in scikit-learn, the precision of a class that is never predicted counts as 0.
+    mean = [one or 0. for one, total in zip(classes['precision'], classes['total']) if total]
     rows = [
         # Over all images precision, recall and F1 are one: the share of right answers.
         ['all images', *sums, *[metrics['top1']] * 3, *(one['top1'] for one in metrics['experts'])],
         ['mean of classes', *sums, metrics['balanced'], round(sum(mean) / len(mean), 2), metrics['macro_f1'],
          *(one['balanced'] for one in metrics['experts'])]]
     with write_whole(path) as file:
-        csv.writer(file).writerows(
-            [columns, *rows, *zip(*columns.values())])
+        csv.writer(file).writerows([columns, *rows, *zip(*columns.values())])
 
 
 def _log_long_tail(metrics: Dict[str, Any]) -> None:

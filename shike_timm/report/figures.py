@@ -232,9 +232,13 @@ def confusion_matrix(analysis: Analysis, other: Optional[Analysis]) -> Figure:
     total, mistakes = analysis.total, analysis.total - analysis.right_by_class[:, 0]
     worst = set(np.argsort(-mistakes, kind='stable')[:MOST_LISTED].tolist())
     classes = [c for c in analysis.order.tolist() if total[c] and c in worst]
-    matrix = np.zeros((analysis.saved.num_classes,) * 2)
-    np.add.at(matrix, (analysis.saved.targets, analysis.predictions[:, 0]), 1)
-    share = 100 * matrix[np.ix_(classes, classes)] / total[classes, None]
+    place = np.full(analysis.saved.num_classes, -1)
+    place[classes] = np.arange(len(classes))
+    row, column = place[analysis.saved.targets], place[analysis.predictions[:, 0]]
+    shown = (row >= 0) & (column >= 0)
+    matrix = np.zeros((len(classes), len(classes)))
+    np.add.at(matrix, (row[shown], column[shown]), 1)
+    share = 100 * matrix / total[classes, None]
     figure, axes = new_figure(min(3 + 0.2 * len(classes), 6))
     colors = LinearSegmentedColormap.from_list('share', [to_rgba(COLORS[0], 0), to_rgba(COLORS[0], 1)])
     axes.pcolormesh(np.ma.masked_equal(share, 0), cmap=colors, vmin=0, vmax=100)

@@ -106,12 +106,15 @@ def standardise(model: Shike, features: np.ndarray) -> None:
 
 
 @torch.inference_mode()
-def level_batches(model: Shike, loader: Any) -> List[Tuple[Tensor, Tensor]]:
+def level_batches(model: Shike, loader: Any, stop: StopFlag) -> List[Tuple[Tensor, Tensor]]:
     """Batches of pooled features [B, F] and labels [B] in float32, for the evaluations of a frozen trunk."""
     model.eval()
-    return [
-        (model.pool_levels(images.contiguous(memory_format=torch.channels_last)), target)
-        for images, target in loader if len(target)]
+    batches = []
+    for images, target in loader:
+        stop.check()
+        if len(target):
+            batches.append((model.pool_levels(images.contiguous(memory_format=torch.channels_last)), target))
+    return batches
 
 
 @torch.no_grad()

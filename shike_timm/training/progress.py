@@ -20,7 +20,7 @@ BAR = '{l_bar}{bar}| {remaining} left{postfix}'
 
 
 class Progress:
-    """How far a run is, in steps of all its stages. Tell it once in `interval` seconds, in a bar or in the log."""
+    """How far a run is, in steps of all its stages. It is shown every `interval` seconds, in a bar or in the log."""
 
     def __init__(self, num_steps: int, bar: tqdm, interval: float):
         self.num_steps, self.bar, self.interval = num_steps, bar, interval
@@ -30,7 +30,7 @@ class Progress:
         """Measure the time that is left from now on, where `step` steps are done."""
         self.first = self.step = self.bar.n = self.bar.initial = step
         self.bar.start_t = time.time()
-        self.start = self.told = time.perf_counter()
+        self.start = self.shown = time.perf_counter()
         self.images, self.losses = 0, []
 
     def left(self) -> timedelta:
@@ -39,29 +39,29 @@ class Progress:
         return timedelta(seconds=round(seconds * (self.num_steps - self.step)))
 
     def update(self, where: str, loss: Tensor, images: int) -> None:
-        """Count a step. The loss that is told is that of the step before, so that the device need not wait."""
+        """Count a step. The loss shown is that of the step before, so the device need not wait."""
         self.step += 1
         self.images += images
         self.losses = [*self.losses[-1:], loss]
         self.bar.set_description_str(where, refresh=False)
         self.bar.update()
-        seconds = time.perf_counter() - self.told
+        seconds = time.perf_counter() - self.shown
         if seconds >= self.interval:
             status = f'loss {float(self.losses[0]):#.3g}, {self.images / seconds:.0f} images/s'
             if self.bar.disable:
                 _logger.info(f'Train: {where}, {status}, {self.left()} left')
             else:
                 self.bar.set_postfix_str(status)
-            self.told, self.images = self.told + seconds, 0
+            self.shown, self.images = self.shown + seconds, 0
 
 
 @contextmanager
-def telling_progress(num_steps: int, alone: bool) -> Iterator[Progress]:
-    """The progress of a run: a bar below the log lines of a terminal, else a line a minute if it is `alone`."""
+def show_progress(num_steps: int, every_minute: bool) -> Iterator[Progress]:
+    """The progress of a run: a bar below the log lines of a terminal, else a line a minute in the log if asked for."""
     shown = rank() == 0 and sys.stderr.isatty()
     bar = tqdm(total=num_steps, smoothing=0, dynamic_ncols=True, disable=not shown, bar_format=BAR)
     with bar, logging_redirect_tqdm() if shown else nullcontext():
-        yield Progress(num_steps, bar, 1 if shown else 60 if alone and rank() == 0 else float('inf'))
+        yield Progress(num_steps, bar, 1 if shown else 60 if every_minute and rank() == 0 else float('inf'))
 
 
 def read_summary(summary: Path) -> List[Dict[str, str]]:

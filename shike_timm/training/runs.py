@@ -37,7 +37,8 @@ _logger = logging.getLogger(__name__)
 def train(config: TrainConfig) -> Dict[str, Any]:
     """Train stage one and, unless `crt_epochs` is 0, retrain the classifiers. Give what `metrics.json` holds.
 
-    An option that cannot work is an InputError, and nothing has been written then.
+    An option that cannot work is an InputError, and nothing has been written then. A signal that stops the run is
+    Interrupted, and a loss or weights that stop being finite are a NonFiniteError.
     """
     config = replace(config, experiment=config.experiment or default_experiment(config))
     device = join_processes(config.device)

@@ -38,7 +38,7 @@ from .folder import check_folder, claim_folder, read_metrics, save_args
 from .methods import create_task
 from .optimizer import create_optimizer, create_schedule, resolve_autocast
 from .phases import Phase
-from .progress import Progress, read_summary, telling_progress
+from .progress import Progress, read_summary, show_progress
 from .resume import warn_of_changes
 from .search import search
 from .signals import Interrupted, StopFlag, stop_signals
@@ -86,7 +86,7 @@ class Trainer:
         metrics = read_metrics(self.folder) or dict(self.before)
         num_steps = sum(phase.epochs for phase in self.phases) * len(self.train_loader)
         with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
-              telling_progress(num_steps, not self.config.log_interval) as self.progress, self._own_folder(resumed)):
+              show_progress(num_steps, not self.config.log_interval) as self.progress, self._own_folder(resumed)):
             _logger.info(self.data.describe())
             on_primary(self.data.write_split_lists, self.folder)
             if self.before:
@@ -145,7 +145,7 @@ class Trainer:
             self.start(self.phases[0])
         if fresh:
             standardise(self.model, features)
-        self.eval_loader = level_batches(self.model, self.eval_loader)
+        self.eval_loader = level_batches(self.model, self.eval_loader, self.stop)
         self.train_loader = FeatureLoader(features, data.targets, self.config.batch_size, self.device)
 
     def start(self, phase: Phase) -> None:

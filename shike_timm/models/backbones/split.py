@@ -51,7 +51,8 @@ class Split:
         last = self._describe(dict(infos[-1], num_chs=net.num_features), features)
         if last is None:
             raise _refusal(name, f'its last stage gives no features of {net.num_features} channels')
-        self.head = self._trace('forward_head', features)
+        # timm's encoders, such as Qwen3VitEncoder, have no head.
+        self.head = self._trace('forward_head', features) if hasattr(net, 'get_classifier') else []
         self.cuts = [self._cut_after(info) for info in infos[:-1] if self._places(info['module'])]
         if not self.cuts:
             raise _refusal(name, 'its forward pass calls none of the stages that timm names')
@@ -61,12 +62,9 @@ class Split:
         self.cuts.append(_Cut(len(self.nodes) - 1, self.nodes[-1].all_input_nodes, level=last))
 
     def _trace(self, method: str, value: Tensor) -> List[fx.Node]:
-        """The nodes of a method, none if the network is an encoder without a head, such as timm's Qwen3VitEncoder."""
         try:
             return trace(self.net, self.levels, method, value)
         except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            if method == 'forward_head' and isinstance(error, NotImplementedError):
-                return []
             raise _refusal(
                 self.name, f'its {method} cannot be traced ({str(error).splitlines()[0][:120]})') from error
 
