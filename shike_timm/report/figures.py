@@ -19,9 +19,9 @@ MANY_POINTS = 1000  # More points than this are drawn as pixels, which keeps fil
 
 
 def shorten(name: str, length: int = 24) -> str:
-    """A class name that fits into a line of a figure."""
+    """A class name that fits into a line of a figure. The middle goes: names often begin alike."""
     name = ' '.join(''.join(char if char.isprintable() else ' ' for char in name).split())
-    return name if len(name) <= length else name[:length - 1] + '…'
+    return name if len(name) <= length else f'{name[:length // 2]}…{name[len(name) - (length - 1) // 2:]}'
 
 
 def _shade_shots(axes: Any, analysis: Analysis) -> None:
