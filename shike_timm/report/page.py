@@ -121,6 +121,7 @@ def write_report(
         shares=['top1', 'balanced', 'macro_f1', *shown_divisions(one.metrics for one in models)],
         figures=figures, missing=missing, comparison=comparison,
         pairs=[_compare(*pair) for pair in combinations(models, 2)], seeds=seed_groups(models),
-        confusions=costly_confusions(analysis), cams=cams, table=dict(header=header, rows=rows), most_listed=MOST_LISTED)
+        confusions=costly_confusions(analysis), cams=cams,
+        table=dict(header=header, rows=rows), most_listed=MOST_LISTED)
     write_text(folder / 'report.html', text)
     return folder / 'report.html'
