@@ -49,12 +49,17 @@ def seen(request, tmp_path_factory):
             n, ROOT / 'tests' / 'distributed_worker.py', folder / f'{n}.json', *TINY, '--output', folder,
             '--experiment', n, '--batch-size', 48 // n, '--no-aug', '--warmup-epochs', 0, '--epochs', epochs,
             '--crt-epochs', epochs, '--lr', 0.0003, '--crt-lr', 0.005, '--crt-init', 'means',
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            '--calibrate', stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for n in counts
     ]
     for process in processes:
         finish(process)
-    return {n: json.loads((folder / f'{n}.json').read_text()) for n in counts}
+    return {
+        n: dict(
+            json.loads((folder / f'{n}.json').read_text()),
+            config=json.loads((folder / str(n) / 'model' / 'config.json').read_text()))
+        for n in counts
+    }
 
 
 def test_processes_train_as_one(seen):
@@ -66,6 +71,8 @@ def test_processes_train_as_one(seen):
         for stage, metrics in one['metrics'].items():
             for key in ('top1', 'top5', 'many', 'medium', 'few'):
                 assert other['metrics'][stage][key] == metrics[key]
+        temperatures = [process['config']['model_args']['temperature'] for process in (one, other)]
+        assert temperatures[0] == pytest.approx(temperatures[1], rel=1e-3) != 1
 
 
 def test_each_of_101_images_is_evaluated_once(seen):
