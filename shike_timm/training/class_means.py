@@ -4,8 +4,9 @@ from typing import Any, Iterable, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from ..distributed import over_processes
+from ..distributed import over_processes, rank
 from ..models import Shike
 from .signals import StopFlag
 from .tasks import expert_features
@@ -27,7 +28,8 @@ def class_means(
     norms = torch.zeros(num_experts, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    for images, target in loader:
+    hidden = True if rank() else None  # None hides it where there is no terminal.
+    for images, target in tqdm(loader, 'Class means', unit=' batches', leave=False, disable=hidden):
         stop.check()
         if images.ndim == 4:
             images = images.contiguous(memory_format=torch.channels_last)
