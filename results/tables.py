@@ -54,6 +54,8 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('CIFAR-100-LT (50), 180 + 20 epochs', ['if50_seed0'], '59.8'),
         ('the same, taught by that network', ['if50_distilled_seed0'], None),
         ('CIFAR-10-LT (100), 180 + 20 epochs', ['cifar10_if100_seed0'], None),
+    ]),
+    'short_recipes': ('Short recipes, 40 + 10 epochs of CIFAR-100-LT and the quickstart:', [
         ('CIFAR-100-LT (100), 40 + 10 epochs', ['short_seed0', 'short_seed1', 'short_seed2'], None),
         ('digits (60), `quickstart.yaml`', ['quickstart_seed0', 'quickstart_seed1', 'quickstart_seed2'], None),
     ]),
@@ -178,7 +180,7 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
 }
 COLUMNS = {
     'stage_one_top1': 'stage one', 'stage_one_balanced': 'balanced', 'top1': 'stage two', 'balanced': 'balanced',
-    'many': 'many', 'medium': 'medium', 'few': 'few', 'ece': 'ECE', 'minutes': 'minutes',
+    'many': 'many', 'medium': 'medium', 'few': 'few', 'ece': 'ECE',
 }
 
 
@@ -187,9 +189,8 @@ def _cell(rows: Sequence[Dict[str, str]], key: str) -> str:
     values = [float(row[key]) for row in rows if row[key]]
     if len(values) < len(rows):
         return ''
-    digits = 1 if key == 'minutes' else 2
-    mean = f'{statistics.mean(values):.{digits}f}'
-    return mean if len(values) < 2 or key == 'minutes' else f'{mean} ± {statistics.stdev(values):.2f}'
+    mean = f'{statistics.mean(values):.2f}'
+    return mean if len(values) < 2 else f'{mean} ± {statistics.stdev(values):.2f}'
 
 
 def _markdown(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -204,8 +205,7 @@ def make_runs_table(name: str, results: Path) -> str:
     """The table of the recorded runs. Comparisons need two rows."""
     recorded = {row['name']: row for row in read_rows(results)}
     caption, table_rows = TABLES[name]
-    left_out = {'minutes'} if name != 'recipes' else set()
-    left_out |= {'stage_one_balanced', 'balanced'} if name not in ('finetune', 'plankton_frozen') else set()
+    left_out = {'stage_one_balanced', 'balanced'} if name not in ('finetune', 'plankton_frozen') else set()
     columns = [key for key in COLUMNS if key not in left_out]
     rows = []
     for what, names, paper in table_rows:

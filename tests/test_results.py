@@ -125,7 +125,7 @@ def test_every_table_is_in_a_document_and_every_row_a_run(script):
     names = yaml.safe_load((RESULTS / 'runs.yaml').read_text())
     assert {run for _, rows in tables.TABLES.values() for _, runs, _ in rows for run in runs} <= set(names)
     written = [name for path in tables.FILES for name in re.findall(r'<!-- results (\w+) -->', path.read_text())]
-    assert sorted(written) == sorted([*tables.TABLES, 'weights'])
+    assert set(written) == {*tables.TABLES, 'weights'}
 
 
 def test_the_documents_say_what_was_recorded(script, capsys):
@@ -134,19 +134,19 @@ def test_the_documents_say_what_was_recorded(script, capsys):
 
 def test_the_advice_of_the_readme_has_the_figures_of_its_rows():
     advice = (ROOT / 'README.md').read_text().split('## SHIKE or one network?')[1].split('\n## ')[0]
-    runs = ['lite0_val_shike_05_long', 'lite0_val_plain_02_long', 'lite0_shike_long', 'lite0_plain_long']
+    runs = ['lite0_shike_long', 'lite0_plain_long']
     timm = recorded('plankton_timm_rebalanced')
     assert re.findall(r'\d\d\.\d\d', advice) == [
         *(recorded(name)['top1'] for name in runs),
         timm['stage_one_balanced'], timm['balanced'], timm['stage_one_top1'], timm['top1']]
     assert f"{float(timm['minutes']):.0f} minutes" in advice
     three, one = (float(recorded(name)['top1']) for name in ('three_experts', 'one_network'))
-    assert float(re.findall(r'three experts: (\d\.\d) points', advice)[0]) == pytest.approx(three - one, abs=0.051)
+    assert float(re.findall(r'three experts (\d\.\d) points', advice)[0]) == pytest.approx(three - one, abs=0.051)
     gains = [
         statistics.mean(float(row['top1']) for row in named(f'frozen_{net}_joined_seed'))
         - statistics.mean(float(row['top1']) for row in named(f'frozen_{net}_last_seed'))
         for net in ('lite0', 'mobilenetv2', 'vit')]
-    told = re.findall(r'frozen network: (\S+) to (\S+) points', advice)[0]
+    told = re.findall(r'several depths: (\S+) to (\S+) points', advice)[0]
     assert [float(one) for one in told] == pytest.approx([min(gains), max(gains)], abs=0.051)
 
 
@@ -156,7 +156,7 @@ def test_tables_are_made_from_the_rows(tmp_path, script, capsys):
     other.write_text('<!-- results recipes -->\nold\n<!-- end -->\nafter\n')
     with (tmp_path / 'runs.csv').open('w') as file:
         file.write('name,seed,stage_one_top1,top1,many,medium,few,ece,minutes\n')
-        file.write('short_seed0,0,30,40,50,9,20,5,60\nshort_seed1,1,32,44,50,,20,5,70\nunknown,0,1,1,1,1,1,1,1\n')
+        file.write('if100_seed0,0,30,40,50,9,20,5,60\nif100_seed1,1,32,44,50,,20,5,70\nunknown,0,1,1,1,1,1,1,1\n')
     fill, options = script('tables').main, ['--files', *map(str, files), '--results', str(tmp_path)]
     assert fill(['--check', *options]) == 1 and 'old' in other.read_text() and 'other.md' in capsys.readouterr().err
     assert fill(options) == 0
@@ -164,8 +164,8 @@ def test_tables_are_made_from_the_rows(tmp_path, script, capsys):
     lines = other.read_text().splitlines()
     assert lines[-2:] == ['<!-- end -->', 'after'] and len(lines) == 6
     assert lines[3] == (
-        '| CIFAR-100-LT (100), 40 + 10 epochs |  | 0, 1 | 31.00 ± 1.41 | 42.00 ± 2.83 | 50.00 ± 0.00 |  | 20.00 ± 0.00 '
-        '| 5.00 ± 0.00 | 65.0 |')
+        '| CIFAR-100-LT (100), 180 + 20 epochs | 56.3 | 0, 1 | 31.00 ± 1.41 | 42.00 ± 2.83 | 50.00 ± 0.00 |  '
+        '| 20.00 ± 0.00 | 5.00 ± 0.00 |')
     assert fill(['--check', *options]) == 0
 
 
