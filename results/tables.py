@@ -173,6 +173,37 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('plankton: one plain network, 7 + 2', ['plankton_plain_long'], None),
         ('plankton: SHIKE, 7 + 2', ['plankton_shike_long'], None),
     ]),
+    'finetune_vit': (
+        'ViT-S/14 at 98 px, CIFAR-100-LT (100), 50 training images a class set aside, one epoch of stage two:', [
+            ('one network, AdamW, 3 epochs', ['vit_val_plain'], None),
+            ('SHIKE, AdamW, 3 epochs', ['vit_val_shike_full_3'], None),
+            ('SHIKE, AdamW, 2 epochs', ['vit_val_shike_full'], None),
+            ('SHIKE, frozen trunk, SGD, 4 epochs', ['vit_val_shike_sgd'], None),
+            ('SHIKE, frozen trunk, AdamW, 4 epochs', ['vit_val_shike'], None),
+            ('three experts, frozen trunk, AdamW, 4 epochs', ['vit_val_three'], None),
+        ]),
+    'finetune_mobilenetv2': ('MobileNetV2 (tuned on dogs) at 96 px, the same images, one epoch of stage two:', [
+        ('one network, 4 epochs', ['mobilenetv2_val_plain'], None),
+        ('SHIKE, frozen trunk, 5 epochs', ['mobilenetv2_val_shike'], None),
+        ('three experts, frozen trunk, 5 epochs', ['mobilenetv2_val_three'], None),
+    ]),
+    'plankton_part': ('A third of plankton, ViT-S/14 at 70 px and MobileNetV2 at 64 px, one epoch of stage two:', [
+        ('ViT-S/14, its last level, frozen', ['plankton_part_vit_last'], None),
+        ('ViT-S/14, one network, 3 epochs', ['plankton_part_vit_plain'], None),
+        ('ViT-S/14, SHIKE, 2 epochs', ['plankton_part_vit_shike_full'], None),
+        ('ViT-S/14, SHIKE, frozen trunk, 4 epochs', ['plankton_part_vit_shike'], None),
+        ('ViT-S/14, three experts, frozen trunk, 4 epochs', ['plankton_part_vit_three'], None),
+        ('MobileNetV2, its last level, frozen', ['plankton_part_mobilenetv2_last'], None),
+        ('MobileNetV2, one network, 4 epochs', ['plankton_part_mobilenetv2_plain'], None),
+        ('MobileNetV2, SHIKE, frozen trunk, 5 epochs', ['plankton_part_mobilenetv2_shike'], None),
+        ('MobileNetV2, three experts, frozen trunk, 5 epochs', ['plankton_part_mobilenetv2_three'], None),
+    ]),
+    'from_heads': ('EfficientNet-Lite0 at 64 px, CIFAR-100-LT (100), the operations of 10 epochs of one network:', [
+        ('one network, 10 + 3 epochs', ['ops_plain_10'], None),
+        ('SHIKE, 5 + 3 epochs', ['ops_shike_05'], None),
+        ('the frozen heads', ['ops_frozen_heads'], None),
+        ('fine-tuned from the frozen heads, 10 epochs of balanced softmax', ['ops_frozen_tuned_10'], None),
+    ]),
     'backbone': ('EfficientNet-Lite0 as backbone, CIFAR-100-LT (100) at 64 px, 5 + 2 epochs:', [
         ('from ImageNet weights', ['lite0_pretrained'], None),
         ('from none', ['lite0_scratch'], None),
@@ -205,7 +236,7 @@ def make_runs_table(name: str, results: Path) -> str:
     """The table of the recorded runs. Comparisons need two rows."""
     recorded = {row['name']: row for row in read_rows(results)}
     caption, table_rows = TABLES[name]
-    left_out = {'stage_one_balanced', 'balanced'} if name not in ('finetune', 'plankton_frozen') else set()
+    left_out = {'stage_one_balanced', 'balanced'} if name not in ('finetune', 'plankton_frozen', 'plankton_part') else set()
     columns = [key for key in COLUMNS if key not in left_out]
     rows = []
     for what, names, paper in table_rows:

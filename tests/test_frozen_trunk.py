@@ -79,4 +79,4 @@ def test_the_recipe_of_a_vit(tmp_path):
         '--crt-epochs', '1', '--workers', '0', '--device', 'cpu', '--output', str(tmp_path), '--experiment', 'run']))
     assert metrics['stage_two']['balanced'] > 20
     model = load_trained_model(str(tmp_path / 'run')).model
-    assert model.fusion == 'residual' and model.classifier.scale == 25
+    assert model.fusion == 'none' and model.num_experts == 1 and model.classifier.scale == 25
