@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,10 +53,9 @@ class ImageReader(Dataset):
 def _read_all(reader: ImageReader, workers: int, title: str) -> Iterator[Tuple[Any, Optional[str]]]:
     """The items of a reader in order, with a progress bar on a terminal."""
     workers = min(limit_workers(workers), -(-len(reader) // 1000))
-    loader = create_loader(reader, 32, workers, list)
-    hidden = not len(reader) or not sys.stderr.isatty()
+    hidden = None if len(reader) else True  # None shows the bar on a terminal alone.
     with tqdm(total=len(reader), desc=title, leave=False, disable=hidden, dynamic_ncols=True) as progress:
-        for batch in loader:
+        for batch in create_loader(reader, 32, workers, list):
             yield from batch
             progress.update(len(batch))
 
