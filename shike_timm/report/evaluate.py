@@ -17,16 +17,7 @@ from ..devices import DeviceConfig
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..files import check_results_file, write_text, write_whole
-from ..metrics import (
-    ShotConfig,
-    all_subsets,
-    balanced_over,
-    evaluate,
-    format_classes,
-    format_subsets,
-    format_table,
-    rejection,
-)
+from ..metrics import ShotConfig, all_subsets, evaluate, format_subsets, print_results
 from ..models.create import resolve_data_config
 from ..options import HparamsConfig, check_file_values, checked, complete, option, options
 from ..pretrained.load import (
@@ -196,10 +187,7 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     if rank():
         return metrics
 
-    print(format_classes(metrics['per_class'], names or [str(c) for c in range(len(counts))], counts))
-    print(format_table({'': metrics}), flush=True)
-    _logger.info(balanced_over(metrics, len(counts)))
-    _logger.info(rejection(metrics['reject'], known=trained.reject_threshold is not None))
+    print_results({'': metrics}, metrics['per_class'], names, counts, known=trained.reject_threshold is not None)
     _log_long_tail(metrics)
     passes = 2 if config.flip else 1
     try:

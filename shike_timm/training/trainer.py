@@ -26,7 +26,7 @@ from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoc
 from ..data.sampler import EpochSampler
 from ..distributed import Vote, gather, on_primary, over_processes, rank, world_size
 from ..files import named_errors, write_text
-from ..metrics import METRICS, balanced_over, evaluate, fit_temperature, format_classes, format_table, rejection
+from ..metrics import METRICS, evaluate, fit_temperature, print_results
 from ..models import Shike
 from ..models.create import create_model
 from ..models.lora import merge_lora
@@ -103,10 +103,7 @@ class Trainer:
         last = metrics[self.phase.name]
         on_primary(self._write_model, last['reject']['threshold'])
         if rank() == 0:
-            print(format_classes(self.per_class, self.data.class_names, self.data.class_counts))
-            print(format_table(metrics), flush=True)
-            _logger.info(balanced_over(last, self.data.num_classes))
-            _logger.info(rejection(last['reject'], known=True))
+            print_results(metrics, self.per_class, self.data.class_names, self.data.class_counts, known=True)
         self._log_change(metrics)
         _logger.info(f'Run folder: {self.folder}')
         return metrics
@@ -273,9 +270,7 @@ class Trainer:
                     f'{key}: {metrics[key]}' for key in METRICS if metrics[key] is not None)
             _logger.info(f'Train: {self._where(epoch)}, {self.progress.left()} left  {status}')
             evaluated = {key: metrics[key] if metrics else None for key in METRICS}
-            on_primary(partial(
-                update_summary, phase.first_row + epoch, trained, evaluated, str(summary), self._lr(),
-                log_wandb=config.log_wandb))
+            on_primary(update_summary, phase.first_row + epoch, trained, evaluated, str(summary), self._lr())
             on_primary(self.track, summary)
             on_primary(self.saver.save_epoch, epoch, metrics[config.eval_metric] if (
                 metrics and config.eval_metric) else None)
