@@ -29,8 +29,7 @@ from ..pretrained.load import (
 )
 from ..training.folder import read_args
 from .cam import CamConfig, draw_cams
-from .collect import add_costs, check_report, collect, count_gmacs
-from .logits import save_logits
+from .logits import add_costs, check_report, collect, count_gmacs, save_logits
 
 _logger = logging.getLogger(__name__)
 
