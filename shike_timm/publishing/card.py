@@ -16,8 +16,9 @@ from ..options import checked, options
 from ..training.config import TeacherConfig, card_options
 
 TEMPLATE = Path(__file__).with_name('card.md.jinja')
-METRIC_NAMES = {  # Kinds of accuracy.
-    'top1': 'Top-1', 'top5': 'Top-5', 'balanced': 'Balanced', **{shot: f'{shot.capitalize()}-shot' for shot in SHOTS}}
+METRIC_NAMES = {
+    'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy', 'balanced': 'Balanced accuracy',
+    **{shot: f'{shot.capitalize()}-shot accuracy' for shot in SHOTS}}
 PATHS = {  # Options that may name files or folders.
     'class_map', 'initial_checkpoint', 'kd_model_name', 'pretrained_backbone', 'train_list', 'train_split', 'val_list',
     'val_split',
@@ -65,20 +66,8 @@ def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalRes
         task_type='image-classification', dataset_type=args.get('dataset') or 'imagefolder',
         dataset_name=_data_name(args), dataset_split=_split(args))
     return [
-        EvalResult(**data, metric_type='accuracy', metric_name=f'{label} accuracy', metric_value=result[key])
+        EvalResult(**data, metric_type='accuracy', metric_name=label, metric_value=result[key])
         for key, label in METRIC_NAMES.items() if result.get(key) is not None]
-
-
-def _result_rows(metrics: Dict[str, Any]) -> List[List[str]]:
-    rows = []
-    for stage, result in metrics.items():
-        experts = result['experts'] if len(result['experts']) > 1 else []
-        outputs = {'ensemble' if experts else 'model': result}
-        outputs.update((f'expert {m}', expert) for m, expert in enumerate(experts))
-        for name, output in outputs.items():
-            cells = ['-' if output.get(key) is None else f'{output[key]:.2f}' for key in METRIC_NAMES]
-            rows.append([stage.removeprefix('stage_'), name, *cells])
-    return rows
 
 
 def _known(config: Dict[str, Any], most: int = 20) -> str:
@@ -134,6 +123,6 @@ def model_card(
         metadata=data.to_yaml(), name=name, model=model, config=config, args=args, seed=args.get('seed'),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()), data_name=_data_name(args),
         counts=counts, shots=shots, divisions={shot: int(mask.sum()) for shot, mask in divisions.items()},
-        results=_result_rows(metrics), averaged='all' if seen == num_classes else f'{seen} of {num_classes}',
+        metrics=metrics, columns=list(METRIC_NAMES), averaged='all' if seen == num_classes else f'{seen} of {num_classes}',
         known=_known(config), worst=worst, load_as=load_as or f'hf-hub:{repo_id}',
         mode=MODES[model.in_chans], recipe=recipe, recipe_yaml=yaml.safe_dump(recipe, sort_keys=False)))

@@ -19,8 +19,8 @@ def draw_curves(run: Path) -> Figure:
     """Loss, its terms and the accuracies of a run."""
     try:
         rows = read_summary(run / 'summary.csv')
-        # None where an epoch has no value.
-        curves: Any = {key: [float(row[key]) if row[key] else None for row in rows] for key in (rows[0] if rows else ())}
+        names = rows[0] if rows else ()
+        curves: Any = {key: [float(row[key]) if row[key] else None for row in rows] for key in names}
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise Missing(f'The summary.csv of the run cannot be read: {one_line(error)}.') from error
     if not curves:
