@@ -4,9 +4,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_model_traits,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from torch import Tensor
 
 from ..checkpoints import CONFIG_FILE, WEIGHTS_FILE
@@ -100,7 +106,7 @@ def _create_shike(
             pretrained_filter_fn=_fit_weights, feature_cfg=dict(feature_cls='getter', out_indices=None), **kwargs)
     if isinstance(model, Shike):
         model.implied_args = implied
-    model.pretrained_cfg['first_conv'] = timm.models.get_model_traits(model)['first_conv']
+    model.pretrained_cfg['first_conv'] = get_model_traits(model)['first_conv']
     folder = Path(model.pretrained_cfg.get('file') or '').parent
     if pretrained and isinstance(model, Shike) and folder.parent == PACKAGED_WEIGHTS:
         config = read_json(folder / CONFIG_FILE)

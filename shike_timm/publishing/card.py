@@ -123,6 +123,7 @@ def model_card(
         metadata=data.to_yaml(), name=name, model=model, config=config, args=args, seed=args.get('seed'),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()), data_name=_data_name(args),
         counts=counts, shots=shots, divisions={shot: int(mask.sum()) for shot, mask in divisions.items()},
-        metrics=metrics, columns=list(METRIC_NAMES), averaged='all' if seen == num_classes else f'{seen} of {num_classes}',
-        known=_known(config), worst=worst, load_as=load_as or f'hf-hub:{repo_id}',
-        mode=MODES[model.in_chans], recipe=recipe, recipe_yaml=yaml.safe_dump(recipe, sort_keys=False)))
+        metrics=metrics, columns=list(METRIC_NAMES), known=_known(config), worst=worst,
+        averaged='all' if seen == num_classes else f'{seen} of {num_classes}',
+        load_as=load_as or f'hf-hub:{repo_id}', mode=MODES[model.in_chans], recipe=recipe,
+        recipe_yaml=yaml.safe_dump(recipe, sort_keys=False)))
