@@ -180,7 +180,7 @@ def _rounded(values: Tensor, counts: Tensor) -> List[Optional[float]]:
 @torch.inference_mode()
 def evaluate(
         model: Any, loader, class_counts: Sequence[int], device: torch.device, subsets: Sequence[Sequence[int]] = (),
-        flip: bool = False, per_class: bool = False, shots: ShotConfig = ShotConfig(),
+        flip: bool = False, shots: ShotConfig = ShotConfig(),
         kept: Optional[List[Tuple[Tensor, Tensor]]] = None, threshold: Optional[float] = None,
 ) -> Dict[str, Any]:
     """Evaluate a SHIKE model in float32 on the images of all processes. Each image counts once.
@@ -192,7 +192,6 @@ def evaluate(
         device: Device of the model.
         subsets: Subsets of the experts to evaluate as ensembles.
         flip: Average the logits with those of the mirrored images.
-        per_class: Also return `per_class`.
         shots: Borders of the shot divisions.
         threshold: As in `ExpertEvaluator`.
         kept: List to which the expert logits [B, M, C] and class indices [B] of each batch are added, on the CPU.
@@ -217,10 +216,7 @@ def evaluate(
         if kept is not None:
             kept.append((logits.float().cpu(), target.cpu()))
     model.train(was_training)
-    metrics = evaluator.compute(distributed=world_size() > 1)
-    if not per_class:
-        del metrics['per_class']
-    return metrics
+    return evaluator.compute(distributed=world_size() > 1)
 
 
 def balanced_over(metrics: Dict[str, Any], num_classes: int) -> str:

@@ -62,11 +62,11 @@ def _split(args: Dict[str, Any]) -> str:
 def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalResult]:
     """The ensemble's accuracies after the last stage."""
     result = list(metrics.values())[-1]
-    data = dict(
-        task_type='image-classification', dataset_type=args.get('dataset') or 'imagefolder',
-        dataset_name=_data_name(args), dataset_split=_split(args))
     return [
-        EvalResult(**data, metric_type='accuracy', metric_name=label, metric_value=result[key])
+        EvalResult(
+            task_type='image-classification', dataset_type=args.get('dataset') or 'imagefolder',
+            dataset_name=_data_name(args), dataset_split=_split(args), metric_type='accuracy', metric_name=label,
+            metric_value=result[key])
         for key, label in METRIC_NAMES.items() if result.get(key) is not None]
 
 

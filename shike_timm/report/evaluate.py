@@ -180,8 +180,7 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     subsets = all_subsets(model.num_experts) if config.expert_subsets else ()
     kept = [] if config.save_logits or config.report else None
     metrics = evaluate(
-        model, loader, shot_counts, device, subsets, config.flip, per_class=True, shots=config, kept=kept,
-        threshold=trained.reject_threshold)
+        model, loader, shot_counts, device, subsets, config.flip, config, kept, trained.reject_threshold)
     metrics.update(per_class=dict(names=names, class_counts=counts, **metrics['per_class']))
     if rank():
         return metrics

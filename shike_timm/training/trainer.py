@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -14,7 +14,6 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from timm.optim.lookahead import Lookahead
 from timm.task import DistillationTeacher
 from timm.utils import NativeScaler, distribute_bn, update_summary
@@ -86,7 +85,10 @@ class Trainer:
         metrics = read_metrics(self.folder) or dict(self.before)
         num_steps = sum(phase.epochs for phase in self.phases) * len(self.train_loader)
         with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
-              show_progress(num_steps, not self.config.log_interval) as self.progress, self._own_folder(resumed)):
+              show_progress(num_steps, not self.config.log_interval) as self.progress, ExitStack() as stack):
+            on_primary(lambda: stack.callback(claim_folder(self.folder, self.config, resumed).release))
+            # This folder tells a retraining from a whole run.
+            on_primary(partial((self.folder / self.phase.name).mkdir, exist_ok=True))
             _logger.info(self.data.describe())
             on_primary(self.data.write_split_lists, self.folder)
             if self.before:
@@ -400,8 +402,7 @@ class Trainer:
     def evaluate(self, model: nn.Module, kept: Optional[List[Tuple[Tensor, Tensor]]] = None) -> Dict[str, Any]:
         """Metrics of a model on the evaluation data. Logits and targets are added to `kept`, if it is given."""
         metrics = evaluate(
-            model, self.eval_loader, self.data.shot_counts, self.device, per_class=True, shots=self.config,
-            kept=kept)
+            model, self.eval_loader, self.data.shot_counts, self.device, shots=self.config, kept=kept)
         self.per_class = metrics.pop('per_class')
         return metrics
 
@@ -429,19 +430,6 @@ class Trainer:
         _logger.info(
             f'Calibration: a temperature of {temperature:g} fits the evaluation images best. Without it their '
             f'calibration error (ece) is {before} %.')
-
-    @contextmanager
-    def _own_folder(self, resumed: bool) -> Iterator[None]:
-        """Create the run folder, and keep other processes out of it."""
-        locks: List[FileLock] = []
-        on_primary(lambda: locks.append(claim_folder(self.folder, self.config, resumed)))
-        # This folder tells a retraining from a whole run.
-        on_primary(partial((self.folder / self.phase.name).mkdir, exist_ok=True))
-        try:
-            yield
-        finally:
-            for lock in locks:
-                lock.release()
 
     def _write_model(self, reject_threshold: float) -> None:
         """Write the model folder and, where matplotlib is installed, the learning curves."""
