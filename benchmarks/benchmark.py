@@ -19,10 +19,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import PARTS, measure_ceilings, on_paper, peak_memory, time_parts  # noqa: E402
+from measure import PARTS, count_training_flops, measure_ceilings, on_paper, peak_memory, time_parts  # noqa: E402
 
 from shike_timm.cli.script import run_script  # noqa: E402
-from shike_timm.costs import count_flops, rates_by_turns  # noqa: E402
+from shike_timm.costs import rates_by_turns  # noqa: E402
 from shike_timm.data import TrainingData, find_dataset  # noqa: E402
 from shike_timm.data.dataset import in_memory_set  # noqa: E402
 from shike_timm.data.device_loader import DeviceLoader  # noqa: E402
@@ -144,7 +144,7 @@ def _describe(step: Callable[[], Any], trainer: Trainer, held: Iterable[Tensor],
         **result,
         batch_size=batch_size,
         parameters=sum(p.numel() for p in trainer.model.parameters()),
-        gflops=count_flops(step) / batch_size / 1e9,
+        gflops=count_training_flops(step) / batch_size / 1e9,
         peak_memory_mb=round(peak_memory(step, trainer.device, held) / 2 ** 20, 1),
     )
 

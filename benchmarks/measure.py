@@ -10,10 +10,25 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import conv_flop_count
 
-from shike_timm.costs import seconds_per_call, synchronize
+from shike_timm.costs import count_flops, seconds_per_call, synchronize
 
 PARTS = ('data', 'forward', 'losses', 'backward', 'optimizer')
+
+
+def _conv_backward(grad_out: Any, x: Any, weight: Any, *others: Any, **_: Any) -> int:
+    """FLOPs of a convolution's backward by its shapes: each gradient costs as much as the forward.
+
+    torch's own formula does not divide the work on the weight's gradient by the groups of the convolution.
+    """
+    transposed, output_mask = others[4], others[7]
+    return sum(output_mask[:2]) * conv_flop_count(x, weight, grad_out, transposed)
+
+
+def count_training_flops(step: Callable[[], Any]) -> int:
+    """Floating-point operations of a step that may go backward through convolutions with groups."""
+    return count_flops(step, {torch.ops.aten.convolution_backward: _conv_backward})
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Dict[str, float]:

@@ -2,11 +2,11 @@
 import statistics
 import time
 from functools import partial
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def synchronize(device: torch.device) -> None:
@@ -53,18 +53,11 @@ def inference_costs(
     }
 
 
-def _conv_backward(grad_out: Any, x: Any, weight: Any, *others: Any, **_: Any) -> int:
-    """FLOPs of a convolution's backward by its shapes: each gradient costs as much as the forward.
+def count_flops(step: Callable[[], Any], formulas: Optional[Dict[Any, Any]] = None) -> int:
+    """Floating-point operations of the convolutions and matrix products of a step. A multiply-add counts as two.
 
-    torch's own formula does not divide the work on the weight's gradient by the groups of the convolution.
+    `formulas` replace torch's own for operations of `torch.ops`.
     """
-    transposed, output_mask = others[4], others[7]
-    return sum(output_mask[:2]) * conv_flop_count(x, weight, grad_out, transposed)
-
-
-def count_flops(step: Callable[[], Any]) -> int:
-    """Floating-point operations of the convolutions and matrix products of a step. A multiply-add counts as two."""
-    formulas = {torch.ops.aten.convolution_backward: _conv_backward}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         step()
     return counter.get_total_flops()

@@ -10,7 +10,6 @@ import torch._inductor.config
 from conftest import ROOT
 from torch import nn
 
-from shike_timm.costs import count_flops
 from shike_timm.training.config import StepConfig
 from shike_timm.training.optimizer import resolve_autocast
 from shike_timm.training.step import train_step
@@ -18,7 +17,7 @@ from shike_timm.training.tasks import ExpertTask
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 from benchmark import _plain, _shike, benchmark, format_report, parse_benchmark_args  # noqa: E402
-from measure import measure_ceilings, peak_memory, time_parts  # noqa: E402
+from measure import count_training_flops, measure_ceilings, peak_memory, time_parts  # noqa: E402
 
 QUICK = ['--device', 'cpu', '--num-warm-iter', '1', '--num-bench-iter', '1', '--num-rounds', '3', '--batch-size', '4']
 CPU = torch.device('cpu')
@@ -68,9 +67,9 @@ def test_grouped_convolutions_count_as_what_they_do(kind):
     forward = 2 * 2 * 16 * 4 * 9 * 64
     convolution = kind(16, 16, 3, padding=1, groups=4)
     images = torch.randn(2, 16, 8, 8)
-    assert count_flops(lambda: convolution(images).sum().backward()) == 2 * forward
+    assert count_training_flops(lambda: convolution(images).sum().backward()) == 2 * forward
     images.requires_grad_()
-    assert count_flops(lambda: convolution(images).sum().backward()) == 3 * forward
+    assert count_training_flops(lambda: convolution(images).sum().backward()) == 3 * forward
 
 
 def test_memory_of_a_step_that_is_not_run(report):

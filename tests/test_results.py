@@ -233,7 +233,7 @@ def test_all_files_of_the_weights_come_with_an_installation():
     files = {path for path in PACKAGED_WEIGHTS.rglob('*') if path.is_file()}
     assert files == set(PACKAGED_WEIGHTS.glob('*/*'))
     assert {path.name for path in PACKAGED_WEIGHTS.iterdir()} == {f'resnet32_shike.{tag}' for tag in RUN_OF}
-    packaged = 'shike_timm = ["py.typed", "weights/*/*", "report/*.html", "publishing/*.jinja"]'
+    packaged = 'shike_timm = ["py.typed", "weights/*/*", "report/*.html", "publishing/*.jinja", "cli/*.jinja"]'
     assert packaged in (ROOT / 'pyproject.toml').read_text()
 
 

@@ -130,32 +130,26 @@ def _printable(name: object) -> str:
     return str(name).encode('utf-8', 'backslashreplace').decode()
 
 
-def _top_classes(logits: Tensor, predictor: _Predictor, config: RowsConfig) -> Iterator[Dict[str, Any]]:
-    """The most likely classes of each image from logits [B, classes]."""
-    values = logits.softmax(-1) if config.output_type == 'prob' else logits
+def _top_classes(
+        logits: Tensor, predictor: _Predictor, config: RowsConfig, threshold: float = 0.) -> Iterator[Dict[str, Any]]:
+    """The most likely classes of each image from logits [B, classes]. Below a probability the first one is unknown."""
+    probabilities = logits.softmax(-1)
+    values = probabilities if config.output_type == 'prob' else logits
     top = values.topk(min(config.topk or predictor.num_classes, predictor.num_classes))
     names = predictor.class_names or range(predictor.num_classes)
-    for indices, best in zip(top.indices.tolist(), top.values.tolist()):
-        found: Dict[str, Any] = dict(index=indices) if config.include_index else {}
-        yield {**found, 'label': [_printable(names[index]) for index in indices], config.output_type: best}
-
-
-def _reject(found: Dict[str, Any], probability: float, predictor: _Predictor) -> Dict[str, Any]:
-    """The prediction with an unknown class in the first place, if its probability is too small."""
-    if probability < (predictor.reject_threshold or 0):
-        found['label'][0] = UNKNOWN if UNKNOWN not in (predictor.class_names or ()) else f'({UNKNOWN})'
-        if 'index' in found:
-            found['index'][0] = None
-    return found
+    unknown = probabilities.amax(-1).double() < threshold
+    for indices, best, is_unknown in zip(top.indices.tolist(), top.values.tolist(), unknown.tolist()):
+        labels = [_printable(names[index]) for index in indices]
+        if is_unknown:
+            labels[0], indices[0] = UNKNOWN if UNKNOWN not in names else f'({UNKNOWN})', None
+        yield {**(dict(index=indices) if config.include_index else {}), 'label': labels, config.output_type: best}
 
 
 def _predictions(logits: Tensor, predictor: _Predictor, config: RowsConfig) -> Iterator[Dict[str, Any]]:
     """The prediction for each image from expert logits [B, M, classes]."""
     finite = logits.isfinite().flatten(1).all(1).tolist()
-    found = _top_classes(logits.mean(1), predictor, config)
-    if config.reject:
-        best = logits.mean(1).softmax(-1).amax(-1).tolist()
-        found = (_reject(one, value, predictor) for one, value in zip(found, best))
+    threshold = (predictor.reject_threshold or 0.) if config.reject else 0.
+    found = _top_classes(logits.mean(1), predictor, config, threshold)
     if config.per_expert:
         experts = zip(*(_top_classes(one, predictor, config) for one in logits.unbind(1)))
         found = (dict(one, experts=list(each)) for one, each in zip(found, experts))

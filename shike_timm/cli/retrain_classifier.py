@@ -1,6 +1,7 @@
 """Retraining of the classifiers: stage two alone."""
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
+from ..data.config import DataConfig
 from ..errors import InputError
 from ..options import check_file_values, complete, options, read_command_line
 from ..pretrained.plain import PlainModel, load_plain, plain_from_checkpoint
@@ -12,11 +13,8 @@ from .script import run_script
 CONFIG = RetrainConfig
 
 # Options that describe the data of stage one. They do not apply to other data.
-OF_ITS_DATA = {
-    'num_classes', 'holdout', 'val_per_class', 'class_map', 'class_depth', 'class_stats', 'train_list', 'val_list',
-    'input_key', 'target_key', 'group_key', 'train_num_samples', 'val_num_samples',
-}
 OF_ITS_DATASET = {'imb_factor', 'imb_type', 'imb_seed', 'train_split', 'val_split'}
+OF_ITS_DATA = {'num_classes', *options(DataConfig)} - OF_ITS_DATASET - {'data_dir', 'dataset', 'dataset_download'}
 
 
 def parse_retrain_args(

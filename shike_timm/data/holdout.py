@@ -1,5 +1,6 @@
 """Holding out: some training images are evaluated on, not trained on."""
 import math
+from dataclasses import replace
 from typing import Sequence, Tuple, Union
 
 import numpy as np
@@ -10,7 +11,7 @@ from .dataset import AnySet, ImageSet, StreamSet, name_hashes
 
 
 def _choose(targets: np.ndarray, hashes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Mask of the images with the smallest hashes in each class."""
+    """Mask of the `sizes[c]` images with the smallest hashes in each class c."""
     order = np.lexsort((hashes, targets))
     counts = np.bincount(targets, minlength=len(sizes))
     rank = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -34,18 +35,19 @@ def _choose_groups(targets: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -
     return chosen
 
 
+def _part(data: ImageSet, held_out: np.ndarray, origin: str) -> Tuple[ImageSet, ImageSet]:
+    """The set to train on, and the set of the images of a mask."""
+    return data.take(np.flatnonzero(~held_out)), replace(data.take(np.flatnonzero(held_out)), origin=origin)
+
+
 def hold_out_last(data: ImageSet, sizes: Union[Sequence[int], np.ndarray], option: str) -> Tuple[ImageSet, ImageSet]:
     """Hold the last `sizes[c]` images of each class c out: the set to train on, and the set held out."""
-    held_out = np.zeros(len(data), dtype=bool)
     for c, (count, size) in enumerate(zip(data.class_counts, sizes)):
         if count <= size:
             raise InputError(
                 f'{option} leaves class {c} with no training image of {count}: hold out fewer, or choose a lower '
                 'imb-factor.')
-        held_out[np.flatnonzero(data.targets == c)[count - size:]] = True
-    train, evaluation = data.take(np.flatnonzero(~held_out)), data.take(np.flatnonzero(held_out))
-    evaluation.origin = 'held out of the training set'
-    return train, evaluation
+    return _part(data, _choose(data.targets, -np.arange(len(data)), np.asarray(sizes)), 'held out of the training set')
 
 
 def hold_out_share(data: AnySet, share: float, name: str, take_last: bool = False) -> Tuple[ImageSet, ImageSet]:
@@ -74,12 +76,12 @@ def hold_out_share(data: AnySet, share: float, name: str, take_last: bool = Fals
         raise InputError(
             f"Nothing of '{name}' can be held out to evaluate on, since each class has a single image or group: add "
             'images, or name others with --val-list.')
-    train, evaluation = data.take(np.flatnonzero(~held_out)), data.take(np.flatnonzero(held_out))
+    by_group = '' if data.groups is None else ' by groups'
+    origin = f'{share:g} of each class of the training set, held out{by_group} by name'
+    train, evaluation = _part(data, held_out, origin)
     bare = [name for name, count in zip(data.class_names, evaluation.class_counts) if not count]
     if bare:
         word = 'class has' if len(bare) == 1 else 'classes have'
         evaluation.notes.append(
             f'{len(bare)} {word} no image held out, for want of a second image or group ({first_few(bare)})')
-    by_group = '' if data.groups is None else ' by groups'
-    evaluation.origin = f'{share:g} of each class of the training set, held out{by_group} by name'
     return train, evaluation

@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,10 +53,9 @@ class ImageReader(Dataset):
 def _read_all(reader: ImageReader, workers: int, title: str) -> Iterator[Tuple[Any, Optional[str]]]:
     """The items of a reader in order, with a progress bar on a terminal."""
     workers = min(limit_workers(workers), -(-len(reader) // 1000))
-    loader = create_loader(reader, 32, workers, list)
-    hidden = not len(reader) or not sys.stderr.isatty()
+    hidden = None if len(reader) else True  # None shows the bar on a terminal alone.
     with tqdm(total=len(reader), desc=title, leave=False, disable=hidden, dynamic_ncols=True) as progress:
-        for batch in loader:
+        for batch in create_loader(reader, 32, workers, list):
             yield from batch
             progress.update(len(batch))
 
@@ -148,6 +146,8 @@ class Inspected:
 
     name: str = ''  # Its path, or its index if it has none.
     target: int = -1
+    label: str = ''  # Name of its class, or its target if that has no name.
+    group: Optional[int] = None  # Number of its group, if there are groups.
     digest: Optional[bytes] = None  # Digest of its file, or of its pixels if there is no file.
     size: Optional[Tuple[int, int]] = None
     mode: str = ''
@@ -185,16 +185,19 @@ def _inspect(perceptual: bool, image: Image.Image) -> Inspected:
 
 def inspect_images(data: AnySet, workers: int = 0, perceptual: bool = False) -> List[Inspected]:
     """The facts of each image of a set, in order. Perceptual hashes need the package imagehash."""
-    found, inspect = [], partial(_inspect, perceptual)
+    inspect, names = partial(_inspect, perceptual), data.class_names or ()
     if isinstance(data, StreamSet):
-        for index, (image, target) in enumerate(data):
-            found.append(replace(inspect(image), name=str(index), target=int(target)))
-        return found
-    reader = ImageReader(data.open, inspect, range(len(data)))
-    for index, (one, error) in enumerate(_read_all(reader, workers, 'reading images')):
-        found.append(replace(
-            one or Inspected(error=error), name=data.filename(index), target=int(data.targets[index])))
-    return found
+        found = [(inspect(image), str(index), int(target), None) for index, (image, target) in enumerate(data)]
+    else:
+        reader = ImageReader(data.open, inspect, range(len(data)))
+        groups = [None] * len(data) if data.groups is None else data.groups.tolist()
+        found = [
+            (one or Inspected(error=error), data.filename(index), int(data.targets[index]), groups[index])
+            for index, (one, error) in enumerate(_read_all(reader, workers, 'reading images'))]
+    return [
+        replace(one, name=name, target=target, group=group,
+                label=names[target] if 0 <= target < len(names) else str(target))
+        for one, name, target, group in found]
 
 
 def find_similar(looks: Sequence[int]) -> List[List[int]]:

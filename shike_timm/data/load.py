@@ -125,16 +125,6 @@ def _match_classes(data: AnySet, class_names: Sequence[str], config: SourceConfi
     return data.relabel(match_names(data.class_names, class_names, what), class_names)
 
 
-def _warn_about_trained(data: AnySet, lists: SplitLists, config: SourceConfig, moved: bool) -> None:
-    """Warn if a set seems to have images that a run was trained on. They may have been moved."""
-    count = lists.count_trained(data, moved)
-    if count:
-        _logger.warning(
-            f"{count} images of '{config.dataset or config.data_dir}' have the "
-            f"{'folder and the name' if moved else 'path'} of one that '{lists.folder}' was trained on: unless they "
-            f"are others, its figures are too good; '{lists.eval_list}' lists those held out.")
-
-
 def load_training_data(
         config: SourceConfig, class_names: Optional[Sequence[str]] = None, run_folder: Union[None, str, Path] = None,
         workers: int = 0, batch_size: int = 1, seed: int = 42,
@@ -184,7 +174,7 @@ def load_training_data(
             test.class_names = test.class_names or train.class_names
         test = _check_images(_match_classes(test, names, config), config, workers)
         if lists and config.val_list:
-            _warn_about_trained(test, lists, config, moved=False)
+            lists.warn_about_trained(test, name, moved=False)
         if train.groups is not None and test.groups is not None:
             count = int(np.isin(np.unique(train.groups), test.groups).sum())
             if count:
@@ -222,7 +212,7 @@ def load_eval_data(
             may_be_trained = False
         # Other data sets may number the images of each split from 0.
         elif is_whole or config.val_list or not config.dataset:
-            _warn_about_trained(data, lists, config, is_whole)
+            lists.warn_about_trained(data, config.dataset or str(config.data_dir), is_whole)
     if data is None or may_be_trained:
         raise InputError(
             f"'{config.dataset or config.data_dir}' has no {config.val_split} split: name the one to evaluate on with "

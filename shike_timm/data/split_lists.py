@@ -1,5 +1,6 @@
 """Lists of the images that a run trained and was evaluated on, in its run folder."""
 import csv
+import logging
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Tuple, Union
 
@@ -7,7 +8,9 @@ import numpy as np
 
 from ..errors import InputError, one_line
 from ..files import write_whole
-from .dataset import AnySet, ImageSet, StreamSet
+from .dataset import AnySet, ImageSet
+
+_logger = logging.getLogger(__name__)
 
 TRAIN_LIST, EVAL_LIST = 'train.csv', 'validation.csv'  # These are lists for --train-list and --val-list.
 
@@ -58,15 +61,19 @@ class SplitLists:
         found = sum(path in paths for listed in (self.train, self.evaluation) for path in listed)
         return found >= 0.9 * (len(self.train) + len(self.evaluation))
 
-    def count_trained(self, data: AnySet, moved: bool) -> int:
-        """How many images of a set have the path of a training image, or its folder and name if they may be moved."""
+    def warn_about_trained(self, data: AnySet, name: str, moved: bool) -> None:
+        """Warn if images of a set have the path of a training image, or its folder and name if they may be moved."""
         def endings(paths: Iterable[str]) -> List[str]:
             return ['/'.join(path.split('/')[-2:]) if moved else path for path in paths]
 
-        if isinstance(data, StreamSet) or not data.has_paths:
-            return 0
         trained = set(endings(self.train))
-        return sum(path in trained for path in endings(data.filenames()))
+        paths = data.filenames() if isinstance(data, ImageSet) and data.has_paths else ()
+        count = sum(path in trained for path in endings(paths))
+        if count:
+            _logger.warning(
+                f"{count} images of '{name}' have the {'folder and the name' if moved else 'path'} of one that "
+                f"'{self.folder}' was trained on: unless they are others, its figures are too good; "
+                f"'{self.eval_list}' lists those held out.")
 
     def split(self, data: ImageSet) -> Tuple[ImageSet, ImageSet]:
         """Split a training set as the run did."""
