@@ -32,8 +32,7 @@ def find_place(folder: Path) -> Path:
     return above
 
 
-def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: Optional[int], config: Dict[str, Any]) -> None:
-    """Write an ONNX file with class names and configuration in it, so that it serves alone."""
+def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: Optional[int]) -> None:
     import onnx
     from timm.utils.onnx import onnx_export
 
@@ -47,6 +46,14 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: Optional[in
         raise InputError(f'--opset {opset} cannot be written, torch gives {written}: leave it out.')
     for node in program.graph.node:
         del node.metadata_props[:]  # This removes paths and source lines of this machine.
+    onnx.save(program, path)
+
+
+def _write_metadata(path: Path, config: Dict[str, Any]) -> None:
+    """Put class names and configuration into an ONNX file, so that it serves alone."""
+    import onnx
+
+    program = onnx.load(path, load_external_data=False)
     facts = dict(class_names=config.get('label_names'), config=config)
     onnx.helper.set_model_props(program, {name: json.dumps(fact) for name, fact in facts.items() if fact})
     onnx.save(program, path)
@@ -60,13 +67,11 @@ def read_metadata(path: Union[str, Path]) -> Dict[str, Any]:
     return json.loads(session.get_modelmeta().custom_metadata_map.get('config', '{}'))
 
 
-def _write(
-        model: nn.Module, images: Tensor, path: Path, format: str, opset: Optional[int], config: Dict[str, Any],
-) -> None:
+def _write(model: nn.Module, images: Tensor, path: Path, format: str, opset: Optional[int]) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # torch.jit is deprecated, but the user asks for it.
         if format == 'onnx':
-            _write_onnx(model, images, path, opset, config)
+            _write_onnx(model, images, path, opset)
         elif format == 'torchscript':  # The model is traced, since some backbones cannot be scripted.
             torch.jit.save(torch.jit.trace(model, images, check_trace=False), path)
         else:
@@ -133,16 +138,18 @@ def save_exported(
         inside.mkdir()
         path = inside / FILES[format]
         images = torch.randn(_TRACED_BATCH, *data_config['input_size'])
-        saved = Path(temporary, 'saved')
-        export_model(model, saved, data_config, **facts)
-        (saved / CONFIG_FILE).rename(inside / CONFIG_FILE)
         try:
-            _write(model.eval(), images, path, format, opset, read_json(inside / CONFIG_FILE))
+            _write(model.eval(), images, path, format, opset)
             difference = _compare(model, load_exported(path, format), images.shape[1:])
         except (InputError, OSError):
             raise
         except Exception as error:  # torch and onnxruntime can raise anything.
             raise InputError(f'The model cannot be exported: {one_line(error)}; choose another --format.') from error
+        saved = Path(temporary, 'saved')
+        export_model(model, saved, data_config, **facts)
+        (saved / CONFIG_FILE).rename(inside / CONFIG_FILE)
+        if format == 'onnx':
+            _write_metadata(path, read_json(inside / CONFIG_FILE))
         folder.parent.mkdir(parents=True, exist_ok=True)
         inside.rename(folder)
     return difference
