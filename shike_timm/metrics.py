@@ -1,5 +1,6 @@
 """Accuracy on many-, medium- and few-shot classes: of the ensemble, of each expert and of subsets of the experts."""
 import itertools
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
@@ -13,6 +14,8 @@ from torch import Tensor
 from .distributed import world_size
 from .errors import InputError
 from .options import option
+
+_logger = logging.getLogger(__name__)
 
 SHOTS = ('many', 'medium', 'few')
 METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
@@ -177,7 +180,7 @@ def _rounded(values: Tensor, counts: Tensor) -> List[Optional[float]]:
 @torch.inference_mode()
 def evaluate(
         model: Any, loader, class_counts: Sequence[int], device: torch.device, subsets: Sequence[Sequence[int]] = (),
-        flip: bool = False, per_class: bool = False, shots: ShotConfig = ShotConfig(),
+        flip: bool = False, shots: ShotConfig = ShotConfig(),
         kept: Optional[List[Tuple[Tensor, Tensor]]] = None, threshold: Optional[float] = None,
 ) -> Dict[str, Any]:
     """Evaluate a SHIKE model in float32 on the images of all processes. Each image counts once.
@@ -189,7 +192,6 @@ def evaluate(
         device: Device of the model.
         subsets: Subsets of the experts to evaluate as ensembles.
         flip: Average the logits with those of the mirrored images.
-        per_class: Also return `per_class`.
         shots: Borders of the shot divisions.
         threshold: As in `ExpertEvaluator`.
         kept: List to which the expert logits [B, M, C] and class indices [B] of each batch are added, on the CPU.
@@ -214,10 +216,7 @@ def evaluate(
         if kept is not None:
             kept.append((logits.float().cpu(), target.cpu()))
     model.train(was_training)
-    metrics = evaluator.compute(distributed=world_size() > 1)
-    if not per_class:
-        del metrics['per_class']
-    return metrics
+    return evaluator.compute(distributed=world_size() > 1)
 
 
 def balanced_over(metrics: Dict[str, Any], num_classes: int) -> str:
@@ -271,6 +270,21 @@ def format_classes(per_class: Dict[str, Any], names: Sequence[str], class_counts
         rows = sorted((row for row in rows if row[-1] is not None), key=lambda row: row[-1])[:10]
         title = 'worst ten classes'
     return _format_rows([(title, 'training', 'test', 'recall', 'precision', 'F1'), *rows])
+
+
+def print_results(
+        stages: Dict[str, Dict[str, Any]], per_class: Dict[str, Any], names: Optional[Sequence[str]],
+        class_counts: Sequence[int], known: bool,
+) -> None:
+    """Print tables of the classes and of the metrics by stage, and log what must be known to read those of the last.
+
+    Its threshold for unknown images was `known` before, or was chosen on these images.
+    """
+    last = list(stages.values())[-1]
+    print(format_classes(per_class, names or [str(c) for c in range(len(class_counts))], class_counts))
+    print(format_table(stages), flush=True)
+    _logger.info(balanced_over(last, len(class_counts)))
+    _logger.info(rejection(last['reject'], known))
 
 
 def shown_divisions(results: Iterable[Mapping[str, Any]]) -> List[str]:

@@ -68,7 +68,7 @@ def main(out, *argv):
     torch.manual_seed(0)
     model = create_model(args, 10)
     seen['evaluations'] = [
-        evaluate(model, create_eval_loader(few, config, 32, CPU, 0, on_device), data.class_counts, CPU, per_class=True)
+        evaluate(model, create_eval_loader(few, config, 32, CPU, 0, on_device), data.class_counts, CPU)
         for on_device in (True, False)
     ]
     # Which images came, told by their pixels: the labels of a data set whose images all differ.

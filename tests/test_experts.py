@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 import shike_timm  # noqa: F401
 from shike_timm.costs import inference_costs
 from shike_timm.metrics import METRICS
-from shike_timm.report import collect
+from shike_timm.report import logits as report_logits
 from shike_timm.report.logits import load_logits
 
 
@@ -84,7 +84,7 @@ def evaluate(run_script, tiny_run, results, *options):
 
 def test_eval_tells_accuracy_against_cost(tmp_path, run_script, tiny_run, monkeypatch):
     monkeypatch.setattr(
-        collect, 'inference_costs', partial(inference_costs, num_rounds=1, seconds_per_turn=0.01))
+        report_logits, 'inference_costs', partial(inference_costs, num_rounds=1, seconds_per_turn=0.01))
     status, out, err, metrics = evaluate(run_script, tiny_run, tmp_path / 'results.json', '--expert-subsets')
     assert status == 0, err
     counts = metrics['per_class']['class_counts']
@@ -108,10 +108,10 @@ def test_eval_tells_accuracy_against_cost(tmp_path, run_script, tiny_run, monkey
 
 
 def test_flips_cost_twice_as_much(monkeypatch):
-    monkeypatch.setattr(collect, 'inference_costs', lambda models, images: {
+    monkeypatch.setattr(report_logits, 'inference_costs', lambda models, images: {
         name: dict(parameters=1, gmacs=3., images_per_second=8.) for name in models})
     subsets = [dict(experts=[0]), dict(experts=[0, 1])]
-    collect.add_costs(subsets, timm.create_model('resnet32_shike'), torch.zeros(1, 3, 32, 32), passes=2)
+    report_logits.add_costs(subsets, timm.create_model('resnet32_shike'), torch.zeros(1, 3, 32, 32), passes=2)
     assert [(one['gmacs'], one['images_per_second']) for one in subsets] == [(6., 4.)] * 2
 
 

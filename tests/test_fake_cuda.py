@@ -125,8 +125,7 @@ def test_evaluation(fake_cuda, monkeypatch):
     monkeypatch.setattr(ExpertEvaluator, 'compute', lambda self, distributed: sums.append(self) or {})
     trainer = runs.prepare(args, plan_phases(args), CUDA)
     evaluate(
-        trainer.model, trainer.eval_loader, trainer.data.shot_counts, CUDA, subsets=[(0,), (0, 1)], flip=True,
-        per_class=True)
+        trainer.model, trainer.eval_loader, trainer.data.shot_counts, CUDA, subsets=[(0,), (0, 1)], flip=True)
     assert sums[0].top1.device == sums[0].loss_sum.device == CUDA and sums[0].top1.shape == (10, 6)
 
 

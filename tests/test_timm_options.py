@@ -67,8 +67,8 @@ def test_label_smoothing_reaches_both_stages(method, run_of):
     for phase in run.phases:
         run.start(phase)
         task = run.task.eval()
-        assert task.loss.keywords['smoothing'] == 0.2
-        assert task(images, target)['loss'] != partial(task.loss, smoothing=0.)(
+        assert task.criterion.keywords['smoothing'] == 0.2
+        assert task(images, target)['loss'] != partial(task.criterion, smoothing=0.)(
             task.get_eval_model().forward_experts(images), target)
 
 

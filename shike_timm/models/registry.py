@@ -60,12 +60,9 @@ default_cfgs = generate_default_cfgs({
     **{
         f'{name}.{BACKBONE_TAG}{tag}': _cfg(**backbone_cfg(f'{backbone}.{tag}'))
         for name, (backbone, tag) in BACKBONES.items()},
-    'resnet32_shike.cifar100_lt_if100': _cifar_cfg('resnet32_shike.cifar100_lt_if100'),
-    'resnet32_shike.paper_cifar100_lt_if100': _cifar_cfg('resnet32_shike.paper_cifar100_lt_if100'),
-    'resnet50_shike.untrained': _cfg(),
-    'resnext50_shike.untrained': _cfg(),
-    'resnet152_shike.untrained': _cfg(),
-    'shike.untrained': _cfg(),
+    **{name: _cifar_cfg(name) for name in (
+        'resnet32_shike.cifar100_lt_if100', 'resnet32_shike.paper_cifar100_lt_if100')},
+    **{f'{name}.untrained': _cfg() for name in (*BACKBONES, 'shike')},
 })
 
 

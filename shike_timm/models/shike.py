@@ -13,7 +13,6 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from .arguments import whole_number, without_numpy
 from .backbones import BackboneFn, Source, fetching, preprocessing, pretrained_options, timm_backbone
 from .classifiers import CLASSIFIERS, COSINE_SCALE
 from .experts import ALIGNERS, LevelExpert, LevelPool, choose_depths, joined_level, list_stages, make_experts, to_map
@@ -22,6 +21,19 @@ from .prior import Frequencies, PriorModel
 FUSIONS = ('product', 'residual', 'none')
 # Arguments in old model folders. The first may name a file in a user's private folder.
 OLD_ARGUMENTS = ('pretrained_backbone', 'authors_classifiers')
+
+
+def _whole_number(name: str, value: Any, least: int = 0) -> int:
+    """A number of at least `least`. NumPy's numbers become Python's."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f'{name} must be a whole number of at least {least}, got {value!r}.')
+    return int(value)
+
+
+def _without_numpy(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's numbers and lists, for JSON."""
+    value = value.tolist() if hasattr(value, 'tolist') else value
+    return [_without_numpy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class Shike(PriorModel):
@@ -79,9 +91,9 @@ class Shike(PriorModel):
             dtype: Optional[torch.dtype] = None, **kwargs: Any,
     ):
         super().__init__()
-        num_experts = whole_number('num_experts', num_experts, 1)
+        num_experts = _whole_number('num_experts', num_experts, 1)
         given = dict(private_stages=private_stages, private_blocks=private_blocks)
-        private = {name: whole_number(name, value) for name, value in given.items() if value is not None}
+        private = {name: _whole_number(name, value) for name, value in given.items() if value is not None}
         given = dict(fusion='product' if fusion is True else fusion or 'none', classifier=classifier, aligner=aligner)
         for (name, value), known in zip(given.items(), (FUSIONS, CLASSIFIERS, ALIGNERS)):
             if value not in known:
@@ -90,7 +102,7 @@ class Shike(PriorModel):
         net = backbone(
             num_experts=num_experts, drop_path_rate=drop_path_rate, output_stride=output_stride, img_size=img_size,
             in_chans=in_chans, global_pool=global_pool, **private, **kwargs, **dd)
-        self.depths = choose_depths(net, num_experts, without_numpy(depths))
+        self.depths = choose_depths(net, num_experts, _without_numpy(depths))
         if not net.last_stages:
             fusion = False
             net.feature_info.append(joined_level(net.feature_info[-len(net.stages):], self.depths))
@@ -209,9 +221,8 @@ class Shike(PriorModel):
 
     def set_preprocessing(self, source: Source = True) -> None:
         """Configure the preprocessing of pretrained weights of the backbone, without loading them."""
-        config = preprocessing(self.backbone_name, source)
         self.pretrained_cfg.pop('license', None)  # The licence is that of other weights.
-        self.pretrained_cfg.update(config)
+        self.pretrained_cfg.update(preprocessing(self.backbone_name, source))
 
     def freeze_trunk(self) -> None:
         """Keep the stem and the shared stages as they are: it runs under no_grad, and in eval mode."""
@@ -250,7 +261,7 @@ class Shike(PriorModel):
             ValueError: If there is no such pooling, '' is given with classifiers, or the scale is not above 0 or is
                 given for linear classifiers.
         """
-        num_classes = whole_number('num_classes', num_classes)
+        num_classes = _whole_number('num_classes', num_classes)
         if global_pool is None and num_classes and not self.pool_type:
             global_pool = self.default_pool
         if cosine_scale is not None:
@@ -286,7 +297,7 @@ class Shike(PriorModel):
     def _model_args(self) -> Dict[str, Any]:
         """Arguments that timm writes into the configuration of a saved model: as created, and as set since."""
         made_with = {**self.implied_args, **self.__dict__.get('_made_with', {})}
-        args = {name: without_numpy(value) for name, value in made_with.items()}
+        args = {name: _without_numpy(value) for name, value in made_with.items()}
         now: Dict[str, Any] = dict(
             class_counts=self.class_counts, classifier_prior=self.classifier_prior, target_prior=self.target_prior,
             temperature=None if self.temperature == 1. else self.temperature)

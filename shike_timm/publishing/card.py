@@ -10,20 +10,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..data import find_dataset
 from ..data.config import DataConfig
 from ..data.decode import MODES
-from ..metrics import ShotConfig, shot_divisions
+from ..metrics import SHOTS, ShotConfig, shot_divisions
 from ..models import Shike
 from ..options import checked, options
 from ..training.config import TeacherConfig, card_options
 
 TEMPLATE = Path(__file__).with_name('card.md.jinja')
 METRIC_NAMES = {
-    'top1': 'Top-1 accuracy',
-    'top5': 'Top-5 accuracy',
-    'balanced': 'Balanced accuracy',
-    'many': 'Many-shot accuracy',
-    'medium': 'Medium-shot accuracy',
-    'few': 'Few-shot accuracy',
-}
+    'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy', 'balanced': 'Balanced accuracy',
+    **{shot: f'{shot.capitalize()}-shot accuracy' for shot in SHOTS}}
 PATHS = {  # Options that may name files or folders.
     'class_map', 'initial_checkpoint', 'kd_model_name', 'pretrained_backbone', 'train_list', 'train_split', 'val_list',
     'val_split',
@@ -69,28 +64,10 @@ def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalRes
     result = list(metrics.values())[-1]
     return [
         EvalResult(
-            task_type='image-classification',
-            dataset_type=args.get('dataset') or 'imagefolder',
-            dataset_name=_data_name(args),
-            dataset_split=_split(args),
-            metric_type='accuracy',
-            metric_name=label,
-            metric_value=result[key],
-        )
-        for key, label in METRIC_NAMES.items() if result.get(key) is not None
-    ]
-
-
-def _result_rows(metrics: Dict[str, Any]) -> List[List[str]]:
-    rows = []
-    for stage, result in metrics.items():
-        experts = result['experts'] if len(result['experts']) > 1 else []
-        outputs = {'ensemble' if experts else 'model': result}
-        outputs.update((f'expert {m}', expert) for m, expert in enumerate(experts))
-        for name, output in outputs.items():
-            cells = ['-' if output.get(key) is None else f'{output[key]:.2f}' for key in METRIC_NAMES]
-            rows.append([stage.removeprefix('stage_'), name, *cells])
-    return rows
+            task_type='image-classification', dataset_type=args.get('dataset') or 'imagefolder',
+            dataset_name=_data_name(args), dataset_split=_split(args), metric_type='accuracy', metric_name=label,
+            metric_value=result[key])
+        for key, label in METRIC_NAMES.items() if result.get(key) is not None]
 
 
 def _known(config: Dict[str, Any], most: int = 20) -> str:
@@ -116,13 +93,8 @@ def _recipe(metrics: Dict[str, Any], args: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def model_card(
-        repo_id: str,
-        model: Shike,
-        config: Dict[str, Any],
-        metrics: Optional[Dict[str, Any]] = None,
-        args: Optional[Dict[str, Any]] = None,
-        license: Optional[str] = None,
-        load_as: Optional[str] = None,
+        repo_id: str, model: Shike, config: Dict[str, Any], metrics: Optional[Dict[str, Any]] = None,
+        args: Optional[Dict[str, Any]] = None, license: Optional[str] = None, load_as: Optional[str] = None,
         worst: Optional[List[List[str]]] = None,
 ) -> ModelCard:
     """The card of a model: its `config.json`, and the `metrics.json` and `args.yaml` of its run without their folders.
@@ -136,14 +108,10 @@ def model_card(
         args['dataset'] = _dataset(args['dataset'])
     name, shots = repo_id.split('/')[-1], checked(ShotConfig, args)
     data = ModelCardData(
-        model_name=name if metrics else None,
-        library_name='timm',
+        model_name=name if metrics else None, library_name='timm', pipeline_tag='image-classification',
         license=license or config.get('pretrained_cfg', {}).get('license'),
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'long-tailed', 'shike'],
-        metrics=['accuracy'] if metrics else None,
-        eval_results=_eval_results(metrics, args) if metrics else None,
-    )
+        tags=['image-classification', 'timm', 'long-tailed', 'shike'], metrics=['accuracy'] if metrics else None,
+        eval_results=_eval_results(metrics, args) if metrics else None)
     divisions = shot_divisions(config.get('shot_counts', counts), shots) if counts else {}
     num_classes = config['num_classes']
     seen = list(metrics.values())[-1].get('balanced_classes', num_classes) if metrics else num_classes
@@ -155,6 +123,7 @@ def model_card(
         metadata=data.to_yaml(), name=name, model=model, config=config, args=args, seed=args.get('seed'),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()), data_name=_data_name(args),
         counts=counts, shots=shots, divisions={shot: int(mask.sum()) for shot, mask in divisions.items()},
-        results=_result_rows(metrics), averaged='all' if seen == num_classes else f'{seen} of {num_classes}',
-        known=_known(config), worst=worst, load_as=load_as or f'hf-hub:{repo_id}',
-        mode=MODES[model.in_chans], recipe=recipe, recipe_yaml=yaml.safe_dump(recipe, sort_keys=False)))
+        metrics=metrics, columns=list(METRIC_NAMES), known=_known(config), worst=worst,
+        averaged='all' if seen == num_classes else f'{seen} of {num_classes}',
+        load_as=load_as or f'hf-hub:{repo_id}', mode=MODES[model.in_chans], recipe=recipe,
+        recipe_yaml=yaml.safe_dump(recipe, sort_keys=False)))

@@ -62,8 +62,8 @@ class Analysis:
         self.confidence = confidence  # probability that the ensemble gives the predicted class [N]
         self.hardest_negative = hardest_negative  # largest probability that the ensemble gives a wrong class [N]
         self.right = predictions == saved.targets[:, None]  # [N, 1 + M]
-        self.total = np.bincount(saved.targets, minlength=num_classes)  # test images of each class [C]
-        self.right_by_class = _count_by_class(saved, self.right)  # correct answers [C, 1 + M]
+        self.total = evaluator.total.numpy()  # test images of each class [C]
+        self.right_by_class = evaluator.top1[:, :1 + num_experts].numpy()  # correct answers [C, 1 + M]
         with np.errstate(invalid='ignore'):
             self.accuracy = self.right_by_class / self.total[:, None]  # [C, 1 + M], NaN without test images
             # Accuracy of the ensemble with powers of the training prior added to its logits [C, T].

@@ -17,16 +17,7 @@ from ..devices import DeviceConfig
 from ..distributed import join_processes, rank, world_size
 from ..errors import InputError
 from ..files import check_results_file, write_text, write_whole
-from ..metrics import (
-    ShotConfig,
-    all_subsets,
-    balanced_over,
-    evaluate,
-    format_classes,
-    format_subsets,
-    format_table,
-    rejection,
-)
+from ..metrics import ShotConfig, all_subsets, evaluate, format_subsets, print_results
 from ..models.create import resolve_data_config
 from ..options import HparamsConfig, check_file_values, checked, complete, option, options
 from ..pretrained.load import (
@@ -38,8 +29,7 @@ from ..pretrained.load import (
 )
 from ..training.folder import read_args
 from .cam import CamConfig, draw_cams
-from .collect import add_costs, check_report, collect, count_gmacs
-from .logits import save_logits
+from .logits import add_costs, check_report, collect, count_gmacs, save_logits
 
 _logger = logging.getLogger(__name__)
 
@@ -190,16 +180,12 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     subsets = all_subsets(model.num_experts) if config.expert_subsets else ()
     kept = [] if config.save_logits or config.report else None
     metrics = evaluate(
-        model, loader, shot_counts, device, subsets, config.flip, per_class=True, shots=config, kept=kept,
-        threshold=trained.reject_threshold)
+        model, loader, shot_counts, device, subsets, config.flip, config, kept, trained.reject_threshold)
     metrics.update(per_class=dict(names=names, class_counts=counts, **metrics['per_class']))
     if rank():
         return metrics
 
-    print(format_classes(metrics['per_class'], names or [str(c) for c in range(len(counts))], counts))
-    print(format_table({'': metrics}), flush=True)
-    _logger.info(balanced_over(metrics, len(counts)))
-    _logger.info(rejection(metrics['reject'], known=trained.reject_threshold is not None))
+    print_results({'': metrics}, metrics['per_class'], names, counts, known=trained.reject_threshold is not None)
     _log_long_tail(metrics)
     passes = 2 if config.flip else 1
     try:

@@ -93,14 +93,10 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     analysis, other = models[0], earlier or (models[1] if len(models) > 1 else None)
-    figures, missing = {}, {}
+    figures = {}
     for name, function in DRAWINGS.items():
         figure, reason = draw(function, analysis, other)
-        svg = Markup(save(figure, folder / name))
-        if reason:
-            missing[name] = reason
-        else:
-            figures[name] = svg
+        figures[name] = dict(svg=Markup(save(figure, folder / name)), missing=reason)
     comparison = None
     for old in folder.glob('comparison.*'):  # An earlier report may have compared other models.
         old.unlink()
@@ -119,7 +115,7 @@ def write_report(
         version=__version__, analysis=analysis, saved=analysis.saved, models=models,
         metrics=shown_metrics(one.metrics for one in models),
         shares=['top1', 'balanced', 'macro_f1', *shown_divisions(one.metrics for one in models)],
-        figures=figures, missing=missing, comparison=comparison,
+        figures=figures, comparison=comparison,
         pairs=[_compare(*pair) for pair in combinations(models, 2)], seeds=seed_groups(models),
         confusions=costly_confusions(analysis), cams=cams,
         table=dict(header=header, rows=rows), most_listed=MOST_LISTED)

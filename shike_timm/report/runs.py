@@ -17,8 +17,7 @@ from ..training.folder import read_args
 from ..training.phases import PHASES
 from ..training.resume import saved_config
 from .cam import CamConfig, draw_cams
-from .collect import check_report, collect, count_gmacs
-from .logits import SavedLogits, load_logits
+from .logits import SavedLogits, check_report, collect, count_gmacs, load_logits
 
 
 @dataclass(frozen=True)

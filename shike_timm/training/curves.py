@@ -1,7 +1,7 @@
 """The learning curves of a run."""
 import csv
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -11,22 +11,18 @@ from ..errors import one_line
 from ..metrics import SHOTS
 from ..plotting import COLORS, NEUTRAL, STYLE, Missing, add_legend, draw, log_scale, new_figure
 from .folder import read_args
+from .progress import read_summary
 from .tasks import TERMS
-
-
-def read_curves(run: Path) -> Dict[str, List[Optional[float]]]:
-    """The columns of a run's `summary.csv`. None where an epoch has no value."""
-    try:
-        with (run / 'summary.csv').open(newline='') as file:
-            rows = list(csv.DictReader(file))
-        return {key: [float(row[key]) if row[key] else None for row in rows] for key in (rows[0] if rows else ())}
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise Missing(f'The summary.csv of the run cannot be read: {one_line(error)}.') from error
 
 
 def draw_curves(run: Path) -> Figure:
     """Loss, its terms and the accuracies of a run."""
-    curves: Any = read_curves(run)
+    try:
+        rows = read_summary(run / 'summary.csv')
+        names = rows[0] if rows else ()
+        curves: Any = {key: [float(row[key]) if row[key] else None for row in rows] for key in names}
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise Missing(f'The summary.csv of the run cannot be read: {one_line(error)}.') from error
     if not curves:
         raise Missing('The summary.csv of the run has no epoch yet.')
     border = read_args(run).get('epochs', 0) + 0.5  # between the stages of training

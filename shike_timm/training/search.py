@@ -1,8 +1,7 @@
 """Search for experts on a frozen trunk: the levels that they read, and the learning rate of their classifiers."""
 import logging
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence
 
 import numpy as np
 import torch
@@ -24,20 +23,12 @@ FOLDS, HELD = 5, 3  # The images of a class are dealt to five folds. Three of th
 RATES = (0.05,)  # Learning rates that are tried beside the given one.
 MOST_LEVELS = 6  # The last levels that are tried alone.
 TOPS, BELOW = 3, 3  # The last levels that are tried with others below them, and how many others.
+Levels = Sequence[Sequence[int]]  # The levels that each expert reads, counted from 1 at the shallowest.
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Experts, as the levels that each of them reads, and the settings of their classifiers."""
-
-    levels: Tuple[Tuple[int, ...], ...]  # Counted from 1 at the shallowest.
-    cosine_scale: float
-    lr: float
-
-    @property
-    def names(self) -> List[str]:
-        """The levels as `--levels` takes them."""
-        return ['+'.join(map(str, one)) for one in self.levels]
+def _names(levels: Levels) -> List[str]:
+    """The levels as `--levels` takes them."""
+    return ['+'.join(map(str, one)) for one in levels]
 
 
 def _folds(data: Any, seed: int) -> np.ndarray:
@@ -63,33 +54,35 @@ class _Fold:
         mean, variance = statistics(features, self.rows)
         self.mean, self.deviation = mean.float(), variance.sqrt().clamp_min(1e-5).float()
 
-    def read(self, rows: np.ndarray, views: Any, candidate: Candidate) -> Tensor:
+    def read(self, rows: np.ndarray, views: Any, levels: Levels) -> Tensor:
         """Features [B, M, D] of the experts from views of the images at these rows. Zeros fill up narrow experts."""
         values = (torch.from_numpy(self.features[rows, views]).float() - self.mean) / self.deviation
-        levels = values.split(self.widths, 1)
-        experts = [torch.cat([levels[level - 1] for level in one], 1) for one in candidate.levels]
+        parts = values.split(self.widths, 1)
+        experts = [torch.cat([parts[level - 1] for level in one], 1) for one in levels]
         width = max(one.shape[1] for one in experts)
         return torch.stack([F.pad(one, (0, width - one.shape[1])) for one in experts], 1)
 
 
-def _fit(fold: _Fold, labels: Tensor, class_counts: Tensor, candidate: Candidate, config: RunConfig) -> Tensor:
+def _fit(
+        fold: _Fold, labels: Tensor, class_counts: Tensor, levels: Levels, lr: float, scale: float, config: RunConfig,
+) -> Tensor:
     """Class weights [M, C, D] of cosine classifiers that begin at class means and learn with balanced softmax."""
     generator = torch.Generator().manual_seed(config.seed)
     weight: Any = 0
     for rows in np.array_split(fold.rows, -(-len(fold.rows) // READ_AT_ONCE)):
-        normalised = F.normalize(fold.read(rows, 0, candidate), dim=-1).transpose(0, 1)
+        normalised = F.normalize(fold.read(rows, 0, levels), dim=-1).transpose(0, 1)
         sums = normalised.new_zeros(len(normalised), len(class_counts), normalised.shape[2])
         weight = weight + sums.index_add_(1, labels[rows], normalised)
     weight = F.normalize(weight, dim=-1).requires_grad_()
     optimizer = torch.optim.SGD(
-        [weight], candidate.lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True)
+        [weight], lr, momentum=config.momentum, weight_decay=config.weight_decay, nesterov=True)
     steps = math.ceil(len(fold.rows) / config.batch_size) * config.epochs
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(config.epochs):
         views = torch.randint(fold.features.shape[1], (len(fold.rows),), generator=generator)
         for chosen in torch.randperm(len(fold.rows), generator=generator).split(config.batch_size):
             rows = fold.rows[chosen]
-            logits = candidate.cosine_scale * cosines(fold.read(rows, views[chosen].numpy(), candidate), weight)
+            logits = scale * cosines(fold.read(rows, views[chosen].numpy(), levels), weight)
             optimizer.zero_grad()
             balanced_softmax(logits, labels[rows], class_counts).backward()
             optimizer.step()
@@ -113,34 +106,30 @@ def search(
     folds = [_Fold(features, numbers == k, widths) for k in range(HELD) if (numbers == k).any()]
     if not folds:
         raise InputError('--search needs a class of several images to set some aside: give --levels and --no-search.')
-    tried: List[Tuple[Candidate, Dict[str, Any]]] = []
+    count, scale = len(widths), config.cosine_scale or COSINE_SCALE
+    tried: List[Dict[str, Any]] = []
 
-    def attempt(candidate: Candidate) -> None:
-        evaluator = ExpertEvaluator(len(candidate.levels), [0] * num_classes, torch.device('cpu'))
+    def attempt(levels: Levels, lr: float = config.lr) -> None:
+        evaluator = ExpertEvaluator(len(levels), [0] * num_classes, torch.device('cpu'))
         for fold in folds:
             stop.check()
             counts = torch.bincount(labels[fold.rows], minlength=num_classes).clamp_min(1).float()
-            weight = _fit(fold, labels, counts, candidate, config)
+            weight = _fit(fold, labels, counts, levels, lr, scale, config)
             for rows in np.array_split(fold.held, -(-len(fold.held) // READ_AT_ONCE)):
-                evaluator.update(cosines(fold.read(rows, 0, candidate), weight), labels[rows])
+                evaluator.update(cosines(fold.read(rows, 0, levels), weight), labels[rows])
         scores = evaluator.compute()
-        tried.append((candidate, {key: scores[key] for key in ('top1', 'balanced')}))
+        tried.append(dict(levels=levels, cosine_scale=scale, lr=lr, top1=scores['top1'], balanced=scores['balanced']))
+        tried.sort(key=lambda one: -one['balanced'])
         _logger.info(
-            f"Search: levels {' '.join(candidate.names)}, learning rate {candidate.lr:g}. "
+            f"Search: levels {' '.join(_names(levels))}, learning rate {lr:g}. "
             f"top1: {scores['top1']}  balanced: {scores['balanced']}")
 
-    def best() -> Candidate:
-        return max(tried, key=lambda one: one[1]['balanced'])[0]
-
-    count = len(widths)
-    first = Candidate(((count,),), config.cosine_scale or COSINE_SCALE, config.lr)
     for level in range(count, max(count - MOST_LEVELS, 0), -1):
-        attempt(replace(first, levels=((level,),)))
+        attempt([[level]])
     for top in range(count, max(count - TOPS, 1), -1):
-        below = tuple(range(max(top - BELOW, 1), top))
-        attempt(replace(first, levels=((*below, top),)))
-        attempt(replace(first, levels=tuple((level, top) for level in below)))
+        below = range(max(top - BELOW, 1), top)
+        attempt([[*below, top]])
+        attempt([[level, top] for level in below])
     for lr in RATES:
-        attempt(replace(best(), lr=lr))
-    tried.sort(key=lambda one: -one[1]['balanced'])
-    return [dict(levels=one.names, cosine_scale=one.cosine_scale, lr=one.lr, **scores) for one, scores in tried]
+        attempt(tried[0]['levels'], lr)
+    return [dict(one, levels=_names(one['levels'])) for one in tried]

@@ -3,7 +3,7 @@ from functools import partial
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 import torch
-from timm.task import DistillationTeacher, TrainingTask
+from timm.task import ClassificationTask, DistillationTeacher
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ class ExpertLogits(nn.Module):
         return self.model.forward_expert_head(x)
 
 
-class ExpertTask(TrainingTask):
+class ExpertTask(ClassificationTask):
     """Training of a SHIKE model with any loss of the stacked expert logits.
 
     Evaluation sees the bare model. `loss` goes from expert logits [B, M, C] and a target to a scalar, or to a named
@@ -45,8 +45,6 @@ class ExpertTask(TrainingTask):
     not trained, are distilled into each expert. Its images are normalized with `mean` and `std`.
     """
 
-    trainable_module: nn.Module
-
     def __init__(
             self, model: Shike, loss: Callable[..., Any] = representation_loss,
             late_loss: Optional[Callable[..., Tensor]] = None, freeze_features: bool = False, trunk_grad: str = 'sum',
@@ -54,13 +52,11 @@ class ExpertTask(TrainingTask):
             mean: Optional[Sequence[float]] = None, std: Optional[Sequence[float]] = None,
             device: Optional[torch.device] = None,
     ):
-        super().__init__(device=device)
-        self.trainable_module = ExpertLogits(model, freeze_features)
+        super().__init__(ExpertLogits(model, freeze_features), loss, device=device, verbose=False)
         if trunk_grad == 'mean':
             for parameter in (*model.stem.parameters(), *model.stages.parameters()):
                 if parameter.requires_grad:
                     parameter.register_hook(lambda grad: grad / model.num_experts)
-        self.loss = loss
         self.late_loss = late_loss or loss
         self.progress = 0.
         self.teacher = teacher
@@ -83,18 +79,11 @@ class ExpertTask(TrainingTask):
             self.teacher.eval()
         return self
 
-    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'ExpertTask':
-        """Wrap the trainable module in DistributedDataParallel, with the arguments of timm's tasks."""
-        self.trainable_module = nn.parallel.DistributedDataParallel(
-            self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        return self
-
-    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Compile trainable module and teacher, before distributed wrapping. Evaluation keeps the bare model."""
         if self.teacher is not None:
-            self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        return self.trainable_module
+            self.teacher.compile(*args, **kwargs)
+        return super().compile(*args, **kwargs)
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
         """The bare SHIKE model, or its moving average, None where there is no average."""
@@ -113,7 +102,7 @@ class ExpertTask(TrainingTask):
         The target are class indices [B], or class probabilities [B, C] if the loss takes them.
         """
         logits = self.trainable_module(input)
-        result = (self.loss if self.progress < LATE else self.late_loss)(logits, target)
+        result = (self.criterion if self.progress < LATE else self.late_loss)(logits, target)
         total, terms = (result, {}) if isinstance(result, Tensor) else (result[0], result._asdict())
         terms.pop('total', None)
         if self.teacher is not None:

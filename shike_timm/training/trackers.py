@@ -10,51 +10,33 @@ from .config import OutputConfig
 from .progress import read_summary
 
 Tracker = Callable[[Dict[str, float]], Any]
-
-def _start_wandb(config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
-    """Start Weights & Biases; timm's `update_summary` logs to it."""
-    import wandb  # pyright: ignore[reportMissingImports]
-    wandb.init(project=config.wandb_project, name=config.experiment, config=vars(config))
-    stack.callback(wandb.finish)
-    return lambda values: None
-
-
-def _start_trackio(config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
-    import trackio  # pyright: ignore[reportMissingImports]
-    resume = 'never' if getattr(config, 'resume', None) is None else 'allow'  # A retraining has no such option.
-    trackio.init(project=config.trackio_project, name=config.experiment, config=vars(config), resume=resume)
-    stack.callback(trackio.finish)
-    return lambda values: trackio.log(values, step=int(values['epoch']))
-
-
-def _start_tensorboard(config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
-    from torch.utils.tensorboard import SummaryWriter
-    writer = stack.enter_context(SummaryWriter(folder))
-
-    def write(values: Dict[str, float]) -> None:
-        for key, value in values.items():
-            writer.add_scalar(key, value, int(values['epoch']))
-
-    return write
-
-
-# The tracker of each option: the module that it needs, its package, and how it starts.
-_TRACKERS = {
-    'log_wandb': ('wandb', 'wandb', _start_wandb),
-    'log_trackio': ('trackio', 'trackio', _start_trackio),
-    'log_tensorboard': ('torch.utils.tensorboard', 'tensorboard', _start_tensorboard),
-}
+# The module of each option that chooses a tracker. The last part of its name is that of its package.
+TRACKERS = {'log_wandb': 'wandb', 'log_trackio': 'trackio', 'log_tensorboard': 'torch.utils.tensorboard'}
 
 
 def check_trackers(config: OutputConfig) -> None:
     """Refuse a tracker that is not installed."""
-    for name, (module, package, _) in _TRACKERS.items():
+    for name, module in TRACKERS.items():
         if getattr(config, name):
             try:
                 importlib.import_module(module)
             except ImportError as error:
-                flag = name.replace('_', '-')
+                flag, package = name.replace('_', '-'), module.split('.')[-1]
                 raise InputError(f'--{flag} needs {package}: pip install {package}, or leave it out.') from error
+
+
+def _start(name: str, config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
+    """Start a tracker and give the function that logs to it. The stack ends it."""
+    module = importlib.import_module(TRACKERS[name])
+    if name == 'log_tensorboard':
+        writer = stack.enter_context(module.SummaryWriter(folder))
+        return lambda values: [writer.add_scalar(key, value, int(values['epoch'])) for key, value in values.items()]
+    options: Dict[str, Any] = dict(project=getattr(config, f'{TRACKERS[name]}_project'))
+    if name == 'log_trackio':  # A retraining has no option to resume.
+        options['resume'] = 'never' if getattr(config, 'resume', None) is None else 'allow'
+    module.init(name=config.experiment, config=vars(config), **options)
+    stack.callback(module.finish)
+    return lambda values: module.log(values, step=int(values['epoch']))
 
 
 @contextmanager
@@ -69,10 +51,10 @@ def tracking(config: OutputConfig, folder: Path) -> Iterator[Callable[[Path], No
                 tracker(values)
 
     with ExitStack() as stack:
-        for name, (*_, start) in _TRACKERS.items():
+        for name in TRACKERS:
             if getattr(config, name) and not rank():
                 try:
-                    trackers.append(start(config, folder, stack))
+                    trackers.append(_start(name, config, folder, stack))
                 except Exception as error:  # A service that refuses may raise anything, and so may a full disk.
                     flag = name.replace('_', '-')
                     raise InputError(

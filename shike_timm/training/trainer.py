@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -14,7 +14,6 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from timm.optim.lookahead import Lookahead
 from timm.task import DistillationTeacher
 from timm.utils import NativeScaler, distribute_bn, update_summary
@@ -26,7 +25,7 @@ from ..data import TrainingData, create_train_loader, set_mixup, set_stream_epoc
 from ..data.sampler import EpochSampler
 from ..distributed import Vote, gather, on_primary, over_processes, rank, world_size
 from ..files import named_errors, write_text
-from ..metrics import METRICS, balanced_over, evaluate, fit_temperature, format_classes, format_table, rejection
+from ..metrics import METRICS, evaluate, fit_temperature, print_results
 from ..models import Shike
 from ..models.create import create_model
 from ..models.lora import merge_lora
@@ -86,7 +85,10 @@ class Trainer:
         metrics = read_metrics(self.folder) or dict(self.before)
         num_steps = sum(phase.epochs for phase in self.phases) * len(self.train_loader)
         with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
-              show_progress(num_steps, not self.config.log_interval) as self.progress, self._own_folder(resumed)):
+              show_progress(num_steps, not self.config.log_interval) as self.progress, ExitStack() as stack):
+            on_primary(lambda: stack.callback(claim_folder(self.folder, self.config, resumed).release))
+            # This folder tells a retraining from a whole run.
+            on_primary(partial((self.folder / self.phase.name).mkdir, exist_ok=True))
             _logger.info(self.data.describe())
             on_primary(self.data.write_split_lists, self.folder)
             if self.before:
@@ -103,10 +105,7 @@ class Trainer:
         last = metrics[self.phase.name]
         on_primary(self._write_model, last['reject']['threshold'])
         if rank() == 0:
-            print(format_classes(self.per_class, self.data.class_names, self.data.class_counts))
-            print(format_table(metrics), flush=True)
-            _logger.info(balanced_over(last, self.data.num_classes))
-            _logger.info(rejection(last['reject'], known=True))
+            print_results(metrics, self.per_class, self.data.class_names, self.data.class_counts, known=True)
         self._log_change(metrics)
         _logger.info(f'Run folder: {self.folder}')
         return metrics
@@ -273,9 +272,7 @@ class Trainer:
                     f'{key}: {metrics[key]}' for key in METRICS if metrics[key] is not None)
             _logger.info(f'Train: {self._where(epoch)}, {self.progress.left()} left  {status}')
             evaluated = {key: metrics[key] if metrics else None for key in METRICS}
-            on_primary(partial(
-                update_summary, phase.first_row + epoch, trained, evaluated, str(summary), self._lr(),
-                log_wandb=config.log_wandb))
+            on_primary(update_summary, phase.first_row + epoch, trained, evaluated, str(summary), self._lr())
             on_primary(self.track, summary)
             on_primary(self.saver.save_epoch, epoch, metrics[config.eval_metric] if (
                 metrics and config.eval_metric) else None)
@@ -405,8 +402,7 @@ class Trainer:
     def evaluate(self, model: nn.Module, kept: Optional[List[Tuple[Tensor, Tensor]]] = None) -> Dict[str, Any]:
         """Metrics of a model on the evaluation data. Logits and targets are added to `kept`, if it is given."""
         metrics = evaluate(
-            model, self.eval_loader, self.data.shot_counts, self.device, per_class=True, shots=self.config,
-            kept=kept)
+            model, self.eval_loader, self.data.shot_counts, self.device, shots=self.config, kept=kept)
         self.per_class = metrics.pop('per_class')
         return metrics
 
@@ -434,19 +430,6 @@ class Trainer:
         _logger.info(
             f'Calibration: a temperature of {temperature:g} fits the evaluation images best. Without it their '
             f'calibration error (ece) is {before} %.')
-
-    @contextmanager
-    def _own_folder(self, resumed: bool) -> Iterator[None]:
-        """Create the run folder, and keep other processes out of it."""
-        locks: List[FileLock] = []
-        on_primary(lambda: locks.append(claim_folder(self.folder, self.config, resumed)))
-        # This folder tells a retraining from a whole run.
-        on_primary(partial((self.folder / self.phase.name).mkdir, exist_ok=True))
-        try:
-            yield
-        finally:
-            for lock in locks:
-                lock.release()
 
     def _write_model(self, reject_threshold: float) -> None:
         """Write the model folder and, where matplotlib is installed, the learning curves."""
