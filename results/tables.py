@@ -236,7 +236,8 @@ def make_runs_table(name: str, results: Path) -> str:
     """The table of the recorded runs. Comparisons need two rows."""
     recorded = {row['name']: row for row in read_rows(results)}
     caption, table_rows = TABLES[name]
-    left_out = {'stage_one_balanced', 'balanced'} if name not in ('finetune', 'plankton_frozen', 'plankton_part') else set()
+    balanced = name in ('finetune', 'plankton_frozen', 'plankton_part')
+    left_out = set() if balanced else {'stage_one_balanced', 'balanced'}
     columns = [key for key in COLUMNS if key not in left_out]
     rows = []
     for what, names, paper in table_rows:
