@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from shike_timm.data import AugmentationConfig, LoaderConfig, SourceConfig, create_train_loader, load_training_data
-from shike_timm.data.sources.files import FolderImages
+from shike_timm.data.sources.tar import FolderImages
 
 CONFIG = dict(input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
 

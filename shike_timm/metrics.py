@@ -220,7 +220,7 @@ def evaluate(
 
 
 def balanced_over(metrics: Dict[str, Any], num_classes: int) -> str:
-    """Sentences that say how many classes the balanced accuracy averages, and what the table leaves out."""
+    """Sentences below a table: how many classes have images and count in its means, and which divisions it lacks."""
     divisions = [shot for shot in SHOTS if metrics[shot] is not None]
     return (
         f"balanced and macro_f1 are means over {metrics['balanced_classes']} of {num_classes} classes, those with "

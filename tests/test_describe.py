@@ -13,7 +13,7 @@ from shike_timm.cli.describe import _label_gaps, describe_data, parse_describe_a
 from shike_timm.data import SourceConfig, in_memory_set, load_training_data
 from shike_timm.data.dataset import ImageSet, ImageSource, StreamSet
 from shike_timm.data.inspect import find_similar, inspect_images
-from shike_timm.data.sources.files import FolderImages
+from shike_timm.data.sources.tar import FolderImages
 
 
 @pytest.fixture

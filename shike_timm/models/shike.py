@@ -430,7 +430,7 @@ class Shike(PriorModel):
 
     @torch.jit.ignore()
     def forward_levels(self, x: Tensor) -> Tensor:
-        """What `forward_features` gives, from pooled features. Only experts without private stages can do that."""
+        """What `forward_features` gives, from pooled features. This needs experts without private stages."""
         pooled = x.split(self.level_widths, dim=1)
         experts: Any = self.experts
         return torch.cat([expert.join([pooled[i - 1] for i in expert.levels]) for expert in experts], dim=1)

@@ -25,7 +25,7 @@ def load_teacher(
             num_classes = teacher(torch.zeros(1, *input_size, device=device)).shape[-1]
         cfg = getattr(teacher.model, 'pretrained_cfg', {})
         config = read_config(name, cfg.get('file')) if ':' in name or cfg.get('file') else {}
-    except Exception as error:  # A wrong name or a damaged folder can make timm, torch or safetensors raise anything.
+    except Exception as error:  # Wrong names and damaged folders raise errors of many types.
         raise InputError(f"--kd-model-name '{name}' cannot teach: {one_line(error)}.") from error
     if num_classes != data.num_classes:
         raise InputError(

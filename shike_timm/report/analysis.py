@@ -32,7 +32,7 @@ def _count_by_class(saved: SavedLogits, right: np.ndarray) -> np.ndarray:
 
 
 class Analysis:
-    """The numbers of saved logits. Output 0 is the ensemble, output 1 + m is expert m."""
+    """What a report computes from saved logits. Output 0 is the ensemble, output 1 + m is expert m."""
 
     def __init__(self, saved: SavedLogits):
         num_images, num_experts, num_classes = saved.logits.shape
@@ -68,7 +68,7 @@ class Analysis:
             self.accuracy = self.right_by_class / self.total[:, None]  # [C, 1 + M], NaN without test images
             # Accuracy of the ensemble with powers of the training prior added to its logits [C, T].
             self.tilted = _count_by_class(saved, tilted == saved.targets[:, None]) / self.total[:, None]
-        # The classes by shot division, then from the most training images to the fewest.
+        # Classes are sorted by shot division, and within each from the most training images to the fewest.
         self.order = np.lexsort((-saved.class_counts, saved.shots))
         # Masks [C] of the shot divisions, without the classes that have no test images.
         self.shots = {shot: (saved.shots == number) & (self.total > 0) for number, shot in enumerate(SHOTS)}
@@ -124,11 +124,11 @@ def mean_intervals(
 ) -> Dict[str, Optional[Tuple[float, float]]]:
     """95 % intervals, in percent, of mean values over other test images of the same classes. None without classes.
 
-    `outcomes` counts the images by class and outcome [C, K], `values` has the value of each outcome, `shots` the masks
-    of the shot divisions. The intervals are of the mean over images, `top1`, over classes, `balanced`, and over the
+    `outcomes` [C, K] counts the images of each class with each outcome. `values` [K] has the value of each outcome, and
+    `shots` a mask [C] for each shot division. The intervals are of the mean over images, `top1`, over classes, `balanced`, and over the
     classes of each division. Each interval contains the mean itself.
 
-    The mean of the n images of a class has 1 / n of the variance of one image. The shares of the outcomes estimate that
+    The mean over the n images of a class has 1 / n of the variance of one image's value. The shares of the outcomes estimate that
     variance too small by the factor (n - 1) / n, which is 0 for n = 1. The shot division makes up for it: a class gets
     the variance (v + V / n) / n, where v is its own and V that of the whole division. This is right if the classes of a
     division are alike, and too wide if not. Over the m images of a division it adds up to V / m. The intervals are

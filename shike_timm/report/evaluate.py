@@ -112,7 +112,7 @@ def _load_split(config: EvalConfig, trained: TrainedModel) -> AnySet:
 
 
 def _write_results(path: str, metrics: Dict[str, Any]) -> None:
-    """Write metrics as JSON, or as a table of the classes after a row of all images and one of the means of classes."""
+    """Write metrics as JSON, or as a CSV table. It has a row of all images, a row of class means, and a row a class."""
     if Path(path).suffix.lower() != '.csv':
         write_text(path, json.dumps(metrics, indent=2) + '\n')
         return

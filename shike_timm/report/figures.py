@@ -19,7 +19,7 @@ MANY_POINTS = 1000  # More points than this are drawn as pixels, which keeps fil
 
 
 def shorten(name: str, length: int = 24) -> str:
-    """A class name that fits into a line of a figure. The middle goes: names often begin alike."""
+    """A class name that fits into a line of a figure. It is cut in the middle, because names often begin alike."""
     name = ' '.join(''.join(char if char.isprintable() else ' ' for char in name).split())
     return name if len(name) <= length else f'{name[:length // 2]}…{name[len(name) - (length - 1) // 2:]}'
 

@@ -19,14 +19,14 @@ NOT_SAVED = ('hparams', 'resume', 'checkpoint')  # These options name files for 
 
 
 def read_args(folder: Path) -> Dict[str, Any]:
-    """The options in the `args.yaml` of a run folder, empty without one. Other versions may have had others."""
+    """The options in the `args.yaml` of a run folder, none if the file is missing. Old files may have other options."""
     path = folder / 'args.yaml'
     values = read_yaml(str(path)) if os.path.isfile(path) else {}
     return check_saved(TrainConfig, values, f"'{path}'")
 
 
 def read_metrics(folder: Path) -> Dict[str, Any]:
-    """The metrics by phase in the `metrics.json` of a run folder, empty without one."""
+    """The metrics by phase in the `metrics.json` of a run folder, none if the file is missing."""
     path = folder / 'metrics.json'
     metrics = read_json(path) if os.path.isfile(path) else {}
     for phase, result in metrics.items():

@@ -14,7 +14,7 @@ PHASES = ('stage_one', 'stage_two')  # The names of the phases in files, in orde
 class Phase:
     """A part of training that has its own optimizer, schedule and checkpoints."""
 
-    number: int  # 1 is stage one, 2 is classifier retraining.
+    number: int  # 1: stage one. 2: classifier retraining, stage two.
     epochs: int  # The warm-up is included.
     lr: float  # The peak learning rate.
     warmup_epochs: int = 0

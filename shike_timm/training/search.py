@@ -21,8 +21,8 @@ _logger = logging.getLogger(__name__)
 CHOSEN = ('levels', 'num_experts', 'cosine_scale', 'lr', 'search')  # Options that a search sets.
 FOLDS, HELD = 5, 3  # The images of a class are dealt to five folds. Three of them are held out in turn.
 RATES = (0.05,)  # Learning rates that are tried beside the given one.
-MOST_LEVELS = 6  # The last levels that are tried alone.
-TOPS, BELOW = 3, 3  # The last levels that are tried with others below them, and how many others.
+MOST_LEVELS = 6  # So many of the last levels are tried alone, one candidate each.
+TOPS, BELOW = 3, 3  # So many of the last levels are tried together with others below, and how many others.
 Levels = Sequence[Sequence[int]]  # The levels that each expert reads, counted from 1 at the shallowest.
 
 

@@ -38,8 +38,8 @@ class ExpertLogits(nn.Module):
 class ExpertTask(ClassificationTask):
     """Training of a SHIKE model with any loss of the stacked expert logits.
 
-    Evaluation sees the bare model. `loss` goes from expert logits [B, M, C] and a target to a scalar, or to a named
-    tuple of scalars that begins with the total. `late_loss` replaces it once `progress`, the share of the epochs that
+    Evaluation sees the bare model. `loss` takes expert logits [B, M, C] and a target. It returns a scalar, or a named
+    tuple of scalars whose first one is the total. `late_loss` replaces it once `progress`, the share of the epochs that
     are done, reaches `LATE`. With `freeze_features` no graph is built below the classifiers. With a
     `trunk_grad` of 'mean' the trunk's gradient is divided by the number of experts. The logits of a teacher, which is
     not trained, are distilled into each expert. Its images are normalized with `mean` and `std`.
@@ -117,7 +117,7 @@ class ExpertTask(ClassificationTask):
 class ClassifierRetrainingTask(ExpertTask):
     """Stage two: new classifiers trained with balanced softmax, everything else frozen (Eq. 11).
 
-    The model gets them when the task is made. BatchNorm statistics keep updating.
+    The new classifiers are put into the model when the task is made. BatchNorm statistics keep updating.
     """
 
     def __init__(

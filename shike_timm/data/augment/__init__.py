@@ -22,7 +22,7 @@ class AugmentationConfig:
     color_jitter: float = option(0.4, 'strength of colour jitter. It is off with --aa')
     force_color_jitter: bool = option(False, 'jitter colours before --aa too', card='changed')
     color_jitter_prob: Optional[float] = option(
-        None, 'probability of colour jitter. By default 1', 'P', low=0, card='changed')
+        None, 'probability of colour jitter, 1 if it is not given', 'P', low=0, card='changed')
     grayscale_prob: float = option(0., 'probability of making an image grey', 'P', low=0, card='changed')
     gaussian_blur_prob: float = option(0., 'probability of Gaussian blur', 'P', low=0, card='changed')
     aa: Optional[str] = option(

@@ -10,7 +10,7 @@ from ..config import SourceConfig
 from ..dataset import ImageSet, label_images
 from ..decode import image_extensions
 from ..registry import DataSource, register_dataset
-from .files import Member, open_files, tar_members
+from .tar import Member, open_files, tar_members
 from .lists import check_disjoint, exclude, load_list
 
 # A default split name stands for all names of its line.

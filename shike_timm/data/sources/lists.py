@@ -12,7 +12,7 @@ from ...errors import InputError, one_line
 from ..config import SourceConfig
 from ..dataset import ImageSet, label_images
 from ..decode import image_extensions
-from .files import open_files, tar_members
+from .tar import open_files, tar_members
 
 INPUT_KEYS = ('path', 'image', 'filename', 'file_name', 'file')
 TARGET_KEYS = ('label', 'target', 'class', 'category')

@@ -10,7 +10,7 @@ from typing import Optional, Sequence, Tuple
 from ...errors import InputError
 from ..dataset import ImageSet, label_images
 from ..registry import DataSource, register_dataset
-from .files import open_files
+from .tar import open_files
 from .folder import list_folder, list_images
 from .lists import check_disjoint, exclude, load_list
 

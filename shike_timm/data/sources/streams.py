@@ -12,7 +12,7 @@ from ..config import SourceConfig
 from ..dataset import AnySet, ImageSet, StreamSet, label_images
 from ..decode import create_decoder, image_extensions
 from ..registry import register_dataset
-from .files import TarImages, tar_members
+from .tar import TarImages, tar_members
 from .timm_source import TimmSource
 
 

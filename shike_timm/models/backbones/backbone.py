@@ -15,7 +15,7 @@ class Backbone:
     stem: nn.Module  # Everything before the first shared stage.
     stages: List[nn.Module]  # The shared stages in order.
     last_stages: Sequence[nn.Module]  # The private stages of each expert, as one module that gives features alone.
-    # An entry describes the stem (if it is a feature level), a shared stage or the private stages: `num_chs`,
+    # Each entry describes one part: the stem, if it is a feature level, a shared stage, or the private stages: `num_chs`,
     # `reduction` (input over output resolution), `output_fmt` ('NCHW', 'NHWC' or 'NLC', timm's names),
     # `num_prefix_tokens` (class and register tokens, which come before those of the patches), and for tokens `has_map`
     # (whether the others lie in the order of the image).
@@ -26,7 +26,7 @@ class Backbone:
     heads: Optional[Sequence[nn.Module]] = None  # For each expert, features to vectors. None is plain pooling of maps.
     global_pool: str = 'avg'  # The pooling of those heads, or of plain maps.
     head_hidden_size: Optional[int] = None  # Width of those vectors. By default the channels of the features.
-    img_size: Optional[Tuple[int, int]] = None  # Size of the images, if the network is made for one.
+    img_size: Optional[Tuple[int, int]] = None  # Size of the images that the network is made for, if any.
     fixed_input_size: bool = False  # Whether the network takes no other size.
     no_weight_decay: Set[str] = field(default_factory=set)  # Parameters whose names end so have no weight decay.
 

@@ -1,4 +1,4 @@
-"""Image files in a folder or in uncompressed tar archives, by their paths."""
+"""Image files in uncompressed tar archives or in a folder, by their paths."""
 import os
 import tarfile
 from collections import Counter
