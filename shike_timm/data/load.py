@@ -196,7 +196,7 @@ def load_eval_data(
         config: SourceConfig, class_names: Optional[Sequence[str]] = None, in_chans: Optional[int] = None,
         run_folder: Union[None, str, Path] = None, workers: int = 0, batch_size: int = 1, seed: int = 42,
 ) -> AnySet:
-    """Load an evaluation split alone, with `in_chans` channels, or else the images that the run of a folder held out."""
+    """Load an evaluation split alone, with `in_chans` channels. Without one, load what a run folder has held out."""
     if in_chans:
         config = replace(config, in_chans=in_chans, input_size=None)
     config = replace(config, in_chans=config.channels)

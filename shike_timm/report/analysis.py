@@ -125,11 +125,11 @@ def mean_intervals(
     """95 % intervals, in percent, of mean values over other test images of the same classes. None without classes.
 
     `outcomes` [C, K] counts the images of each class with each outcome. `values` [K] has the value of each outcome, and
-    `shots` a mask [C] for each shot division. The intervals are of the mean over images, `top1`, over classes, `balanced`, and over the
-    classes of each division. Each interval contains the mean itself.
+    `shots` a mask [C] for each shot division. There are intervals of the mean over images, `top1`, of the mean over
+    classes, `balanced`, and of the mean over the classes of each division. Each interval contains the mean itself.
 
-    The mean over the n images of a class has 1 / n of the variance of one image's value. The shares of the outcomes estimate that
-    variance too small by the factor (n - 1) / n, which is 0 for n = 1. The shot division makes up for it: a class gets
+    The mean over the n images of a class has 1 / n of the variance of one image. The shares of the outcomes estimate
+    this variance too small by the factor (n - 1) / n, which is 0 for n = 1. The shot division corrects it: a class gets
     the variance (v + V / n) / n, where v is its own and V that of the whole division. This is right if the classes of a
     division are alike, and too wide if not. Over the m images of a division it adds up to V / m. The intervals are
     percentiles of draws from Jeffreys' posterior of such means. The draws of the divisions add up to those of all.

@@ -10,8 +10,8 @@ from ..config import SourceConfig
 from ..dataset import ImageSet, label_images
 from ..decode import image_extensions
 from ..registry import DataSource, register_dataset
-from .tar import Member, open_files, tar_members
 from .lists import check_disjoint, exclude, load_list
+from .tar import Member, open_files, tar_members
 
 # A default split name stands for all names of its line.
 TRAIN_SPLITS = ('train', 'training')

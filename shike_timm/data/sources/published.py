@@ -10,9 +10,9 @@ from typing import Optional, Sequence, Tuple
 from ...errors import InputError
 from ..dataset import ImageSet, label_images
 from ..registry import DataSource, register_dataset
-from .tar import open_files
 from .folder import list_folder, list_images
 from .lists import check_disjoint, exclude, load_list
+from .tar import open_files
 
 _logger = logging.getLogger(__name__)
 

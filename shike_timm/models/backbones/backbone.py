@@ -15,7 +15,7 @@ class Backbone:
     stem: nn.Module  # Everything before the first shared stage.
     stages: List[nn.Module]  # The shared stages in order.
     last_stages: Sequence[nn.Module]  # The private stages of each expert, as one module that gives features alone.
-    # Each entry describes one part: the stem, if it is a feature level, a shared stage, or the private stages: `num_chs`,
+    # Each entry describes the stem (if it is a feature level), a shared stage, or the private stages: `num_chs`,
     # `reduction` (input over output resolution), `output_fmt` ('NCHW', 'NHWC' or 'NLC', timm's names),
     # `num_prefix_tokens` (class and register tokens, which come before those of the patches), and for tokens `has_map`
     # (whether the others lie in the order of the image).
