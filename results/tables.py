@@ -125,6 +125,8 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('MobileNetV2: three experts, frozen trunk, 5 + 1', ['mobilenetv2_val_three'], None),
         ('MobileNetV2: SHIKE, frozen trunk, 5 + 1', ['mobilenetv2_val_shike'], None),
         ('ViT-S/14: one network, AdamW, 3 + 1', ['vit_val_plain'], None),
+        ('ViT-S/14: SHIKE, AdamW, 3 + 1', ['vit_val_shike_full_3'], None),
+        ('ViT-S/14: SHIKE, AdamW, 2 + 1', ['vit_val_shike_full'], None),
         ('ViT-S/14: three experts, frozen trunk, AdamW, 4 + 1', ['vit_val_three'], None),
         ('ViT-S/14: SHIKE, frozen trunk, AdamW, 4 + 1', ['vit_val_shike'], None),
         ('ViT-S/14: SHIKE, frozen trunk, SGD, 4 + 1', ['vit_val_shike_sgd'], None),
@@ -172,20 +174,6 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('plankton: SHIKE, 3 + 1', ['plankton_shike'], None),
         ('plankton: one plain network, 7 + 2', ['plankton_plain_long'], None),
         ('plankton: SHIKE, 7 + 2', ['plankton_shike_long'], None),
-    ]),
-    'finetune_vit': (
-        'ViT-S/14 at 98 px, CIFAR-100-LT (100), 50 training images a class set aside, one epoch of stage two:', [
-            ('one network, AdamW, 3 epochs', ['vit_val_plain'], None),
-            ('SHIKE, AdamW, 3 epochs', ['vit_val_shike_full_3'], None),
-            ('SHIKE, AdamW, 2 epochs', ['vit_val_shike_full'], None),
-            ('SHIKE, frozen trunk, SGD, 4 epochs', ['vit_val_shike_sgd'], None),
-            ('SHIKE, frozen trunk, AdamW, 4 epochs', ['vit_val_shike'], None),
-            ('three experts, frozen trunk, AdamW, 4 epochs', ['vit_val_three'], None),
-        ]),
-    'finetune_mobilenetv2': ('MobileNetV2 (tuned on dogs) at 96 px, the same images, one epoch of stage two:', [
-        ('one network, 4 epochs', ['mobilenetv2_val_plain'], None),
-        ('SHIKE, frozen trunk, 5 epochs', ['mobilenetv2_val_shike'], None),
-        ('three experts, frozen trunk, 5 epochs', ['mobilenetv2_val_three'], None),
     ]),
     'plankton_part': ('A third of plankton, ViT-S/14 at 70 px and MobileNetV2 at 64 px, one epoch of stage two:', [
         ('ViT-S/14, its last level, frozen', ['plankton_part_vit_last'], None),
