@@ -76,7 +76,7 @@ def load_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch warns of some files that are refused below.
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # A damaged file can make the unpickler raise nearly anything.
+    except Exception as error:  # A damaged file can make the unpickler raise nearly any error.
         with path.open('rb') as file:
             bare_pickle = file.read(1) == pickle.PROTO
         if isinstance(error, pickle.UnpicklingError) and (bare_pickle or 'GLOBAL' in str(error)):

@@ -100,7 +100,7 @@ def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
         check_classes(f"'{path}'", num_classes, saved.get('label_names'))
     except ImportError as error:
         raise InputError(f"'{path}' needs onnxruntime: pip install \"shike-timm[export]\".") from error
-    except Exception as error:  # A damaged file can make onnxruntime raise anything.
+    except Exception as error:  # A damaged file can make onnxruntime raise any error.
         raise InputError(
             f"'{path}' and the {CONFIG_FILE} beside it cannot be used ({one_line(error)}): export the model "
             'anew.') from error

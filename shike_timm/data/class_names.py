@@ -41,7 +41,7 @@ def read_class_map(path: str) -> Tuple[List[str], Dict[str, int]]:
                 names.append(normalize_name(str(name)))
             elif label != len(names) - 1:
                 raise ValueError(f"class '{name}' has index {label}, expected {len(names)}; are there repetitions?")
-    except Exception as error:  # timm uses assertions, and a pickled map can raise anything.
+    except Exception as error:  # timm uses assertions, and a pickled map can raise any error.
         raise InputError(f"class-map '{path}' cannot be read: {one_line(error)}.") from error
     return names, {normalize_name(str(name)): label for name, label in label_of.items()}
 

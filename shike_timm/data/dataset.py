@@ -139,7 +139,7 @@ class ImageSet(Dataset):
     def _try(self, index: int) -> Optional[Image.Image]:
         try:
             return self.read(index)
-        except Exception as error:  # A decoder may raise anything for a damaged file.
+        except Exception as error:  # A decoder may raise any error for a damaged file.
             if not self.unreadable[index]:
                 self.unreadable[index] = True
                 _logger.warning(f"'{self.filename(index)}' cannot be read and is skipped: {error}")

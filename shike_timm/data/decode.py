@@ -51,7 +51,7 @@ def find_turn(image: Image.Image) -> Optional[Image.Transpose]:
     """What turns an image upright, by the orientation in its EXIF data. None if it is so, or the data is damaged."""
     try:
         return TURNS.get(image.getexif().get(0x0112, 1))
-    except Exception:  # Damaged EXIF data can make Pillow raise anything, and is no fault of the pixels.
+    except Exception:  # Damaged EXIF data can make Pillow raise any error, and is no fault of the pixels.
         return None
 
 

@@ -46,7 +46,7 @@ class ImageReader(Dataset):
         try:
             with self.open_image(self.indices[position]) as image:
                 return self.use(image), None
-        except Exception as error:  # A decoder may raise anything for a damaged file.
+        except Exception as error:  # A decoder may raise any error for a damaged file.
             return None, one_line(error)
 
 
@@ -78,7 +78,7 @@ def _memory(data: ImageSet) -> Path:
 
 
 def _stamp(data: ImageSet, index: int) -> str:
-    """All that decides whether an image can be read, empty if its file is not there."""
+    """A digest of what decides whether an image can be read. It is empty if the file is missing."""
     try:
         text = f'{data.source.stamp(int(data.rows[index]))}|{data.decoder}|{PIL.__version__}|{len(image_extensions())}'
     except (OSError, ValueError):  # A path with a null byte is a ValueError.
@@ -178,7 +178,7 @@ def _inspect(perceptual: bool, image: Image.Image) -> Inspected:
             found.look = int(str(imagehash.phash(ImageDecoder(1)(image))), 16)
         if file is None:
             found.digest = _digest(repr((image.size, image.mode)).encode() + image.tobytes())
-    except Exception as error:  # A decoder may raise anything for a damaged file.
+    except Exception as error:  # A decoder may raise any error for a damaged file.
         found.error = one_line(error)
     return found
 

@@ -10,7 +10,7 @@ from .dataset import AnySet
 
 @dataclass(eq=False)
 class DataSource(ABC):
-    """A data set. It loads a split on request. A subclass gives `train` and `evaluation`."""
+    """A data set. Its methods load a split each. A subclass gives `train` and `evaluation`."""
 
     config: SourceConfig
     batch_size: int = 1  # For streams.

@@ -57,7 +57,7 @@ def _from_name(name: str, pretrained: bool) -> TrainedModel:
             config = config or (read_config(name, file) if file else {})
             if config.get('num_classes', model.num_classes) != model.num_classes:
                 raise ValueError(f"it is of {config['num_classes']} classes and of {model.num_classes}")
-    except Exception as error:  # A damaged folder can make timm, torch or safetensors raise nearly anything.
+    except Exception as error:  # A damaged folder can make timm, torch or safetensors raise nearly any error.
         raise InputError(f"model '{name}' cannot be loaded: {one_line(error)}.") from error
     if not isinstance(model, Shike):
         raise InputError(f"model '{name}' is a {type(model).__name__}, expected a SHIKE model.")

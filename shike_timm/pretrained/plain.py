@@ -45,7 +45,7 @@ def load_plain(name: str, backbone: Optional[str] = None) -> PlainModel:
     """Load a plain network of timm from `local-dir:FOLDER` or `hf-hub:USER/NAME`."""
     try:
         net = timm.create_model(name, pretrained=True)
-    except Exception as error:  # A damaged folder can make timm, torch or safetensors raise nearly anything.
+    except Exception as error:  # A damaged folder can make timm, torch or safetensors raise nearly any error.
         raise InputError(f"checkpoint '{name}' cannot be loaded: {one_line(error)}.") from error
     if isinstance(net, Shike):
         raise InputError(f"checkpoint '{name}' is a SHIKE model: give the folder of its run, or its stage one.")
@@ -95,7 +95,7 @@ def create_plain(plain: PlainModel, in_chans: int, class_names: Sequence[str]) -
         net = timm.create_model(
             plain.backbone, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes,
             in_chans=in_chans)
-    except Exception as error:  # The filters of timm's networks raise nearly anything on weights of another one.
+    except Exception as error:  # The filters of timm's networks raise nearly any error on weights of another one.
         raise InputError(
             f"checkpoint '{plain.name}' does not fit timm's '{plain.backbone}': {one_line(error)}.") from error
     known = plain.class_names

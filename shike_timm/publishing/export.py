@@ -143,7 +143,7 @@ def save_exported(
             difference = _compare(model, load_exported(path, format), images.shape[1:])
         except (InputError, OSError):
             raise
-        except Exception as error:  # torch and onnxruntime can raise anything.
+        except Exception as error:  # torch and onnxruntime can raise any error.
             raise InputError(f'The model cannot be exported: {one_line(error)}; choose another --format.') from error
         saved = Path(temporary, 'saved')
         export_model(model, saved, data_config, **facts)

@@ -180,7 +180,7 @@ def publish(config: PublishConfig) -> str:
             config.repo_id, additions, commit_message='Publish model with shike-timm', parent_commit=parent)
     except InputError:
         raise
-    except Exception as error:  # huggingface_hub can raise anything.
+    except Exception as error:  # huggingface_hub can raise any error.
         raise _explain(error, config.repo_id, api.endpoint) from error
     print(
         f"{url} - load it with: import shike_timm, timm; "

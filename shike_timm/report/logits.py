@@ -61,7 +61,7 @@ class SavedLogits:
             return self.open_image(index)
         try:
             return open_image(self.paths[index]).convert('RGB') if os.path.isabs(self.paths[index]) else None
-        except Exception:  # A decoder may raise anything for a damaged file.
+        except Exception:  # A decoder may raise any error for a damaged file.
             return None
 
 
@@ -98,7 +98,7 @@ def load_logits(path: Union[str, Path]) -> SavedLogits:
             raise ValueError(f'it has targets, counts or shots that {num_classes} classes cannot have')
         check_threshold('it', threshold)
         costs = [dict(one, experts=list(one['experts']), gmacs=float(one['gmacs'])) for one in json.loads(str(costs))]
-    except Exception as error:  # A damaged file can make NumPy raise nearly anything.
+    except Exception as error:  # A damaged file can make NumPy raise nearly any error.
         raise InputError(
             f"'{path}' is damaged or not a file of shike eval --save-logits ({one_line(error)}): save the logits "
             'again.') from error

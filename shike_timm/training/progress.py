@@ -20,7 +20,7 @@ BAR = '{l_bar}{bar}| {remaining} left{postfix}'
 
 
 class Progress:
-    """How far a run is, in steps of all its stages. It is shown every `interval` seconds, in a bar or in the log."""
+    """Counts the done steps of all phases. It is shown every `interval` seconds, in a bar or in the log."""
 
     def __init__(self, num_steps: int, bar: tqdm, interval: float):
         self.num_steps, self.bar, self.interval = num_steps, bar, interval

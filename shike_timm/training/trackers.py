@@ -55,7 +55,7 @@ def tracking(config: OutputConfig, folder: Path) -> Iterator[Callable[[Path], No
             if getattr(config, name) and not rank():
                 try:
                     trackers.append(_start(name, config, folder, stack))
-                except Exception as error:  # A service that refuses may raise anything, and so may a full disk.
+                except Exception as error:  # A service that refuses may raise any error, and so may a full disk.
                     flag = name.replace('_', '-')
                     raise InputError(
                         f'--{flag} could not start ({one_line(error)}): mend that, or leave it out.') from error

@@ -302,7 +302,7 @@ class Trainer:
                     distribute_bn(self._eval_model(ema), world_size(), config.dist_bn == 'reduce')
             self._check_weights(epoch)
             if end < num_steps:
-                # The last whole epoch is saved, and how far this one is.
+                # The checkpoint has the last whole epoch, and says how many steps of this one are done.
                 on_primary(self.saver.save_last, epoch - 1, asdict(done))
         return done, status
 

@@ -109,7 +109,7 @@ def tar_members(path: str, notes: List[str]) -> List[Member]:
         with tarfile.open(path, mode='r:') as tar:
             links: Dict[str, str] = {}
             members = list(_members(tar, links))
-    except Exception as error:  # A damaged archive can make tarfile raise nearly anything.
+    except Exception as error:  # A damaged archive can make tarfile raise nearly any error.
         raise InputError(
             f"data-dir '{path}' cannot be read as an uncompressed tar archive ({one_line(error)}): unpack it and give "
             'the folder.') from error

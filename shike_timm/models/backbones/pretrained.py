@@ -50,7 +50,7 @@ def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
         keys = [key for key, value in weights.items() if isinstance(value, Tensor)]
     except FileNotFoundError:
         raise ValueError(f"pretrained_backbone '{source}' is neither a file nor a tag of '{name}'.") from None
-    except Exception as error:  # A damaged file can make torch or safetensors raise nearly anything.
+    except Exception as error:  # A damaged file can make torch or safetensors raise nearly any error.
         raise ValueError(
             f"pretrained_backbone '{source}' cannot be read: expected a state dict of timm's '{name}', saved by "
             'torch or safetensors with nothing but tensors and plain values in it.') from error
