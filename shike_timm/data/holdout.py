@@ -35,7 +35,7 @@ def _choose_groups(targets: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -
     return chosen
 
 
-def _part(data: ImageSet, held_out: np.ndarray, origin: str) -> Tuple[ImageSet, ImageSet]:
+def _split(data: ImageSet, held_out: np.ndarray, origin: str) -> Tuple[ImageSet, ImageSet]:
     """The set to train on, and the set of the images of a mask."""
     return data.take(np.flatnonzero(~held_out)), replace(data.take(np.flatnonzero(held_out)), origin=origin)
 
@@ -47,7 +47,7 @@ def hold_out_last(data: ImageSet, sizes: Union[Sequence[int], np.ndarray], optio
             raise InputError(
                 f'{option} leaves class {c} with no training image of {count}: hold out fewer, or choose a lower '
                 'imb-factor.')
-    return _part(data, _choose(data.targets, -np.arange(len(data)), np.asarray(sizes)), 'held out of the training set')
+    return _split(data, _choose(data.targets, -np.arange(len(data)), np.asarray(sizes)), 'held out of the training set')
 
 
 def hold_out_share(data: AnySet, share: float, name: str, take_last: bool = False) -> Tuple[ImageSet, ImageSet]:
@@ -78,7 +78,7 @@ def hold_out_share(data: AnySet, share: float, name: str, take_last: bool = Fals
             'images, or name others with --val-list.')
     by_group = '' if data.groups is None else ' by groups'
     origin = f'{share:g} of each class of the training set, held out{by_group} by name'
-    train, evaluation = _part(data, held_out, origin)
+    train, evaluation = _split(data, held_out, origin)
     bare = [name for name, count in zip(data.class_names, evaluation.class_counts) if not count]
     if bare:
         word = 'class has' if len(bare) == 1 else 'classes have'

@@ -128,6 +128,9 @@ class Shike(PriorModel):
         self.fused_stages = list_stages(self.depths)
         self.stem = net.stem
         self.stages = nn.ModuleList(net.stages)
+        self.has_private_stages = bool(net.last_stages)
+        if not self.has_private_stages:  # No expert needs the stages above those that are read.
+            self.stages[max(self.fused_stages):].requires_grad_(False)
         # The stem is one of the feature levels in some networks only. The shared stages follow.
         self.num_stem_levels = len(levels) - len(net.stages)
         self.experts = make_experts(net, ALIGNERS[aligner], self.fusion, self.depths, **dd)
@@ -374,7 +377,7 @@ class Shike(PriorModel):
         return levels
 
     def _forward_trunk(self, x: Tensor, every: bool = False) -> Tuple[Tensor, Dict[int, Tensor]]:
-        """What the last shared stage gives, and features of the stages that experts fuse, by number.
+        """What the last stage gives that an expert needs, and features of the stages that experts fuse, by number.
 
         The stem is stage 0. With `every`, features of all stages. A frozen trunk keeps no activations.
         """
@@ -388,8 +391,11 @@ class Shike(PriorModel):
         shared: Dict[int, Tensor] = {}
         if every:
             shared[0] = x[0] if isinstance(x, tuple) else x
+        last = len(self.stages) if every or self.has_private_stages else max(self.fused_stages)
         for i, stage in enumerate(self.stages):
-            if self.grad_checkpointing and not self.trunk_frozen and not torch.jit.is_scripting():
+            if i >= last:
+                pass  # TorchScript unrolls the loop, so it cannot break.
+            elif self.grad_checkpointing and not self.trunk_frozen and not torch.jit.is_scripting():
                 x = checkpoint(stage, x)
             else:
                 x = stage(x)

@@ -56,8 +56,7 @@ class ExpertTask(ClassificationTask):
         if trunk_grad == 'mean':
             for parameter in (*model.stem.parameters(), *model.stages.parameters()):
                 if parameter.requires_grad:
-                    # torch.compile calls the hook with None if no expert reads the parameter.
-                    parameter.register_hook(lambda grad: grad if grad is None else grad / model.num_experts)
+                    parameter.register_hook(lambda grad: grad / model.num_experts)
         self.late_loss = late_loss or loss
         self.progress = 0.
         self.teacher = teacher

@@ -10,7 +10,6 @@ from torch import Tensor
 from torchvision import transforms
 
 from . import AugmentationConfig
-from .batch import cutout
 
 
 class Cutout(torch.nn.Module):
@@ -21,9 +20,12 @@ class Cutout(torch.nn.Module):
         self.size = size
 
     def forward(self, image: Tensor) -> Tensor:
-        """Give an image [C, H, W] whose square is 0."""
-        row, column = (torch.randint(side, (1,)) for side in image.shape[-2:])
-        return cutout(image[None], row, column, self.size)[0]
+        """Set the square of an image [C, H, W] to 0 in place."""
+        height, width = image.shape[-2:]
+        top = int(torch.randint(height, ())) - self.size // 2
+        left = int(torch.randint(width, ())) - self.size // 2
+        image[..., max(top, 0):max(top + self.size, 0), max(left, 0):max(left + self.size, 0)] = 0
+        return image
 
 
 @dataclass
