@@ -1,3 +1,3 @@
-"""The network, its parts, and the names that timm knows it by."""
+"""The SHIKE network, its parts, and the models that are registered with timm."""
 from . import registry as registry
 from .shike import Shike as Shike

@@ -1,4 +1,4 @@
-"""The classifiers of all experts, stacked in one parameter: from features [B, M, D] to logits [B, M, C]."""
+"""Classifiers of all experts in one module, which takes features [B, M, D] and returns logits [B, M, C]."""
 import math
 from typing import Any
 
@@ -12,19 +12,19 @@ COSINE_SCALE = 30.
 def _normalize(x: Tensor) -> Tensor:
     if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
         x = x.float()  # In float16 a norm above 65,504 is infinite, and 1e-12 is 0.
-    # F.normalize exports an Expand, which stops ONNX's shape inference.
+    # An exported F.normalize has an Expand node, which breaks ONNX's shape inference.
     if not torch.jit.is_scripting():
-        if torch.compiler.is_exporting():  # onnxruntime's preprocessing for quantization does not know ReduceL2.
+        if torch.compiler.is_exporting():  # onnxruntime cannot prepare ReduceL2 for quantization.
             return x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-@torch.fx.wrap  # What it does depends on the data types, which a tracer does not know.
+@torch.fx.wrap  # Its branches depend on data types, which a tracer does not know.
 def cosines(x: Tensor, weight: Tensor) -> Tensor:
     """Cosines [B, M, C] between features [B, M, D] and class weights [M, C, D], expert by expert."""
     dtype = weight.dtype
     x, weight = _normalize(x), _normalize(weight)
-    # A conversion ties an exported program to this device, so it is left out if it changes nothing.
+    # A conversion would tie an exported program to this device, so an unnecessary conversion is left out.
     if x.dtype != dtype:
         x = x.to(dtype)
     if weight.dtype != dtype:
@@ -50,10 +50,10 @@ class LinearClassifier(nn.Module):
 
     @torch.no_grad()
     def set_class_means(self, means: Tensor, has_images: Tensor, norms: Tensor) -> None:
-        """Begin at class means of unit length [M, C, D]: `w = s mu`, `b = 0`, `s` = 30 over the expert's mean norm [M].
+        """Set the weights from class means `mu` [M, C, D] of unit length: `w = s mu` and `b = 0`.
 
-        As all means have unit length, the largest logit is at the nearest mean, as with cosines, and the logits are
-        about as large as those of a cosine classifier. Classes without images [C] keep their random weights.
+        `s` is 30 over the expert's mean feature norm, one of `norms` [M]. So the logits are about as large as those of
+        a cosine classifier, and the nearest mean has the largest. Classes outside `has_images` [C] keep their weights.
         """
         means = means * (COSINE_SCALE / norms)[:, None, None]
         self.weight[:, has_images] = means[:, has_images].to(self.weight)
@@ -73,7 +73,7 @@ class CosineClassifier(nn.Module):
 
     @torch.no_grad()
     def set_class_means(self, means: Tensor, has_images: Tensor, norms: Tensor) -> None:
-        """Begin at class means, which are taken as they are. Arguments are those of `LinearClassifier`."""
+        """Use the class means as class weights. The arguments are those of `LinearClassifier.set_class_means`."""
         self.weight[:, has_images] = means[:, has_images].to(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model and its preprocessing from their options, with clear errors."""
+"""Functions that create a model and its preprocessing from the options."""
 import re
 from dataclasses import replace
 from typing import Any, Dict, Optional, Tuple, TypeVar, cast
@@ -19,12 +19,12 @@ Model = TypeVar('Model', bound=ModelConfig)
 
 
 def is_registered(name: str) -> bool:
-    """Whether a model is one of the registered names, with or without a tag."""
+    """Whether a name is that of a registered SHIKE model, with or without a tag."""
     return ':' not in name and get_arch_name(name) in timm.list_models(module='registry')
 
 
 def with_backbone_weights(config: Model) -> Model:
-    """The options with `--pretrained-backbone` for `--pretrained`, where the published weights are the backbone's."""
+    """Replace `--pretrained` by `--pretrained-backbone` if the published weights are those of the backbone alone."""
     if not config.pretrained or config.pretrained_backbone or not is_registered(config.model):
         return config
     tag = getattr(get_pretrained_cfg(config.model, allow_unregistered=True), 'tag', None) or ''
@@ -34,7 +34,7 @@ def with_backbone_weights(config: Model) -> Model:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a name that is no registered SHIKE model."""
+    """Raise an InputError if a name is not that of a registered SHIKE model."""
     known = timm.list_models(module='registry')
     if get_arch_name(name) not in known:
         raise InputError(
@@ -45,9 +45,9 @@ def create_model(
         config: ModelConfig, num_classes: int, in_chans: int = 3, fresh: bool = False,
         img_size: Optional[Tuple[int, int]] = None,
 ) -> Shike:
-    """Create the SHIKE model that the options describe, for images of a size if its backbone is made for one.
+    """Create the SHIKE model that the options describe. `img_size` matters only to backbones made for one image size.
 
-    A fresh one gets the weights of `--pretrained-backbone`. Otherwise a checkpoint brings the weights.
+    A `fresh` model loads the weights of `--pretrained-backbone`. Otherwise the caller loads those of a checkpoint.
     """
     check_model_name(config.model)
     if bool(config.backbone) != (get_arch_name(config.model) == 'shike'):
@@ -77,7 +77,7 @@ def create_model(
         if source and fresh:
             model.load_backbone(source)
         elif source:
-            # The weights of the checkpoint started from these weights and keep their preprocessing.
+            # The checkpoint was trained from these weights, so it uses their preprocessing.
             model.set_preprocessing(source)
     except (ValueError, RuntimeError, OSError) as error:  # Errors of the Hub are OSErrors.
         raise InputError(f"model '{config.model}' cannot be made: {one_line(error)}.") from error
@@ -92,7 +92,7 @@ def create_model(
 
 
 def resolve_data_config(config: PreprocessingConfig, model: Shike) -> Dict[str, Any]:
-    """Preprocessing of the options. The model's own values stand for those that are not given."""
+    """timm's preprocessing configuration from the options. Where an option is not given, the model's value is used."""
     for name in ('mean', 'std'):
         values = getattr(config, name)
         if values and len(values) not in (1, model.in_chans):
@@ -108,7 +108,7 @@ def resolve_data_config(config: PreprocessingConfig, model: Shike) -> Dict[str, 
                 *own['input_size'], *size))
     data_config = timm.data.resolve_data_config(dict(vars(config), in_chans=model.in_chans), model=model)
     data_config['input_size'] = (model.in_chans, *size)
-    for name in ('mean', 'std'):  # A model of one channel may have the values of three.
+    for name in ('mean', 'std'):  # A model of one channel may have the values of three channels.
         values = data_config[name]
         if len(values) != model.in_chans:
             data_config[name] = (sum(values) / len(values),) * model.in_chans

@@ -1,4 +1,4 @@
-"""Weights of timm's network as those of a SHIKE model on it."""
+"""Conversion of the weights of a timm network to the weights of a SHIKE model."""
 import logging
 from typing import Any, Dict, Mapping, Optional
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from .backbones import preprocessing, timm_backbone
 from .shike import Shike
 
-BACKBONE_TAG = 'backbone_'  # Tags of weights that are timm's own of the backbone begin with this.
+BACKBONE_TAG = 'backbone_'  # Prefix of the tags of timm's weights of the backbone.
 
 _logger = logging.getLogger(__name__)
 
 
 def backbone_cfg(backbone: str) -> Dict[str, Any]:
-    """Where timm fetches the weights of a network, their classes and preprocessing, for a configuration of SHIKE."""
+    """Entries for a model's `pretrained_cfg`: the source, classes and preprocessing of timm's weights of a network."""
     cfg: Optional[PretrainedCfg] = get_pretrained_cfg(backbone)
     if cfg is None or not cfg.has_weights:
         raise RuntimeError(f"timm has no weights of '{backbone}': leave out pretrained.")
@@ -25,17 +25,17 @@ def backbone_cfg(backbone: str) -> Dict[str, Any]:
 
 
 def expand(state_dict: Mapping[str, Tensor], model: Shike) -> Dict[str, Tensor]:
-    """Weights of the whole model from those of its backbone in timm's layout.
+    """Convert weights of the backbone, in timm's layout, to weights of the whole model.
 
-    Trunk and experts get them, each expert the same. Aligners stay as they are. The classifier goes into every expert
-    if the model's are linear and its experts begin as the backbone. Otherwise classifiers stay as they are.
+    All experts get the same weights. Aligners keep theirs. Every expert gets the backbone's linear classifier if the
+    model has linear classifiers, private stages, and residual or no fusion. Otherwise classifiers keep theirs.
     """
     name = model.backbone_name or ''
     chans = preprocessing(name).get('input_size', (3,))[0]
     args = {
         key: value for key, value in model._backbone_args.items()
         if value is not None and not key.startswith('private_')}
-    # timm converts the published weights to its own names, and refuses them if any are missing.
+    # timm converts published weights to its own names, and raises an error if any are missing.
     whole = timm.create_model(
         name, pretrained=True, in_chans=chans, pretrained_cfg_overlay=dict(state_dict=dict(state_dict)), **args)
     net = timm_backbone(name, num_experts=1, in_chans=chans, **model._backbone_args, weights=dict(

@@ -21,11 +21,11 @@ def _conv_norm(
 def conv_aligner(in_chs: int, out_chs: int, num_halvings: int, **dd: Any) -> nn.Sequential:
     """The paper's aligner: strided 3x3 convolutions that double the channels, each with BatchNorm and ReLU."""
     layers = []
-    num_links = max(num_halvings, 1)  # If the resolution is not halved, one convolution keeps it.
+    num_links = max(num_halvings, 1)  # At equal resolution, one convolution without stride is left.
     for k in range(num_links):
         width = out_chs if k == num_links - 1 else in_chs * 2
         layers += _conv_norm(in_chs, width, 3, stride=2 if num_halvings else 1, **dd)
-        if k != 1:  # The authors' code does the same.
+        if k != 1:  # As in the authors' code, no ReLU follows the second convolution.
             layers.append(nn.ReLU(inplace=True))
         in_chs = width
     return nn.Sequential(*layers)
@@ -47,7 +47,7 @@ ALIGNERS = dict(
 
 
 def to_map(x: Tensor, level: Dict[str, Any], size: Sequence[int]) -> Tensor:
-    """Features of a level as a map [B, C, h, w], without class and register tokens. `size` is that of the images."""
+    """Features of a level as a map [B, C, h, w] without class and register tokens. `size` is the images' [H, W]."""
     if level['output_fmt'] == 'NHWC':
         return x.permute(0, 3, 1, 2)
     if level['output_fmt'] == 'NLC':
@@ -59,9 +59,9 @@ def to_map(x: Tensor, level: Dict[str, Any], size: Sequence[int]) -> Tensor:
 
 
 class LevelPool(nn.Module):
-    """Features of a level of any format as vectors [B, width].
+    """Pools the features of a level, in any format, to vectors [B, width].
 
-    A vector is the mean over the places of the image, beside the first token if there are class or register tokens.
+    A vector is the mean over image positions. The first class or register token, if any, is concatenated before it.
     """
 
     def __init__(self, level: Dict[str, Any]):
@@ -77,10 +77,10 @@ class LevelPool(nn.Module):
 
 
 class LevelExpert(nn.Module):
-    """An expert without private stages: the pooled, standardised features of several levels, side by side.
+    """An expert without private stages, which concatenates and standardises pooled features of several shared stages.
 
-    The statistics that standardise are those of a BatchNorm without weights. Narrow experts are filled up with zeros.
-    `levels` are those that it reads, counted from 1, `infos` describes all, and `width` is D of the widest expert.
+    A BatchNorm without weights standardises the features. Zeros pad them to `width`, the D of the widest expert.
+    `levels` are the numbers of the shared stages that the expert reads, from 1. `infos` describes all shared stages.
     """
 
     def __init__(self, levels: Sequence[int], infos: Sequence[Dict[str, Any]], width: int, **dd: Any):
@@ -92,20 +92,20 @@ class LevelExpert(nn.Module):
         self.padding = width - own_width
 
     def forward(self, x: Tensor, shared: Dict[int, Tensor]) -> Tensor:
-        """Features [B, D, 1, 1] from those of shared stages by their number. `x` is what the last one hands on."""
+        """Features [B, D, 1, 1] from `shared`, the features of shared stages by number. `x` is not used."""
         vectors = []
         for i, pool in enumerate(self.pools):
             vectors.append(pool(shared[self.levels[i]]))
         return self.join(vectors)
 
     def join(self, vectors: List[Tensor]) -> Tensor:
-        """Features [B, D, 1, 1] from the pooled ones of the expert's levels."""
+        """Features [B, D, 1, 1] from `vectors`, pooled features of the expert's levels."""
         x = self.norm(torch.cat(vectors, dim=1))
         return F.pad(x, (0, self.padding))[:, :, None, None]
 
 
 class VectorAligner(nn.Module):
-    """Brings features of any format to one vector, which fits the channels of all places of an expert's own features.
+    """Aligner from features of any format to one vector, which is fused with an expert's own features at all positions.
 
     The last linear layer starts at zero.
     """
@@ -122,12 +122,12 @@ class VectorAligner(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Vectors [B, 1, D], [B, 1, 1, D] or [B, D, 1, 1] from features."""
+        """Vectors [B, 1, D], [B, 1, 1, D] or [B, D, 1, 1], to broadcast over tokens, NHWC maps or NCHW maps."""
         return self.up(self.act(self.down(self.norm(self.pool(x))))).unflatten(1, self.shape)
 
 
 def init_convolutions(module: nn.Module) -> None:
-    """Initial values of all convolutions and BatchNorms in a module."""
+    """Initialise all convolutions and BatchNorms of a module."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)
@@ -137,9 +137,9 @@ def init_convolutions(module: nn.Module) -> None:
 
 
 def choose_depths(net: Backbone, num_experts: int, depths: Optional[Sequence[Any]]) -> Tuple[Any, ...]:
-    """The shared stage that each expert fuses, or without private stages the tuple of those that it reads.
+    """Choose the shared stage that each expert fuses or, without private stages, the tuple of stages that it reads.
 
-    The default is described at `Shike`. Without private stages a single number stands beside the last stage.
+    `Shike` describes the default. Without private stages, the number n stands for stage n and the last stage.
     """
     num_shared, private = len(net.stages), bool(net.last_stages)
     if depths is None and not private:
@@ -163,20 +163,20 @@ def choose_depths(net: Backbone, num_experts: int, depths: Optional[Sequence[Any
 
 
 def list_stages(depths: Sequence[Any]) -> List[int]:
-    """All shared stages that experts of these depths need."""
+    """All shared stages in `depths`, as a flat list."""
     return [stage for depth in depths for stage in (depth if isinstance(depth, tuple) else (depth,))]
 
 
 def joined_level(infos: Sequence[Dict[str, Any]], depths: Sequence[Sequence[int]]) -> Dict[str, Any]:
-    """`Backbone.feature_info` of experts without private stages."""
+    """The entry of `Backbone.feature_info` for experts without private stages."""
     width = max(sum(LevelPool(infos[level - 1]).width for level in levels) for levels in depths)
     return dict(num_chs=width, reduction=infos[-1]['reduction'], output_fmt='NCHW', num_prefix_tokens=0, has_map=False)
 
 
 class Expert(nn.Module):
-    """The private stages of an expert, the aligner for the shared stage that it fuses (Eq. 3), and a head of its own.
+    """An expert: its private stages, the aligner for the shared stage that it fuses (Eq. 3), and its head.
 
-    The head, if it is not plain pooling, makes vectors of the fused features, as timm's does before its classifier.
+    The head turns fused features into vectors, as timm's head does before its classifier. None is plain pooling.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Expert(nn.Module):
         self.to_nhwc = self.has_maps and output_fmt == 'NHWC'
 
     def forward(self, x: Tensor, shared: Dict[int, Tensor]) -> Tensor:
-        """Fused features from what the last shared stage gives, and the features of shared stages by their number."""
+        """Fused features from the output `x` of the last shared stage and the features `shared` of stages by number."""
         x = self.stage(x)
         if self.aligner is not None:
             aligned = shared[self.depth]
@@ -213,7 +213,7 @@ class Expert(nn.Module):
 def make_experts(
         net: Backbone, make_aligner: Callable[..., nn.Sequential], fusion: str, depths: Sequence[Any], **dd: Any,
 ) -> nn.ModuleList:
-    """The experts of a network. Whatever has no initial values yet gets them, also in the network."""
+    """Make the experts of a network and initialise their aligners, and the network unless it is `initialised`."""
     *levels, last = net.feature_info
     levels = levels[len(levels) - len(net.stages):]
     if not net.last_stages:

@@ -13,10 +13,10 @@ _logger = logging.getLogger(__name__)
 
 
 def add_lora(model: Shike, rank: int, input_size: Sequence[int]) -> None:
-    """Freeze all that may have pretrained weights, and add an update of a rank to each of its linear layers.
+    """Freeze trunk and experts, and add a trainable low-rank update to each of their linear layers that is called.
 
-    These are `W + B A` in place of `W`, where `B` starts at zero. A frozen trunk gets none. Aligners and classifiers
-    are trained as they are. `input_size` is channels, height and width of an image.
+    A layer uses `W + B A` in place of `W`, where `B` starts at zero. A frozen trunk gets no updates. All weights of
+    aligners and classifiers are trained. `input_size` is channels, height and width of an image.
     """
     try:
         import peft
@@ -28,7 +28,7 @@ def add_lora(model: Shike, rank: int, input_size: Sequence[int]) -> None:
         module: name for name, module in model.named_modules()
         if type(module) is nn.Linear and not name.startswith((*fresh, *frozen))}
     names = set()
-    # Some networks read the weights of a layer but never call it, so that an update would change nothing.
+    # Some networks read the weights of a layer without calling the layer. An update of it would change nothing.
     hooks = [one.register_forward_hook(lambda module, _, __: names.add(linear[module])) for one in linear]
     training = model.training
     with torch.no_grad():
@@ -51,7 +51,7 @@ def add_lora(model: Shike, rank: int, input_size: Sequence[int]) -> None:
 
 
 def merge_lora(model: Shike) -> None:
-    """Add the low-rank updates to the weights, so that the model is an ordinary one."""
+    """Add the low-rank updates to the weights, so that all layers are ordinary linear layers again."""
     from peft.tuners.lora import LoraLayer
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):

@@ -1,4 +1,4 @@
-"""What is done to logits after training: they are divided by a temperature, and one prior is exchanged for another."""
+"""Changes of the logits after training: a temperature divides them, and another class prior replaces their own."""
 import math
 from typing import Any, List, Optional, Sequence, Union
 
@@ -17,10 +17,10 @@ def _check_frequencies(values: Sequence[float], num_classes: int, what: str) -> 
 
 
 class PriorModel(nn.Module):
-    """A model that knows which class frequencies its logits stand for, and can make them stand for others.
+    """A model that knows the class prior of its logits, and can adjust the logits to another class prior.
 
     In eval mode every expert's logits become `logits / temperature + log(target prior) - log(classifier prior)`. In
-    training mode they stay as they are.
+    training mode they do not change.
     """
 
     num_classes: int
@@ -31,15 +31,15 @@ class PriorModel(nn.Module):
         self.temperature = 1.
 
     def set_training_prior(self, class_counts: Optional[Sequence[int]], classifier_prior: Optional[str] = None) -> None:
-        """Say what the classifiers were trained on. `set_target_prior` needs it, and a saved model keeps it.
+        """Set the class counts and the prior of the training. `set_target_prior` needs them. A saved model keeps them.
 
         Args:
             class_counts: Training images of each class [num_classes], None if unknown.
-            classifier_prior: Class frequencies that the logits stand for: 'train' for those of the training set, as
-                after plain cross-entropy; 'uniform' for equal ones, as after balanced softmax; None if unknown.
+            classifier_prior: Class prior of the logits: 'train' for the frequencies of the training set, as after plain
+                cross-entropy; 'uniform' for equal frequencies, as after balanced softmax; None if unknown.
 
         Raises:
-            ValueError: If the counts are not one positive number for each class, or there is no such prior.
+            ValueError: If the counts are not one positive number for each class, or the prior is another value.
         """
         counts = None if class_counts is None else [int(count) for count in class_counts]
         if counts is not None:
@@ -52,15 +52,15 @@ class PriorModel(nn.Module):
         self.prior_offset: Optional[Tensor] = None
 
     def set_target_prior(self, prior: Frequencies) -> None:
-        """Make the logits stand for other class frequencies, also in a saved or exported model.
+        """Adjust the logits to other class frequencies. A saved or exported model keeps the adjustment.
 
         Args:
             prior: 'uniform', 'train' (the frequencies of the training set), positive numbers [num_classes] in
-                proportion to the frequencies, or None for the logits as trained.
+                proportion to the frequencies, or None for no adjustment.
 
         Raises:
-            ValueError: If a prior that this needs is unknown, or the numbers are not one positive number for each
-                class.
+            ValueError: If the prior of the training is needed but unknown, or `prior` is another value or not one
+                positive number for each class.
         """
         own, offset = self.classifier_prior, None
         if prior is not None and not isinstance(prior, str):
@@ -83,9 +83,9 @@ class PriorModel(nn.Module):
         self.target_prior, self.prior_offset = prior, offset
 
     def set_temperature(self, temperature: float) -> None:
-        """Divide the logits by a positive number, so that probabilities fit accuracies, also in a saved model.
+        """Divide the logits by a positive number, so that probabilities match accuracies. A saved model keeps it.
 
-        Any other value is a ValueError.
+        Any other value raises a ValueError.
         """
         if isinstance(temperature, (bool, str)) or not 0 < float(temperature) < math.inf:
             raise ValueError(f'The temperature must be a positive number, got {temperature!r}.')
@@ -98,7 +98,7 @@ class PriorModel(nn.Module):
         return (values / values.sum()).log()
 
     def adjust(self, logits: Tensor) -> Tensor:
-        """The logits at the temperature and for the target prior in eval mode, as they are in training mode."""
+        """Apply the temperature and the target prior to the logits in eval mode, and nothing in training mode."""
         if not self.training and self.temperature != 1.:
             logits = logits / self.temperature
         return logits if self.training or self.prior_offset is None else logits + self.prior_offset

@@ -39,7 +39,7 @@ def _cfg(**kwargs) -> Dict[str, Any]:
 
 
 def _cifar_cfg(name: str) -> Dict[str, Any]:
-    """Configuration of a name for CIFAR images, with the weights of that name in the package."""
+    """The `pretrained_cfg` of a model for CIFAR images, with the weights in the package that have the model's name."""
     cfg = _cfg(
         num_classes=100, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=CIFAR_MEAN, std=CIFAR_STD)
     folder = PACKAGED_WEIGHTS / name
@@ -49,7 +49,7 @@ def _cifar_cfg(name: str) -> Dict[str, Any]:
     return cfg
 
 
-# Network of timm and tag of its weights. They are ImageNet weights of the backbone, not trained by SHIKE.
+# The timm network of each model and the tag of its ImageNet weights, which were not trained by SHIKE.
 BACKBONES = {
     'resnet50_shike': ('resnet50', 'a1_in1k'),
     'resnext50_shike': ('resnext50_32x4d', 'a1h_in1k'),
@@ -67,7 +67,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _fit_weights(state_dict: Dict[str, Tensor], model: Shike) -> Dict[str, Tensor]:
-    """Expand weights of the backbone. Refuse those of a model with a different number of experts."""
+    """Expand weights of a backbone, and refuse weights of a SHIKE model with another number of experts."""
     if model.backbone_name and not any(name.startswith('experts.') for name in state_dict):
         return expand(state_dict, model)
     experts = {int(match[1]) for name in state_dict if (match := re.match(r'experts\.(\d+)\.', name))}
@@ -85,7 +85,7 @@ def _create_shike(
 ) -> Shike:
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     if overlay.get('url') or overlay.get('hf_hub_id'):
-        # timm would load the file in the package, not the weights that were asked for.
+        # Otherwise timm would load the file in the package in place of the weights that were asked for.
         kwargs['pretrained_cfg_overlay'] = {'file': None, **overlay}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     if pretrained and not (cfg.has_weights or cfg.state_dict):
@@ -94,9 +94,9 @@ def _create_shike(
             "trained model as 'hf-hub:USER/NAME' or 'local-dir:FOLDER'.")
     implied = {}
     if not pretrained and variant in BACKBONES and not kwargs.get('pretrained_cfg'):
-        kwargs['pretrained_cfg'] = 'untrained'  # Preprocessing of the weights goes with them alone.
+        kwargs['pretrained_cfg'] = 'untrained'  # The preprocessing of weights that are not loaded is not used.
     if pretrained and (cfg.tag or '').startswith(BACKBONE_TAG) and not overlay:
-        implied = dict(fusion='residual', classifier='linear')  # With these it begins as its backbone.
+        implied = dict(fusion='residual', classifier='linear')  # So a new model computes what its backbone does.
         kwargs.update({key: value for key, value in implied.items() if kwargs.get(key) is None})
     for name in OLD_ARGUMENTS if pretrained_model_args else ():
         kwargs.pop(name, None)
@@ -150,11 +150,11 @@ def shike(pretrained: bool = False, backbone: str = 'resnet50', **kwargs) -> Shi
     """SHIKE on any network of timm, split before its last stage.
 
     Args:
-        pretrained: Load timm's weights of the backbone, into trunk and experts. A saved model loads its own.
+        pretrained: Load timm's weights of the backbone into trunk and experts. A saved model loads its own weights.
         backbone: Name of timm's network.
         **kwargs: Arguments of `Shike`.
     """
-    # Otherwise pretrained_cfg is a tag, which says no more than the name.
+    # A pretrained_cfg that is None or a tag holds nothing about the backbone.
     if not isinstance(kwargs.get('pretrained_cfg'), (dict, PretrainedCfg)):
         weights = dict(backbone_cfg(backbone), tag=BACKBONE_TAG) if pretrained else preprocessing(backbone)
         kwargs['pretrained_cfg'] = _cfg(**weights)

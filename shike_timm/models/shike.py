@@ -19,19 +19,19 @@ from .experts import ALIGNERS, LevelExpert, LevelPool, choose_depths, joined_lev
 from .prior import Frequencies, PriorModel
 
 FUSIONS = ('product', 'residual', 'none')
-# Arguments in old model folders. The first may name a file in a user's private folder.
+# Arguments of older versions in saved model folders. The first may name a file in a user's private folder.
 OLD_ARGUMENTS = ('pretrained_backbone', 'authors_classifiers')
 
 
 def _whole_number(name: str, value: Any, least: int = 0) -> int:
-    """A number of at least `least`. NumPy's numbers become Python's."""
+    """Convert a whole number of at least `least` to an int, and raise a ValueError for any other value."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f'{name} must be a whole number of at least {least}, got {value!r}.')
     return int(value)
 
 
 def _without_numpy(value: Any) -> Any:
-    """NumPy's numbers and arrays as Python's numbers and lists, for JSON."""
+    """Convert NumPy's numbers and arrays to Python's numbers and lists, for JSON."""
     value = value.tolist() if hasattr(value, 'tolist') else value
     return [_without_numpy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
@@ -40,41 +40,41 @@ class Shike(PriorModel):
     """SHIKE network: a trunk of shared stages and, for each expert, private stages, an aligner and a classifier.
 
     Args:
-        backbone: Builds the network to split. It is called with `num_experts` and the arguments below that it shares.
-        num_classes: Classes; 0 for no classifiers.
+        backbone: Function that builds and splits a network, from `num_experts` and the arguments below that concern it.
+        num_classes: Number of classes, 0 for no classifiers.
         in_chans: Channels of the images.
-        num_experts: Experts M.
-        private_stages: How many of the last stages each expert has for itself, by default 1 as in the paper. The
-            others are shared.
-        private_blocks: The same for backbones that are a column of equal blocks, such as ViT, where each block is a
+        num_experts: Number of experts M.
+        private_stages: Number of last stages of which each expert has its own copy, by default 1 as in the paper. The
+            other stages are shared. With 0, experts read pooled features of shared stages.
+        private_blocks: The same for a backbone that is a column of equal blocks, such as ViT, where each block is a
             stage. By default a sixth of the blocks.
-        depths: Shared stage that each expert fuses, counted from 1 at the shallowest. By default experts take stages
-            1, 2, ... and start again at 1 after the deepest; in a column, blocks spread over the last third.
-        fusion: How an expert fuses its own features with the aligned ones. 'product' (the paper, Eq. 3) multiplies
-            them, and is the default for feature maps. 'residual' gives `own * (1 + aligned)`; `aligned` starts at zero,
-            so a fresh expert is its backbone. It is the default for tokens, where one vector is fused into all of them.
-            False is a plain mixture of experts, or with `num_experts=1` the plain network. True, the default, chooses
-            'product' or 'residual'.
+        depths: Shared stage that each expert fuses, counted from 1 at the shallowest. By default experts fuse stages
+            1, 2, ... and again from 1 after the deepest. In a column, the default spreads them over the last third.
+        fusion: How an expert fuses its own features with the aligned features. 'product' (the paper, Eq. 3) multiplies
+            them. 'residual' computes `own * (1 + aligned)`. There `aligned` starts at zero, so that a new expert
+            computes the same as its backbone, and for tokens it is one vector that is fused into all tokens. True, the
+            default, is 'residual' if the backbone has tokens, else 'product'. False is no fusion: a plain mixture of
+            experts, or with `num_experts=1` the plain network.
         classifier: 'cosine' or 'linear'.
         aligner: 'conv' (the paper's), 'bottleneck' (far smaller on wide backbones) or 'separable' (a bottleneck of
             depthwise convolutions, for backbones with few operations).
         global_pool: 'avg', 'max', 'avgmax', or '' for unpooled features, which needs `num_classes=0`; for tokens any
-            pooling that timm's network has. By default the network's own.
-        drop_rate: Dropout on the pooled features.
-        drop_path_rate: Stochastic depth in the backbone, None for the backbone's own rate.
-        output_stride: 8 or 16 to dilate the backbone, if it can be.
-        img_size: Height and width of the images, if the backbone is made for one size. Others ignore it.
-        cosine_scale: Factor from cosines to logits, 30 if None. Only for the cosine classifier.
-        class_counts: As in `set_training_prior`. Ignored if `num_classes` differs.
-        classifier_prior: As in `set_training_prior`. Ignored with the counts.
-        target_prior: As in `set_target_prior`. Ignored with the counts.
-        temperature: As in `set_temperature`. Ignored with the counts.
+            pooling that timm's network supports. By default the pooling of the network.
+        drop_rate: Rate of dropout on the pooled features.
+        drop_path_rate: Rate of stochastic depth in the backbone, None for the backbone's own rate.
+        output_stride: 8 or 16 to dilate the backbone, if timm can dilate it.
+        img_size: Height and width of the images, for a backbone made for one size. Other backbones ignore it.
+        cosine_scale: Factor that turns cosines into logits, 30 if None. Only for cosine classifiers.
+        class_counts: As in `set_training_prior`. Ignored if there is not one count for each of `num_classes`.
+        classifier_prior: As in `set_training_prior`. Ignored if the counts are.
+        target_prior: As in `set_target_prior`. Ignored if the counts are.
+        temperature: As in `set_temperature`. Ignored if the counts are.
         device: Device of the parameters.
         dtype: Data type of the parameters.
         **kwargs: Arguments of timm's network, such as `patch_size`, `reg_tokens` and `dynamic_img_size` of ViT.
 
     Raises:
-        ValueError: If an argument is out of range, or the backbone cannot be split. The message names it.
+        ValueError: If an argument is out of range, or the backbone cannot be split. The message names either.
     """
 
     __jit_unused_properties__ = ['_model_args', 'level_widths']
@@ -123,7 +123,7 @@ class Shike(PriorModel):
         self.trunk_frozen = False
         self.backbone_name = net.name
         self._backbone_args: Dict[str, Any] = dict(private, **kwargs, global_pool=global_pool, img_size=net.img_size)
-        self.implied_args: Dict[str, Any] = {}  # Arguments that its registered name chose.
+        self.implied_args: Dict[str, Any] = {}  # Defaults that came from its registered name.
         self.pretrained_cfg = dict[str, Any]()  # timm replaces it.
         self.fused_stages = list_stages(self.depths)
         self.stem = net.stem
@@ -131,7 +131,7 @@ class Shike(PriorModel):
         self.has_private_stages = bool(net.last_stages)
         if not self.has_private_stages:  # No expert needs the stages above those that are read.
             self.stages[max(self.fused_stages):].requires_grad_(False)
-        # The stem is one of the feature levels in some networks only. The shared stages follow.
+        # In some networks the stem is the first feature level. Each of the following levels is a shared stage.
         self.num_stem_levels = len(levels) - len(net.stages)
         self.experts = make_experts(net, ALIGNERS[aligner], self.fusion, self.depths, **dd)
         modules = ['stem'] * self.num_stem_levels + [f'stages.{i}' for i in range(len(self.stages))]
@@ -157,7 +157,7 @@ class Shike(PriorModel):
 
     @torch.jit.ignore()
     def no_weight_decay(self) -> Set[str]:
-        """Names of the parameters that the backbone spares weight decay, such as position embeddings."""
+        """Names of the parameters that the backbone excludes from weight decay, such as position embeddings."""
         return {
             name for name, _ in self.named_parameters()
             if any(f'.{name}'.endswith(f'.{one}') for one in self._no_weight_decay)}
@@ -167,13 +167,13 @@ class Shike(PriorModel):
         """Patterns that sort parameters by depth for layer-wise learning rates: stem, shared stages, experts."""
         if coarse:
             return dict(stem=r'^stem', blocks=r'^stages\.(\d+)', experts=r'^experts')
-        # A stage is a sequence of blocks, or of a module that holds them under one of timm's usual names.
+        # A stage holds its blocks in a sequence, or in a module under one of timm's usual names.
         block = r'(?:\.[a-z_]+)*\.(\d+)'
         inner = block + r'\.(?:blocks\.|layers\.|b|denselayer)(\d+)'
         return dict(
             stem=r'^stem',
             blocks=[(r'^stages\.(\d+)' + part, None) for part in (inner, block, '')],
-            # Fresh aligners learn as fast as the layers beside the classifiers.
+            # Fresh aligners learn at the rate of the last group of layers before the classifiers.
             experts=[*((r'^experts\.\d+\.stage' + part, None) for part in (inner, block)), (r'^experts', (9999,))])
 
     @torch.jit.ignore()
@@ -187,8 +187,8 @@ class Shike(PriorModel):
         Aligners and classifiers stay as they are. The model takes over the preprocessing of the weights.
 
         Args:
-            source: True for timm's default weights, the tag of others, a file with a state dict in timm's layout, or
-                the state dict.
+            source: True for timm's default weights, the tag of other weights, a file with a state dict in timm's
+                layout, or the state dict.
             cache_dir: Folder for downloaded weights.
 
         Raises:
@@ -208,7 +208,7 @@ class Shike(PriorModel):
         self.set_preprocessing(source)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights. Those of an older version have no heads of experts: then the model pools its maps plainly."""
+        """Load weights. If they have no expert heads, as in older versions, the model replaces its heads by pooling."""
         names = [name for name in self.state_dict() if '.head.' in name]
         if names and self.output_fmt == 'NCHW' and not any(name in state_dict for name in names):
             self._pool_plainly(self.num_features // self.num_experts)
@@ -216,19 +216,19 @@ class Shike(PriorModel):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _pool_plainly(self, width: int) -> None:
-        """Leave out the heads of the experts, for features of so many channels."""
+        """Replace the heads of the experts by plain pooling, for expert features of `width` channels."""
         self.has_own_heads, self.has_fixed_pool = False, self.output_fmt == 'NLC'
         self.head_width, self.default_pool = width, 'avg'
         for expert in self.experts:
             expert.head = nn.Identity()
 
     def set_preprocessing(self, source: Source = True) -> None:
-        """Configure the preprocessing of pretrained weights of the backbone, without loading them."""
-        self.pretrained_cfg.pop('license', None)  # The licence is that of other weights.
+        """Use the preprocessing of pretrained weights of the backbone, without loading the weights."""
+        self.pretrained_cfg.pop('license', None)  # The licence so far is that of other weights.
         self.pretrained_cfg.update(preprocessing(self.backbone_name, source))
 
     def freeze_trunk(self) -> None:
-        """Keep the stem and the shared stages as they are: it runs under no_grad, and in eval mode."""
+        """Do not train the stem and the shared stages: from now on they run under no_grad, in eval mode."""
         self.trunk_frozen = True
         self.stem.requires_grad_(False)
         self.stages.requires_grad_(False)
@@ -241,7 +241,7 @@ class Shike(PriorModel):
             self.stem.eval()
             self.stages.eval()
             for expert in self.experts:
-                if isinstance(expert, LevelExpert):  # Its statistics are those of the frozen features.
+                if isinstance(expert, LevelExpert):  # Its BatchNorm has fixed statistics of the frozen features.
                     expert.eval()
         return self
 
@@ -255,13 +255,13 @@ class Shike(PriorModel):
         """Give every expert a new classifier with fresh weights and an unknown prior.
 
         Args:
-            num_classes: Classes; 0 for no classifiers.
-            global_pool: Pooling type. By default it stays, or becomes 'avg' if classifiers come back to unpooled
-                features.
-            cosine_scale: Factor from cosines to logits. By default it stays.
+            num_classes: Number of classes, 0 for no classifiers.
+            global_pool: Pooling type. By default it does not change, but with classifiers, '' becomes the model's
+                default pooling.
+            cosine_scale: Factor that turns cosines into logits. By default it does not change.
 
         Raises:
-            ValueError: If there is no such pooling, '' is given with classifiers, or the scale is not above 0 or is
+            ValueError: If the pooling type is unknown, or is '' with classifiers, or if the scale is not above 0 or is
                 given for linear classifiers.
         """
         num_classes = _whole_number('num_classes', num_classes)
@@ -298,7 +298,7 @@ class Shike(PriorModel):
 
     @property
     def _model_args(self) -> Dict[str, Any]:
-        """Arguments that timm writes into the configuration of a saved model: as created, and as set since."""
+        """Arguments that timm saves in the configuration of a model: those of its creation and all later settings."""
         made_with = {**self.implied_args, **self.__dict__.get('_made_with', {})}
         args = {name: _without_numpy(value) for name, value in made_with.items()}
         now: Dict[str, Any] = dict(
@@ -321,10 +321,10 @@ class Shike(PriorModel):
         """Keep some of the experts and drop the rest for good. This trades accuracy for speed.
 
         Args:
-            experts: Indices of the experts to keep, in the order that they are to have.
+            experts: Indices of the experts to keep, in their new order.
 
         Raises:
-            ValueError: If an index is out of range or given twice, or there is none.
+            ValueError: If an index is out of range or given twice, or `experts` is empty.
         """
         experts = list(experts)
         valid = (isinstance(m, Integral) and not isinstance(m, bool) and 0 <= m < len(self.experts) for m in experts)
@@ -345,7 +345,7 @@ class Shike(PriorModel):
         self._model_args = dict(self._model_args, num_experts=len(experts), depths=list(self.depths))
 
     def _levels(self, indices: Union[None, int, Sequence[int]]) -> List[int]:
-        """Feature levels counted from 0. `indices` may count from the end, or be how many of the last levels."""
+        """Resolve level indices (negative ones count from the end), a number of last levels, or None for all levels."""
         num_levels = len(self.feature_info)
         if indices is None or isinstance(indices, (int, Integral)):
             indices = range(-num_levels if indices is None else -indices, 0)
@@ -355,9 +355,9 @@ class Shike(PriorModel):
 
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True) -> List[int]:
-        """Drop what the chosen feature levels do not need, and give these levels, counted from 0.
+        """Drop all parts that the chosen feature levels do not need, and return the levels as indices from 0.
 
-        Arguments are those of timm's models. There is no norm to prune: norms after the last stage are the experts'.
+        Arguments are those of timm's models. `prune_norm` does nothing: norms after the last stage belong to experts.
         """
         levels = self._levels(indices)
         num_left = max(levels) + 1
@@ -365,7 +365,7 @@ class Shike(PriorModel):
             self.feature_info = self.feature_info[:num_left]
             self.stages = self.stages[:num_left - self.num_stem_levels]
             self.experts, self.depths, self.fused_stages = nn.ModuleList(), (), [0]
-            self.num_experts = 1  # The classifier sees plain features as those of one expert.
+            self.num_experts = 1  # For a classifier, the features are those of one expert.
             level = self.feature_info[-1]
             self.num_features = level['num_chs']
             self.channel_dim = 1 if level['output_fmt'] == 'NCHW' else -1
@@ -377,9 +377,9 @@ class Shike(PriorModel):
         return levels
 
     def _forward_trunk(self, x: Tensor, every: bool = False) -> Tuple[Tensor, Dict[int, Tensor]]:
-        """What the last stage gives that an expert needs, and features of the stages that experts fuse, by number.
+        """The output of the last shared stage that is needed, and by number the features of the stages that experts fuse.
 
-        The stem is stage 0. With `every`, features of all stages. A frozen trunk keeps no activations.
+        With `every`, features of all stages are returned, the stem as stage 0. A frozen trunk keeps no activations.
         """
         if self.trunk_frozen:
             with torch.no_grad():
@@ -387,7 +387,7 @@ class Shike(PriorModel):
         return self._run_trunk(x, every)
 
     def _run_trunk(self, x: Tensor, every: bool) -> Tuple[Tensor, Dict[int, Tensor]]:
-        x = self.stem(x)  # This is a tuple if later stages need more than features.
+        x = self.stem(x)  # The output is a tuple if later stages need more than features.
         shared: Dict[int, Tensor] = {}
         if every:
             shared[0] = x[0] if isinstance(x, tuple) else x
@@ -404,7 +404,7 @@ class Shike(PriorModel):
         return x, shared  # pyright: ignore[reportReturnType]
 
     def _forward_fused(self, x: Tensor, shared: Dict[int, Tensor]) -> Tensor:
-        """Features of all experts from those of the trunk."""
+        """Fused features of all experts, from the outputs of `_forward_trunk`."""
         fused = []
         for expert in self.experts:
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -414,17 +414,17 @@ class Shike(PriorModel):
         return torch.cat(fused, dim=self.channel_dim) if len(fused) else shared[len(self.stages)]
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Features of all experts, one after the other along the channels, in the format of the backbone.
+        """Fused features of all experts, concatenated along the channels, in the format of the backbone.
 
-        These are [B, num_features, h, w], for an NHWC backbone [B, h, w, num_features], and for tokens
-        [B, N, num_features] with class and register tokens first. They are fused, and normed as the backbone's are.
+        Maps are [B, num_features, h, w], or [B, h, w, num_features] for an NHWC backbone. Tokens are
+        [B, N, num_features], class and register tokens first. The backbone's own last norm comes before the fusion.
         """
         x, shared = self._forward_trunk(x, every=not len(self.experts))
         return self._forward_fused(x, shared)
 
     @property
     def level_widths(self) -> List[int]:
-        """Channels of the pooled features of each shared stage."""
+        """Number of channels of the pooled features of each shared stage."""
         return [LevelPool(info).width for info in self.feature_info[self.num_stem_levels:-1]]
 
     @torch.jit.ignore()
@@ -436,7 +436,7 @@ class Shike(PriorModel):
 
     @torch.jit.ignore()
     def forward_levels(self, x: Tensor) -> Tensor:
-        """What `forward_features` gives, from pooled features. This needs experts without private stages."""
+        """The result of `forward_features`, from pooled features. All experts must be without private stages."""
         pooled = x.split(self.level_widths, dim=1)
         experts: Any = self.experts
         return torch.cat([expert.join([pooled[i - 1] for i in expert.levels]) for expert in experts], dim=1)
@@ -447,18 +447,18 @@ class Shike(PriorModel):
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """Features of chosen levels of `feature_info` from images [B, in_chans, H, W].
 
-        Arguments are those of timm's models. The experts alone have norms after their last stage, so `norm` changes
-        nothing. With `stop_early`, experts that no chosen level needs are left out. `output_fmt` is 'NCHW' or the
-        backbone's own format; class and register tokens are in the latter alone.
+        Arguments are those of timm's models. `norm` does nothing, since norms after the last stage belong to experts.
+        With `stop_early`, experts do not run if no chosen level needs them. `output_fmt` is 'NCHW' or the backbone's
+        own format. Only the own format includes class and register tokens.
 
         Returns:
-            The final features in the backbone's own format and the list of intermediate ones, or that list alone.
+            The final features in the backbone's own format and the list of features of the levels, or only the list.
         """
         if output_fmt not in ('NCHW', self.output_fmt):
             raise ValueError(f"output_fmt must be 'NCHW' or '{self.output_fmt}', got '{output_fmt}'.")
         levels, size = self._levels(indices), x.shape[2:]
         x, shared = self._forward_trunk(x, every=True)
-        # From 0, the stem, if it is a level, else from 1.
+        # The list starts at the stem (0) if the stem is a feature level, else at the first stage (1).
         features = [shared[i] for i in range(1 - self.num_stem_levels, len(self.stages) + 1)]
         if len(self.experts) and not (stop_early and max(levels) < len(features)):
             features.append(self._forward_fused(x, shared))
@@ -469,12 +469,12 @@ class Shike(PriorModel):
         return features[-1], intermediates
 
     def forward_expert_head(self, x: Tensor) -> Tensor:
-        """Logits of each expert [B, M, num_classes] from what `forward_features` gives."""
+        """Logits of each expert [B, M, num_classes] from features of `forward_features`."""
         x = self.forward_head(x, pre_logits=True)
         return self.adjust(self.classifier(x.unflatten(1, (self.num_experts, -1))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Averaged logits [B, num_classes], or vectors [B, head_hidden_size] if pre_logits or no classifiers."""
+        """Averaged logits [B, num_classes], or vectors [B, head_hidden_size] if `pre_logits` or without classifiers."""
         if self.has_own_heads:
             if self.pool_type:
                 parts, vectors = x.chunk(self.num_experts, dim=self.channel_dim), []

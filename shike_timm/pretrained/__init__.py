@@ -1,1 +1,1 @@
-"""Trained models, read and written."""
+"""Reading and writing of trained models."""

@@ -32,9 +32,9 @@ def find_model(path: str) -> Path:
 
 
 def read_config(name: str, weights: Optional[str] = None) -> Dict[str, Any]:
-    """The configuration of `local-dir:FOLDER` or `hf-hub:USER/NAME`, or else the one beside a file of weights.
+    """Read the configuration of `local-dir:FOLDER` or `hf-hub:USER/NAME`, or else the one beside the file `weights`.
 
-    It is refused if it contradicts itself or the weights beside it.
+    A configuration that contradicts itself or the weights beside it raises an InputError.
     """
     source, model_id = parse_model_name(name)
     if source == 'local-dir':
@@ -52,7 +52,7 @@ def read_config(name: str, weights: Optional[str] = None) -> Dict[str, Any]:
 
 
 def check_config(config: Dict[str, Any], source: str) -> None:
-    """Refuse a configuration with impossible preprocessing or contradictory classes. `source` begins the message."""
+    """Raise an InputError if preprocessing is impossible or classes are contradictory. `source` begins the message."""
     cfg, args = config.get('pretrained_cfg', config), config.get('model_args') or {}
     if not isinstance(cfg, dict) or not isinstance(args, dict):
         raise InputError(f"{source} is damaged: 'pretrained_cfg' and 'model_args' must hold names and values.")
@@ -77,13 +77,13 @@ def check_config(config: Dict[str, Any], source: str) -> None:
 
 
 def check_threshold(source: str, threshold: Any) -> None:
-    """Refuse a threshold for unknown images that is no probability. `source` begins the message."""
+    """Raise an InputError if a threshold for unknown images is no probability. `source` begins the message."""
     if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
         raise InputError(f"{source} is damaged: its 'reject_threshold' is {threshold!r}, expected a probability.")
 
 
 def check_classes(source: str, num_classes: int, names: Any, counts: Any = None, shot_counts: Any = None) -> None:
-    """Refuse names and numbers of images that are not one for each class. `source` begins the message."""
+    """Raise an InputError if names or counts are not one for each class. `source` begins the message."""
     for what, values, kind in (
             ('class names', names, str), ('class counts', counts, int), ('counts for the shots', shot_counts, int)):
         if values is not None and (not isinstance(values, (list, tuple)) or len(values) != num_classes or not all(
@@ -94,7 +94,7 @@ def check_classes(source: str, num_classes: int, names: Any, counts: Any = None,
 
 
 def _check_weights(config: Dict[str, Any], path: Path) -> None:
-    """Refuse a configuration of other numbers of classes or experts than its weights, which timm may load in part."""
+    """Raise an InputError if numbers of classes or experts differ from the weights, which timm may load in part."""
     with safe_open(path.with_name(WEIGHTS_FILE), 'pt') as file:
         names = list(file.keys())
         head = file.get_slice('classifier.weight').get_shape() if 'classifier.weight' in names else (0, 0)
@@ -109,9 +109,9 @@ def export_model(
         model: nn.Module, folder: Union[str, Path], data_config: Dict[str, Any],
         class_names: Optional[Sequence[str]] = None, class_counts: Optional[Sequence[int]] = None, **facts: Any,
 ) -> None:
-    """Write a folder that timm loads as `local-dir:FOLDER`. An existing one is replaced as a whole.
+    """Write a folder that timm loads as `local-dir:FOLDER`. An existing folder is replaced as a whole.
 
-    The facts go into `config.json`, unless they are empty.
+    The `facts` are further entries of `config.json`. Empty facts are left out.
     """
     folder = Path(os.path.realpath(folder))
     temporary = folder.with_name(folder.name + '.tmp')
@@ -126,12 +126,12 @@ def export_model(
     try:
         save_for_hf(model, str(temporary), config, safe_serialization=True, data_config=data_config)
         config = read_json(temporary / CONFIG_FILE)
-        # transformers takes the number at the top level and refuses a second one.
+        # transformers takes num_classes from the top level, and refuses a second value.
         config['model_args'].pop('num_classes', None)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2))
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    except (OSError, SafetensorError) as error:  # The second is what safetensors raises on a full disk.
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk.
         raise OSError(f"model folder '{folder}' cannot be written ({one_line(error)})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

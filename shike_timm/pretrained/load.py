@@ -1,4 +1,4 @@
-"""Trained models by name or by checkpoint, with the facts known of their training data."""
+"""Loading of trained models by name or from a checkpoint, with what is known about their training."""
 import json
 import os
 from dataclasses import dataclass, field, replace
@@ -25,12 +25,12 @@ class TrainedModelConfig:
         None, 'run folder, model folder, checkpoint, hf-hub:USER/NAME or a registered name. shike predict also takes '
         'an exported ONNX file')
     pretrained: bool = option(
-        False, "load the published weights of a registered name. shike eval and shike predict always do")
+        False, "load the published weights of a registered name. shike eval and shike predict always load them")
     checkpoint: Optional[str] = option(None, 'checkpoint of shike train, in place of --model', 'FILE')
     experts: Optional[List[int]] = option(None, 'experts to keep, counted from 0', nargs='+')
     target_prior: Optional[str] = option(
-        None, 'class frequencies that the logits are to stand for: uniform, train (those of the training set), or a '
-        "JSON file with one number for each class. By default the model's own", 'uniform|train|FILE')
+        None, 'class frequencies to adjust the logits to: uniform, train (the frequencies of the training set), or a '
+        "JSON file with one number for each class. By default the model's own prior", 'uniform|train|FILE')
 
 
 @dataclass
@@ -73,7 +73,7 @@ def _from_name(name: str, pretrained: bool) -> TrainedModel:
 def from_checkpoint(
         checkpoint: Dict[str, Any], path: str, described: Optional[ModelConfig] = None, in_chans: int = 3,
 ) -> TrainedModel:
-    """The trained model in a checkpoint that was read from a path.
+    """Create the trained model of a checkpoint that was read from `path`.
 
     If the checkpoint holds weights alone, `described` and `in_chans` describe the model, except for its classifiers.
     """
@@ -93,10 +93,10 @@ def from_checkpoint(
     shot_counts = saved.get('shot_counts', counts)
     check_classes(source, len(counts) if isinstance(counts, list) else 0, names, counts, shot_counts)
     check_threshold(source, saved.get('reject_threshold'))
-    # Options that an older version did not have get their defaults.
+    # Options that are missing in checkpoints of older versions get their defaults.
     config = checked(ModelConfig, check_saved(ModelConfig, saved, source))
     preprocessing = checked(PreprocessingConfig, check_saved(PreprocessingConfig, saved, source))
-    if config.classifier != 'linear':  # Each phase has its own scale.
+    if config.classifier != 'linear':  # Each phase of training may have its own cosine scale.
         config = replace(config, cosine_scale=saved.get('classifier_scale'))
     try:
         model = create_model(config, len(counts), preprocessing.channels, img_size=preprocessing.image_size)
@@ -118,7 +118,7 @@ def load_trained_model(
 ) -> TrainedModel:
     """Load a trained model to the CPU: by a name that `--model` takes, or from a checkpoint, as `from_checkpoint` does.
 
-    `pretrained` loads the published weights of a registered name. `experts` are those to keep.
+    `pretrained` loads the published weights of a registered name. `experts` are indices of the experts to keep.
     """
     if bool(name) == bool(checkpoint):
         raise InputError('Give the model, either as --model or as --checkpoint.')
@@ -137,14 +137,14 @@ def load_trained_model(
     if experts is not None:
         try:
             trained.model.set_experts(experts)
-            trained.reject_threshold = None  # It was chosen for all experts.
+            trained.reject_threshold = None  # The threshold was chosen for all experts.
         except ValueError as error:
             raise InputError(f'--experts: {error}') from error
     return trained
 
 
 def with_trained_options(config: Config, trained: TrainedModel) -> Config:
-    """A configuration with the options that the model was trained with, but for those that it sets itself."""
+    """Complete a configuration: options that are not set get the values that the model was trained with."""
     sizes = ('img_size', 'input_size')
     sized = any(getattr(config, key) for key in sizes)
     return replace(config, **{
@@ -174,6 +174,6 @@ def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:
                     raise ValueError(f"{'the model' if name in values else 'the file'} has no class '{name}'")
                 values = [values[name] for name in trained.class_names]
         trained.model.set_target_prior(values)
-        trained.reject_threshold = None  # It was chosen for the model's own prior.
+        trained.reject_threshold = None  # The threshold was chosen for the model's own prior.
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"--target-prior '{prior}' cannot be used: {one_line(error)}.") from error

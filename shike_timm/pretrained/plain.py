@@ -10,7 +10,7 @@ from ..checkpoints import model_weights, saved_args
 from ..errors import InputError, one_line
 from ..models import Shike
 
-# What timm calls the preprocessing in the arguments of its train.py and in the configuration of a model.
+# timm's names for preprocessing, in the arguments of its train.py and in the configuration of a model.
 _PREPROCESSING = ('img_size', 'input_size', 'in_chans', 'mean', 'std', 'crop_pct', 'interpolation')
 
 
@@ -58,11 +58,11 @@ def load_plain(name: str, backbone: Optional[str] = None) -> PlainModel:
 
 def plain_from_checkpoint(
         checkpoint: Dict[str, Any], name: str, backbone: Optional[str] = None) -> Optional[PlainModel]:
-    """The plain network in a checkpoint of timm's or torchvision's trainer, or in a state dict. None if it is SHIKE."""
+    """The plain network in a checkpoint of timm or torchvision, or in a state dict. None for a SHIKE model."""
     values, weights = saved_args(checkpoint), model_weights(checkpoint, name)
     if 'class_counts' in values or any(key.startswith('experts.') for key in weights):
         return None
-    weights.pop('n_averaged', None)  # torch's AveragedModel counts its updates.
+    weights.pop('n_averaged', None)  # This is the number of updates of torch's AveragedModel.
     return PlainModel(
         name, _backbone(name, backbone, checkpoint.get('arch')), weights, options=_preprocessing(values))
 
@@ -78,13 +78,13 @@ class OneExpert(nn.Module):
         self.places = places
 
     def forward_experts(self, x: Tensor) -> Tensor:
-        """Logits [B, 1, C] from images. `places` are the labels that the network has for the classes."""
+        """Logits [B, 1, C] from images. `places` holds, for each class of the data, its label in the network."""
         logits = self.net(x)
         return (logits if self.places is None else logits[:, self.places])[:, None]
 
 
 def create_plain(plain: PlainModel, in_chans: int, class_names: Sequence[str]) -> Optional[OneExpert]:
-    """The network with its own classifier, None if it does not have the classes."""
+    """Create the network with its own classifier, or return None if its classes are not those of the data."""
     cfg = get_pretrained_cfg(plain.backbone)
     head = getattr(cfg, 'classifier', None)
     names = [head] if isinstance(head, str) else head or ()

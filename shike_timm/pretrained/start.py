@@ -34,7 +34,7 @@ def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optio
         return trained
     own = checked(PreprocessingConfig, trained.options)
     options = dict(vars(own), **resolve_data_config(own, trained.model), img_size=None, in_chans=None)
-    del options['crop_mode']  # There is no such option.
+    del options['crop_mode']  # No option of training sets crop_mode.
     if preprocessing.img_size or preprocessing.input_size or preprocessing.in_chans:
         options['input_size'] = None
     fusion = trained.model.fusion
@@ -50,7 +50,7 @@ def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optio
 
 
 def start_from(model: Shike, start: TrainedModel, class_names: Sequence[str]) -> None:
-    """Load the weights of a trained model into a new one. Classifiers go by class name, if the classes are the same."""
+    """Load weights of a trained model into a new model. If the classes are equal, classifiers match by name."""
     own, weights, names = model.state_dict(), start.model.state_dict(), start.class_names
     head = {key: value for key, value in own.items() if key.startswith('classifier.')}
     loaded = [key for key in weights if key.startswith('classifier.')]

@@ -12,13 +12,13 @@ from .folder import read_config
 def load_teacher(
         name: str, data: TrainingData, input_size: Sequence[int], device: torch.device, held_out: bool = False,
 ) -> DistillationTeacher:
-    """Load the trained model of `--kd-model-name`, of any architecture. Its logits come in the data's label order.
+    """Load the trained model of `--kd-model-name`, of any architecture. Its logits are in the label order of the data.
 
-    With `held_out`, it must not have seen the images that are held out of the training set for evaluation.
+    With `held_out`, a teacher that may have been trained on the images held out for evaluation raises an InputError.
     """
     try:
         teacher = DistillationTeacher(name, in_chans=input_size[0], device=device)
-        if input_size[0] == 1:  # The teacher may take colour images.
+        if input_size[0] == 1:  # A teacher of colour images has three means.
             teacher.mean_kd, teacher.std_kd = (
                 value.mean(1, keepdim=True) for value in (teacher.mean_kd, teacher.std_kd))
         with torch.no_grad():

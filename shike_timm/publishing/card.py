@@ -26,7 +26,7 @@ PATHS = {  # Options that may name files or folders.
 
 
 def _without_folder(name: str) -> str:
-    """The last part of a path, RUN/model of a local-dir, or a name on the Hub: a card shows no private folders."""
+    """Shorten a path to its last part, or a local-dir to RUN/model, since a card must not show private folders."""
     source, _, path = name.partition(':')
     if source.lower() in ('hf-hub', 'hf_hub'):
         return name
@@ -60,7 +60,7 @@ def _split(args: Dict[str, Any]) -> str:
 
 
 def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalResult]:
-    """The ensemble's accuracies after the last stage."""
+    """The accuracies of the ensemble after the last stage of training, as the Hub takes them."""
     result = list(metrics.values())[-1]
     return [
         EvalResult(
@@ -71,7 +71,7 @@ def _eval_results(metrics: Dict[str, Any], args: Dict[str, Any]) -> List[EvalRes
 
 
 def _known(config: Dict[str, Any], most: int = 20) -> str:
-    """The names of the classes, those with most training images first. Of many, the first ones and the last."""
+    """The class names, those with most training images first. If there are more than `most`, the middle is left out."""
     names, counts = config.get('label_names') or [], config.get('class_counts')
     names = [names[c] for c in sorted(range(len(names)), key=lambda c: -counts[c] if counts else c)]
     return ', '.join(names if len(names) <= most else [*names[:most // 2], '...', *names[-(most // 2):]])
@@ -85,7 +85,7 @@ def _recipe(metrics: Dict[str, Any], args: Dict[str, Any]) -> Dict[str, Any]:
         unused |= {'imb_factor', 'imb_type'}
     if 'stage_two' not in metrics:
         unused |= {key for key in args if key.startswith('crt_')} - {'crt_epochs'}
-        args = dict(args, crt_epochs=0)  # Some methods have another default.
+        args = dict(args, crt_epochs=0)  # The default of some methods is not 0.
     if not args.get('kd_model_name'):
         unused |= set(options(TeacherConfig))
     recipe = {key: value for key, value in card_options(args).items() if key not in unused}
@@ -97,11 +97,11 @@ def model_card(
         args: Optional[Dict[str, Any]] = None, license: Optional[str] = None, load_as: Optional[str] = None,
         worst: Optional[List[List[str]]] = None,
 ) -> ModelCard:
-    """The card of a model: its `config.json`, and the `metrics.json` and `args.yaml` of its run without their folders.
+    """Make a model's card from its `config.json` and its run's `metrics.json` and `args.yaml`, without private folders.
 
-    `load_as` is the name to load the model by, if it is not on the Hub. `license` is by default that of the pretrained
-    weights that it started from. `worst` has rows of the worst classes, if the figures of a report lie
-    beside the card: name, training images, test images, percent right, and the class that it is most often taken for.
+    `load_as` is the name to load the model by, if it is not on the Hub. `license` defaults to that of the pretrained
+    weights that training started from. `worst` is for a card with a report's figures beside it: rows of the worst
+    classes, with name, training images, test images, percent right, and the class most often predicted instead.
     """
     metrics, args, counts = metrics or {}, dict(args or {}), config.get('class_counts')
     if args.get('dataset'):

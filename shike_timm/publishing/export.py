@@ -1,4 +1,4 @@
-"""Export of a model to a file that runs without this package. The file is compared with the model before it is kept."""
+"""Export of a model to a file that runs without this package. The file is kept only if it computes the same logits."""
 import json
 import logging
 import os
@@ -23,7 +23,7 @@ _TOLERANCE = 1e-4  # Largest accepted difference, as a share of the largest logi
 
 
 def find_place(folder: Path) -> Path:
-    """The nearest existing folder above a new one."""
+    """The nearest existing folder above a new folder. Raises an InputError if the new folder cannot be made."""
     if folder.is_symlink() or folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"output '{folder}' exists already: choose another folder, or remove it.")
     above = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -50,7 +50,7 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, opset: Optional[in
 
 
 def _write_metadata(path: Path, config: Dict[str, Any]) -> None:
-    """Put class names and configuration into an ONNX file, so that it serves alone."""
+    """Write class names and configuration into an ONNX file, so that the file needs no others."""
     import onnx
 
     program = onnx.load(path, load_external_data=False)
@@ -60,7 +60,7 @@ def _write_metadata(path: Path, config: Dict[str, Any]) -> None:
 
 
 def read_metadata(path: Union[str, Path]) -> Dict[str, Any]:
-    """The configuration in an ONNX file, that of `config.json`. Empty in files of earlier versions."""
+    """Read the content of `config.json` from an ONNX file. Files of earlier versions hold none: the result is {}."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
@@ -84,7 +84,7 @@ def _write(model: nn.Module, images: Tensor, path: Path, format: str, opset: Opt
 
 
 def load_exported(path: Union[str, Path], format: str) -> Callable[[Tensor], Tensor]:
-    """An exported file as a function on the CPU from images [B, C, H, W] to logits [B, num_classes].
+    """Load an exported file as a function on the CPU, which maps images [B, C, H, W] to logits [B, num_classes].
 
     onnxruntime uses as many threads as torch.
     """
@@ -127,10 +127,10 @@ def save_exported(
         model: nn.Module, folder: Union[str, Path], format: str, data_config: Dict[str, Any],
         opset: Optional[int] = None, **facts: Any,
 ) -> float:
-    """Write the folder of an exported model, for any batch size, and give its difference from the model.
+    """Write a folder with the model exported for any batch size, and return its difference from the model.
 
-    The difference is the largest one found, relative to the largest logit. The folder must not exist, or be empty; it
-    appears whole or not at all. The facts are those of `export_model`.
+    The difference is the largest difference of logits found, relative to the largest logit. The folder must be new or
+    empty. It is written completely or not at all. The `facts` are those of `export_model`.
     """
     folder = Path(folder).absolute()
     with tempfile.TemporaryDirectory(dir=find_place(folder)) as temporary:

@@ -36,16 +36,16 @@ class PublishConfig:
     private: bool = option(False, 'make the repository private')
     update: bool = option(False, 'replace what is already published under the name')
     dry_run: Optional[str] = option(
-        None, 'write the card and all files to this new folder instead, without the Hub', 'FOLDER')
+        None, 'do not publish, but write the card and all files to this new folder', 'FOLDER')
     report: Optional[str] = option(
-        None, 'folder that shike report wrote of the model; two of its figures and the table of classes go along with '
-        'the card; RUN/report by default, if it exists', 'DIR')
+        None, 'folder that shike report wrote for the model. Two of its figures and the table of classes are published '
+        'with the card. By default RUN/report, if it exists', 'DIR')
     license: Optional[str] = option(
-        None, "license on the card, such as mit. By default that of the backbone's weights", 'ID')
+        None, "license on the card, such as mit. By default the license of the backbone's weights", 'ID')
 
 
 def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Metrics and arguments of the run that wrote a model folder, empty if it does not lie in a run folder."""
+    """Metrics and arguments of the run that wrote a model folder, {} and {} if the folder is not in a run folder."""
     model_folder = model_folder.resolve()
     if model_folder.name != 'model':
         return {}, {}
@@ -55,7 +55,7 @@ def read_run(model_folder: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
 def find_report(
         folder: Optional[str], model_folder: Path, config: Dict[str, Any], result: Dict[str, Any],
 ) -> Tuple[List[Path], Optional[List[List[str]]]]:
-    """The files of the model's report that are published, from `folder` or from RUN/report, and its worst classes."""
+    """Find the model's report, in `folder` or in RUN/report, and return its files to publish and its worst classes."""
     model_folder = model_folder.resolve()
     report = Path(folder) if folder else model_folder.with_name('report')
     table = report / REPORT_TABLE
@@ -80,7 +80,7 @@ def find_report(
     if names and config.get('class_counts') and counts != dict(
             zip(map(spreadsheet_cell, names), config['class_counts'])):
         problem = 'its classes or their training images are not those of the model'
-    # Another device differs by less than this. Stage one differs by far more.
+    # Two devices differ by less than this. The two stages of training differ by far more.
     elif abs(result.get('top1', top1) - top1) > 0.5:
         problem = f"its top-1 is {top1:.2f} and that of the run {result['top1']:.2f}"
     if problem:
@@ -89,7 +89,7 @@ def find_report(
 
 
 def _explain(error: BaseException, repo_id: str, endpoint: str) -> Exception:
-    """One sentence for any error of huggingface_hub."""
+    """Convert any error of huggingface_hub to an error with one sentence of explanation."""
     if isinstance(error, OfflineModeIsEnabled):
         return InputError('HF_HUB_OFFLINE is set, which forbids every request to the Hub: unset it to publish.')
     while not isinstance(error, HfHubHTTPError) and error.__cause__ is not None:
@@ -112,17 +112,17 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> Exception:
 
 
 def _prepare_repo(api: HfApi, config: PublishConfig, card: ModelCard) -> Optional[str]:
-    """Let the Hub check the card, make the repository, and give the newest commit in it."""
+    """Let the Hub check the card, create the repository, and return its newest commit."""
     try:
         card.validate()  # The Hub checks the card before the repository is made.
     except ValueError as error:
         raise InputError(
             f'The Hub does not accept the metadata of the card ({one_line(error)}): check that --license is one of its '
             'identifiers, such as mit.') from error
-    # None gives the organisation's default.
+    # With None, the visibility is the default of the organisation.
     api.create_repo(config.repo_id, private=config.private or None, exist_ok=True)
     info = api.model_info(config.repo_id)
-    # An attempt that failed before its commit leaves .gitattributes.
+    # An earlier attempt that failed before its commit may have left .gitattributes.
     if not config.update and {file.rfilename for file in info.siblings or []} - {'.gitattributes'}:
         raise InputError(
             f"'{config.repo_id}' already holds files: add --update to replace them, or choose another --repo-id.")
@@ -133,7 +133,7 @@ def _prepare_repo(api: HfApi, config: PublishConfig, card: ModelCard) -> Optiona
 
 
 def publish(config: PublishConfig) -> str:
-    """Publish a model with its card, and give its URL; or write them to the folder of a dry run, and give that."""
+    """Publish a model with its card and return its URL. For a dry run, write both to a folder and return its name."""
     if config.dry_run:
         find_place(Path(config.dry_run))
     try:

@@ -1,4 +1,4 @@
-"""Classifiers that begin at the class means of the features."""
+"""Initialisation of classifiers at the class means of the features."""
 from typing import Any, Iterable, Tuple
 
 import torch
@@ -15,10 +15,10 @@ from .tasks import expert_features
 @torch.no_grad()
 def class_means(
         model: Shike, loader: Iterable[Tuple[Tensor, Tensor]], stop: StopFlag) -> Tuple[Tensor, Tensor, Tensor]:
-    """Per expert, the normalised mean of each class's normalised features, over the images of all processes.
+    """For each expert, normalise the features of all processes, average them by class, and normalise the means.
 
-    The model runs in eval mode, so that no image depends on the others of its batch. The results are means [M, C, D],
-    zero for classes without images, images of each class [C] and the mean norm of each expert's features [M].
+    The model runs in eval mode, so that no image depends on the others of its batch. Returns the means [M, C, D] (zero
+    for classes without images), the number of images of each class [C], and each expert's mean feature norm [M].
     """
     num_experts, num_classes = model.num_experts, model.num_classes
     width = model.head_hidden_size // num_experts
@@ -28,7 +28,7 @@ def class_means(
     norms = torch.zeros(num_experts, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    hidden = True if rank() else None  # None hides it where there is no terminal.
+    hidden = True if rank() else None  # With None, tqdm hides the bar if there is no terminal.
     for images, target in tqdm(loader, 'Class means', unit=' batches', leave=False, disable=hidden):
         stop.check()
         if images.ndim == 4:
@@ -45,7 +45,7 @@ def class_means(
 
 
 def begin_at_class_means(model: Shike, loader: Iterable[Tuple[Tensor, Tensor]], stop: StopFlag) -> int:
-    """Let the classifiers of classes with images begin at the means of `class_means`. Give the number of images."""
+    """Set class weights from the means of `class_means`, for classes with images. Returns the number of images."""
     means, counts, norms = class_means(model, loader, stop)
     classifier: Any = model.get_classifier()
     classifier.set_class_means(means, counts > 0, norms)

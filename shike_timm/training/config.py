@@ -14,32 +14,32 @@ from ..options import HparamsConfig, option, options
 class MethodConfig:
     """Method and loss."""
 
-    method: str = option('shike', 'method of stage one. An unknown name lists all of them', card='changed')
-    tau: float = option(1., 'strength of the logit adjustment of logit_adjusted', 'T', card='changed')
+    method: str = option('shike', 'method of stage one. An unknown name prints all names', card='changed')
+    tau: float = option(1., 'strength of the adjustment in --method logit_adjusted', 'T', card='changed')
     focal_gamma: float = option(2., 'exponent of the focal loss', 'G', low=0, card='changed')
     alpha: float = option(
-        0.1, 'weight of dynamic knowledge transfer (DKT), a sum over classes averaged over the batch')
-    beta: float = option(0.01, 'weight of mutual distillation, a sum over classes averaged over the batch')
+        0.1, 'weight of dynamic knowledge transfer (DKT), which is summed over classes and averaged over the batch')
+    beta: float = option(0.01, 'weight of mutual distillation, summed over classes and averaged over the batch')
     smoothing: float = option(
         0., 'label smoothing of the cross-entropy in both stages of training', 'S', low=0, below=1, card='changed')
     trunk_grad: str = option(
-        'sum', 'gradient of the shared stages: the sum or the mean of the gradients that the experts send',
+        'sum', 'whether the gradient of the shared stages is the sum or the mean of the gradients from the experts',
         choices=['sum', 'mean'], card='changed')
     detach_teacher: bool = option(False, 'stop gradients through the teacher of dynamic knowledge transfer')
     head_init: str = option(
-        'random', 'classifiers at the start of stage one: random ones, or the class means of the features that '
-        'pretrained weights give', choices=('random', 'means'), card='changed')
+        'random', 'initial class weights of stage one: random, or the class means of the features that the pretrained '
+        'network computes', choices=('random', 'means'), card='changed')
     crt_init: str = option(
-        'random', 'classifiers at the start of stage two: random ones, or the class means of the features',
+        'random', 'initial class weights of stage two: random, or the class means of the features',
         choices=('random', 'means'), card='changed')
     cache_features: Optional[int] = option(
-        None, 'with --freeze-trunk and --private-stages 0: compute the features of this many views of each image once '
-        '(the image, its mirror image, then augmented ones), and train on them', 'VIEWS', low=1)
+        None, 'with --freeze-trunk and --private-stages 0: compute features of this many views of each image once, and '
+        'train on the features. Views are the image, its mirror image, then augmented images', 'VIEWS', low=1)
     search: bool = option(
-        False, 'with --cache-features: choose the levels of the experts and the learning rate on training images that '
-        'are set aside, three times a fifth of each class')
+        False, 'with --cache-features: choose --levels and --lr by balanced accuracy on held-out training images, '
+        'over three folds that each hold out a fifth of every class')
     crt_cosine_scale: Optional[float] = option(
-        None, 'scale of the cosines of the retrained classifiers. By default that of the model', 'S', low=0.01,
+        None, '--cosine-scale of the retrained classifiers. By default the scale of the model', 'S', low=0.01,
         card='changed')
 
 
@@ -48,7 +48,7 @@ class TeacherConfig:
     """Teacher."""
 
     kd_model_name: Optional[str] = option(
-        None, 'trained model of the same classes to learn from as well: a registered name, local-dir:RUN/model or '
+        None, 'teacher of all experts, a trained model of the same classes: a registered name, local-dir:RUN/model or '
         'hf-hub:USER/NAME')
     distill_loss_weight: float = option(1., 'weight of the distillation from --kd-model-name', 'W', low=0)
     kd_temperature: float = option(4., 'temperature of the distillation from --kd-model-name', 'T', low=0.01)
@@ -56,7 +56,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class TaskConfig(MethodConfig, TeacherConfig):
-    """What a training task reads."""
+    """The options that a training task reads."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class OptimizerConfig:
     opt_eps: Optional[float] = option(None, 'epsilon of the optimizer', 'EPS', card='changed')
     opt_betas: Optional[List[float]] = option(None, 'betas of the optimizer', 'BETA', nargs='+', card='changed')
     opt_kwargs: Dict[str, Any] = option({}, 'further arguments of timm.optim.create_optimizer_v2')
-    layer_decay: Optional[float] = option(None, 'factor of the learning rate from layer to layer', 'D', low=0)
-    clip_grad: Optional[float] = option(None, 'value to clip gradients at', low=0)
+    layer_decay: Optional[float] = option(None, 'factor of the learning rate for each layer further down', 'D', low=0)
+    clip_grad: Optional[float] = option(None, 'limit of the gradients, as --clip-mode applies it', low=0)
     clip_mode: str = option('norm', 'how to clip gradients', choices=('norm', 'value', 'agc'), card='changed')
 
 
@@ -82,14 +82,14 @@ class ScheduleConfig:
     epochs: int = option(180, 'epochs of stage one, warm-up included', low=1)
     lr: float = option(0.1, 'peak learning rate of stage one', 'LR', low=0)
     lr_base: Optional[float] = option(
-        None, 'learning rate for a batch of --lr-base-size images. --lr is scaled from it, linearly or, for Adam-like '
-        'optimizers, by the square root. An explicit --lr wins.', 'LR', low=0)
-    lr_base_size: int = option(256, 'batch that --lr-base is meant for', low=1, card='changed')
+        None, 'learning rate for --lr-base-size images a step. It sets --lr, scaled by the actual number of images '
+        '(for Adam-like optimizers by its square root). An explicit --lr wins.', 'LR', low=0)
+    lr_base_size: int = option(256, 'images a step that --lr-base is meant for', low=1, card='changed')
     warmup_epochs: int = option(5, 'linear warm-up at the start of stage one, in epochs', low=0)
     warmup_lr: float = option(1e-5, 'learning rate at the start of the warm-up', 'LR', low=0)
     min_lr: float = option(0., 'learning rate at the end of the schedule', 'LR', low=0)
     decay_epochs: float = option(90., 'epochs between the steps of a step schedule', low=1, card='changed')
-    decay_rate: float = option(0.1, 'factor of a step, or power of poly', 'RATE', card='changed')
+    decay_rate: float = option(0.1, 'factor of each step, or exponent of --sched poly', 'RATE', card='changed')
     crt_epochs: Optional[int] = option(
         None, 'epochs of stage two, classifier retraining, warm-up included. 0 leaves stage two out. By default 20 '
         'for --method shike, 0 for others', low=0, may_change=True)
@@ -117,9 +117,9 @@ class LoopConfig:
         card='never')
     sync_bn: bool = option(False, 'compute BatchNorm over the batches of all processes together', card='changed')
     dist_bn: str = option(
-        'reduce', 'BatchNorm statistics of several processes after an epoch: their mean, or those of the first process',
+        'reduce', 'BatchNorm statistics after an epoch: the mean over processes, or those of the first process',
         choices=('reduce', 'broadcast'), card='never')
-    model_ema: bool = option(False, 'also average the weights over the updates, and save the average')
+    model_ema: bool = option(False, 'average the weights over the updates, and keep the average as the model')
     model_ema_decay: float = option(0.9998, 'decay of the averaged weights', 'D', card='changed')
     model_ema_warmup: bool = option(
         True, 'start with a small decay of the averaged weights (default: on)', card='changed')
@@ -128,12 +128,12 @@ class LoopConfig:
         may_change=True, card='never')
     val_interval: int = option(1, 'epochs between evaluations', low=1, may_change=True, card='never')
     eval_metric: Optional[str] = option(
-        None, 'also keep the checkpoint with the best value of this metric, as model_best.pth.tar. The evaluation set '
-        'then chooses it.', choices=('loss', 'top1', 'top5', 'balanced', 'many', 'medium', 'few', 'ece'),
+        None, 'also keep the checkpoint with the best value of this metric, as model_best.pth.tar. Caution: this '
+        'selects on the evaluation set.', choices=('loss', 'top1', 'top5', 'balanced', 'many', 'medium', 'few', 'ece'),
         may_change=True, card='never')
     calibrate: bool = option(
-        False, 'after the last epoch of each stage of training, fit one temperature to the evaluation images, which '
-        'divides the logits so that probabilities fit accuracies. The model keeps it', card='changed')
+        False, 'after the last epoch of each stage of training, fit a temperature on the evaluation images. The model '
+        'then divides its logits by it, so that probabilities match accuracies', card='changed')
     checkpoint_hist: int = option(
         2, 'checkpoints to keep of each stage of training', low=1, may_change=True, card='never')
     recovery_interval: Optional[int] = option(
@@ -142,7 +142,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class StepConfig(LoaderConfig, OptimizerConfig, LoopConfig):
-    """What a training step reads."""
+    """The options that a training step reads."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ class TrainConfig(RunConfig):
     """Resuming."""
 
     resume: Optional[str] = option(
-        None, 'go on with a run: name its folder or one of its checkpoints. Without a name the run of --experiment '
-        'goes on, or begins.', 'RUN', const='', may_change=True, card='never')
+        None, 'resume a run, given by its folder or one of its checkpoints. Without a value, resume the run of '
+        '--experiment, or begin it.', 'RUN', const='', may_change=True, card='never')
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,12 @@ class RetrainConfig(RunConfig):
     """Stage one."""
 
     checkpoint: str = option(
-        None, 'run folder of shike train or a checkpoint of its stage one; or a plain network of timm, --backbone: '
+        None, 'run folder of shike train, or a checkpoint of its stage one. For a plain network of timm (--backbone): '
         'a checkpoint, local-dir:FOLDER or hf-hub:USER/NAME', 'RUN|FILE|NAME', required=True)
 
 
 def card_options(values: Mapping[str, Any]) -> Dict[str, Any]:
-    """The values of a run that a model card shows."""
+    """The options of a run that a model card shows, with their values."""
     return {
         name: values[name] for name, one in options(TrainConfig).items()
         if values.get(name) not in (None, {})

@@ -16,7 +16,7 @@ from .tasks import TERMS
 
 
 def draw_curves(run: Path) -> Figure:
-    """Loss, its terms and the accuracies of a run."""
+    """Draw the loss, the terms of the loss and the accuracies of a run."""
     try:
         rows = read_summary(run / 'summary.csv')
         names = rows[0] if rows else ()

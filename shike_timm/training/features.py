@@ -21,12 +21,12 @@ from .signals import StopFlag
 
 _logger = logging.getLogger(__name__)
 
-LARGEST = torch.finfo(torch.float16).max  # Larger features are cut off.
+LARGEST = torch.finfo(torch.float16).max  # Larger features are clamped to this.
 READ_AT_ONCE = 4096  # Images whose features are in memory at a time.
 
 
 class FeatureLoader:
-    """Batches of pooled features [B, F] and labels [B] from those [N, V, F] of V views. A view is drawn at random."""
+    """Batches of pooled features [B, F] and labels [B]. It draws one of V views of each image from [N, V, F]."""
 
     def __init__(self, features: np.ndarray, targets: Any, batch_size: int, device: torch.device):
         self.features = torch.from_numpy(features)
@@ -46,7 +46,7 @@ class FeatureLoader:
 
 
 def _digest(model: Shike, data: Any, config: RunConfig, data_config: Dict[str, Any]) -> str:
-    """Digest of everything that decides the features: the trunk, the images and how they are prepared."""
+    """Digest of everything that the features depend on: the trunk, the images and their preprocessing."""
     augmentation = {name: getattr(config, name) for name in options(AugmentationConfig)}
     source = os.path.abspath(data.source.root), type(data.source).__name__, data.decoder
     digest = hashlib.sha256(repr((source, data_config, config.cache_features, config.seed, augmentation)).encode())
@@ -63,7 +63,7 @@ def _digest(model: Shike, data: Any, config: RunConfig, data_config: Dict[str, A
 def _write_views(
         features: np.ndarray, model: Shike, data: Any, config: RunConfig, data_config: Dict[str, Any],
         device: torch.device, stop: StopFlag) -> None:
-    """Fill the features [N, V, F]: the plain images, the mirrored ones, and then augmented ones."""
+    """Fill the features [N, V, F]: view 0 is the plain image, view 1 its mirror image, and the others are augmented."""
     batch_size, num_views = config.validation_batch_size or config.batch_size, features.shape[1]
     plain = create_eval_loader(data, data_config, batch_size, device, config.workers, config.device_data)
     total = len(plain) * (1 + max(num_views - 2, 0))
@@ -87,7 +87,7 @@ def _write_views(
 
 
 def statistics(features: np.ndarray, rows: np.ndarray) -> Tuple[Tensor, Tensor]:
-    """Mean and variance [F] in float64 of the features [N, V, F] of the images at these rows, over all views."""
+    """Mean and variance [F] in float64 of features [N, V, F], over all views of the images at `rows`."""
     sums = np.zeros((2, features.shape[2]))
     for some in np.array_split(rows, -(-len(rows) // READ_AT_ONCE)):
         values = features[some].astype(np.float64)
@@ -97,7 +97,7 @@ def statistics(features: np.ndarray, rows: np.ndarray) -> Tuple[Tensor, Tensor]:
 
 
 def standardise(model: Shike, features: np.ndarray) -> None:
-    """Give the experts the statistics of the features [N, V, F] of all images."""
+    """Set the BatchNorm statistics of the experts to those of the features [N, V, F] of all images."""
     moments = [one.split(model.level_widths) for one in statistics(features, np.arange(len(features)))]
     experts: Any = model.experts
     for expert in experts:
@@ -121,7 +121,7 @@ def level_batches(model: Shike, loader: Any, stop: StopFlag) -> List[Tuple[Tenso
 def cached_features(
         folder: Path, model: Shike, data: Any, config: RunConfig, data_config: Dict[str, Any], device: torch.device,
         stop: StopFlag) -> np.ndarray:
-    """Pooled features [N, V, F] of the training images in float16, from a file that runs with the same trunk share."""
+    """Pooled features [N, V, F] of the training images in float16. Runs with equal trunk and views share a file."""
     shape = len(data), config.cache_features or 1, sum(model.level_widths)
     path = folder / f'features-{_digest(model, data, config, data_config)[:16]}.npy'
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The run folder: one process owns it at a time."""
+"""The run folder, its files, and its lock: one process at a time owns the folder."""
 import os
 import socket
 from pathlib import Path
@@ -15,18 +15,18 @@ from ..recipes import read_yaml
 from .config import RunConfig, TrainConfig
 
 LOCK = '.lock'
-NOT_SAVED = ('hparams', 'resume', 'checkpoint')  # These options name files for one start of a run.
+NOT_SAVED = ('hparams', 'resume', 'checkpoint')  # These options concern a single start of a run.
 
 
 def read_args(folder: Path) -> Dict[str, Any]:
-    """The options in the `args.yaml` of a run folder, none if the file is missing. Old files may have other options."""
+    """The options in the `args.yaml` of a run folder, {} without the file. Files of older versions may have others."""
     path = folder / 'args.yaml'
     values = read_yaml(str(path)) if os.path.isfile(path) else {}
     return check_saved(TrainConfig, values, f"'{path}'")
 
 
 def read_metrics(folder: Path) -> Dict[str, Any]:
-    """The metrics by phase in the `metrics.json` of a run folder, none if the file is missing."""
+    """The metrics by phase in the `metrics.json` of a run folder, {} without the file."""
     path = folder / 'metrics.json'
     metrics = read_json(path) if os.path.isfile(path) else {}
     for phase, result in metrics.items():

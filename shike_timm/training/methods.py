@@ -1,4 +1,4 @@
-"""Methods by name: the loss that stage one trains with. A method is one entry of `METHODS`, a few lines over a loss."""
+"""Methods of stage one by name. A method is one entry of `METHODS`, a few lines that choose its loss."""
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
@@ -15,24 +15,24 @@ from .config import TaskConfig
 from .tasks import ClassifierRetrainingTask, ExpertTask
 
 RETRAINING_EPOCHS = 20
-Losses = Tuple[Callable[..., Any], Optional[Callable[..., Tensor]]]  # The second one is that of the last epochs.
+Losses = Tuple[Callable[..., Any], Optional[Callable[..., Tensor]]]  # The loss, and another loss for the last epochs.
 
 
 @dataclass(frozen=True)
 class Method:
     """How stage one trains. Classifier retraining can follow any method."""
 
-    # From options, model and training images of each class [C].
+    # Takes options, model and the number of training images of each class [C].
     make_losses: Callable[[TaskConfig, Shike, Tensor], Losses]
     crt_epochs: int = 0  # Epochs of classifier retraining, if --crt-epochs is not given.
-    # Says why targets must be class indices, and what to do. None if targets may be mixed.
+    # Returns why targets must be class indices and what to do, or None if targets may be probabilities.
     indices_only: Callable[[TaskConfig], Optional[str]] = lambda config: None
-    # Gives the class prior that the logits follow without a teacher: 'train', 'uniform', or None for another one.
+    # Returns the class prior that the logits follow without a teacher: 'train', 'uniform', or None if neither.
     prior: Callable[[TaskConfig], Optional[str]] = lambda config: None
 
 
 def _ldam_drw(config: TaskConfig, model: Shike, counts: Tensor) -> Losses:
-    """LDAM, whose classes are weighted by their effective number in the last fifth of the epochs."""
+    """LDAM loss, with classes weighted by their effective number of images in the last fifth of the epochs."""
     classifier = model.get_classifier()
     if not isinstance(classifier, CosineClassifier):
         raise InputError('--method ldam_drw sets margins between cosines: leave out --classifier linear.')
@@ -48,7 +48,7 @@ def _one(loss: Callable[..., Any], config: TaskConfig, **options: Any) -> Losses
 
 
 METHODS: Dict[str, Method] = {
-    # Jin et al., CVPR 2023: Eq. 10, then new classifiers.
+    # Jin et al., CVPR 2023: Eq. 10, then classifier retraining.
     'shike': Method(
         lambda config, model, counts: _one(
             representation_loss, config, alpha=config.alpha, beta=config.beta, detach_teacher=config.detach_teacher),
@@ -66,7 +66,7 @@ METHODS: Dict[str, Method] = {
     'logit_adjusted': Method(
         lambda config, model, counts: _one(logit_adjusted, config, class_counts=counts, tau=config.tau),
         prior=lambda config: {0.: 'train', 1.: 'uniform'}.get(config.tau)),
-    # Lin et al., ICCV 2017. The optimal logits of this loss and of the next follow no known prior.
+    # Lin et al., ICCV 2017. The optimal logits of the focal loss and of LDAM follow no known prior.
     'focal': Method(lambda config, model, counts: _one(focal, config, gamma=config.focal_gamma)),
     # Cao et al., NeurIPS 2019.
     'ldam_drw': Method(
@@ -87,9 +87,9 @@ def create_task(
         config: TaskConfig, model: Shike, class_counts: Sequence[int], device: torch.device, retraining: bool = False,
         **teaching: Any,
 ) -> ExpertTask:
-    """The training task of the method's stage one, or of classifier retraining. Every expert may also have a teacher.
+    """Create the training task of stage one, with the loss of the method, or that of classifier retraining.
 
-    `class_counts` are the training images of each class, and `teaching` the arguments of `ExpertTask` for a teacher.
+    `class_counts` are the training images of each class. `teaching` are arguments of `ExpertTask` for a teacher.
     """
     if retraining:
         return ClassifierRetrainingTask(model, class_counts, device, config.smoothing, config.crt_cosine_scale)

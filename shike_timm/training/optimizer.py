@@ -39,7 +39,7 @@ def resolve_autocast(config: LoopConfig, device: torch.device) -> Optional[torch
 
 
 def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.device) -> None:
-    """Compile and run one addition, so that a missing compiler shows before anything is written."""
+    """Compile and run one addition, so that a missing compiler raises an InputError before anything is written."""
     if mode and not backend:
         raise InputError(f'--torchcompile-mode {mode} goes with --torchcompile, which is not given: add it.')
     if not backend:
@@ -53,7 +53,7 @@ def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.de
 
 
 def _takes_fused(config: OptimizerConfig) -> bool:
-    """Whether the optimizer has a fused form, and the user chose no other."""
+    """Whether the optimizer has a fused implementation, and the options choose no other implementation."""
     if {'fused', 'foreach'} & set(config.opt_kwargs):
         return False
     try:
@@ -64,7 +64,7 @@ def _takes_fused(config: OptimizerConfig) -> bool:
 
 
 def create_optimizer(config: OptimizerConfig, lr: float, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer of the parameters that are not frozen, in its fused form if it has one."""
+    """Create timm's optimizer for the parameters that are not frozen, in its fused implementation if there is one."""
     options: Dict[str, Any] = dict(optimizer_kwargs(config), lr=lr)
     if _takes_fused(config):
         options['fused'] = True

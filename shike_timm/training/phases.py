@@ -20,7 +20,7 @@ class Phase:
     warmup_epochs: int = 0
     warmup_lr: float = 1e-5
     first_row: int = 0  # Row of the summary for the first epoch.
-    indices_only: Optional[str] = None  # Why targets must be class indices, and what to do.
+    indices_only: Optional[str] = None  # The result of `Method.indices_only`.
     prior: Optional[str] = None  # Class prior that the logits follow, for `Shike.set_training_prior`.
     class_means: bool = False  # The classifiers begin at the class means of the features.
 
@@ -40,7 +40,7 @@ class Phase:
 
 
 def _peak_lr(config: RunConfig, prefix: str = '') -> float:
-    """The learning rate of a phase. timm's rule scales it from `lr_base` where that is given."""
+    """The peak learning rate of a phase. If `lr_base` is given, timm's rule scales it by the batch size."""
     base = getattr(config, f'{prefix}lr_base')
     if base is None:
         return getattr(config, f'{prefix}lr')
@@ -49,9 +49,9 @@ def _peak_lr(config: RunConfig, prefix: str = '') -> float:
 
 
 def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
-    """The phases of a run: stage one and, unless its epochs are 0, classifier retraining.
+    """The phases of a run: stage one and, if its number of epochs is not 0, classifier retraining.
 
-    With `retraining` the classifiers are retrained whatever the method, for `RETRAINING_EPOCHS` by default.
+    With `retraining`, classifier retraining has `RETRAINING_EPOCHS` by default, whatever the method is.
     """
     lr, crt_lr = _peak_lr(config), _peak_lr(config, 'crt_')
     method, crt_epochs = get_method(config.method), config.crt_epochs

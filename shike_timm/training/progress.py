@@ -20,14 +20,14 @@ BAR = '{l_bar}{bar}| {remaining} left{postfix}'
 
 
 class Progress:
-    """Counts the done steps of all phases. It is shown every `interval` seconds, in a bar or in the log."""
+    """Counts the finished steps of all phases, and shows them every `interval` seconds in a bar or in the log."""
 
     def __init__(self, num_steps: int, bar: tqdm, interval: float):
         self.num_steps, self.bar, self.interval = num_steps, bar, interval
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        """Measure the time that is left from now on, where `step` steps are done."""
+        """Measure the speed from now on, when `step` steps are done."""
         self.first = self.step = self.bar.n = self.bar.initial = step
         self.bar.start_t = time.time()
         self.start = self.shown = time.perf_counter()
@@ -39,7 +39,7 @@ class Progress:
         return timedelta(seconds=round(seconds * (self.num_steps - self.step)))
 
     def update(self, where: str, loss: Tensor, images: int) -> None:
-        """Count a step. The loss shown is that of the step before, so the device need not wait."""
+        """Count a step. The display shows the loss of the step before, so that nothing waits for the device."""
         self.step += 1
         self.images += images
         self.losses = [*self.losses[-1:], loss]
@@ -57,7 +57,7 @@ class Progress:
 
 @contextmanager
 def show_progress(num_steps: int, every_minute: bool) -> Iterator[Progress]:
-    """The progress of a run: a bar below the log lines of a terminal, else a line a minute in the log if asked for."""
+    """Show the progress of a run: on a terminal in a bar below the log lines, else if `every_minute` in a log line."""
     shown = rank() == 0 and sys.stderr.isatty()
     bar = tqdm(total=num_steps, smoothing=0, dynamic_ncols=True, disable=not shown, bar_format=BAR)
     with bar, logging_redirect_tqdm() if shown else nullcontext():
@@ -65,6 +65,6 @@ def show_progress(num_steps: int, every_minute: bool) -> Iterator[Progress]:
 
 
 def read_summary(summary: Path) -> List[Dict[str, str]]:
-    """The rows of a summary, none where there is no file."""
+    """The rows of a summary file, [] if there is no file."""
     with summary.open(newline='') if summary.exists() else nullcontext(()) as file:
         return list(csv.DictReader(file))

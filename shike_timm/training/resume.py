@@ -1,4 +1,4 @@
-"""Resuming: the newest whole checkpoint of a run, and the options that may change."""
+"""Resuming: finding the newest undamaged checkpoint of a run, and checking which options changed."""
 import logging
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 
 def run_folder(config: TrainConfig) -> Optional[str]:
-    """The folder of the run to resume, None where none is resumed."""
+    """The folder of the run to resume, None without `--resume`."""
     if config.resume is None:
         return None
     if config.resume:
@@ -29,19 +29,19 @@ def run_folder(config: TrainConfig) -> Optional[str]:
 
 
 def read_stage_one(path: str) -> Dict[str, Any]:
-    """The checkpoint of stage one that a path names: the last one of a run folder, or the file itself."""
+    """Read a checkpoint of stage one, from a checkpoint file or from a run folder, where it is the last checkpoint."""
     return load_checkpoint(Path(path, PHASES[0], 'last.pth.tar') if os.path.isdir(path) else path)
 
 
 def saved_config(checkpoint: Dict[str, Any], path: Path, given: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that a checkpoint was trained with. Options that an older version lacked get their defaults."""
+    """The configuration that a checkpoint was trained with. Options that it lacks, as in old files, get defaults."""
     known = options(TrainConfig)
     values = {name: value for name, value in saved_args(checkpoint).items() if name in known}
     return checked(TrainConfig, check_file_values(TrainConfig, values, f"checkpoint '{path}'", given))
 
 
 def _resume_points(config: TrainConfig, folder: Path) -> List[Tuple[int, Path]]:
-    """Numbers of phases and their checkpoints to go on from, the newest first. It is empty if nothing was saved yet."""
+    """Pairs of phase number and checkpoint to resume from, the newest first, or [] if nothing was saved yet."""
     points = []
     for number, name in reversed(list(enumerate(PHASES, 1))):
         saved = sorted(
@@ -61,7 +61,7 @@ def _resume_points(config: TrainConfig, folder: Path) -> List[Tuple[int, Path]]:
 
 
 def read_newest(config: TrainConfig, folder: Path) -> Tuple[int, Optional[Dict[str, Any]]]:
-    """Phase number and content of the newest whole checkpoint, or 1 and None if there is none."""
+    """Phase number and content of the newest undamaged checkpoint, or 1 and None if there is no checkpoint."""
     points = _resume_points(config, folder)
     for number, path in points:
         try:
@@ -76,7 +76,7 @@ def read_newest(config: TrainConfig, folder: Path) -> Tuple[int, Optional[Dict[s
 
 
 def changed_option(config: TrainConfig, before: Mapping[str, Any]) -> Optional[Option]:
-    """The first option of a resumed run that must not change but did. A value that `before` lacks was the default."""
+    """The first option of a resumed run that changed but must not, or None. Options not in `before` had defaults."""
     for name, one in options(TrainConfig).items():
         if not one.may_change and getattr(config, name) != before.get(name, one.default):
             return one

@@ -35,10 +35,10 @@ _logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> Dict[str, Any]:
-    """Train stage one and, unless `crt_epochs` is 0, retrain the classifiers. Give what `metrics.json` holds.
+    """Train stage one and, unless `crt_epochs` is 0, retrain the classifiers. Returns the content of `metrics.json`.
 
-    An option that cannot work is an InputError, and nothing has been written then. A signal that stops the run is
-    Interrupted, and a loss or weights that stop being finite are a NonFiniteError.
+    Raises an InputError, before anything is written, if an option cannot work; Interrupted if a signal stops the run;
+    and a NonFiniteError if the loss or the weights are no longer finite.
     """
     config = replace(config, experiment=config.experiment or default_experiment(config))
     device = join_processes(config.device)
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     if checkpoint is None:
         start = load_start(config, config)
         config = with_trained_options(config, start) if start is not None else config
-        if start is None and config.exif is None and not config.dataset:  # Benchmarks and old models turn no images.
+        if start is None and config.exif is None and not config.dataset:  # Benchmarks and old models ignore EXIF.
             config = replace(config, exif=True)
     trainer = prepare(config, phases, device, checkpoint is None, class_names, folder)
     if start is not None:
@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
 
 
 def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]:
-    """Retrain the classifiers of a checkpoint of stage one, which `read_stage_one` gives, in a run folder of its own.
+    """Retrain the classifiers of a checkpoint of stage one, as `read_stage_one` returns it, in a new run folder.
 
     The classes are those of stage one unless `num_classes` differs.
     """
@@ -91,9 +91,9 @@ def retrain(config: RetrainConfig, checkpoint: Dict[str, Any]) -> Dict[str, Any]
 
 
 def rebalance(config: RetrainConfig, plain: PlainModel) -> Dict[str, Any]:
-    """Retrain the classifier of a plain network, a model of one expert without fusion, in a run folder of its own.
+    """Retrain the classifier of a plain network, as a model of one expert without fusion, in a new run folder.
 
-    The metrics `before` are those of the network's own classifier, if it has the classes of the data.
+    If the network's own classifier has the classes of the data, its metrics are returned and saved as `before`.
     """
     config, phase, device = _plan_retraining(config)
     trainer = prepare(config, [phase], device, False)
@@ -115,7 +115,7 @@ def rebalance(config: RetrainConfig, plain: PlainModel) -> Dict[str, Any]:
 
 
 def _plan_retraining(config: RetrainConfig) -> Tuple[RetrainConfig, Phase, torch.device]:
-    """The configuration of a retraining with its epochs and the name of its run folder, its phase and its device."""
+    """Return the phase and the device of a retraining, and its configuration with epochs and run folder filled in."""
     device = join_processes(config.device)
     phase = plan_phases(config, retraining=True)[-1]
     name = config.experiment or f'{default_experiment(config)}-crt'
@@ -126,9 +126,9 @@ def prepare(
         config: RunConfig, phases: Sequence[Phase], device: torch.device, fresh: bool = True,
         class_names: Optional[Sequence[str]] = None, source: Optional[Path] = None,
 ) -> Trainer:
-    """Load and check everything that the phases of a run need. Nothing is written.
+    """Load and check everything that the phases of a run need, without writing anything.
 
-    Unless the model is `fresh`, a checkpoint brings its weights, with its class names and its run folder `source`.
+    If the model is not `fresh`, the caller loads a checkpoint with these `class_names`, of the run folder `source`.
     """
     check_trackers(config)
     shorter, longer = sorted((config.train_split, config.val_split), key=len)
@@ -181,13 +181,13 @@ def prepare(
 
 
 def default_experiment(config: RunConfig) -> str:
-    """The name of a run that is given none."""
+    """The default name of a run: its time, model and data set."""
     dataset = (config.dataset or 'folder').replace('/', '_')
     return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3], safe_model_name(config.model), dataset])
 
 
 def _check_retraining(config: RetrainConfig, saved: Dict[str, Any], same_classes: bool) -> None:
-    """Check that a retraining evaluates on no image of stage one's training, and fuses as stage one did."""
+    """Check that a retraining evaluates on no training image of stage one, and has the fusion type of stage one."""
     held_out = f'holdout {config.holdout:g}' if config.holdout else ''
     if config.val_per_class:
         held_out = f'val-per-class {config.val_per_class}'

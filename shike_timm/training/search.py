@@ -19,20 +19,20 @@ from .signals import StopFlag
 _logger = logging.getLogger(__name__)
 
 CHOSEN = ('levels', 'num_experts', 'cosine_scale', 'lr', 'search')  # Options that a search sets.
-FOLDS, HELD = 5, 3  # The images of a class are dealt to five folds. Three of them are held out in turn.
-RATES = (0.05,)  # Learning rates that are tried beside the given one.
-MOST_LEVELS = 6  # So many of the last levels are tried alone, one candidate each.
-TOPS, BELOW = 3, 3  # So many of the last levels are tried together with others below, and how many others.
+FOLDS, HELD = 5, 3  # Each class is divided into five folds, of which three are held out in turn.
+RATES = (0.05,)  # Learning rates to try in addition to --lr.
+MOST_LEVELS = 6  # Number of last levels that are tried, each as the only level of one expert.
+TOPS, BELOW = 3, 3  # Number of last levels to combine with shallower levels, and number of shallower levels for each.
 Levels = Sequence[Sequence[int]]  # The levels that each expert reads, counted from 1 at the shallowest.
 
 
 def _names(levels: Levels) -> List[str]:
-    """The levels as `--levels` takes them."""
+    """The levels in the syntax of `--levels`, such as 4+7."""
     return ['+'.join(map(str, one)) for one in levels]
 
 
 def _folds(data: Any, seed: int) -> np.ndarray:
-    """The fold of each image [N]. The images of a group share one. A class of one image is never held out: -1."""
+    """The fold of each image [N], equal for images of a group, and -1 (never held out) for classes of one image."""
     order = np.random.default_rng(seed).permutation(len(data))
     order = order[np.argsort(data.targets[order], kind='stable')]
     classes = data.targets[order]
@@ -46,7 +46,7 @@ def _folds(data: Any, seed: int) -> np.ndarray:
 
 
 class _Fold:
-    """The features of a fold: images that are held out, and the others, by whose statistics all are standardised."""
+    """Features of held-out and remaining images, which the statistics of the remaining images standardise."""
 
     def __init__(self, features: np.ndarray, is_held: np.ndarray, widths: Sequence[int]):
         self.rows, self.held = np.flatnonzero(~is_held), np.flatnonzero(is_held)
@@ -55,7 +55,7 @@ class _Fold:
         self.mean, self.deviation = mean.float(), variance.sqrt().clamp_min(1e-5).float()
 
     def read(self, rows: np.ndarray, views: Any, levels: Levels) -> Tensor:
-        """Features [B, M, D] of the experts from views of the images at these rows. Zeros fill up narrow experts."""
+        """Features [B, M, D] of the experts, from `views` of the images at `rows`. Zeros pad narrow experts."""
         values = (torch.from_numpy(self.features[rows, views]).float() - self.mean) / self.deviation
         parts = values.split(self.widths, 1)
         experts = [torch.cat([parts[level - 1] for level in one], 1) for one in levels]
@@ -66,7 +66,7 @@ class _Fold:
 def _fit(
         fold: _Fold, labels: Tensor, class_counts: Tensor, levels: Levels, lr: float, scale: float, config: RunConfig,
 ) -> Tensor:
-    """Class weights [M, C, D] of cosine classifiers that begin at class means and learn with balanced softmax."""
+    """Train cosine classifiers from class means with balanced softmax, and return their class weights [M, C, D]."""
     generator = torch.Generator().manual_seed(config.seed)
     weight: Any = 0
     for rows in np.array_split(fold.rows, -(-len(fold.rows) // READ_AT_ONCE)):
@@ -93,13 +93,13 @@ def _fit(
 def search(
         features: np.ndarray, data: Any, widths: Sequence[int], config: RunConfig, stop: StopFlag,
 ) -> List[Dict[str, Any]]:
-    """Try experts on training images that are set aside, and give all candidates, the best one first.
+    """Try levels and learning rates on held-out training images, and return all candidates, the best one first.
 
-    First each late level alone is tried, then several of them for one classifier and for three experts, then another
-    learning rate for the best ones. The best one has the highest balanced accuracy over three folds. Top-1 would be
-    that of the large classes.
+    Candidates are single late levels, then several levels together for one expert and for three experts, then another
+    learning rate for the best levels. The best candidate has the highest balanced accuracy over three folds, since
+    many-shot classes dominate top-1 accuracy.
 
-    `features` [N, V, F] are the pooled ones of V views of each training image, `widths` the F of each level.
+    `features` [N, V, F] are pooled features of V views of each training image. `widths` of the levels add up to F.
     """
     numbers, labels = _folds(data, config.seed), torch.as_tensor(data.targets, dtype=torch.int64)
     num_classes = len(data.class_names)

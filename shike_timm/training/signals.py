@@ -30,9 +30,9 @@ class StopFlag:
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """Turn SIGINT and SIGTERM into a flag, in the main thread. A second signal acts at once.
+    """Set a flag on SIGINT or SIGTERM, in the main thread. In a run of one process, a second signal acts at once.
 
-    Under torchrun a process may get the signal twice, so the handler stays installed and only sets the flag.
+    In a run of several processes, torchrun may send a process the signal twice, so the handler stays installed.
     """
     flag = StopFlag()
     previous = {}

@@ -18,16 +18,16 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class Done:
-    """What is done of an epoch, over all processes."""
+    """The part of an epoch that is finished, over all processes."""
 
-    step: int = 0  # Batches that each process has done.
+    step: int = 0  # Batches that each process has finished.
     num_images: int = 0
     seconds: float = 0.
-    sums: Dict[str, float] = field(default_factory=dict)  # Sums over images of what the task returns.
+    sums: Dict[str, float] = field(default_factory=dict)  # Sums over images of the losses that the task returns.
 
 
 def seed_all(seed: int, phase: int, epoch: int, part: int = 0) -> None:
-    """Seed Python, NumPy and torch for a part of an epoch. Epoch -1 stands for the initial values of the phase."""
+    """Seed Python, NumPy and torch for a part of an epoch. Epoch -1 is the initialisation of the phase."""
     random_seed(int(np.random.SeedSequence((seed, phase, epoch + 1, part)).generate_state(1)[0]))
 
 
@@ -36,11 +36,11 @@ def train_step(
         autocast: Optional[torch.dtype] = None, loss_scaler: Optional[NativeScaler] = None, update: bool = True,
         num_updates: Optional[int] = None,
 ) -> Dict[str, Tensor]:
-    """Train on one batch of images [B, C, H, W], and give what the task returns, `loss` among it.
+    """Train on one batch of images [B, C, H, W], and return the result of the task, a dictionary with `loss`.
 
-    Unless this is the last batch of an `update`, the gradients are only added up. The decay of the averaged weights
-    depends on `num_updates`, this one included. Only loss scaling with an optimizer that is not fused waits for the
-    device.
+    Without `update`, gradients are only accumulated. The decay of the averaged weights depends on `num_updates`, which
+    includes this update. The step waits for the device only if loss scaling is used with an optimizer that is not
+    fused.
     """
     mixed = torch.autocast(task.device.type, dtype=autocast) if autocast else nullcontext()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Training tasks of timm over expert logits: from a batch to its loss."""
+"""timm training tasks for expert logits. A task takes a batch and returns its loss."""
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..losses import balanced_softmax, knowledge_distillation, representation_loss
 from ..models import Shike
 
-TERMS = {  # The terms that a task may give beside its loss, and their names in figures.
+TERMS = {  # The terms that a task may return beside its loss, and their names in figures.
     'ce': 'cross-entropy', 'nt': 'knowledge transfer', 'mu': 'mutual distillation', 'kd': 'teacher'}
 LATE = 0.8  # Share of the epochs after which `late_loss` is used.
 
@@ -21,7 +21,7 @@ def expert_features(model: Shike, x: Tensor) -> Tensor:
 
 
 class ExpertLogits(nn.Module):
-    """A module whose forward gives the expert logits [B, M, C], for DistributedDataParallel to wrap."""
+    """A module whose forward returns the expert logits [B, M, C], so that DistributedDataParallel can wrap it."""
 
     def __init__(self, model: Shike, freeze_features: bool = False):
         super().__init__()
@@ -29,20 +29,20 @@ class ExpertLogits(nn.Module):
         self.freeze_features = freeze_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Expert logits [B, M, C] from what `expert_features` takes."""
+        """Expert logits [B, M, C] from images or pooled features, as in `expert_features`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_features):
             x = expert_features(self.model, x)
         return self.model.forward_expert_head(x)
 
 
 class ExpertTask(ClassificationTask):
-    """Training of a SHIKE model with any loss of the stacked expert logits.
+    """Trains a SHIKE model with any loss of the stacked expert logits.
 
-    Evaluation sees the bare model. `loss` takes expert logits [B, M, C] and a target. It returns a scalar, or a named
-    tuple of scalars whose first one is the total. `late_loss` replaces it once `progress`, the share of the epochs that
-    are done, reaches `LATE`. With `freeze_features` no graph is built below the classifiers. With a
-    `trunk_grad` of 'mean' the trunk's gradient is divided by the number of experts. The logits of a teacher, which is
-    not trained, are distilled into each expert. Its images are normalized with `mean` and `std`.
+    Evaluation uses the bare model. `loss` takes expert logits [B, M, C] and a target. It returns a scalar, or a named
+    tuple of scalars whose first scalar is the total. `late_loss` replaces `loss` once `progress`, the share of finished
+    epochs, reaches `LATE`. With `freeze_features`, no gradients are computed below the classifiers. With `trunk_grad`
+    'mean', the trunk's gradient is divided by the number of experts. The logits of a frozen `teacher` are distilled
+    into each expert. `mean` and `std` are the normalization of the input, which is converted for the teacher.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ExpertTask(ClassificationTask):
         self.temperature = temperature
         if teacher is not None:
             teacher.requires_grad_(False)
-            # From the student's normalization to the teacher's. No comparison waits for the device.
+            # From the student's normalization to the teacher's. A comparison of both would wait for the device.
             cfg = model.pretrained_cfg
             own_mean, own_std = (
                 teacher.mean_kd.new_tensor(values).view(1, -1, 1, 1)
@@ -73,25 +73,25 @@ class ExpertTask(ClassificationTask):
             self.register_buffer('teacher_shift', (own_mean - teacher.mean_kd) / teacher.std_kd, persistent=False)
 
     def train(self, mode: bool = True) -> 'ExpertTask':
-        """Set the mode of all but the teacher."""
+        """Set training or eval mode. The teacher stays in eval mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
 
     def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Compile trainable module and teacher, before distributed wrapping. Evaluation keeps the bare model."""
+        """Compile the trainable module and the teacher, before distributed wrapping. Evaluation uses `model`."""
         if self.teacher is not None:
             self.teacher.compile(*args, **kwargs)
         return super().compile(*args, **kwargs)
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
-        """The bare SHIKE model, or its moving average, None where there is no average."""
+        """The bare SHIKE model or, with `ema`, its moving average, None if there is no average."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
         return None if module is None else unwrap_model(module).model
 
     def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
-        """Parameters whose gradients are clipped, without those of the classifiers if exclude_head."""
+        """Parameters whose gradients are clipped. `exclude_head` leaves out the classifiers."""
         model = unwrap_model(self.trainable_module).model
         head = set(model.get_classifier().parameters()) if exclude_head else ()
         return (parameter for parameter in model.parameters() if parameter not in head)
@@ -99,7 +99,7 @@ class ExpertTask(ClassificationTask):
     def forward(self, input: Tensor, target: Tensor) -> Dict[str, Tensor]:
         """The `loss` of images [B, in_chans, H, W], its unweighted terms, and the averaged logits `output` [B, C].
 
-        The target are class indices [B], or class probabilities [B, C] if the loss takes them.
+        `target` is class indices [B], or class probabilities [B, C] if the loss takes probabilities.
         """
         logits = self.trainable_module(input)
         result = (self.criterion if self.progress < LATE else self.late_loss)(logits, target)

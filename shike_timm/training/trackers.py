@@ -1,4 +1,4 @@
-"""Experiment trackers. Each gets the rows of `summary.csv`."""
+"""Experiment trackers, which log the rows of `summary.csv`."""
 import importlib
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,12 +10,12 @@ from .config import OutputConfig
 from .progress import read_summary
 
 Tracker = Callable[[Dict[str, float]], Any]
-# The module of each option that chooses a tracker. The last part of its name is that of its package.
+# The module for each option that chooses a tracker. The last part of the module's name is the package to install.
 TRACKERS = {'log_wandb': 'wandb', 'log_trackio': 'trackio', 'log_tensorboard': 'torch.utils.tensorboard'}
 
 
 def check_trackers(config: OutputConfig) -> None:
-    """Refuse a tracker that is not installed."""
+    """Raise an InputError if a chosen tracker is not installed."""
     for name, module in TRACKERS.items():
         if getattr(config, name):
             try:
@@ -26,7 +26,7 @@ def check_trackers(config: OutputConfig) -> None:
 
 
 def _start(name: str, config: OutputConfig, folder: Path, stack: ExitStack) -> Tracker:
-    """Start a tracker and give the function that logs to it. The stack ends it."""
+    """Start a tracker, which ends with `stack`, and return a function that logs values to the tracker."""
     module = importlib.import_module(TRACKERS[name])
     if name == 'log_tensorboard':
         writer = stack.enter_context(module.SummaryWriter(folder))

@@ -62,8 +62,8 @@ class Trainer:
     train_loader: Any
     eval_loader: Any
     device: torch.device
-    teacher: Optional[DistillationTeacher] = None  # Every expert also learns its logits.
-    before: Dict[str, Any] = field(default_factory=dict)  # Metrics of the model that the run begins with, as 'before'.
+    teacher: Optional[DistillationTeacher] = None  # Its logits are distilled into every expert.
+    before: Dict[str, Any] = field(default_factory=dict)  # Metrics of the model at the start, under 'before'.
 
     def __post_init__(self) -> None:
         self.autocast = resolve_autocast(self.config, self.device)
@@ -75,11 +75,11 @@ class Trainer:
         self.track: Callable[[Path], None] = lambda summary: None
 
     def train(self, resumed: bool = False, checkpoint: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-        """Train all phases, the first from a checkpoint if there is one. Write and give the metrics of each by name."""
+        """Train all phases, the first one from `checkpoint` if given. Write and return the metrics by phase name."""
         if checkpoint is not None:
             load_weights(self.model, checkpoint['state_dict'], self.folder)
             warn_of_changes(self.data, saved_args(checkpoint).get('class_counts'))
-        self.start(self.phases[0])  # A wrong option fails here, before there is a folder.
+        self.start(self.phases[0])  # Wrong options raise errors here, before the folder is made.
         on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
         metrics = read_metrics(self.folder) or dict(self.before)
@@ -87,7 +87,7 @@ class Trainer:
         with (stop_signals() as self.stop, tracking(self.config, self.folder) as self.track,
               show_progress(num_steps, not self.config.log_interval) as self.progress, ExitStack() as stack):
             on_primary(lambda: stack.callback(claim_folder(self.folder, self.config, resumed).release))
-            # This folder tells a retraining from a whole run.
+            # A run that is resumed later is known as a retraining by this folder.
             on_primary(partial((self.folder / self.phase.name).mkdir, exist_ok=True))
             _logger.info(self.data.describe())
             on_primary(self.data.write_split_lists, self.folder)
@@ -111,7 +111,7 @@ class Trainer:
         return metrics
 
     def _log_change(self, metrics: Dict[str, Any]) -> None:
-        """Say so if stage two gave up accuracy, since it answers for a world of equally frequent classes."""
+        """Log why top-1 is lower after stage two, if it is: the logits are now for equally frequent classes."""
         first = next(iter(metrics))  # Stage one, or the model that the run began with.
         before, after = metrics[first]['top1'], metrics[self.phase.name]['top1']
         if self.phase.is_retraining and after < before:
@@ -124,7 +124,7 @@ class Trainer:
                 'predict and export take.')
 
     def _use_features(self, fresh: bool) -> None:
-        """Train on cached features instead of images. In a fresh run, choose the experts first if that is asked for."""
+        """Replace the images by cached features. In a fresh run with `--search`, choose the experts first."""
         data = self.data.train
         features = cached_features(
             self.folder.parent, self.model, data, self.config, self.data_config, self.device, self.stop)
@@ -148,10 +148,10 @@ class Trainer:
         self.train_loader = FeatureLoader(features, data.targets, self.config.batch_size, self.device)
 
     def start(self, phase: Phase) -> None:
-        """Make task, optimizer and schedule of a phase."""
+        """Create the task, the optimizer and the schedule of a phase."""
         self.phase, config = phase, self.config
         if phase.is_retraining:
-            seed_all(config.seed, phase.number, -1)  # New classifiers must not depend on what was drawn before.
+            seed_all(config.seed, phase.number, -1)  # New classifiers must not depend on earlier random numbers.
         self.task = create_task(
             config, self.model, self.data.class_counts, self.device, phase.is_retraining, teacher=self.teacher,
             mean=self.data_config['mean'], std=self.data_config['std'])
@@ -169,7 +169,7 @@ class Trainer:
             num_updates)
 
     def _train_phase(self, checkpoint: Optional[Dict[str, Any]]) -> Dict[str, Any]:
-        """Train the phase from its start or from a checkpoint, and give its metrics. The model is left trained."""
+        """Train the phase from its start or from a checkpoint, and return its metrics. `model` then has the weights."""
         config, phase = self.config, self.phase
         first_epoch, done = (0, Done()) if checkpoint is None else self._restore(checkpoint)
         if checkpoint is None and phase.class_means:
@@ -181,8 +181,8 @@ class Trainer:
             f'{phase.title.capitalize()}: {images} images a step, learning rate {phase.lr:g}, {phase.epochs} epochs.')
         if world_size() > 1:
             devices = None if self.device.type == 'cpu' else [self.device]
-            # --dist-bn brings the statistics of BatchNorm together after the epoch, so no step waits for them.
-            # Gradients lie where they are added up, so no step copies them.
+            # --dist-bn combines BatchNorm statistics after each epoch, so that no step has to broadcast them.
+            # Gradients are views of the buffers that are summed over processes, so that no step copies gradients.
             self.task.prepare_distributed(
                 device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.model.set_training_prior(self.data.class_counts, phase.prior)
@@ -198,7 +198,7 @@ class Trainer:
         return metrics
 
     def _begin_at_class_means(self) -> None:
-        """Let the classifiers begin at the class means of all images, augmented as the phase augments them."""
+        """Initialise the classifiers at the class means of all training images, with the augmentation of the phase."""
         config, start = self.config, time.perf_counter()
         if config.cache_features:
             loader = copy.copy(self.train_loader)
@@ -218,7 +218,7 @@ class Trainer:
             f'in {time.perf_counter() - start:.1f} s.')
 
     def _restore(self, checkpoint: Dict[str, Any]) -> Tuple[int, Done]:
-        """Load a checkpoint of the phase, and give the epoch to go on with and what is done of it."""
+        """Load a checkpoint of the phase, and return the epoch to go on with and the part of it that is finished."""
         self.model.load_state_dict(checkpoint['state_dict'])
         if self.config.model_ema:
             self._eval_model(ema=True).load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
@@ -248,11 +248,11 @@ class Trainer:
             self.saver.best_metric = None  # The saved value is of another metric.
 
     def _train_epochs(self, first_epoch: int, done: Done) -> Dict[str, Any]:
-        """Train the remaining epochs and give the metrics after the last one and the seconds of all of them."""
+        """Train the remaining epochs, and return the metrics after the last epoch with the `seconds` of the phase."""
         config, phase, summary = self.config, self.phase, self.folder / 'summary.csv'
         on_primary(trim_summary, str(summary), phase.first_row + first_epoch)
         rows = read_summary(summary)
-        # An older run lacks some columns.
+        # The summary of an older run lacks some columns.
         terms = [term for term in TERMS if not rows or f'train_{term}' in rows[0]]
         metrics = None
         self.progress.begin(self.progress.step + first_epoch * len(self.train_loader) + done.step)
@@ -283,9 +283,9 @@ class Trainer:
         return dict(metrics, seconds=round(sum(float(row['train_seconds']) for row in own), 1))
 
     def train_epoch(self, epoch: int, done: Done) -> Tuple[Done, str]:
-        """Train what is left of an epoch, and give what is done then and the text of its log line.
+        """Train the rest of an epoch, and return the finished epoch and the text of its log line.
 
-        Each part of an epoch between two checkpoints seeds itself, so that a run can go on from any of them.
+        Random numbers are seeded again after each checkpoint, so that a run can be resumed from any checkpoint.
         """
         config, num_steps, status = self.config, len(self.train_loader), ''
         self.task.progress = epoch / self.phase.epochs
@@ -302,7 +302,7 @@ class Trainer:
                     distribute_bn(self._eval_model(ema), world_size(), config.dist_bn == 'reduce')
             self._check_weights(epoch)
             if end < num_steps:
-                # The checkpoint has the last whole epoch, and says how many steps of this one are done.
+                # The checkpoint holds the number of the last complete epoch, and the finished steps of this epoch.
                 on_primary(self.saver.save_last, epoch - 1, asdict(done))
         return done, status
 
@@ -324,7 +324,7 @@ class Trainer:
             num_updates = (epoch * num_steps + step + 1) // config.grad_accum_steps
             result = self.step(images, target, update, num_updates)
             finite = result['loss'].detach().isfinite()
-            # Loss scaling skips the update of a loss that overflowed. Only a loss that stays so ends the run.
+            # Loss scaling skips an update whose loss overflowed. The run ends only if the loss does not recover.
             first_bad_step = torch.where(
                 finite, first_bad_step if self.loss_scaler is None else never, first_bad_step.clamp(max=step))
 
@@ -337,7 +337,7 @@ class Trainer:
 
             if last or step % (config.log_interval or CHECK_INTERVAL) == 0:
                 self._check_loss(first_bad_step, epoch)
-                # Sums over processes: the mean of their losses, and the totals of `sums`.
+                # The sums over processes are the mean of the losses and the totals of `sums`.
                 reduced = over_processes(torch.stack([result['loss'].detach() / world_size(), *sums.values()]))
                 loss, *values = reduced.double().tolist()
                 now = time.perf_counter()
@@ -369,7 +369,7 @@ class Trainer:
         return f'{self.phase.title}, epoch {epoch + 1} of {self.phase.epochs}'
 
     def _lr(self) -> float:
-        """The learning rate, the highest one where rates differ by layer."""
+        """The learning rate, the highest one if layers have different rates."""
         return max(group['lr'] for group in self.optimizer.param_groups)
 
     def _status(self, loss: float, done: Done, rates: Tuple[float, float]) -> str:
@@ -407,14 +407,14 @@ class Trainer:
         return metrics
 
     def _evaluate(self, last: bool = False) -> Dict[str, Any]:
-        """Metrics of the model, or of its moving average and, under `plain`, of the weights as trained."""
+        """Metrics of the model or, if averaged, of its moving average with those of the model under `plain`."""
         averaged = self.task.has_ema()
         plain = dict(plain=self.evaluate(self._eval_model())) if averaged else {}
         model = self._eval_model(ema=averaged)
         if last and self.config.calibrate:
             self._calibrate(model)
         metrics = self.evaluate(model)
-        if last:  # The checkpoint of the epoch is saved after this.
+        if last:  # The epoch's checkpoint, saved after this, holds both values.
             vars(self.saver.args).update(
                 reject_threshold=metrics['reject']['threshold'], temperature=self.model.temperature)
         return dict(metrics, **plain)
@@ -458,7 +458,7 @@ class Trainer:
 
 
 def _sync_lookahead(optimizer: Lookahead) -> None:
-    """Replace the fast weights of Lookahead by the slow ones, as it does every few updates."""
+    """Replace the fast weights of Lookahead by its slow weights, as Lookahead does every few updates."""
     for group in optimizer.param_groups:
         for parameter in group['params']:
             parameter.grad = torch.zeros_like(parameter)  # timm leaves out parameters without gradients.

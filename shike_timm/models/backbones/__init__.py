@@ -1,4 +1,4 @@
-"""Backbones: networks of timm, split, and the CIFAR ResNet that timm lacks."""
+"""Backbones: split networks of timm, and the CIFAR ResNet, which timm lacks."""
 from .backbone import Backbone as Backbone
 from .backbone import BackboneFn as BackboneFn
 from .backbone import is_column as is_column

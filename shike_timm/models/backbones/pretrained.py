@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ...errors import one_line
 
-# True for timm's default weights, the tag of others, a file with a state dict in timm's layout, or the state dict.
+# True for timm's default weights, the tag of other weights, a file with a state dict in timm's layout, or the dict.
 Source = Union[bool, str, Path, Dict[str, Tensor]]
 
 _PREPROCESSING = ('input_size', 'pool_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
 
 
 def _tag(source: Optional[Source]) -> Optional[str]:
-    """The tag that a source names, '' for the default weights, None for a file."""
+    """The tag that a source names, '' for the default weights, None for a file or a state dict."""
     if source is True:
         return ''
     if isinstance(source, str) and not (os.path.isfile(source) or os.sep in source or '.' in source):
@@ -35,9 +35,9 @@ def _tagged_name(name: Optional[str], source: Optional[Source]) -> str:
 
 
 def preprocessing(name: Optional[str], source: Optional[Source] = None) -> Dict[str, Any]:
-    """The preprocessing for weights of a timm model, with timm's names, and their license unless they are in a file.
+    """The preprocessing for weights of a timm model, under timm's names.
 
-    `source` None stands for the weights that the name itself stands for.
+    True or a tag as `source` adds the `license`. With None, the weights are those that `name` stands for.
     """
     cfg = get_pretrained_cfg(_tagged_name(name, source))
     keys = _PREPROCESSING if _tag(source) is None else (*_PREPROCESSING, 'license')
@@ -54,7 +54,7 @@ def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
         raise ValueError(
             f"pretrained_backbone '{source}' cannot be read: expected a state dict of timm's '{name}', saved by "
             'torch or safetensors with nothing but tensors and plain values in it.') from error
-    # Without classifiers timm loads what fits, and ignores missing weights.
+    # For a model without classifiers, timm ignores missing weights, so they are looked for here.
     own = timm.create_model(name, num_classes=0, device='meta').state_dict()
     missing = [key for key in own if key not in keys and not key.endswith('num_batches_tracked')]
     if missing:
@@ -64,15 +64,15 @@ def _read_weights(name: str, source: Source) -> Dict[str, Tensor]:
     if cfg is None or cfg.num_classes or not cfg.classifier:
         return weights
     heads = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier
-    # timm leaves out a classifier only where its own weights have one.
+    # timm drops the classifier of a file only if timm's own weights have a classifier.
     return {key: value for key, value in weights.items() if not key.startswith(tuple(f'{one}.' for one in heads))}
 
 
 @contextmanager
 def fetching(name: str, remote: bool) -> Iterator[None]:
-    """Say what to do if the weights of a timm model cannot be fetched. Without `remote` none are fetched.
+    """Raise an OSError that tells what to do if weights of a timm model cannot be fetched. Without `remote` do nothing.
 
-    If the Hub cannot be reached, its client would try again for a minute. Here only its cache is searched then.
+    If the Hub cannot be reached, only its cache is searched, since the Hub's client would try again for a minute.
     """
     if not remote:
         yield
@@ -99,7 +99,7 @@ def fetching(name: str, remote: bool) -> Iterator[None]:
 
 
 def pretrained_options(name: Optional[str], source: Source) -> Dict[str, Any]:
-    """Arguments for `timm_backbone` that give it pretrained weights."""
+    """The name and the entries of `weights` with which `timm_backbone` loads pretrained weights."""
     tagged_name = _tagged_name(name, source)
     overlay = None
     if _tag(source) is None:

@@ -1,4 +1,4 @@
-"""Any network of timm, cut into stem, shared and private stages. A trace of its forward pass shows where."""
+"""Cutting of any timm network into stem, shared and private stages, at places found in a trace of its forward pass."""
 import inspect
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -12,8 +12,8 @@ from ...errors import nearest
 from .backbone import Backbone, is_column
 from .trace import is_overwritten, make_part, trace
 
-_MIN_REDUCTION = 4  # Least reduction of a stage. The modules at a higher resolution are the stem.
-_PRIVATE_PART = 6  # An expert has one of this many blocks of a column for itself.
+_MIN_REDUCTION = 4  # Least reduction of a stage. Modules at a higher resolution belong to the stem.
+_PRIVATE_PART = 6  # By default one in so many blocks of a column is private.
 
 
 def _refusal(name: str, reason: str) -> ValueError:
@@ -24,20 +24,20 @@ def _refusal(name: str, reason: str) -> ValueError:
 class _Cut:
     """A place between two parts of a network."""
 
-    end: int  # Number of the nodes before it.
-    outputs: List[fx.Node]  # The values handed on: first the features, then all that later parts need.
-    index: Optional[int] = None  # Index of the features in the value of their node, if that is a tuple.
+    end: int  # Number of nodes before the place.
+    outputs: List[fx.Node]  # Nodes whose values are passed on: the features, then what later parts need.
+    index: Optional[int] = None  # Index of the features in their node's value, if the value is a tuple.
     level: Dict[str, Any] = field(default_factory=dict)  # Description of the features as in `Backbone.feature_info`.
 
 
 class Split:
-    """The parts of a timm model, found on the meta device and taken from any other instance."""
+    """Finds the parts of a timm model on the meta device, and takes them from other instances of the model."""
 
     def __init__(self, net: Any, name: str):
         infos, modules = [dict(info) for info in getattr(net, 'feature_info', None) or []], dict(net.named_modules())
         if not hasattr(net, 'forward_features') or len(infos) < 2:
             raise _refusal(name, 'timm knows no feature levels of it')
-        for info in infos:  # timm names some modules as in a part of the network, or by an older name.
+        for info in infos:  # timm names some modules relative to a part, or by an older name.
             own = info['module']
             names = (own, f'encoder.{own}', own.replace('block.', 'blocks.'), own.replace('block.', 'stages.'))
             info['module'] = next((one for one in names if one in modules), '')
@@ -56,7 +56,7 @@ class Split:
         self.cuts = [self._cut_after(info) for info in infos[:-1] if self._places(info['module'])]
         if not self.cuts:
             raise _refusal(name, 'its forward pass calls none of the stages that timm names')
-        # Convolutions without padding lose a row or two.
+        # A small difference is normal, since convolutions without padding lose a row or two.
         if last['output_fmt'] == 'NCHW' and abs(features.shape[2] * last['reduction'] / self.size[0] - 1) > 0.25:
             raise _refusal(name, f'its last stage gives {features.shape[2]} rows of features whatever the image is')
         self.cuts.append(_Cut(len(self.nodes) - 1, self.nodes[-1].all_input_nodes, level=last))
@@ -69,7 +69,7 @@ class Split:
                 self.name, f'its {method} cannot be traced ({str(error).splitlines()[0][:120]})') from error
 
     def _describe(self, info: Dict[str, Any], value: Any) -> Optional[Dict[str, Any]]:
-        """What features are, None if they are neither a feature map nor tokens of `num_chs` channels."""
+        """The `feature_info` of features, None if they are neither a feature map nor tokens of `num_chs` channels."""
         shape, num_chs = tuple(getattr(value, 'shape', ())), info['num_chs']
         level = dict(module=info['module'], num_chs=num_chs, reduction=info['reduction'], num_prefix_tokens=0)
         if len(shape) == 3 and shape[2] == num_chs:
@@ -83,7 +83,7 @@ class Split:
         return dict(level, output_fmt='NHWC' if nhwc else 'NCHW')
 
     def _places(self, name: str) -> List[int]:
-        """Where a module is called, or the modules in it, if it is a list of modules."""
+        """Indices of the nodes that call a module or, if it is a list of modules, the modules in it."""
         return [i for i, node in enumerate(self.nodes) if name and node.op == 'call_module' and (
             node.target == name or str(node.target).startswith(name + '.'))]
 
@@ -98,7 +98,7 @@ class Split:
         value = node.meta['value']
         candidates = list(enumerate(value)) if isinstance(value, (tuple, list)) else [(None, value)]
         found = [(i, level) for i, one in candidates if (level := self._describe(info, one))]
-        if not found and isinstance(value, list):  # Maps of several resolutions, before timm brings them to num_chs.
+        if not found and isinstance(value, list):  # Maps of several resolutions, which get num_chs channels later.
             found = [
                 (i, dict(level, output_fmt='NCHW')) for i, one in candidates if one.ndim == 4 and (
                     level := dict(info, num_chs=one.shape[1], num_prefix_tokens=0))
@@ -112,7 +112,7 @@ class Split:
         return _Cut(end, outputs, index, level)
 
     def all_levels(self, cuts: Sequence[_Cut]) -> List[_Cut]:
-        """The places after the first of these levels where one feature map alone is handed on by a block."""
+        """These cuts, and all places after the first where a block passes on one feature map and nothing else."""
         levels = {cut.end: cut for cut in cuts}
         if any(cut.level['output_fmt'] != 'NCHW' for cut in cuts):
             return list(cuts)
@@ -130,19 +130,19 @@ class Split:
         return [levels[end] for end in sorted(levels)]
 
     def cut_before(self, name: str) -> _Cut:
-        """The place before a module, whose first argument comes first."""
+        """The cut before a module. The first argument of the module is the first output."""
         end = self._places(name)[0]
         return _Cut(end, sorted(self._alive(end), key=lambda node: node not in self.nodes[end].args[:1]))
 
     def parts(self, net: nn.Module, cuts: Sequence[_Cut]) -> List[nn.Module]:
-        """The parts of an instance of the network: up to the first of the places, and so on."""
+        """The parts of an instance of the network, each of which ends at one of the cuts."""
         starts = [_Cut(1, self.nodes[:1]), *cuts]
         return [
             make_part(net, self.nodes[a.end:b.end], a.outputs, b.outputs, b.index) for a, b in zip(starts, cuts)]
 
     @property
     def has_own_head(self) -> bool:
-        """Whether more than the pooling of a map stands between features and classifier."""
+        """Whether more than pooling of a map is done between features and classifier."""
         if self.cuts[-1].level['output_fmt'] == 'NLC':
             return bool(self.head)
         return any(
@@ -152,7 +152,7 @@ class Split:
             for node in self.head)
 
     def make_head(self, net: nn.Module) -> nn.Module:
-        """From the features of an instance of the network to vectors."""
+        """The module from features to vectors, taken from an instance of the network."""
         return make_part(net, self.head[1:-1], self.head[:1], self.head[-1].all_input_nodes)
 
 
@@ -177,7 +177,7 @@ def _count_private(name: str, column: bool, num_levels: int, stages: Optional[in
     return number
 
 
-@torch.inference_mode(False)  # Inference mode does not count how often a tensor is written to.
+@torch.inference_mode(False)  # Inference mode does not count writes to a tensor, which `is_overwritten` needs.
 def timm_backbone(
         name: str, num_experts: int, in_chans: int = 3, drop_path_rate: Optional[float] = None, output_stride: int = 32,
         private_stages: Optional[int] = None, private_blocks: Optional[int] = None, global_pool: Optional[str] = None,
@@ -187,7 +187,7 @@ def timm_backbone(
     """A network of timm, made with options of `timm.create_model` and cut at timm's feature levels.
 
     `private_blocks` is for columns of blocks (ViT), `private_stages` for the others. Networks that take images of any
-    size ignore `img_size`. `weights` are those of `pretrained_options`.
+    size ignore `img_size`. `weights` are the options of `pretrained_options` without the name.
     """
     if not timm.is_model(name.split('.')[0]):
         near = nearest(name, timm.list_models())
@@ -200,7 +200,7 @@ def timm_backbone(
     except ValueError:
         if drop_path_rate != 0:
             raise
-        kwargs.update(drop_path_rate=None)  # A network without stochastic depth has a rate of 0.
+        kwargs.update(drop_path_rate=None)  # A network without this argument has no stochastic depth: rate 0.
         net = _create_skeleton(name, **kwargs)
     has_size = 'img_size' in inspect.signature(type(net)).parameters
     if has_size and img_size is not None:
@@ -218,7 +218,7 @@ def timm_backbone(
     column = is_column([cut.level for cut in split.cuts])
     private = _count_private(name, column, len(shared) + 1, private_stages, private_blocks)
     shared = shared[:len(shared) + 1 - private] if private else split.all_levels(shared) + [last]
-    # If no level has a high resolution, the first stage is a single module, and the stem is all before it.
+    # If no level has a high resolution, the stem is everything before the module of the first stage.
     start = stem or [split.cut_before(shared[0].level['module'])]
     first_conv = net.default_cfg['first_conv'] or ()
     nets = [

@@ -1,4 +1,4 @@
-"""The forward pass of a network of timm as a graph, and modules made of parts of it."""
+"""The forward pass of a network of timm as a graph, and modules made of parts of the graph."""
 import operator
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -17,7 +17,7 @@ class _Proxy(fx.Proxy):
 class Tracer(fx.Tracer):
     """Records which modules, functions and parameters a method of a network uses for a value on the meta device.
 
-    Modules without one of the feature levels inside are recorded whole. `node.meta['value']` is what a node gives.
+    A module with no feature level inside is recorded as one node. `node.meta['value']` is the value of a node.
     """
 
     def __init__(self, levels: Sequence[str], method: str, value: Tensor):
@@ -40,13 +40,13 @@ class Tracer(fx.Tracer):
         if self.running:
             return attr_val
         if isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
-            # A buffer is taken from the network that a part is made of, as a parameter is.
+            # A part takes its buffers, like its parameters, from the network that it is made from.
             names = [name for name, buffer in self.root.named_buffers() if buffer is attr_val]
             return self.create_proxy('get_attr', names[0], (), {}) if names else attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def record_method(self, path: str, module: nn.Module, method: str) -> None:
-        """Record a method of a module as one step, where the network calls it by its name and not the module itself."""
+        """Record calls of a method of a module as one node, for networks that call the method and not the module."""
         own = getattr(module, method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,7 @@ class Tracer(fx.Tracer):
 
     def _run(self, node: fx.Node) -> Any:
         args: Any = map_arg(node.args, lambda one: one.meta['value'])
-        args = [list(one) if isinstance(one, list) else one for one in args]  # A node's own list cannot be changed.
+        args = [list(one) if isinstance(one, list) else one for one in args]  # Lists of a node are immutable.
         kwargs: Any = map_arg(node.kwargs, lambda one: one.meta['value'])
         if node.op == 'placeholder':
             return self.value
@@ -92,7 +92,7 @@ class Tracer(fx.Tracer):
 
 @torch.no_grad()
 def trace(net: Any, levels: Sequence[str], method: str, value: Tensor) -> List[fx.Node]:
-    """The nodes of a method of a network on the meta device, in order, without checks and unused sizes."""
+    """Trace a method of a network on the meta device: return its nodes in order, without asserts and unused sizes."""
     tracer = Tracer(levels, method, value)
     embeddings = [(path, module) for path, module in net.named_modules() if hasattr(module, 'get_embed')]
     for path, module in embeddings:  # These are rotary position embeddings.
@@ -112,7 +112,7 @@ def trace(net: Any, levels: Sequence[str], method: str, value: Tensor) -> List[f
 
 
 def is_overwritten(node: fx.Node) -> bool:
-    """Whether a later module wrote into the value that a node gave."""
+    """Whether a later node changed the value of this node in place."""
     return node.meta['version'] != getattr(node.meta['value'], '_version', None)
 
 
@@ -127,10 +127,10 @@ def make_part(
         net: nn.Module, nodes: Sequence[fx.Node], state: Sequence[fx.Node], outputs: Sequence[fx.Node],
         index: Optional[int] = None,
 ) -> nn.Module:
-    """A module of some of a network's nodes.
+    """Make a module from some nodes of a network.
 
-    It takes the values of the nodes `state` and gives those of `outputs`: one tensor, or a tuple of several values.
-    The first output is element `index` of its node, if given. A chain of modules becomes an `nn.Sequential`.
+    It takes the values of the nodes `state` and returns the values of the nodes `outputs`: a tensor, or a tuple. If
+    `index` is given, the first output is this element of its node's value. A chain of modules is an `nn.Sequential`.
     """
     if index is None and _is_chain(nodes, state, outputs):
         modules = []
