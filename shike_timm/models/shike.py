@@ -377,7 +377,7 @@ class Shike(PriorModel):
         return levels
 
     def _forward_trunk(self, x: Tensor, every: bool = False) -> Tuple[Tensor, Dict[int, Tensor]]:
-        """The output of the last shared stage that is needed, and by number the features of the stages that experts fuse.
+        """The output of the last shared stage that is needed, and features of the fused stages by number.
 
         With `every`, features of all stages are returned, the stem as stage 0. A frozen trunk keeps no activations.
         """
