@@ -1,7 +1,7 @@
 """SHIKE for timm: importing this package registers its models with `timm.create_model`.
 
 The functions take the options of the commands as keyword arguments. They raise a ValueError if an option is unknown or
-cannot work. Nothing has been written then.
+cannot work. In that case they have written nothing.
 """
 from typing import Any, Dict, Iterator, Union, cast
 
@@ -14,16 +14,16 @@ from .version import __version__ as __version__
 
 
 def shike(backbone: str, pretrained_backbone: Union[None, Source] = None, **kwargs: Any) -> models.Shike:
-    """A SHIKE model on a network of timm. Nearly all of them can be split.
+    """Make a SHIKE model from a network of timm. Nearly all networks of timm can be split into a trunk and experts.
 
     Args:
         backbone: Name of timm's network, such as 'regnety_016'.
-        pretrained_backbone: Weights of it to start from, as `Shike.load_backbone` takes them; None for none. With them
-            `fusion` is 'residual' by default.
+        pretrained_backbone: Weights of the network to start from, as `Shike.load_backbone` takes them. None loads
+            no weights. With such weights `fusion` is 'residual' by default.
         **kwargs: Arguments of `timm.create_model` and of `shike_timm.models.Shike`.
 
     Raises:
-        ValueError: If the network cannot be split, or there are no such weights; the message says why.
+        ValueError: If the network cannot be split, or the weights do not exist; the message says why.
         RuntimeError: If timm knows no such tag, or a weight has another shape.
     """
     if pretrained_backbone:
@@ -74,7 +74,7 @@ def predict(inputs: Any, **options: Any) -> Iterator[Dict[str, Any]]:
         **options: The options of the command, except those of its output.
 
     Returns:
-        An iterator of dictionaries as `shike_timm.cli.predict.predict_rows` gives them.
+        An iterator of dictionaries, those of `shike_timm.cli.predict.predict_rows`.
     """
     from .cli.predict import RowsConfig, predict_rows
     inputs = [str(one) for one in inputs] if isinstance(inputs, (list, tuple)) else [str(inputs)]

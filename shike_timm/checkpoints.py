@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without unpickling."""
+"""Checkpoints. Only a complete file replaces an older checkpoint, and reading never runs pickled code."""
 import argparse
 import os
 import pickle
@@ -23,7 +23,7 @@ _AUTHORS_LAYOUT = re.compile(r'(module\.)?(layer3s|shallow_exps|rt_classifiers|c
 class StageSaver(CheckpointSaver):
     """timm's saver for one stage. It keeps the newest checkpoints, and replaces `last` in one step.
 
-    `last` may be from the middle of an epoch. Then its entry ['saver']['done'] holds the batches that are done.
+    If `last` was saved in the middle of an epoch, its entry ['saver']['done'] records the batches that are done.
     """
 
     def __init__(self, folder: Union[str, Path], **kwargs: Any):
@@ -48,13 +48,13 @@ class StageSaver(CheckpointSaver):
         """Save a whole epoch, also as `model_best` if its value of the metric is the best so far."""
         if value is not None and (self.best_metric is None or self.cmp(value, self.best_metric)):
             self.best_epoch, self.best_metric = epoch, value
-            # The best one is saved first. If the run ends before `last` is saved, the epoch is repeated and saved
-            # again.
+            # `model_best` is saved before `last`. If the run ends between the two, a resumed run repeats the epoch and
+            # saves both.
             self._save_as('model_best', epoch)
         self.save_checkpoint(epoch)
 
     def save_last(self, epoch: int, done: Optional[Dict[str, Any]] = None) -> None:
-        """Save the state as `last` alone, after a whole epoch (-1 before the first) and what is `done` of the next."""
+        """Save only `last`. `epoch` is the last whole epoch (-1 before the first), `done` what is done since."""
         self.done = done or {}
         self._save_as('last', epoch)
         self.done = {}
@@ -104,7 +104,7 @@ def model_weights(checkpoint: Dict[str, Any], path: Union[str, Path]) -> Dict[st
 
 
 def _merge_lora(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Weights of an ordinary model: the updates of `--lora` are added to the weights of their layers."""
+    """Add the low-rank updates of `--lora` to the weights of their layers, as in a model without LoRA."""
     merged = {name.replace('.base_layer.', '.'): value for name, value in weights.items() if '.lora_' not in name}
     for name, value in weights.items():
         if name.endswith('.lora_A.default.weight'):
@@ -114,13 +114,13 @@ def _merge_lora(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
 
 def saved_args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
-    """The values that a checkpoint was trained with, empty if it has none."""
+    """The option values that a checkpoint was trained with, empty if the checkpoint does not hold them."""
     saved = checkpoint.get('args')
     return vars(saved) if isinstance(saved, argparse.Namespace) else {}
 
 
 def load_weights(model: nn.Module, weights: Dict[str, Tensor], path: Union[str, Path]) -> None:
-    """Load weights from a path, which must fit the model exactly. If they do not, the model stays as it is."""
+    """Load weights that were read from a path. If they do not fit exactly, raise an InputError and change nothing."""
     own = model.state_dict()
     wrong = [name for name in own if name not in weights] + [name for name in weights if name not in own]
     wrong += [name for name in own if name in weights and own[name].shape != weights[name].shape]

@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work of a GPU."""
+    """Wait until a GPU has finished its work. Other devices do not wait."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
 
 
 def seconds_per_call(function: Callable[[], Any], device: torch.device, num_calls: int) -> float:
-    """Average seconds of a call, including the work that it leaves to the device."""
+    """Average seconds of a call, including the work that the device does after the call returns."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(num_calls):
@@ -26,7 +26,7 @@ def seconds_per_call(function: Callable[[], Any], device: torch.device, num_call
 
 
 def rates_by_turns(steps: Dict[Callable[[], Any], int], device: torch.device, num_rounds: int) -> List[List[float]]:
-    """Calls a second of each step in each round. `steps` says how many calls of each function make a turn.
+    """Measure the calls a second of each step in each round. `steps` maps each function to its calls in a turn.
 
     The steps take turns, so a machine that slows down affects all of them alike.
     """
@@ -41,7 +41,7 @@ def inference_costs(
 ) -> Dict[Any, Dict[str, float]]:
     """Costs of models in eval mode on a batch [B, C, H, W]: `parameters`, `gmacs` of an image, `images_per_second`."""
     steps = [partial(model, images) for model in models.values()]
-    # This is also the first call of each step. It is slow, so it is not timed.
+    # Counting also makes the first call of each step, which is slow and must not be timed.
     flops = [count_flops(step) for step in steps]
     turns = {step: max(round(seconds_per_turn / seconds_per_call(step, images.device, 1)), 1) for step in steps}
     rates = rates_by_turns(turns, images.device, num_rounds)
@@ -56,7 +56,7 @@ def inference_costs(
 def count_flops(step: Callable[[], Any], formulas: Optional[Dict[Any, Any]] = None) -> int:
     """Floating-point operations of the convolutions and matrix products of a step. A multiply-add counts as two.
 
-    `formulas` replace torch's own for operations of `torch.ops`.
+    `formulas` map operations of `torch.ops` to functions that count them in place of torch's own.
     """
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         step()

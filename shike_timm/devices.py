@@ -1,4 +1,4 @@
-"""Devices: which one, what it computes, and the settings of the process that make it fast."""
+"""Choice of the device, its abilities, and the settings of the process that make it fast."""
 import ctypes
 import os
 import sys
@@ -25,11 +25,11 @@ class DeviceConfig:
 
 
 def resolve_device(name: Optional[str]) -> torch.device:
-    """Give the named device, by default CUDA if there is one, else the CPU. Set the process up for it."""
+    """Return the named device, by default the GPU if there is one, else the CPU, and set the process up for it."""
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(name)
-        torch.ones(1, device=device).add_(1).item()  # On a GPU that is too old for this build of torch this fails.
+        torch.ones(1, device=device).add_(1).item()  # This fails on a GPU that is too old for this build of torch.
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type == 'cpu':
@@ -43,7 +43,7 @@ def resolve_device(name: Optional[str]) -> torch.device:
 
 
 def limit_workers(number: int) -> int:
-    """A number of processes that load images, at most that of the CPUs that this process may use."""
+    """Limit the number of processes that load images to the number of CPUs that this process may use."""
     return min(number, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
 
 
@@ -61,7 +61,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep the memory of freed tensors, and give whether it does.
+    """Make glibc keep the memory of freed tensors. Returns whether glibc does so.
 
     By default the kernel maps and clears every large tensor anew, which takes up to a fifth of a step on two CPU cores.
     """

@@ -14,7 +14,7 @@ from .errors import InputError, one_line
 
 _logger = logging.getLogger(__name__)
 
-LONGEST_WAIT = timedelta(minutes=30)  # For how long a process waits for the others.
+LONGEST_WAIT = timedelta(minutes=30)  # A process waits for the others at most this long.
 Result = TypeVar('Result')
 
 
@@ -29,7 +29,7 @@ def world_size() -> int:
 
 
 def join_processes(name: Optional[str]) -> torch.device:
-    """Join the processes that torchrun or Slurm started, if any, and give the device of this one, a GPU of its own."""
+    """Join the processes that torchrun or Slurm started, if any. Returns the device of this process, its own GPU."""
     if not is_distributed_env():
         return resolve_device(name)
     kind = (name or ('cuda' if torch.cuda.is_available() else 'cpu')).partition(':')[0]
@@ -45,7 +45,7 @@ def join_processes(name: Optional[str]) -> torch.device:
             _logger.warning(
                 'torchrun restarts processes reliably only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: set it.')
     if not dist.is_initialized():
-        # gloo carries numbers and objects of the host. So no process waits for a GPU.
+        # gloo carries CPU tensors and Python objects, so that no process waits for a GPU.
         backend = 'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo'
         try:
             dist.init_process_group(backend, rank=number, world_size=count, timeout=LONGEST_WAIT)
@@ -57,7 +57,7 @@ def join_processes(name: Optional[str]) -> torch.device:
 
 
 def _call_in(is_called: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in some processes. The others wait, and all raise what any of them raises."""
+    """Call a function in some processes. The others wait. If any process raises an error, all raise it."""
     result = error = None
     if is_called:
         try:
@@ -73,7 +73,7 @@ def _call_in(is_called: bool, function: Callable[..., Any], *args: Any) -> Any:
 def local_primary_first(function: Callable[[], Result]) -> Result:
     """Call a function in the first process of each machine, and then in the others, which find the files that it wrote.
 
-    All processes raise what any of them raises.
+    If any process raises an error, all raise it.
     """
     is_first = world_size() == 1 or world_info_from_env()[0] == 0
     first, later = _call_in(is_first, function), _call_in(not is_first, function)
@@ -81,7 +81,7 @@ def local_primary_first(function: Callable[[], Result]) -> Result:
 
 
 def on_primary(function: Callable[..., Any], *args: Any) -> None:
-    """Call a function in the first process only. The others wait, and all raise what it raises."""
+    """Call a function in the first process only. The others wait. If it raises an error, all processes raise it."""
     _call_in(rank() == 0, function, *args)
 
 
@@ -103,14 +103,14 @@ def gather(items: List[Result]) -> List[Result]:
 
 
 class Vote:
-    """The largest number of any process, known one call later so that no process waits. All see the same one."""
+    """The largest number that any process hands in. All get it one call later, so that no process waits."""
 
     def __init__(self) -> None:
         self.work: Any = None
         self.number = torch.zeros((), dtype=torch.int64)
 
     def __call__(self, number: int) -> int:
-        """Hand in a number, and get the largest one of the call before. A single process gets its own number."""
+        """Hand in a number. Returns the largest of the previous call (0 at first). A single process gets its own."""
         if world_size() == 1:
             return number
         largest = 0

@@ -9,12 +9,12 @@ class InputError(ValueError):
     """Bad input: a file, a value or a combination of options that cannot work.
 
     The message is one sentence: what was wrong, what was expected and what to do. Scripts print it and exit with
-    status 2. Nothing has been written when it is raised.
+    status 2. A function raises it before it writes anything.
     """
 
 
 class DamagedError(InputError):
-    """A checkpoint that is not whole. An earlier checkpoint of the run may be used instead."""
+    """A damaged checkpoint. An earlier checkpoint of the run may be used instead."""
 
 
 def one_line(message: Union[str, BaseException]) -> str:
@@ -26,6 +26,6 @@ def one_line(message: Union[str, BaseException]) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of a message that suggests the nearest valid name, empty if none is near."""
+    """The end of a message, which suggests the nearest valid name. Empty if no valid name is near."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.75)
     return f", the nearest valid one is '{matches[0]}'" if matches else ''

@@ -1,4 +1,4 @@
-"""Files: results appear whole or not at all, and whatever is wrong with a file of values is one sentence."""
+"""Files. Results files appear only when complete, and any fault of a file of values becomes an InputError."""
 import itertools
 import json
 import os
@@ -43,7 +43,7 @@ def check_results_file(path: Optional[str], option: str = 'results-file') -> Non
 
 @contextmanager
 def named_errors(path: Union[str, Path]) -> Iterator[None]:
-    """Let a system error that names no file, such as that of a full disk, name this one."""
+    """Add the path to system errors that name no file, such as the error of a full disk."""
     try:
         yield
     except OSError as error:
@@ -54,7 +54,7 @@ def named_errors(path: Union[str, Path]) -> Iterator[None]:
 
 @contextmanager
 def write_whole(path: Union[str, Path], mode: str = 'w') -> Iterator[IO[Any]]:
-    """Open a file that replaces the one of its name when it is whole.
+    """Open a temporary file, which takes the name `path` when it is complete.
 
     The target of a link is replaced, not the link. A device or a pipe is never replaced but written to, and `-` is
     standard output.
@@ -67,7 +67,7 @@ def write_whole(path: Union[str, Path], mode: str = 'w') -> Iterator[IO[Any]]:
     text: Any = {} if 'b' in mode else dict(encoding='utf-8', errors='surrogateescape', newline='')
     replaced = not os.path.exists(path) or os.path.isfile(path)
     target = os.path.realpath(path)
-    # The name of the target may have all the letters that a name can have.
+    # The temporary name is short, because the name of the target may have the greatest length already.
     opened = os.path.join(os.path.dirname(target), f'.{os.getpid()}-{next(_numbers)}.tmp') if replaced else path
     try:
         with named_errors(path), open(opened, mode, **text) as file:

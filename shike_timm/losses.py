@@ -35,7 +35,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def _expected(values: Tensor, target: Tensor, smoothing: float = 0.) -> Tensor:
-    """Values [B, M, C] expected under the target: summed over experts, averaged over the batch.
+    """Expectation of values [B, M, C] under the target, summed over experts and averaged over the batch.
 
     With smoothing the target keeps 1 - smoothing of its weight. The rest goes to all classes equally.
     """
@@ -60,7 +60,7 @@ def mutual_distillation(logits: Tensor) -> Tensor:
     """
     num_experts = logits.shape[1]
     log_prob = _log_softmax(_widen(logits))
-    gap = log_prob - log_prob[:, :1]  # The difference from one expert makes the loss of equal experts exactly zero.
+    gap = log_prob - log_prob[:, :1]  # Subtracting one expert makes the loss of equal experts exactly 0.
     gap = gap - gap.mean(1, keepdim=True)
     return num_experts * (log_prob.exp() * gap).sum((1, 2)).mean()
 
@@ -131,7 +131,7 @@ def focal(logits: Tensor, target: Tensor, gamma: float = 2., smoothing: float = 
     A higher gamma gives less weight to images that are classified well. 0 is plain cross-entropy.
     """
     log_prob = _log_softmax(_widen(logits))
-    # This is 1 - p without cancellation. It is kept above 0, where a power below 1 has no finite slope.
+    # 1 - p without cancellation. It is kept above 0, since a power below 1 has an infinite gradient at 0.
     rest = -torch.expm1(log_prob)
     return -_expected(rest.clamp(min=torch.finfo(rest.dtype).tiny) ** gamma * log_prob, target, smoothing)
 
@@ -142,9 +142,9 @@ def ldam(
 ) -> Tensor:
     """Label-distribution-aware margin loss (Cao et al., NeurIPS 2019).
 
-    Cross-entropy after scale * max_margin * (n_min / n_y)^(1/4) is subtracted from the logit of the target y. The
-    logits are `scale` times the cosines of a cosine classifier. `max_margin` is the margin of the smallest class
-    between cosines. `class_weights` [C] weigh the images of the classes in the mean over the batch.
+    The loss subtracts scale * max_margin * (n_min / n_y)^(1/4) from the logit of the target y, then takes the
+    cross-entropy. The logits are `scale` times the cosines of a cosine classifier. `max_margin` is the margin of the
+    smallest class, as a difference of cosines. `class_weights` [C] weigh the images in the mean over the batch.
 
     Raises:
         ValueError: If target is not [B] class indices.
@@ -168,8 +168,8 @@ def representation_loss(
 ) -> RepresentationLoss:
     """The loss of stage one, L = L_ce + alpha * L_nt + beta * L_mu (Eq. 10), and its three unweighted terms.
 
-    A term of weight 0 is not computed. The target may be class probabilities if alpha is 0, since DKT leaves one class
-    out. `smoothing` changes the cross-entropy alone.
+    A term of weight 0 is not computed. If alpha is 0, the target may be class probabilities; DKT needs class
+    indices. `smoothing` changes the cross-entropy alone.
     """
     ce = expert_cross_entropy(logits, target, smoothing)
     zero = torch.zeros_like(ce)

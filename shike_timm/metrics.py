@@ -19,10 +19,10 @@ _logger = logging.getLogger(__name__)
 
 SHOTS = ('many', 'medium', 'few')
 METRICS = ('loss', 'top1', 'top5', 'balanced', *SHOTS, 'ece')
-MOST_EXPERTS = 4  # With more experts reports do not try every subset.
+MOST_EXPERTS = 4  # Reports measure every subset of the experts up to this number of experts.
 MOST_LISTED = 30  # Classes in a table on the terminal.
 NUM_BINS = 15  # Bins of the calibration error.
-NUM_STEPS = 10_000  # Thresholds that are tried for the probability below which the class of an image is unknown.
+NUM_STEPS = 10_000  # Rejection thresholds that are tried are multiples of 1 / NUM_STEPS.
 KEPT_RIGHT = 0.95  # Share of the right answers that a chosen threshold keeps.
 
 
@@ -56,8 +56,8 @@ class ExpertEvaluator:
 
     It keeps sums of fixed size on the device, so batches do not wait for the host and processes can add up their sums.
     `shots` are the shot divisions of the classes [C], as `shot_numbers` gives them. The `subsets` of the experts are
-    evaluated as ensembles. Below the probability `threshold` the class of an image is unknown. By default it is the one
-    that keeps 95 % of the right answers of the ensemble.
+    evaluated as ensembles. The class of an image whose probability is below `threshold` counts as unknown. The default
+    threshold keeps 95 % of the right answers of the ensemble.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class ExpertEvaluator:
         self.total = torch.zeros(num_classes, dtype=torch.int64, device=self.device)
         self.top1 = torch.zeros(num_classes, num_outputs, dtype=torch.int64, device=self.device)
         self.top5 = torch.zeros_like(self.top1)
-        self.predicted = torch.zeros_like(self.top1)  # How often each output says each class.
-        # Images, and those that the ensemble has right, by the largest threshold that the confidence reaches.
+        self.predicted = torch.zeros_like(self.top1)  # How often each output predicts each class.
+        # Number of images and of right answers of the ensemble, by the largest threshold that the confidence reaches.
         self.reached = torch.zeros(NUM_STEPS + 1, 2, dtype=torch.int64, device=self.device)
         dtype = torch.float32 if self.device.type == 'mps' else torch.float64
         self.loss_sum = torch.zeros(num_classes, num_outputs, dtype=dtype, device=self.device)
@@ -92,7 +92,7 @@ class ExpertEvaluator:
         index = target[:, None].expand(logits.shape[:2])
         loss = F.cross_entropy(logits.transpose(1, 2), index, reduction='none').to(self.loss_sum.dtype)
         answers = logits.argmax(-1)
-        right = answers == index  # Of equal logits topk may choose another than argmax, as reports use it.
+        right = answers == index  # For equal logits argmax, which reports use, and topk may differ.
         hits = (logits.topk(min(5, logits.shape[-1]), dim=-1).indices == target[:, None, None]).any(-1) | right
         self.total.index_add_(0, target, torch.ones_like(target))
         self.top1.index_add_(0, target, right.long())
@@ -187,8 +187,8 @@ def evaluate(
 
     Args:
         model: Model with `num_experts` and `forward_experts`.
-        loader: Gives batches of images [B, in_chans, H, W] and class indices [B] on `device`.
-        class_counts: Training images of each class [C]. They make the shot divisions.
+        loader: Iterable of batches: images [B, in_chans, H, W] and class indices [B] on `device`.
+        class_counts: Training images of each class [C], which decide its shot division.
         device: Device of the model.
         subsets: Subsets of the experts to evaluate as ensembles.
         flip: Average the logits with those of the mirrored images.
@@ -206,8 +206,8 @@ def evaluate(
     for images, target in loader:
         if not len(target):
             continue  # No image of the batch could be read.
-        # The same weights must give the same metrics, so the layout is always the same.
-        if images.ndim == 4:  # Else they are features.
+        # The memory layout is always the same, so that the same weights give the same metrics.
+        if images.ndim == 4:  # Otherwise they are features.
             images = images.contiguous(memory_format=torch.channels_last)
         logits = model.forward_experts(images)
         if flip:
@@ -220,7 +220,7 @@ def evaluate(
 
 
 def balanced_over(metrics: Dict[str, Any], num_classes: int) -> str:
-    """Sentences below a table: how many classes have images and count in its means, and which divisions it lacks."""
+    """Sentences below a table: how many classes its means cover, and a hint if only one shot division has images."""
     divisions = [shot for shot in SHOTS if metrics[shot] is not None]
     return (
         f"balanced and macro_f1 are means over {metrics['balanced_classes']} of {num_classes} classes, those with "
@@ -230,7 +230,7 @@ def balanced_over(metrics: Dict[str, Any], num_classes: int) -> str:
 
 
 def rejection(reject: Dict[str, Any], known: bool) -> str:
-    """A sentence on the metrics `reject`, of a threshold that was `known` before or was chosen on these images."""
+    """A sentence on the metrics `reject`. Their threshold was `known` before, or was chosen on these images."""
     whose = "The model's threshold" if known else 'A threshold that keeps 95 % of the right answers here'
     kept = f"keeps {reject['coverage']} % of the images" + (
         '' if reject['accuracy'] is None else f", of which {reject['accuracy']} % are right")
@@ -260,7 +260,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
 
 
 def format_classes(per_class: Dict[str, Any], names: Sequence[str], class_counts: Sequence[int]) -> str:
-    """A text table of the classes by their training images: all of up to 30, else the ten of the lowest F1."""
+    """A text table of the classes, most training images first. Of more than 30 classes only the worst ten by F1."""
     rows = [
         (f'  {names[c]}'[:40], str(class_counts[c]), str(per_class['total'][c]),
          *(per_class[key][c] for key in ('top1', 'precision', 'f1')))
@@ -276,9 +276,9 @@ def print_results(
         stages: Dict[str, Dict[str, Any]], per_class: Dict[str, Any], names: Optional[Sequence[str]],
         class_counts: Sequence[int], known: bool,
 ) -> None:
-    """Print tables of the classes and of the metrics by stage, and log what must be known to read those of the last.
+    """Print tables of the classes and of the metrics by stage, and log notes on the metrics of the last stage.
 
-    Its threshold for unknown images was `known` before, or was chosen on these images.
+    The rejection threshold of that stage was `known` before, or was chosen on these images.
     """
     last = list(stages.values())[-1]
     print(format_classes(per_class, names or [str(c) for c in range(len(class_counts))], class_counts))
@@ -288,7 +288,7 @@ def print_results(
 
 
 def shown_divisions(results: Iterable[Mapping[str, Any]]) -> List[str]:
-    """The shot divisions that have classes with images in any of the metrics. A single one is all classes: none."""
+    """The shot divisions with images in any of the metrics. Empty for a single division, which has all classes."""
     results = list(results)
     found = [shot for shot in SHOTS if any(result[shot] is not None for result in results)]
     return found if len(found) > 1 else []

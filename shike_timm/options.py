@@ -1,4 +1,4 @@
-"""Options: each is a field of a dataclass, from which parser, help, hparams files and docs/options.md follow."""
+"""Options, as fields of dataclasses. The parser, its help, hparams files and docs/options.md use the same fields."""
 import argparse
 import ast
 import copy
@@ -22,20 +22,20 @@ Config = TypeVar('Config', bound='DataclassInstance')
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of one option."""
+    """The facts of one option."""
 
     default: Any  # The value if the user gives none. An option whose default is None may be set to None.
     help: str
     metavar: Optional[str] = None  # Placeholder for the value in the help.
     choices: Optional[Sequence[Any]] = None  # All valid values.
-    nargs: Any = None  # Length of a list, '+' for any length but zero.
-    const: Optional[str] = None  # The value of a flag without a value. The flag with `--no-` then gives None.
-    low: Optional[float] = None  # Least value.
+    nargs: Any = None  # Length of a list. '+' stands for any length above 0.
+    const: Optional[str] = None  # The value if the flag stands alone. The flag with `--no-` sets None.
+    low: Optional[float] = None  # Smallest valid value.
     below: Optional[float] = None  # Bound that the value must be less than.
-    flags: Sequence[str] = ()  # Further flags.
+    flags: Sequence[str] = ()  # Other flags of the option, such as -b.
     required: bool = False
     positional: bool = False  # Whether it is given without a flag.
-    may_change: bool = False  # Whether a resumed run may have another value than it began with.
+    may_change: bool = False  # Whether a resumed run may change the value.
     card: str = 'always'  # When a model card shows it: 'always', if it was 'changed' from its default, or 'never'.
     name: str = ''  # Name in files and in Python. The flag has hyphens instead of underscores.
     kind: Any = str  # Type of the value or of each item: int, float, str, dict (KEY=VALUE KEY=VALUE) or bool.
@@ -65,7 +65,7 @@ class Option:
         if value is None:
             raise InputError(f'{where} is empty, expected a value.')
         if value is True and self.const is not None:
-            return self.const  # in a file or in Python: the flag alone
+            return self.const  # True in a file or in Python means the flag alone.
         if self.kind in (bool, dict):
             if not isinstance(value, self.kind):
                 raise InputError(f'{where} is {value!r}, expected {_KINDS[self.kind]}.')
@@ -101,7 +101,7 @@ class Option:
 
 
 def option(default: Any, help: str, metavar: Optional[str] = None, **facts: Any) -> Any:
-    """A dataclass field that is an option; arguments as for `Option`, which takes name and type from the field."""
+    """A dataclass field that is an option. Arguments are those of `Option`, but name and type are the field's."""
     return field(
         default_factory=lambda: copy.copy(default), metadata=dict(option=Option(default, help, metavar, **facts)))
 
@@ -111,7 +111,7 @@ def _items(value: Any) -> Sequence[Any]:
 
 
 def _kind(annotation: Any) -> Any:
-    """The type of an option's value or items: float of Optional[List[float]]."""
+    """The type of an option's value or of its items. For Optional[List[float]] it is float."""
     if typing.get_origin(annotation) is typing.Union:
         annotation = next(one for one in typing.get_args(annotation) if one is not type(None))
     if typing.get_origin(annotation) is list:
@@ -153,7 +153,7 @@ class HparamsConfig:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports bad input as an InputError of one sentence."""
+    """A parser that raises an InputError of one sentence for bad input."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f'{message[0].upper()}{message[1:]}: see --help.')
@@ -190,7 +190,7 @@ def _add(section: Any, option: Option) -> None:
 def read_command_line(
         config: Type[Any], description: str, argv: Optional[Sequence[str]] = None, examples: Sequence[str] = (),
 ) -> Dict[str, Any]:
-    """Values that a command line gives, in their types; their ranges are not checked yet.
+    """Read the values of a command line and convert them to their types. Their ranges are not checked yet.
 
     The help begins with the examples and the options that they name.
     """
@@ -215,7 +215,7 @@ def read_command_line(
 
 
 def check_values(config: Type[Any], values: Mapping[Any, Any], source: str) -> Dict[str, Any]:
-    """Values by name from a file or from Python, in their types. `source` begins the message of an InputError."""
+    """Convert values by name from a file or from Python to their types. `source` begins an InputError's message."""
     known, checked = options(config), {}
     for key, value in values.items():
         name = str(key).replace('-', '_')
@@ -226,14 +226,14 @@ def check_values(config: Type[Any], values: Mapping[Any, Any], source: str) -> D
 
 
 def check_saved(config: Type[Any], values: Mapping[Any, Any], source: str) -> Dict[str, Any]:
-    """As `check_values`, for what may have been saved by another version: other names are passed over."""
+    """As `check_values`, for values that another version may have saved. Unknown names are ignored."""
     return check_values(config, {name: value for name, value in values.items() if name in options(config)}, source)
 
 
 def check_file_values(
         config: Type[Any], values: Mapping[Any, Any], source: str, given: Mapping[str, Any],
 ) -> Dict[str, Any]:
-    """As `check_values`, for a file that a stranger may have written. A value that opens something must be `given`."""
+    """As `check_values`, for an untrusted file. Pipes and addresses in it are refused unless the option is `given`."""
     result = check_values(config, values, source)
     for name, value in result.items():
         for item in _items(value):
@@ -245,7 +245,7 @@ def check_file_values(
 
 
 def _override(values: Dict[str, Any], later: Dict[str, Any]) -> None:
-    """Update values; a learning rate also replaces an earlier `lr_base`."""
+    """Update values. A later learning rate also clears the earlier `lr_base` or `crt_lr_base`."""
     for name in ('lr', 'crt_lr'):
         if name in later:
             values[f'{name}_base'] = None
@@ -253,9 +253,9 @@ def _override(values: Dict[str, Any], later: Dict[str, Any]) -> None:
 
 
 def complete(config: Type[Config], given: Dict[str, Any], saved: Optional[Dict[str, Any]] = None) -> Config:
-    """The configuration of given values over the hparams file, over those `saved` by an earlier run, over the defaults.
+    """The configuration from these values: defaults, values `saved` by an earlier run, the hparams file, given values.
 
-    Given and saved values are checked already.
+    A later source overrides an earlier one. Given and saved values must be checked already.
     """
     values = dict(saved or {})
     for path, read in read_hparams(given['hparams']).items() if given.get('hparams') else ():
@@ -268,7 +268,7 @@ def complete(config: Type[Config], given: Dict[str, Any], saved: Optional[Dict[s
 
 
 def checked(config: Type[Config], values: Mapping[str, Any]) -> Config:
-    """The configuration of these values over the defaults, its ranges checked; other names are passed over."""
+    """The configuration of these values and defaults for the rest. Checks the ranges, and ignores unknown names."""
     known = options(config)
     result = config(**{name: value for name, value in values.items() if name in known})
     for name, one in known.items():

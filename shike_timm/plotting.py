@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-INK, PAPER = '#1f2329', '#ffffff'  # a page, which may be dark, replaces them
+INK, PAPER = '#1f2329', '#ffffff'  # A page replaces these, since it may be dark.
 COLORS = ('#3987d6', '#e0861a', '#23a079', '#c766a0', '#8b78d9', '#b09b1f', '#d4563f', '#5fa8b8')
 NEUTRAL = '#8c929b'
 WIDTH = 5.0
@@ -42,7 +42,7 @@ def add_legend(axes: Any, columns: int = 3, **kwargs: Any) -> None:
 
 
 def draw(function: Callable[..., Figure], *args: Any) -> Tuple[Figure, Optional[str]]:
-    """Draw a figure in the style of the report. If there is nothing to draw, it shows and returns the reason."""
+    """Draw a figure in the style of the report. If it has nothing to draw, it shows the reason. Returns both."""
     with matplotlib.rc_context(STYLE):
         try:
             return function(*args), None
@@ -55,7 +55,7 @@ def draw(function: Callable[..., Figure], *args: Any) -> Tuple[Figure, Optional[
 def save(figure: Figure, stem: Path) -> str:
     """Write a figure as STEM.svg and STEM.png. Returns the SVG in the colours of the page."""
     with matplotlib.rc_context({**STYLE, 'svg.hashsalt': stem.name}), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing')  # PNGs lack letters of other scripts. SVGs hold text.
+        warnings.filterwarnings('ignore', 'Glyph .* missing')  # matplotlib's font lacks some scripts, in PNG alone.
         figure.savefig(f'{stem}.png')
         figure.set_layout_engine('none')  # The layout is done already.
         figure.savefig(f'{stem}.svg', metadata={'Date': None})

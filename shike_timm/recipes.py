@@ -8,7 +8,7 @@ import yaml
 from .errors import InputError, nearest, one_line
 
 _INSTALLED = Path(__file__).with_name('hparams')
-RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / 'hparams'  # else those of a clone
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / 'hparams'  # In a clone
 MOST_VALUES = 10_000  # Values in a file.
 
 
@@ -19,7 +19,7 @@ def _find(name: str, folder: str = '') -> str:
 
 
 def _is_vast(values: Any) -> bool:
-    """Whether values are more than anybody writes: a few lines of YAML can repeat themselves without end."""
+    """Whether there are more than `MOST_VALUES` values, since a few lines of YAML can refer to themselves."""
     waiting, number = [values], 0
     while waiting and number < MOST_VALUES:
         one, number = waiting.pop(), number + 1
@@ -51,7 +51,7 @@ def read_yaml(path: str) -> Dict[Any, Any]:
 def read_hparams(name: str) -> Dict[str, Dict[Any, Any]]:
     """Read an hparams file and its bases. It is named by its path, or as a packaged recipe such as 'quickstart'.
 
-    The result holds the values by path, those of the base first. Later ones override earlier ones.
+    The result maps the path of each file to its values. Bases come first, and later files override earlier ones.
     """
     path = _find(name)
     chain: Dict[str, Dict[Any, Any]] = {}
@@ -63,6 +63,6 @@ def read_hparams(name: str) -> Dict[str, Dict[Any, Any]]:
         if base is not None and not (isinstance(base, str) and base):
             raise InputError(f"hparams file '{path}': 'base' is {base!r}, expected the path of another hparams file.")
         path = _find(base, os.path.dirname(path)) if base else ''
-        if os.path.exists(path) and not os.path.isfile(path):  # The first one may be a pipe of the user.
+        if os.path.exists(path) and not os.path.isfile(path):  # Only the file that the user names may be a pipe.
             raise InputError(f"hparams file '{path}' is not a file: name another as 'base'.")
     return dict(reversed(chain.items()))

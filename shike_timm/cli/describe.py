@@ -47,7 +47,7 @@ Found = Tuple[str, Inspected]  # The split and the facts of an image.
 
 
 def _hold_out(train: AnySet, seen: List[Inspected], share: float, name: str, take_last: bool) -> Splits:
-    """Both splits after a share is held out. As in `train`, unreadable images are not held out."""
+    """Both splits after a share is held out. As in `shike train`, unreadable images are not held out."""
     readable = train if isinstance(train, StreamSet) else train.take(
         np.flatnonzero([one.error is None for one in seen]))
     test = hold_out_share(readable, share, name, take_last)[1]
@@ -58,8 +58,8 @@ def _hold_out(train: AnySet, seen: List[Inspected], share: float, name: str, tak
 
 
 def _read_splits(config: DescribeConfig, perceptual: bool) -> Tuple[Splits, Optional[str]]:
-    """The splits of the data, as `train` would use them, and why there is no evaluation split, if there is none."""
-    # `describe` writes the file of class-stats, the data reads it.
+    """The splits that `shike train` would use, and the reason if there is no evaluation split, else None."""
+    # `--class-stats` is a file to write here, but for the data it is a file to read.
     source = open_dataset(replace(checked(SourceConfig, vars(config)), class_stats=None))
     train, test, reason, share = source.train(), None, None, config.holdout
     if not share:
@@ -71,7 +71,7 @@ def _read_splits(config: DescribeConfig, perceptual: bool) -> Tuple[Splits, Opti
             reason = str(error)
         if test is None and reason is None:
             reason = 'the data set has one split'
-            share = 0 if config.class_stats else HOLDOUT  # The file counts all images.
+            share = 0 if config.class_stats else HOLDOUT  # The --class-stats file counts all images.
     seen = inspect_images(train, config.workers, perceptual)
     if test is not None:
         return {'train': (train, seen), 'evaluation': (test, inspect_images(test, config.workers, perceptual))}, None
@@ -131,7 +131,7 @@ def _similar(found: List[Found]) -> List[List[Found]]:
 
 
 def _by_place(groups: List[List[Found]]) -> Dict[str, List[List[Dict[str, str]]]]:
-    """Groups of images by where they are: in one class, in several, and in both splits."""
+    """Sort groups of images by place: within one class, across classes, and across splits."""
     summary: Dict[str, List[List[Dict[str, str]]]] = dict(within_class=[], across_classes=[], across_splits=[])
     for group in groups:
         kind = 'within_class' if len({one.label for _, one in group}) == 1 else 'across_classes'
@@ -145,7 +145,7 @@ def _by_place(groups: List[List[Found]]) -> Dict[str, List[List[Dict[str, str]]]
 
 
 def _label_gaps(names: Sequence[str]) -> List[int]:
-    """Numbers that are missing among class names that are all numbers, and not such as dates or bar codes."""
+    """Missing numbers among class names that are all numbers. Empty if these are sparse, as dates or bar codes are."""
     numbers = {int(name) for name in names if name.isdecimal()}
     if len(numbers) < len(names) or not numbers or max(numbers) - min(numbers) > 100 * len(numbers):
         return []
@@ -153,7 +153,7 @@ def _label_gaps(names: Sequence[str]) -> List[int]:
 
 
 def _find_groups(names: Sequence[str]) -> Optional[str]:
-    """A --group-key for images whose names are numbered within groups, such as 00003_00001.png, None without such."""
+    """A --group-key if image names are numbered within groups, such as 00003_00001.png, else None."""
     found = [match.group() for match in map(re.compile(NUMBERED).match, names) if match]
     is_grouped = len(found) == len(names) >= 3 * len(set(found)) >= 6 * len({name.rpartition('/')[0] for name in names})
     return NUMBERED if is_grouped else None
@@ -169,7 +169,7 @@ def _group_leaks(found: List[Found]) -> List[Dict[str, str]]:
 
 
 def describe_data(config: DescribeConfig) -> Dict[str, Any]:
-    """Read a whole data set and summarize it. With `--class-stats` its class counts are written.
+    """Read a whole data set and summarize it. With `--class-stats` also write its class counts to a file.
 
     Returns:
         `train` and `evaluation` (None without such a split): `origin` in words, `images`, `classes` with images,
@@ -178,10 +178,10 @@ def describe_data(config: DescribeConfig) -> Dict[str, Any]:
         `pixel_range` of images of more than 8 bits.
         `no_evaluation`: why there is no evaluation split. `shots`: the many-, medium- and few-shot classes of training
         and their images. `duplicates`: groups of equal files, or pixels without files, `within_class`,
-        `across_classes` and `across_splits`. `similar`: such groups of images that look alike, None if not looked for.
-        `label_gaps`: numbers missing among class names. `group_leaks`: groups in both splits, an image of each split.
-        `group_key`: what keeps numbered images of one thing together when a share is held out.
-        `only_in_train`, `only_in_evaluation`: classes of one split.
+        `across_classes` and `across_splits`. `similar`: the same for images that look alike, None if not searched.
+        `label_gaps`: numbers missing among class names. `group_leaks`: groups in both splits, with an image of each.
+        `group_key`: a --group-key that keeps the numbered images of one object in one split.
+        `only_in_train`, `only_in_evaluation`: classes with images in only that split.
     """
     check_results_file(config.class_stats)
     if config.class_stats and Path(config.class_stats).exists():

@@ -26,7 +26,7 @@ class ExportConfig(TrainedModelConfig, HparamsConfig):
     opset: Optional[int] = option(None, "version of ONNX's operators. By default torch chooses")
     img_size: Optional[int] = option(None, "side of the images. By default the model's own", low=1)
     output: Optional[str] = option(
-        None, 'folder to write. By default exported/NAME-FORMAT, where NAME is that of the run', 'DIR')
+        None, 'folder to write. By default exported/NAME-FORMAT, where NAME is the name of the run', 'DIR')
 
 
 def _name(config: ExportConfig, architecture: str) -> str:
@@ -38,7 +38,7 @@ def _name(config: ExportConfig, architecture: str) -> str:
 
 
 def export(config: ExportConfig) -> Path:
-    """Export a trained model, and give the folder written."""
+    """Export a trained model. Returns the folder that was written."""
     if config.format == 'onnx':
         for name in ('onnx', 'onnxruntime', 'onnxscript'):
             if importlib.util.find_spec(name) is None:

@@ -30,7 +30,7 @@ from .script import command
 
 _logger = logging.getLogger(__name__)
 
-UNKNOWN = 'unknown'  # Stands for the class of an image that is rejected.
+UNKNOWN = 'unknown'  # Written in place of the class of a rejected image.
 DECODING = ('pixel_range', 'exif')  # Options of `create_file_loader` that a saved model keeps.
 
 
@@ -70,7 +70,7 @@ class PredictConfig(RowsConfig):
 
 @dataclass
 class _Predictor:
-    """A function from images [B, C, H, W] to expert logits [B, M, classes], and what it needs."""
+    """`run` takes images [B, C, H, W] and returns expert logits [B, M, classes]. The other fields are its settings."""
 
     run: Callable[[Tensor], Tensor]
     device: torch.device
@@ -126,13 +126,13 @@ def _make_predictor(config: RowsConfig) -> _Predictor:
 
 
 def _printable(name: object) -> str:
-    """A name of a file or class as text. Its bytes need not be valid text."""
+    """The name of a file or class as printable text, since its bytes need not be valid text."""
     return str(name).encode('utf-8', 'backslashreplace').decode()
 
 
 def _top_classes(
         logits: Tensor, predictor: _Predictor, config: RowsConfig, threshold: float = 0.) -> Iterator[Dict[str, Any]]:
-    """The most likely classes of each image from logits [B, classes]. Below a probability the first one is unknown."""
+    """The most likely classes of each image, from logits [B, classes]. Below the threshold the first is `UNKNOWN`."""
     probabilities = logits.softmax(-1)
     values = probabilities if config.output_type == 'prob' else logits
     top = values.topk(min(config.topk or predictor.num_classes, predictor.num_classes))
@@ -196,14 +196,14 @@ def predict_rows(config: RowsConfig) -> Iterator[Dict[str, Any]]:
 
     Returns:
         An iterator of dictionaries, one for each file: `filename`; `label` and `prob` or `logit`, lists with the best
-        class first; `index` if asked for; `experts`, a list with the same of each expert, if asked for; and `error`,
-        None, or what is wrong with the file. With an error there are only `filename` and `error`.
+        class first; `index` and `experts` (the same for each expert) if the options ask for them; and `error`, the
+        fault of the file or None. If the file has a fault, there are only `filename` and `error`.
     """
     return _prepare(config)[1]
 
 
 def _flat(prediction: Dict[str, Any], prefix: str = '') -> Dict[str, Any]:
-    """A prediction as columns of a table: `label_0`, `label_1`, ..., as timm names them. One class has no number."""
+    """A prediction as columns of a table, named `label_0`, `label_1`, ... as in timm, or `label` for one class."""
     flat: Dict[str, Any] = {}
     for key, value in prediction.items():
         if key == 'experts':

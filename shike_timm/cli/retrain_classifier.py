@@ -19,7 +19,7 @@ OF_ITS_DATA = {'num_classes', *options(DataConfig)} - OF_ITS_DATASET - {'data_di
 
 def parse_retrain_args(
         argv: Optional[Sequence[str]] = None) -> Tuple[RetrainConfig, Union[Dict[str, Any], PlainModel]]:
-    """The configuration that a command line gives over that of its checkpoint, and the checkpoint."""
+    """The configuration and the checkpoint. Values of the command line override those of the checkpoint."""
     given = read_command_line(
         RetrainConfig, 'Retrain the classifiers of a stage-one checkpoint: stage two alone.', argv)
     name, backbone = given['checkpoint'], given.get('backbone')
@@ -36,13 +36,13 @@ def parse_retrain_args(
         own -= OF_ITS_DATASET
     saved = {key: value for key, value in before.items() if key in own}
     if saved.get('crt_epochs') == 0:
-        del saved['crt_epochs']  # Stage one may have run with --crt-epochs 0. Now a stage two is asked for.
+        del saved['crt_epochs']  # Stage one may have run with --crt-epochs 0, but this is stage two.
     saved = check_file_values(RunConfig, saved, f"checkpoint '{given['checkpoint']}'", given)
     return complete(RetrainConfig, given, saved=saved), checkpoint
 
 
 def _plain_config(given: Dict[str, Any], plain: PlainModel) -> Tuple[RetrainConfig, PlainModel]:
-    """The configuration of one expert on a plain network, by default that of the recipe `rebalance`."""
+    """The configuration of one expert on a plain network. The recipe `rebalance` is the default."""
     sizes = {'img_size', 'input_size'}
     own = {key: value for key, value in plain.options.items() if not (key in sizes and sizes & set(given))}
     saved = check_file_values(RunConfig, own, f"checkpoint '{plain.name}'", given)

@@ -19,19 +19,19 @@ from ..training.step import NonFiniteError
 
 
 def command(run: Callable[[Any], Any], parse: Callable[[], Any]) -> Callable[[], int]:
-    """The `main` of a command, which runs with the configuration of the command line."""
+    """Make the `main` of a command, which parses the command line and runs with that configuration."""
     return lambda: run_script(lambda: run(parse()))
 
 
 def run_script(main: Callable[[], Any]) -> int:
     """Run a command. Its exit status is 0, 1 after a failure, 2 for bad input, or 128 plus a signal."""
-    for number in range(3):  # Otherwise the next file that is opened would be taken for a closed one of these.
+    for number in range(3):  # If 0, 1 or 2 is closed, the next opened file would take its number.
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # Names of files and classes need not be text that can be printed.
+        if isinstance(stream, io.TextIOWrapper):  # Names of files and classes may not be printable.
             stream.reconfigure(errors='backslashreplace')
     setup_default_logging()
     for name in ('timm', 'httpx', 'httpx2'):  # httpx and httpx2 log every request to the Hub.
@@ -49,7 +49,7 @@ def run_script(main: Callable[[], Any]) -> int:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
     except InputError as error:
-        # If the first process has the same error, torchrun ends this one while it waits.
+        # The other processes wait, so that torchrun ends them if the first process reports the same error.
         time.sleep(10 if rank() else 0)
         return fail(2, f'error: {error}')
     except NonFiniteError as error:
@@ -62,7 +62,7 @@ def run_script(main: Callable[[], Any]) -> int:
         return 130
     except Interrupted as stop:
         return fail(128 + stop.signum, f'stopped by signal {stop.signum}')
-    except BrokenPipeError:  # Who reads the output has seen enough, as `head` has.
+    except BrokenPipeError:  # The reader of the output, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141  # 128 plus SIGPIPE
     except (RuntimeError, OSError) as error:

@@ -29,7 +29,7 @@ GPU_RECIPE = dict(hparams='finetune', backbone='convnext_tiny', img_size=224)
 
 
 def _recommended(given: Dict[str, Any]) -> Dict[str, Any]:
-    """The recipe for images of the user's own, if nothing is said of recipe, model and weights."""
+    """Add the recommended recipe for a user's own images, if the user chose no recipe, model or weights."""
     chosen = {'hparams', 'dataset', 'model', 'backbone', 'pretrained', 'initial_checkpoint', 'resume', 'method'}
     if chosen & set(given) or not {'data_dir', 'train_list'} & set(given):
         return given
@@ -42,7 +42,7 @@ def _recommended(given: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def complete_train_args(given: Dict[str, Any]) -> TrainConfig:
-    """The configuration of given values; a resumed run has those of its `args.yaml` as defaults."""
+    """The configuration of given values. For a resumed run the values of its `args.yaml` are the defaults."""
     given = _recommended(given)
     folder = run_folder(checked(TrainConfig, given))
     path, saved = os.path.join(folder or '', 'args.yaml'), {}

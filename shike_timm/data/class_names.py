@@ -1,4 +1,4 @@
-"""Names of classes: the one place where names become labels, that is, class indices."""
+"""Class names. Only this module turns class names into labels, that is, class indices."""
 import json
 import re
 import unicodedata
@@ -60,7 +60,7 @@ def read_class_stats(path: str) -> Tuple[List[int], Optional[List[str]]]:
 def index_labels(
         labels: Sequence[str], class_map: Optional[str], order: Optional[Sequence[str]], notes: List[str],
 ) -> Tuple[List[str], np.ndarray]:
-    """Class names in label order, and the label of each image [N], -1 if the class map does not name its class."""
+    """Class names in label order, and the label of each image [N]. It is -1 for a class that the class map lacks."""
     present = {label: normalize_name(label) for label in set(labels)}
     if class_map:
         names, label_of = read_class_map(class_map)

@@ -1,4 +1,4 @@
-"""Options of the data: which images, how they are read and how they come in batches."""
+"""Options that choose the images, their preprocessing and their batches."""
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
 

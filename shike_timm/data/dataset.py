@@ -1,4 +1,4 @@
-"""Sets of labelled images: those that can be indexed, wherever their images are kept, and streams."""
+"""Sets of labelled images. An `ImageSet` can be indexed, a `StreamSet` only read in order."""
 import hashlib
 import logging
 import os
@@ -21,11 +21,11 @@ from .decode import ImageDecoder, create_decoder
 
 _logger = logging.getLogger(__name__)
 
-MAX_UNREADABLE = 0.01  # This share of a set's images may turn out to be unreadable while the set is used.
+MAX_UNREADABLE = 0.01  # Largest share of a set's images that may prove unreadable while the set is used.
 
 
 class Names(Sequence):
-    """Names kept as one array of bytes. Worker processes share it. Millions of names need no Python objects."""
+    """Names in one array of bytes, which worker processes share. So millions of names need no Python objects."""
 
     def __init__(self, names: Iterable[str]):
         encoded = [os.fsencode(name) for name in names]
@@ -53,7 +53,7 @@ class ImageSource(ABC):
     images: Optional[np.ndarray] = None  # uint8 images [N, H, W, C] if all are in memory.
 
     def __init__(self, root: str = '', paths: Iterable[str] = ()):
-        self.root = root  # The folder, archive or data set that they are in.
+        self.root = root  # The folder, archive or data set that holds the images.
         self.paths = Names(paths)  # Path of each image, unique. Empty if images have no names.
 
     @abstractmethod
@@ -119,7 +119,7 @@ class ImageSet(Dataset):
         return [self.filename(index) for index in range(len(self))]
 
     def take(self, index: np.ndarray) -> 'ImageSet':
-        """A set of the images at these positions."""
+        """The set that has only the images at these positions."""
         groups = None if self.groups is None else self.groups[index]
         return replace(self, targets=self.targets[index], rows=self.rows[index], groups=groups)
 
@@ -198,7 +198,7 @@ class StreamSet(IterableImageDataset):
         return self
 
     def check_readable(self) -> None:
-        """An unreadable image ends a stream anyway."""
+        """Does nothing, because an unreadable image ends a stream with an error."""
 
 
 AnySet = Union[ImageSet, StreamSet]
@@ -243,8 +243,8 @@ def label_images(
 ) -> ImageSet:
     """The set of a source's images with paths, in an order that only depends on the names of classes and files.
 
-    `labels` are the class names of the images, and `groups` their groups, if the data has a column of them. `order` has
-    the class names in label order. By default they are sorted.
+    `labels` are the class names of the images, and `groups` their groups, if the data has a column for them. `order`
+    has the class names in label order. By default class names are sorted.
     """
     paths = list(source.paths)
     notes = list(notes)

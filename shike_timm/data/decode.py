@@ -1,4 +1,4 @@
-"""Decoding: from image files of any kind to PIL images with the channels that a model takes."""
+"""Decoding of image files of any kind to PIL images with the channels that a model takes."""
 import io
 import os
 from contextlib import suppress
@@ -16,7 +16,7 @@ with suppress(ImportError):
     from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
     register_heif_opener()
 
-HIGHEST = {'F': 1., 'I': 2 ** 31 - 1}  # The other deep modes have 16 bits.
+HIGHEST = {'F': 1., 'I': 2 ** 31 - 1}  # Highest value by mode. Other deep modes have 16 bits.
 NO_IMAGES = ('BUFR', 'GRIB', 'HDF5', 'MPEG')  # Pillow knows these formats but cannot decode them.
 HEIF = ('.heic', '.heics', '.heif', '.heifs', '.hif')  # Photographs of phones, which Pillow reads with pillow-heif.
 MODES = {1: 'L', 3: 'RGB'}
@@ -36,7 +36,7 @@ def image_extensions() -> FrozenSet[str]:
 
 
 def open_image(path: str, content: Optional[bytes] = None) -> Image.Image:
-    """An image file, or its content, not decoded yet. A pipe or a device is refused: its reader may wait for ever."""
+    """Open an image file, or its content, without decoding. Pipes and devices are refused, since they may block."""
     if content is None and os.path.exists(path) and not os.path.isfile(path):
         raise OSError('it is no file')
     try:
@@ -48,7 +48,7 @@ def open_image(path: str, content: Optional[bytes] = None) -> Image.Image:
 
 
 def find_turn(image: Image.Image) -> Optional[Image.Transpose]:
-    """What turns an image upright, by the orientation in its EXIF data. None if it is so, or the data is damaged."""
+    """The transposition that turns an image upright, from its EXIF data. None if it is upright or EXIF is damaged."""
     try:
         return TURNS.get(image.getexif().get(0x0112, 1))
     except Exception:  # Damaged EXIF data can make Pillow raise any error, and is no fault of the pixels.
@@ -77,7 +77,7 @@ class ImageDecoder:
         turn = find_turn(image) if self.exif else None
         if self.is_deep(image):
             image = self._scaled(image)
-        # Pillow warns about the transparency of the first, and has multiplied it into the others.
+        # Pillow would warn about transparency in P images. RGBa and La images are premultiplied by alpha.
         if image.mode in ('P', 'RGBa', 'La'):
             image = image.convert('LA' if image.mode == 'La' else 'RGBA')
         elif image.mode == 'LAB':

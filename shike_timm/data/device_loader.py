@@ -10,7 +10,7 @@ from .augment.batch import augment_batch
 from .dataset import AnySet
 from .sampler import EpochSampler
 
-AUGMENTED_AT_ONCE = 16384  # Number of images. It limits the memory that a round of augmentation takes.
+AUGMENTED_AT_ONCE = 16384  # Number of images in a round of augmentation. It limits the memory.
 
 
 def why_not_on_device(data: AnySet, data_config: Dict[str, Any], is_training: bool) -> Optional[str]:
@@ -29,8 +29,8 @@ def why_not_on_device(data: AnySet, data_config: Dict[str, Any], is_training: bo
 class DeviceLoader:
     """Batches of normalised images [B, C, H, W] and their labels [B] from uint8 images [N, H, W, C] on the device.
 
-    With a sampler the sampled images are augmented in rounds of many. Without one the images of this process come in
-    order.
+    With a sampler the loader augments the sampled images, many batches at once. Without a sampler it yields this
+    process's images in order.
     """
 
     def __init__(

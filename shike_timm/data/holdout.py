@@ -1,4 +1,4 @@
-"""Holding out: some training images are evaluated on, not trained on."""
+"""Splits of a training set into images to train on and held-out images to evaluate on."""
 import math
 from dataclasses import replace
 from typing import Sequence, Tuple, Union
@@ -21,7 +21,7 @@ def _choose(targets: np.ndarray, hashes: np.ndarray, sizes: np.ndarray) -> np.nd
 
 
 def _choose_groups(targets: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Mask of whole groups, in the order of their hashes, as long as they fit the sizes."""
+    """Mask of whole groups. They are taken in the order of their hashes while they fit the size of each class."""
     left, remaining = sizes.copy(), np.bincount(targets, minlength=len(sizes))
     order = np.argsort(groups, kind='stable')
     chosen = np.zeros(len(targets), dtype=bool)
@@ -36,12 +36,12 @@ def _choose_groups(targets: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -
 
 
 def _split(data: ImageSet, held_out: np.ndarray, origin: str) -> Tuple[ImageSet, ImageSet]:
-    """The set to train on, and the set of the images of a mask."""
+    """The set to train on, and the set of the images that the mask holds out."""
     return data.take(np.flatnonzero(~held_out)), replace(data.take(np.flatnonzero(held_out)), origin=origin)
 
 
 def hold_out_last(data: ImageSet, sizes: Union[Sequence[int], np.ndarray], option: str) -> Tuple[ImageSet, ImageSet]:
-    """Hold the last `sizes[c]` images of each class c out: the set to train on, and the set held out."""
+    """Hold out the last `sizes[c]` images of each class c. Returns the set to train on and the held-out set."""
     for c, (count, size) in enumerate(zip(data.class_counts, sizes)):
         if count <= size:
             raise InputError(
@@ -51,10 +51,10 @@ def hold_out_last(data: ImageSet, sizes: Union[Sequence[int], np.ndarray], optio
 
 
 def hold_out_share(data: AnySet, share: float, name: str, take_last: bool = False) -> Tuple[ImageSet, ImageSet]:
-    """Hold a share of each class out, rounded up: the set to train on, and the set held out.
+    """Hold out a share of each class, rounded up. Returns the set to train on and the held-out set.
 
-    In each class the images whose class and file name have the smallest hashes are chosen, whatever other images there
-    are, or the last ones with `take_last`. Groups stay together.
+    In each class the images with the smallest hashes of class and file name are held out, so other images hardly
+    change the choice. With `take_last` the last images are held out. Without `take_last` groups stay together.
     """
     if isinstance(data, StreamSet):
         raise InputError(

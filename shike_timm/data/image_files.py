@@ -1,4 +1,4 @@
-"""Image files without labels, which a user names. A file that cannot be read is reported, and the others go on."""
+"""Image files without labels, which a user names. An unreadable file is reported, and the others are still read."""
 import glob
 import os
 import sys
@@ -20,7 +20,7 @@ from .workers import create_loader
 
 
 def _images_below(folder: str) -> List[str]:
-    """Images below a folder, sorted by name, then folders that cannot be read. Hidden names are left out."""
+    """Images below a folder, sorted by name, followed by the unreadable folders. Hidden names are left out."""
     unread: List[str] = []
     listed = list_images(list_folder(folder, Counter(), unread))
     found = [os.path.join(place, name) for place, files in sorted(listed.items()) for name in sorted(files)]
@@ -70,8 +70,8 @@ def create_file_loader(
 ) -> Iterable[Tuple[Optional[Tensor], List[Optional[str]]]]:
     """Loader over image files in order.
 
-    A batch is the uint8 images [n, C, H, W] of the n files that can be read, or None if there are none, and for each
-    file what is wrong with it, or None.
+    A batch has two parts. The first is the uint8 images [n, C, H, W] of the n readable files, or None if no file is
+    readable. The second is a list with the fault of each file, or None for a readable file.
     """
     channels = data_config['input_size'][0]
     if channels not in MODES:

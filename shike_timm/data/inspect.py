@@ -61,7 +61,7 @@ def _read_all(reader: ImageReader, workers: int, title: str) -> Iterator[Tuple[A
 
 
 def _check(decoder: ImageDecoder, image: Image.Image) -> Tuple[float, ...]:
-    """Decode an image, and give the extrema of a deep one with the highest value of its type."""
+    """Decode an image. Returns the extrema of a deep image and the highest value of its type, otherwise ()."""
     deep: Tuple[float, ...] = ()
     if decoder.is_deep(image):
         low, high = image.getextrema()
@@ -71,7 +71,7 @@ def _check(decoder: ImageDecoder, image: Image.Image) -> Tuple[float, ...]:
 
 
 def _memory(data: ImageSet) -> Path:
-    """File that remembers the images of a folder or archive that were read."""
+    """The file that records which images of a folder or archive were read before."""
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     key = hashlib.blake2b(os.path.abspath(data.source.root).encode('utf-8', 'surrogateescape'), digest_size=12)
     return Path(cache, 'shike_timm', f'images-{key.hexdigest()}.json')
@@ -87,15 +87,15 @@ def _stamp(data: ImageSet, index: int) -> str:
 
 
 def find_unreadable(data: ImageSet, workers: int = 0, anew: bool = False) -> Dict[int, str]:
-    """The fault of each unreadable image, by its index. Only `anew` are images read again that were read before."""
+    """The fault of each unreadable image by its index. Images that were readable before are read only if `anew`."""
     stamps = [_stamp(data, index) for index in range(len(data))]
     path = _memory(data)
     known: Dict[str, Any] = {}
     with suppress(OSError, ValueError):
         known = json.loads(path.read_text())
     faults: Dict[int, str] = {}
-    # The memory holds '' for a readable image, or its extrema if it is deep. Other entries are read again, since a
-    # fault may have been the disk's.
+    # The record of a readable image is '', or its extrema if it is deep. Images with a recorded fault are read again,
+    # since the disk may have caused the fault.
     unknown = [
         i for i, stamp in enumerate(stamps)
         if anew or known.get(stamp) != '' and not isinstance(known.get(stamp), list)]
@@ -144,9 +144,9 @@ def exclude_unreadable(data: ImageSet, workers: int = 0, anew: bool = False) -> 
 class Inspected:
     """The facts of an image."""
 
-    name: str = ''  # Its path, or its index if it has none.
+    name: str = ''  # Path of the image, or its index if it has no path.
     target: int = -1
-    label: str = ''  # Name of its class, or its target if that has no name.
+    label: str = ''  # Name of its class, or its target if the class has no name.
     group: Optional[int] = None  # Number of its group, if there are groups.
     digest: Optional[bytes] = None  # Digest of its file, or of its pixels if there is no file.
     size: Optional[Tuple[int, int]] = None
@@ -207,7 +207,7 @@ def find_similar(looks: Sequence[int]) -> List[List[int]]:
     hashes, which = np.unique(np.array(looks, dtype=np.uint64), return_inverse=True)
     ones = np.unpackbits(np.arange(2 ** 16, dtype=np.uint16)[:, None].view(np.uint8), axis=1).sum(1)
     pairs = [np.empty((2, 0), dtype=np.int64)]
-    # The bits are dealt out to 2 * MAX_BITS parts. Two hashes that differ in MAX_BITS bits share half of the parts.
+    # The 64 bits are split into 2 * MAX_BITS parts. Hashes that differ in up to MAX_BITS bits agree in half of these.
     parts = [sum(1 << bit for bit in range(start, 64, 2 * MAX_BITS)) for start in range(2 * MAX_BITS)]
     for some in itertools.combinations(parts, MAX_BITS):
         keys = hashes & np.uint64(sum(some))

@@ -1,4 +1,4 @@
-"""Loading: the training set and the evaluation split that a configuration names, checked and matched by class names."""
+"""Loads and checks the training set and the evaluation split of a configuration, and matches them by class names."""
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,10 +32,10 @@ class TrainingData:
     test: AnySet
     class_counts: List[int]  # Training images of each class, all positive.
     class_names: List[str]  # Class names in label order.
-    # Images of each class, with those that are held out. They make a class many-, medium- or few-shot.
+    # Images of each class, including held-out images. They decide whether a class is many-, medium- or few-shot.
     shot_counts: List[int] = field(default_factory=list)
     holdout: float = 0.  # Share of each class that is held out.
-    is_split_by_path: bool = False  # Whether images are held out or listed, so only paths tell both sets apart.
+    is_split_by_path: bool = False  # Whether only paths tell the two sets apart (images held out or listed).
 
     def __post_init__(self) -> None:
         self.shot_counts = self.shot_counts or self.class_counts
@@ -45,7 +45,7 @@ class TrainingData:
         return len(self.class_counts)
 
     def write_split_lists(self, folder: Path) -> None:
-        """Write lists of both sets into a run folder, if only they tell the sets apart and there are none yet."""
+        """Write lists of both sets into a run folder, if only paths tell the sets apart and it has no lists yet."""
         train, test = self.train, self.test
         if (self.is_split_by_path and isinstance(train, ImageSet) and isinstance(test, ImageSet) and train.has_paths
                 and SplitLists.find(folder) is None):
@@ -103,7 +103,7 @@ def open_dataset(config: SourceConfig, batch_size: int = 1, seed: int = 42) -> D
 
 
 def _check_images(data: AnySet, config: SourceConfig, workers: int) -> AnySet:
-    """The set without unreadable images, after the options of sets in memory are checked."""
+    """The set without unreadable images. The options of a set in memory are checked instead."""
     if isinstance(data, StreamSet):
         return data
     if data.images is not None:
@@ -118,7 +118,7 @@ def _check_images(data: AnySet, config: SourceConfig, workers: int) -> AnySet:
 
 
 def _match_classes(data: AnySet, class_names: Sequence[str], config: SourceConfig) -> AnySet:
-    """An evaluation split, labelled by the places of its class names among those of training."""
+    """Relabel an evaluation split by the class names of training. A split without class names stays as it is."""
     if not data.class_names:
         return data
     what = f"the {config.val_split} split of '{config.dataset or config.data_dir}'"
@@ -129,10 +129,10 @@ def load_training_data(
         config: SourceConfig, class_names: Optional[Sequence[str]] = None, run_folder: Union[None, str, Path] = None,
         workers: int = 0, batch_size: int = 1, seed: int = 42,
 ) -> TrainingData:
-    """Load a training set and the set that it is evaluated on. If there is none, a share of each class is held out.
+    """Load a training set and an evaluation set. Without an evaluation set, hold out a share of each class.
 
-    The data must have the classes `class_names`, if they are given. The lists of `run_folder` split the training set,
-    if they are there. `batch_size` and `seed` are for streams.
+    If `class_names` are given, the data must have exactly these classes. If `run_folder` holds split lists, they split
+    the training set in place of a new share. `batch_size` and `seed` are for streams.
     """
     config = replace(config, in_chans=config.channels)
     name = config.dataset or str(config.data_dir)
@@ -196,7 +196,7 @@ def load_eval_data(
         config: SourceConfig, class_names: Optional[Sequence[str]] = None, in_chans: Optional[int] = None,
         run_folder: Union[None, str, Path] = None, workers: int = 0, batch_size: int = 1, seed: int = 42,
 ) -> AnySet:
-    """Load an evaluation split alone, with `in_chans` channels. Without one, load what a run folder has held out."""
+    """Load only an evaluation split, with `in_chans` channels. If there is no split, load the run's held-out images."""
     if in_chans:
         config = replace(config, in_chans=in_chans, input_size=None)
     config = replace(config, in_chans=config.channels)

@@ -22,7 +22,7 @@ from .workers import create_loader
 
 
 class _Mixup(timm.data.FastCollateMixup):
-    """timm's mixing in collation. It can be switched off while workers run."""
+    """timm's Mixup and CutMix at collation. Mixing can be switched off while workers run."""
 
     def __init__(self, **options: Any):
         self._enabled = torch.ones(1, dtype=torch.bool).share_memory_()
@@ -67,7 +67,7 @@ def set_stream_epoch(loader: Any, epoch: int, seed: int) -> None:
 
 
 def _collate_readable(channels: int, batch: List[Optional[Tuple[Any, int]]]) -> Tuple[Tensor, Tensor]:
-    """timm's collation of the images that could be read. So a batch may be smaller, or empty."""
+    """timm's collation of the readable images of a batch, which may be fewer than the batch size, or none."""
     readable = [item for item in batch if item is not None]
     if readable:
         return fast_collate(readable)
@@ -92,7 +92,7 @@ def _create_worker_loader(
     options: Dict[str, Any] = dict(drop_last=drop_last, pin_memory=device.type == 'cuda')
     items, collate_items = data, collate
     if isinstance(data, StreamSet):
-        # The images of a stream depend on the number of workers, and on what these did before: they start anew.
+        # New workers start each epoch, since the images of a stream depend on what its workers did before.
         data.set_loader_cfg(num_workers=num_workers)
     else:
         data.replaces_unreadable |= is_training
@@ -110,7 +110,7 @@ def _create_worker_loader(
 def mixup_options(
         config: LoaderConfig, augmentation: AugmentationConfig, num_classes: int, why_not: Optional[str] = None,
 ) -> Optional[Dict[str, Any]]:
-    """Arguments of `timm.data.FastCollateMixup`, None without Mixup and CutMix, refused if labels cannot be mixed."""
+    """Arguments of `timm.data.FastCollateMixup`, or None if both are off. `why_not` says why labels cannot be mixed."""
     if not (augmentation.mixup or augmentation.cutmix):
         return None
     flag = f'--mixup {augmentation.mixup:g}' if augmentation.mixup else f'--cutmix {augmentation.cutmix:g}'
@@ -129,12 +129,12 @@ def create_train_loader(
         device: torch.device, num_workers: int = 4, num_classes: int = 0, why_not_mixed: Optional[str] = None,
         every_image: bool = False,
 ) -> Loader:
-    """Loader over a training set. Each process has its share; batches that not all processes have are dropped.
+    """Make a loader over a training set. Each process has its share, and all have the same number of whole batches.
 
     Small sets in memory lie on the device as one tensor and are augmented there. Others go through timm's loader and
-    its workers. The images of an epoch depend only on the seed that `loader.sampler.set_epoch` or `set_stream_epoch` is
-    given, by default a drawn one, and on the first step. `why_not_mixed` says why labels must be class indices, if they
-    must. `every_image` is for one pass: no image is dropped, and none are mixed.
+    its workers. The images of an epoch depend only on its first step and on the seed for `loader.sampler.set_epoch` or
+    `set_stream_epoch`; the default seed is random. `why_not_mixed` says why labels must be class indices, if they must.
+    `every_image` is for a single pass that drops no image and mixes none.
     """
     mixup = None if every_image else mixup_options(config, augmentation, num_classes, why_not_mixed)
     sampler = EpochSampler(len(data), config.batch_size, config.grad_accum_steps)
@@ -167,7 +167,7 @@ def create_eval_loader(
         data: AnySet, data_config: Dict[str, Any], batch_size: int, device: torch.device, num_workers: int = 4,
         device_data: Optional[bool] = None,
 ) -> Loader:
-    """Loader over an evaluation split in order, from the device or timm's. Of several processes each has its share."""
+    """Make a loader over an evaluation split in order. It yields the share of this process."""
     if _is_on_device(data, device_data, why_not_on_device(data, data_config, is_training=False)):
         return DeviceLoader(
             data.images, data.targets, data_config['mean'], data_config['std'], batch_size, device)

@@ -10,17 +10,17 @@ from .dataset import AnySet
 
 @dataclass(eq=False)
 class DataSource(ABC):
-    """A data set. Its methods load a split each. A subclass gives `train` and `evaluation`."""
+    """A data set. Its methods load a split each. A subclass implements `train` and `evaluation`."""
 
     config: SourceConfig
     batch_size: int = 1  # For streams.
     seed: int = 42  # Seed of the order, for streams.
 
-    has_imb_factor = False  # Whether `--imb-factor` cuts it to a long tail. `--holdout` then takes the last images.
+    has_imb_factor = False  # Whether `--imb-factor` cuts a long tail. If so, `--holdout` takes the last images.
     eval_split: ClassVar[Optional[str]] = None  # Name of its evaluation split. None if `--val-split` names it.
-    num_classes: ClassVar[Optional[int]] = None  # That of a published set, for which other lists may be given.
+    num_classes: ClassVar[Optional[int]] = None  # Only of a published set, which may take other lists.
     has_uncertain_splits = False  # Whether a missing split shows only when the data is read.
-    is_undivided = False  # Whether there are no splits, so that all images may be evaluated on.
+    is_undivided = False  # Whether the data has no splits. Then all images may be evaluated.
 
     @abstractmethod
     def train(self, class_names: Optional[Sequence[str]] = None) -> AnySet:
@@ -28,7 +28,7 @@ class DataSource(ABC):
 
     @abstractmethod
     def evaluation(self, class_names: Optional[Sequence[str]] = None) -> Optional[AnySet]:
-        """The evaluation split, None if there is none."""
+        """The evaluation split, or None if the data set has no such split."""
 
 
 DATASETS: Dict[str, Type[DataSource]] = {}
@@ -37,7 +37,7 @@ DATASETS: Dict[str, Type[DataSource]] = {}
 def register_dataset(*names: str) -> Callable[[Type[Any]], Type[Any]]:
     """Register a subclass of `DataSource` by name. A name that ends with a slash stands for all names that begin so.
 
-    A name that is taken is a ValueError.
+    Raises a ValueError if a name is already registered.
     """
     def register(source: Type[Any]) -> Type[Any]:
         for name in names:
@@ -50,7 +50,7 @@ def register_dataset(*names: str) -> Callable[[Type[Any]], Type[Any]]:
 
 
 def find_dataset(name: str) -> Type[DataSource]:
-    """The data set of a name, or of its part up to the first slash in any case."""
+    """Find the data set of a name, else that of the part up to its first slash, in upper or lower case."""
     source = DATASETS.get(name) or DATASETS.get(name[:name.find('/') + 1].lower() or name)
     if source is None:
         known = ', '.join(f'{key}...' if key.endswith('/') else key for key in DATASETS if key)

@@ -11,9 +11,9 @@ from ..distributed import rank, world_size
 
 
 class EpochSampler(Sampler[Tuple[int, int]]):
-    """This process's share of a training set in a new order, each image with its own seed.
+    """Samples this process's share of a training set in random order, each image with its own seed.
 
-    Each process takes the same number of whole batches, a multiple of `multiple`, and no image comes twice. The images
+    Each process takes the same number of whole batches, a multiple of `multiple`. No image is taken twice. The images
     of a step do not depend on the number of processes.
     """
 
@@ -29,7 +29,7 @@ class EpochSampler(Sampler[Tuple[int, int]]):
         return slice(first * span + rank(), last * span, world_size())
 
     def set_epoch(self, seed: int, first: int, last: int) -> None:
-        """Let the next pass take the batches `first` to `last` (without it) of the order with this seed."""
+        """Let the next pass take the batches from `first` to before `last`, in the order that this seed makes."""
         self.seed = seed
         self.share = self._share(first, last)
 
@@ -39,7 +39,7 @@ class EpochSampler(Sampler[Tuple[int, int]]):
         self.num_batches = -(-len(range(self.num_images)[self.share]) // self.batch_size)
 
     def draw(self) -> Tuple[Tensor, torch.Generator]:
-        """Indices of the next pass, and the generator that gave their order. Without `set_epoch` the order is new."""
+        """Indices of the next pass, and the generator that drew them. Without `set_epoch` each pass has a new order."""
         seed = int(torch.randint(2 ** 62, ())) if self.seed is None else self.seed
         generator = torch.Generator().manual_seed(seed)
         return torch.randperm(self.num_images, generator=generator)[self.share], generator
@@ -57,14 +57,14 @@ class EpochSampler(Sampler[Tuple[int, int]]):
 class SeededDataset(Dataset):
     """A data set whose items depend only on their index and seed, not on the items that a worker made before.
 
-    If `collate` draws, as the mixing of images does, it goes on where the last item stopped. Without workers this
-    happens in the training process, whose dropout must not depend on it.
+    Random draws of `collate`, as for Mixup, continue from the generators' state after the last item. Without workers
+    the training process loads images. Its generators are then restored, so that its dropout does not change.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[List[Any]], Any]):
         self.dataset = dataset
         self._collate = collate
-        self._states: Any = None  # Those of the training process before a batch.
+        self._states: Any = None  # Random states of the training process before a batch.
 
     def __len__(self) -> int:
         return len(self.dataset)

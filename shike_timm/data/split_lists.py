@@ -12,7 +12,7 @@ from .dataset import AnySet, ImageSet
 
 _logger = logging.getLogger(__name__)
 
-TRAIN_LIST, EVAL_LIST = 'train.csv', 'validation.csv'  # These are lists for --train-list and --val-list.
+TRAIN_LIST, EVAL_LIST = 'train.csv', 'validation.csv'  # Files that --train-list and --val-list can read.
 
 
 def write_split_lists(folder: Path, train: ImageSet, evaluation: ImageSet) -> None:
@@ -50,7 +50,7 @@ class SplitLists:
 
     @classmethod
     def find(cls, folder: Union[None, str, Path]) -> Optional['SplitLists']:
-        """The lists in a run folder, None if they are not there."""
+        """The lists in a run folder, or None if the folder lacks one of them."""
         if folder is None or not all(Path(folder, name).is_file() for name in (TRAIN_LIST, EVAL_LIST)):
             return None
         return cls(folder)
@@ -62,7 +62,7 @@ class SplitLists:
         return found >= 0.9 * (len(self.train) + len(self.evaluation))
 
     def warn_about_trained(self, data: AnySet, name: str, moved: bool) -> None:
-        """Warn if images of a set have the path of a training image, or its folder and name if they may be moved."""
+        """Warn of images that may be training images, by their path, or by folder and name if they may have `moved`."""
         def endings(paths: Iterable[str]) -> List[str]:
             return ['/'.join(path.split('/')[-2:]) if moved else path for path in paths]
 
@@ -94,7 +94,7 @@ class SplitLists:
         return data.take(train), held_out
 
     def check_labels(self, evaluation: ImageSet) -> None:
-        """Refuse evaluation images that have other labels than in the run."""
+        """Raise an InputError if an evaluation image has another label than in the run."""
         for path, target in zip(evaluation.filenames(), evaluation.targets):
             label = evaluation.class_names[target]
             if label != self.evaluation[path]:

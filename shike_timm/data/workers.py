@@ -1,4 +1,4 @@
-"""Processes that load images. A failure or a stop of theirs ends the wait for them."""
+"""Worker processes that load images. If one fails or hangs, the training process gets an error."""
 import re
 from dataclasses import dataclass
 from typing import Any, Callable, List, Optional, Tuple
@@ -16,8 +16,8 @@ LONGEST_WAIT = 600  # Seconds without a batch from any process. A slow disk take
 class _InSharedMemory:
     """A collation whose tensors lie in shared memory.
 
-    torch moves them there too, but in a thread, where a failure would only be printed. Here the training process gets
-    the error.
+    torch moves tensors to shared memory too, but in a thread that would only print an error. Here the training process
+    gets the error.
     """
 
     collate: Callable[[List[Any]], Any]
@@ -41,20 +41,20 @@ class _Loader(DataLoader):
 def create_loader(
         data: Any, batch_size: int, num_workers: int, collate: Callable[[List[Any]], Any], **options: Any,
 ) -> DataLoader:
-    """torch's loader, which raises a RuntimeError where its processes fail or give no batch for `LONGEST_WAIT`."""
+    """torch's loader. It raises a RuntimeError if a process fails, or if no batch comes for `LONGEST_WAIT` seconds."""
     return _Loader(
         data, batch_size, num_workers=num_workers, collate_fn=_InSharedMemory(collate),
         timeout=LONGEST_WAIT if num_workers else 0,
-        generator=torch.Generator(),  # Otherwise starting workers would draw from torch's own generator.
+        generator=torch.Generator(),  # Without it the start of workers would draw from torch's generator.
         **options)
 
 
 def explain_failure(error: Exception) -> Optional[Tuple[int, str]]:
-    """The exit status and the sentence for an error of the system or of a process that loads images, else None."""
+    """Exit status and message for an error of the system or of a worker process. None for other errors."""
     text = str(error)
     from_worker = re.match(r'Caught \w+ in DataLoader worker.*\n[\w.]+: (.*)$', text, re.DOTALL)
     text = from_worker[1] if from_worker else text
-    # Older releases of torch end by the signal. A full disk is an OSError.
+    # Older releases of torch report the bus error. A full disk is an OSError, not a RuntimeError.
     if '(shm)' in text or 'Bus error' in text or isinstance(error, RuntimeError) and 'No space left' in text:
         return 2, (
             'error: /dev/shm, the memory that processes share, is too small for the images that --workers load: start '

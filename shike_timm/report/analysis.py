@@ -9,7 +9,7 @@ import torch
 from ..metrics import MOST_EXPERTS, NUM_BINS, SHOTS, ExpertEvaluator, all_subsets
 from .logits import SavedLogits
 
-TILTS = np.linspace(0, 1, 6)  # Exponents T of the training prior.
+TILTS = np.linspace(0, 1, 6)  # Exponents [T] of the training prior.
 _TAILS = 2.5, 97.5  # Percentiles that bound a 95 % interval.
 _Z = 1.959963984540054  # Quantile of the normal distribution for 95 %.
 _POSTERIOR_DRAWS, _CHANCE_DRAWS = 10_000, 300
@@ -68,7 +68,7 @@ class Analysis:
             self.accuracy = self.right_by_class / self.total[:, None]  # [C, 1 + M], NaN without test images
             # Accuracy of the ensemble with powers of the training prior added to its logits [C, T].
             self.tilted = _count_by_class(saved, tilted == saved.targets[:, None]) / self.total[:, None]
-        # Classes are sorted by shot division, and within each from the most training images to the fewest.
+        # Class indices, sorted by shot division, then from the most training images to the fewest.
         self.order = np.lexsort((-saved.class_counts, saved.shots))
         # Masks [C] of the shot divisions, without the classes that have no test images.
         self.shots = {shot: (saved.shots == number) & (self.total > 0) for number, shot in enumerate(SHOTS)}
@@ -93,7 +93,7 @@ class Analysis:
 
     @property
     def most_confused(self) -> List[Optional[Tuple[int, int]]]:
-        """The wrong class that the ensemble predicts most for each class, and how often. None without mistakes."""
+        """For each class the wrong class that the ensemble predicts most, and how often. None without mistakes."""
         best = {true: (predicted, count) for (true, predicted), count in reversed(self.confusions)}
         return [best.get(c) for c in range(self.saved.num_classes)]
 
@@ -112,7 +112,7 @@ class Analysis:
         return kept / len(right), right.cumsum() / kept
 
     def prior_shift(self) -> Tuple[np.ndarray, np.ndarray]:
-        """Expected top-1 [T] under powers of the training frequencies: of the model as it is, and with prior added."""
+        """Expected top-1 [T] under powers of the training frequencies, without and with the prior in the logits."""
         seen = self.total > 0
         priors = (self.saved.class_counts[seen] / self.saved.class_counts.sum())[:, None] ** TILTS
         priors /= priors.sum(0)
@@ -125,13 +125,13 @@ def mean_intervals(
     """95 % intervals, in percent, of mean values over other test images of the same classes. None without classes.
 
     `outcomes` [C, K] counts the images of each class with each outcome. `values` [K] has the value of each outcome, and
-    `shots` a mask [C] for each shot division. There are intervals of the mean over images, `top1`, of the mean over
-    classes, `balanced`, and of the mean over the classes of each division. Each interval contains the mean itself.
+    `shots` a mask [C] for each shot division. The intervals are for `top1`, the mean over images, for `balanced`, the
+    mean over classes, and for the mean over the classes of each division. Each interval contains the mean itself.
 
-    The mean over the n images of a class has 1 / n of the variance of one image. The shares of the outcomes estimate
-    this variance too small by the factor (n - 1) / n, which is 0 for n = 1. The shot division corrects it: a class gets
-    the variance (v + V / n) / n, where v is its own and V that of the whole division. This is right if the classes of a
-    division are alike, and too wide if not. Over the m images of a division it adds up to V / m. The intervals are
+    The mean over the n images of a class has 1 / n of the variance of one image. The estimate
+    v from the shares of the outcomes is too small by the factor (n - 1) / n, which is 0 for n = 1. The variance V of
+    the whole division corrects it: the mean of a class gets the variance (v + V / n) / n. This is right if the classes
+    of a division are alike, and too wide if not. Over the m images of a division it adds up to V / m. The intervals are
     percentiles of draws from Jeffreys' posterior of such means. The draws of the divisions add up to those of all.
     """
     total, value = outcomes.sum(1), np.asarray(values)
@@ -158,7 +158,7 @@ def _draw_means(outcomes: np.ndarray, values: np.ndarray, weight: np.ndarray, rn
     total = outcomes.sum(1)
     shares = outcomes / total[:, None]
     whole = weight @ shares
-    ratio = 1 - 1 / total  # This is the average if the classes are alike.
+    ratio = 1 - 1 / total  # The expected ratio if the classes are alike.
     if outcomes.any(0).sum() > 1:  # Otherwise the variance is 0.
         ratio = variance(shares) / variance(whole)
     size = 1 / np.sum(weight ** 2 / total * (ratio + 1 / total))
@@ -175,7 +175,7 @@ class PairedTest(NamedTuple):
 
     difference: float  # accuracy of the second model minus that of the first, in percent
     interval: Tuple[float, float]  # 95 % interval of the difference
-    p_value: float  # of McNemar's exact test on the images that only one model has right
+    p_value: float  # McNemar's exact test on the images that only one model has right
     classes: Tuple[int, ...]  # number of classes where the second model is better, equal and worse
 
 
@@ -202,7 +202,7 @@ def paired_test(first: Analysis, second: Analysis) -> Dict[str, PairedTest]:
 def best_expert_shares(analysis: Analysis) -> Tuple[Dict[str, np.ndarray], Dict[str, Tuple[float, float]]]:
     """Shares [M] of the classes that each expert is best at, by shot division, and the bounds of 95 % by chance.
 
-    Experts that tie share a class. Chance means equally good experts: on each image any of them could have been right.
+    Experts that tie share a class. Chance means equally good experts: the results on each image are permuted.
     """
     def shares(right: np.ndarray) -> Dict[str, np.ndarray]:
         counts = _count_by_class(analysis.saved, right)
@@ -218,7 +218,7 @@ def best_expert_shares(analysis: Analysis) -> Tuple[Dict[str, np.ndarray], Dict[
 
 
 def trend(values: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A moving average of values [C], NaN where there is none: points, averages, half the width of their 95 % band."""
+    """Moving average of values [C], skipping NaN. Returns points, averages and half the width of their 95 % band."""
     ranks = np.flatnonzero(~np.isnan(values))
     values = values[ranks]
     points = np.linspace(ranks[0], ranks[-1], 200)
@@ -235,12 +235,12 @@ class Confusion(NamedTuple):
     true: int
     predicted: int
     count: int
-    cost: float  # points of the accuracy of the few-shot classes, or of balanced accuracy without any
+    cost: float  # points of few-shot accuracy, or of balanced accuracy without few-shot classes
     images: List[int]  # indices of the first four
 
 
 def costly_confusions(analysis: Analysis) -> List[Confusion]:
-    """The 15 confusions that cost the few-shot classes most, or all classes where none is few-shot."""
+    """The 15 confusions that cost the few-shot classes most, or all classes if there are no few-shot classes."""
     total, targets = analysis.total, analysis.saved.targets
     few = analysis.shots['few'] if analysis.has_few else total > 0
     found = [

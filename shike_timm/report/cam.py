@@ -29,7 +29,7 @@ class CamConfig:
 def _target_layer(model: Shike, expert: nn.Module) -> nn.Module:
     """The module whose output a map shows: the fused features, or what the last block of an expert attends to.
 
-    Where the class token alone is classified, the other tokens of the last block have no gradient.
+    If only the class token is classified, the other tokens of the last block have no gradient.
     """
     norms = [module for name, module in expert.named_modules() if name.endswith('.norm1')]
     return norms[-1] if norms and model.default_pool == 'token' else expert
@@ -74,7 +74,7 @@ def draw_cams(
         for path, error in zip(paths[len(rows):], errors):
             if error:
                 raise InputError(f"--cam: image '{path}' cannot be read ({error}): leave it out.")
-        assert pixels is not None  # There is no error, so there is an image.
+        assert pixels is not None  # Without an error there is always an image.
         images = (pixels.to(device, torch.float32) - mean) / std
         with torch.no_grad():
             logits = model.forward_experts(images).float()

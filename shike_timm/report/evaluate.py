@@ -33,7 +33,7 @@ from .logits import add_costs, check_report, collect, count_gmacs, save_logits
 
 _logger = logging.getLogger(__name__)
 
-OTHER_DATA = {'data_dir', 'dataset', 'val_split', 'val_list', 'hparams'}  # These name other data than the run's.
+OTHER_DATA = {'data_dir', 'dataset', 'val_split', 'val_list', 'hparams'}  # These options choose other data.
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class EvalConfig(
 
 
 def complete_eval_args(given: Dict[str, Any]) -> EvalConfig:
-    """The configuration of given values. A model in a run folder has the data and the shot divisions of its run."""
+    """The configuration of given values. For a model in a run folder, data and shot divisions default to the run's."""
     model, saved = Path(str(given.get('checkpoint') or given.get('model') or '').removeprefix('local-dir:')), {}
     for run in (model, *model.parents[:2]):
         if all((run / name).is_file() for name in ('args.yaml', 'summary.csv')):
@@ -92,7 +92,7 @@ def _check(config: EvalConfig) -> None:
 
 
 def _load_split(config: EvalConfig, trained: TrainedModel) -> AnySet:
-    """The evaluation split. A model without class counts gets those of the data."""
+    """Load the evaluation split. A model without class counts takes those of the data."""
     counts, source = trained.class_counts, checked(SourceConfig, vars(config))
     if counts is None:
         data = load_training_data(source, workers=config.workers, batch_size=config.batch_size)
@@ -112,7 +112,7 @@ def _load_split(config: EvalConfig, trained: TrainedModel) -> AnySet:
 
 
 def _write_results(path: str, metrics: Dict[str, Any]) -> None:
-    """Write metrics as JSON, or as a CSV table. It has a row of all images, a row of class means, and a row a class."""
+    """Write metrics as JSON, or as a CSV table with a row for all images, for class means and for each class."""
     if Path(path).suffix.lower() != '.csv':
         write_text(path, json.dumps(metrics, indent=2) + '\n')
         return
@@ -126,7 +126,7 @@ def _write_results(path: str, metrics: Dict[str, Any]) -> None:
     # As in scikit-learn, the precision of a class that is never predicted counts as 0.
     mean = [one or 0. for one, total in zip(classes['precision'], classes['total']) if total]
     rows = [
-        # Over all images precision, recall and F1 are one: the share of right answers.
+        # Over all images precision, recall and F1 all equal the share of right answers.
         ['all images', *sums, *[metrics['top1']] * 3, *(one['top1'] for one in metrics['experts'])],
         ['mean of classes', *sums, metrics['balanced'], round(sum(mean) / len(mean), 2), metrics['macro_f1'],
          *(one['balanced'] for one in metrics['experts'])]]
@@ -145,7 +145,7 @@ def _log_long_tail(metrics: Dict[str, Any]) -> None:
 
 
 def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
-    """Evaluate a trained model in float32. Several processes share the images. The first one prints and writes.
+    """Evaluate a trained model in float32. Several processes share the images. Only the first prints and writes.
 
     Returns the metrics of `shike_timm.metrics.evaluate`. `per_class` also has the `names` of the classes (None if they
     are unknown) and their training images `class_counts`. With `--expert-subsets` each subset has its costs.
@@ -160,7 +160,7 @@ def evaluate_model(config: EvalConfig) -> Dict[str, Any]:
     run = Path(trained.run_folder) if trained.run_folder else None
     run = run if run and (run / 'summary.csv').exists() else None  # A model folder may lie anywhere.
     if run and config.report:
-        read_args(run)  # A damaged file shows before the work.
+        read_args(run)  # A damaged file raises its error before the work.
     origin = 'this data' if trained.class_counts is None else 'the model'
     model, split = trained.model, _load_split(config, trained)
     names, counts = trained.class_names, trained.class_counts

@@ -90,7 +90,7 @@ def class_accuracy(analysis: Analysis, other: Optional[Analysis]) -> Figure:
 
 
 def _bar_places(number: int, num_bars: int, num_groups: int) -> Tuple[np.ndarray, float]:
-    """Places and width of the bars of one kind. Each group has a bar of each kind, side by side."""
+    """Positions and width of the bars of one kind. Each group has one bar of each kind, side by side."""
     width = 0.8 / num_bars
     return np.arange(num_groups) + (number - (num_bars - 1) / 2) * width, 0.9 * width
 

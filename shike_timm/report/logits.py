@@ -29,16 +29,16 @@ _ARRAYS = ('logits', 'targets', 'paths', 'class_names', 'class_counts', 'shots',
 class SavedLogits:
     """Logits of an evaluation split."""
 
-    logits: np.ndarray  # of each expert [N, M, C], float32
+    logits: np.ndarray  # logits of each expert [N, M, C], float32
     targets: np.ndarray  # class indices [N]
     paths: List[str]  # path of each image, or its index in the data set [N]
-    class_names: List[str]  # in label order [C]
+    class_names: List[str]  # class names in label order [C]
     class_counts: np.ndarray  # training images of each class [C]
     shots: np.ndarray  # shot division of each class [C], as its place in `shike_timm.metrics.SHOTS`
     costs: List[Dict[str, Any]] = field(default_factory=list)  # subsets of `experts` with their `gmacs`
     name: str = 'model'
     run: Optional[Path] = None  # the run folder of the model
-    open_image: Optional[Callable[[int], Image.Image]] = None  # opens the image of an index. None: by its path
+    open_image: Optional[Callable[[int], Image.Image]] = None  # opens an image by index; None: by path
     reject_threshold: Optional[float] = None  # probability below which the class of an image is unknown
 
     def __post_init__(self):
@@ -56,7 +56,7 @@ class SavedLogits:
         return self.logits.shape[2]
 
     def image(self, index: int) -> Optional[Image.Image]:
-        """The image of an index, None if it cannot be opened."""
+        """The image at an index, or None if it cannot be opened by its path."""
         if self.open_image is not None:
             return self.open_image(index)
         try:
@@ -109,7 +109,7 @@ def load_logits(path: Union[str, Path]) -> SavedLogits:
 
 
 def check_report(folder: str, cam: Optional[Sequence[str]] = None) -> None:
-    """Check that a report, with maps of the images `cam`, can be drawn and written to a folder."""
+    """Raise an InputError if a report, with maps of the images `cam`, cannot be drawn or written to a folder."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -125,7 +125,7 @@ def check_report(folder: str, cam: Optional[Sequence[str]] = None) -> None:
 def _images(data: AnySet, number: int) -> Tuple[List[str], Optional[Callable[[int], Image.Image]]]:
     """Paths (or indices) of the readable images in order, and a function that opens one of them."""
     if not isinstance(data, ImageSet):
-        return [str(i) for i in range(number)], None  # A stream may be shorter than it says.
+        return [str(i) for i in range(number)], None  # The stated length of a stream may be too large.
     read = (~data.unreadable).nonzero()[:, 0].tolist()
     root = os.path.abspath(data.source.root) if data.has_paths else ''
     return [os.path.join(root, data.filename(i)) for i in read], lambda i: data.read(read[i])
@@ -134,7 +134,7 @@ def _images(data: AnySet, number: int) -> Tuple[List[str], Optional[Callable[[in
 def collect(
         trained: TrainedModel, data: AnySet, kept: Sequence[Tuple[Tensor, Tensor]], shots: ShotConfig, **fields: Any,
 ) -> SavedLogits:
-    """The logits that `shike_timm.metrics.evaluate` kept, with the images and classes. Fields are of `SavedLogits`."""
+    """Add images and classes to the logits that `shike_timm.metrics.evaluate` kept. `fields` are of `SavedLogits`."""
     logits, targets = (torch.cat(one).numpy() for one in zip(*kept))
     names = trained.class_names or data.class_names or [str(c) for c in range(logits.shape[2])]
     paths, open_image = _images(data, len(targets))

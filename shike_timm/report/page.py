@@ -49,7 +49,7 @@ def _data_uri(image: Image.Image, size: int) -> str:
 
 
 def seed_groups(models: Sequence[Analysis]) -> List[Tuple[List[Analysis], Dict[str, Tuple[float, float]]]]:
-    """Runs that saw the same images and differ only in their seed, with mean and standard deviation of each metric."""
+    """Runs on the same images that differ only in their seed, with mean and standard deviation of each metric."""
     groups: Dict[str, List[Tuple[Analysis, Any]]] = {}
     for one in models:
         values = read_args(one.saved.run) if one.saved.run else {}
@@ -89,7 +89,7 @@ def write_report(
     """Write `report.html`, `classes.csv` and each figure as SVG and PNG. Returns the path of the page.
 
     The report describes the first model in detail and compares the others with it. `earlier` is stage one of the first
-    model. Figures compare the first model with it, or with the second model.
+    model. Figures compare the first model with `earlier`, or else with the second model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     analysis, other = models[0], earlier or (models[1] if len(models) > 1 else None)

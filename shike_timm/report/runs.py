@@ -1,4 +1,4 @@
-"""Makes a report of runs and of files with saved logits. `shike report` calls it."""
+"""Makes a report of runs and of files with saved logits, for `shike report`."""
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -41,7 +41,7 @@ class ReportConfig(ReportOutputConfig, CamConfig, DeviceConfig):
 
 
 def evaluate_run(run: Path, config: ReportConfig, draws: bool) -> Tuple[List[SavedLogits], List[Dict[str, Any]]]:
-    """Logits of each stage of a run on its evaluation split, last stage first, and its maps if the run `draws` them."""
+    """Logits of each stage of a run on its evaluation split, last stage first, and its maps if `draws` is true."""
     checkpoints = [run / phase / 'last.pth.tar' for phase in PHASES if (run / phase / 'last.pth.tar').exists()]
     if not checkpoints:
         raise InputError(f"'{run}' holds no checkpoint of a run: give a run folder of shike train.")
@@ -56,7 +56,7 @@ def evaluate_run(run: Path, config: ReportConfig, draws: bool) -> Tuple[List[Sav
         assert trained.class_counts is not None  # Every checkpoint of a run has them.
         run_config = replace(saved_config(checkpoint, path, given), **given)
         loading = run_config.workers, run_config.batch_size, run_config.seed
-        if data is None and (run_config.holdout or run_config.val_per_class):  # This is not the test split.
+        if data is None and (run_config.holdout or run_config.val_per_class):  # Evaluate on held-out images.
             data = load_training_data(run_config, names, trained.run_folder, *loading).test
         elif data is None:
             data = load_eval_data(run_config, names, model.in_chans, trained.run_folder, *loading)
@@ -81,7 +81,7 @@ def make_report(config: ReportConfig) -> Path:
     if config.cam and not Path(config.runs[0]).is_dir():
         raise InputError(f"--cam needs a model, but '{config.runs[0]}' has none: give a run folder, or use shike eval.")
     for path in map(Path, config.runs):
-        read_args(path if path.is_dir() else path.parent)  # A damaged file shows before the work.
+        read_args(path if path.is_dir() else path.parent)  # A damaged file raises its error before the work.
     from .analysis import Analysis
     from .page import write_report
     models, earlier, cams = [], None, []

@@ -33,7 +33,7 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, size: int) -> Tensor:
 def auto_augment(images: Tensor, generator: Optional[torch.Generator] = None) -> Tensor:
     """torchvision's AutoAugment CIFAR-10 policy for uint8 images [N, 3, H, W], with grey (128) as fill.
 
-    Draws are made on the CPU, so they are the same on every device, and no device waits.
+    The CPU draws the random numbers, so they are the same on every device, and no device waits.
     """
     transform = AutoAugment(AutoAugmentPolicy.CIFAR10)
     space = transform._augmentation_space(NUM_MAGNITUDES, (images.shape[-2], images.shape[-1]))
@@ -61,7 +61,7 @@ def auto_augment(images: Tensor, generator: Optional[torch.Generator] = None) ->
 def augment_batch(
         images: Tensor, augmentation: AugmentationConfig, generator: Optional[torch.Generator] = None,
 ) -> Tensor:
-    """Augment uint8 images [N, 3, H, W] as `create_train_transform` does. `why_not_batched` must give None."""
+    """Augment uint8 images [N, 3, H, W] as `create_train_transform` does. `why_not_batched` must be None."""
     num_images, _, height, width = images.shape
     device = images.device
 
@@ -89,7 +89,7 @@ def augment_batch(
 
 
 def why_not_batched(augmentation: AugmentationConfig, device: torch.device) -> Optional[str]:
-    """The first option of an augmentation that has no batched form on a device, None if all have one."""
+    """The first option of an augmentation that cannot run on batches on a device, or None if all options can."""
     if augmentation.no_aug:
         return None
     if augmentation.train_crop_mode != 'pad':

@@ -1,7 +1,7 @@
 """Pillow's image operations on whole batches of RGB images, each image with a magnitude of its own, bit for bit.
 
-Images are uint8 tensors [N, 3, H, W] on any device and come back as such; magnitudes are [N] and mean what they mean
-to `torchvision.transforms.AutoAugment`. Geometric operations take the nearest pixel and fill with grey (128).
+Operations take and return uint8 images [N, 3, H, W] on any device. Magnitudes [N] have the same meaning as in
+`torchvision.transforms.AutoAugment`. Geometric operations take the nearest pixel and fill with grey (128).
 """
 import math
 from typing import Any, Callable, Dict, Union
@@ -128,4 +128,4 @@ OPS: Dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'TranslateX': lambda images, magnitude: _affine(images, 1., 0., -magnitude.trunc().double(), 0., 1., 0.),
     'TranslateY': lambda images, magnitude: _affine(images, 1., 0., 0., 0., 1., -magnitude.trunc().double()),
 }
-"""Operations by torchvision's names, each from images [N, 3, H, W] and magnitudes [N] to images [N, 3, H, W]."""
+"""Operations by torchvision's names. Each takes images [N, 3, H, W] and magnitudes [N], and returns images."""

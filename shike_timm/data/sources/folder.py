@@ -1,4 +1,4 @@
-"""Your own images, in a folder, an archive or on lists: finds the images, their splits and their classes."""
+"""Finds a user's own images, their splits and their classes, in a folder, in an archive or by lists."""
 import os
 from collections import Counter
 from functools import cached_property
@@ -13,7 +13,7 @@ from ..registry import DataSource, register_dataset
 from .lists import check_disjoint, exclude, load_list
 from .tar import Member, open_files, tar_members
 
-# A default split name stands for all names of its line.
+# The first name of a line is the default, and stands for all names of the line.
 TRAIN_SPLITS = ('train', 'training')
 EVAL_SPLITS = ('validation', 'val', 'valid', 'eval', 'evaluation', 'test')
 NOT_DATA = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'lost+found', '__pycache__', 'Thumbs.db', 'desktop.ini')
@@ -91,12 +91,12 @@ def _below(listed: Listing, folder: str) -> Listing:
 
 
 def _find_split(listed: Listing, names: Sequence[str]) -> Optional[str]:
-    """The first of the names that is a folder of folders. A folder of images is a class, or has no labels."""
+    """The first of the names that is a folder with sub-folders, since a folder of images is a class or lacks labels."""
     return next((name for name in names if any(path.startswith(f'{name}/') for path in listed)), None)
 
 
 def _unwrap(listed: Listing, splits: Sequence[str]) -> str:
-    """The first folder that holds a split of these names, or more than one folder."""
+    """Path prefix of the first folder that holds a split of these names, files, or several folders."""
     prefix = ''
     while True:
         tops = {path.split('/')[0] for path in listed if path}
@@ -117,7 +117,7 @@ def _named(folders: Dict[str, str]) -> Dict[str, str]:
 
 
 def _classes(folders: Sequence[str], depth: Optional[int], root: str, known: Optional[Sequence[str]]) -> Dict[str, str]:
-    """Class name of each folder that holds images. An error if there are two readings."""
+    """Class name of each folder that holds images. Raises an InputError if the folders allow two readings."""
     def cut(depth: int) -> Dict[str, str]:
         return {folder: '/'.join(folder.split('/')[:depth]) for folder in folders}
 
@@ -126,8 +126,8 @@ def _classes(folders: Sequence[str], depth: Optional[int], root: str, known: Opt
 
     deepest = max(folder.count('/') + 1 for folder in folders)
     if depth is not None:
-        # If several folders have one name, the class is the whole path. Another split with fewer folders must use the
-        # same names.
+        # Classes are whole paths if last parts repeat. A split with fewer folders may have no repetition, but must use
+        # the same names.
         return cut(depth) if is_known(cut(depth)) else _named(cut(depth))
     first, whole = cut(1), cut(deepest)
     if known:  # The known classes of a model or of the training split decide.
@@ -169,7 +169,7 @@ class _Files:
         self.listed = _below(listed, self.prefix[:-1]) if self.prefix else listed
 
     def split(self, wanted: str, usual: Sequence[str]) -> Optional[str]:
-        """Folder of a split, None if there is none. Only the default name may be missing."""
+        """Folder of a split. If it is missing, None for the default name, and an InputError for any other name."""
         name = _find_split(self.listed, usual if wanted == usual[0] else [wanted])
         if name is None and wanted != usual[0]:
             raise InputError(
@@ -177,7 +177,7 @@ class _Files:
         return name
 
     def images(self, split: Optional[str], known: Optional[Sequence[str]] = None) -> ImageSet:
-        """The labelled images of a split, or of all folders. The classes may be known."""
+        """The labelled images of a split, or of all folders. `known` are the class names of a model or of training."""
         unused: Counter = Counter()
         files = _below(self.listed, split) if split else self.listed
         folders = list_images(files, unused)

@@ -20,7 +20,7 @@ TARGET_KEYS = ('label', 'target', 'class', 'category')
 
 @dataclass
 class ImageList:
-    """The entries of a list, with groups of images and an order of class names if it has them."""
+    """The entries of a list, with groups of images and an order of class names if the list has these."""
 
     paths: List[str] = field(default_factory=list)
     labels: List[str] = field(default_factory=list)
@@ -147,8 +147,8 @@ def _drop_repetitions(listed: ImageList, path: str, notes: List[str]) -> ImageLi
 def load_list(config: SourceConfig, path: str, spellings: Sequence[Tuple[str, str]] = ()) -> ImageSet:
     """The images that a list names, below the folder or in the archive of the data.
 
-    `spellings` are patterns with replacements. The first one that leads to an image is used if the paths of the list do
-    not lead to one.
+    `spellings` are patterns with replacements for the paths. If the listed paths lead to no image, the first spelling
+    that leads to an image is used.
     """
     notes: List[str] = []
     root = config.data_dir or '.'
@@ -161,7 +161,7 @@ def load_list(config: SourceConfig, path: str, spellings: Sequence[Tuple[str, st
     paths, in_folder = listed.paths, os.path.isdir(root)
     members = None if in_folder else tar_members(root, notes)
     names = {member[0] for member in members or ()}
-    if not any(os.path.splitext(one)[1] for one in paths[:10]):  # They may be names without their extensions.
+    if not any(os.path.splitext(one)[1] for one in paths[:10]):  # The paths may lack their extensions.
         spellings = [*spellings, *(('$', extension) for extension in ('.jpg', '.jpeg', '.png', '.JPG', '.tif'))]
     spelled = (paths, *([re.sub(*pair, one) for one in paths] for pair in spellings))
     present = [some for some in spelled if any(
@@ -177,7 +177,7 @@ def load_list(config: SourceConfig, path: str, spellings: Sequence[Tuple[str, st
 
 
 def exclude(train: ImageSet, evaluation: ImageSet, origin: str) -> ImageSet:
-    """The training images that are not evaluated on. `origin` names them in the message."""
+    """The training images that are not in the evaluation set. `origin` names the training images in the message."""
     listed = set(evaluation.filenames())
     kept = np.flatnonzero([path not in listed for path in train.filenames()])
     if not len(kept):

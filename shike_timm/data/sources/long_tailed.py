@@ -13,7 +13,7 @@ from ..dataset import ImageSet, in_memory_set
 from ..holdout import hold_out_last
 from ..registry import DataSource, register_dataset
 
-DIGITS_TEST_IMAGES = 50  # So many last images of each class are the test images.
+DIGITS_TEST_IMAGES = 50  # Number of last images of each class that are the test images.
 
 
 def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_type: str = 'exp') -> List[int]:
@@ -41,9 +41,9 @@ def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_
 def long_tailed_indices(
         targets: Union[Sequence[int], np.ndarray], counts: Sequence[int], seed: Optional[int] = None,
 ) -> np.ndarray:
-    """Positions of `counts[c]` images of each class c, in file order: its first ones without a seed.
+    """Positions of `counts[c]` images of each class c in file order. Without a seed these are its first images.
 
-    With a seed they are drawn as LDAM-DRW draws them.
+    With a seed the images are drawn as LDAM-DRW draws them.
     """
     targets = np.asarray(targets)
     random = None if seed is None else np.random.RandomState(seed)
@@ -70,7 +70,7 @@ def _explain_cifar(cls: Type[CIFAR10], root: str) -> str:
 
 
 class LongTailedSource(DataSource):
-    """The long-tailed subset of a balanced data set in memory. A subclass gives `load`."""
+    """The long-tailed subset of a balanced data set in memory. A subclass implements `load`."""
 
     has_imb_factor = True
     eval_split = 'test'

@@ -1,4 +1,4 @@
-"""ImageNet-LT, iNaturalist 2018 and Places-LT: the published lists, over the folder of images as it is downloaded."""
+"""ImageNet-LT, iNaturalist 2018 and Places-LT, from their published lists and the downloaded folder of images."""
 import hashlib
 import logging
 import os
@@ -32,8 +32,8 @@ class PublishedSource(DataSource):
     title: str
     train_list: Tuple[str, str]  # Usual name of the list, and its SHA-256.
     eval_list: Tuple[str, str]
-    spellings: Sequence[Tuple[str, str]] = ()  # Patterns and replacements that lead to other places of an image.
-    whole: Optional[str] = None  # Folder of all images by class. Without a training list its rest is trained on.
+    spellings: Sequence[Tuple[str, str]] = ()  # Patterns and replacements for other paths of an image.
+    whole: Optional[str] = None  # Folder of all images, for training without a training list.
     whole_counts: Tuple[int, str] = (0, '')  # Number of these training images, and `counts_digest` of their classes.
 
     @property
@@ -47,7 +47,7 @@ class PublishedSource(DataSource):
         return root
 
     def _find_list(self, name: str, option: str) -> str:
-        """Path of a list: the given one, or the one of its usual name in the folder of the data or a folder in it."""
+        """Path of a list: the given path, or the file of that name in the data folder or directly in a sub-folder."""
         places = (Path(self.root, name), *sorted(Path(self.root).glob(f'*/{name}')))
         path = getattr(self.config, option) or next((str(place) for place in places if place.is_file()), '')
         if not path and (option == 'val_list' or self.whole is None):
@@ -83,7 +83,7 @@ class PublishedSource(DataSource):
         return train
 
     def _load_rest(self, eval_path: str, evaluation: ImageSet) -> ImageSet:
-        """All images that are not evaluated on. The class is the innermost folder."""
+        """All images that are not in the evaluation set. The class is the name of the innermost folder."""
         folder = os.path.join(self.root, self.whole or '')
         if not os.path.isdir(folder):
             raise InputError(

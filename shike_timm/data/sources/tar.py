@@ -13,7 +13,7 @@ from ..dataset import ImageSource
 from ..decode import open_image
 
 Member = Tuple[str, int, int]  # Name, first byte and length. The length of a folder is -1.
-DEEPEST = 10  # So many archives may lie in one another.
+DEEPEST = 10  # Greatest depth of archives inside archives.
 
 
 class FolderImages(ImageSource):
@@ -28,7 +28,7 @@ class FolderImages(ImageSource):
 
 
 class TarImages(ImageSource):
-    """Members of uncompressed tar archives: the archive, first byte and length of each are its place [N, 3]."""
+    """Members of uncompressed tar archives. `places` [N, 3] has archive, first byte and length of each."""
 
     def __init__(self, root: str, paths: Sequence[str], places: np.ndarray, archives: Sequence[str] = ()):
         super().__init__(root, paths)
@@ -49,7 +49,7 @@ class TarImages(ImageSource):
 def _members(
         tar: tarfile.TarFile, links: Dict[str, str], prefix: str = '', offset: int = 0, depth: int = 0,
 ) -> Iterator[Member]:
-    """Files and folders of an archive. Links are added to a dictionary. Pipes and the like are empty files."""
+    """Files and folders of an archive. Links are added to `links`. Pipes and devices count as empty files."""
     if depth > DEEPEST:
         raise tarfile.TarError(f'archives lie in one another more than {DEEPEST} deep')
     for member in tar:
@@ -67,7 +67,7 @@ def _members(
 
 def _follow(name: str, links: Dict[str, str]) -> str:
     """The path that a path leads to through links, or one of the links if they go round in a circle."""
-    for _ in range(40):  # As many as Linux follows.
+    for _ in range(40):  # Linux also follows at most 40 links.
         parts = name.split('/')
         starts = ('/'.join(parts[:n]) for n in range(1, len(parts) + 1))
         link = next((start for start in starts if start in links), None)
@@ -102,7 +102,7 @@ def _with_links(members: Dict[str, Member], links: Dict[str, str]) -> Iterator[M
 
 
 def tar_members(path: str, notes: List[str]) -> List[Member]:
-    """Members of a tar archive and of the archives in it. Of those with one name the last counts, as a note says."""
+    """Members of a tar archive and of the archives in it. Of equal names the last counts, and a note is added."""
     try:
         if not os.path.isfile(path):  # A pipe would make its reader wait.
             raise FileNotFoundError('it is no file')

@@ -12,7 +12,7 @@ from .folder import EVAL_SPLITS
 
 
 class TimmSource(DataSource):
-    """A data set that timm opens by a name with a prefix. A subclass gives `load`."""
+    """A data set that timm opens by a name with a prefix. A subclass implements `load`."""
 
     has_uncertain_splits = True
 
