@@ -57,7 +57,7 @@ def join_processes(name: Optional[str]) -> torch.device:
 
 
 def _call_in(is_called: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in some processes. The others wait. If any process raises an error, all raise it."""
+    """Call a function where `is_called` is true. Other processes wait. An error of any process is raised in all."""
     result = error = None
     if is_called:
         try:

@@ -61,7 +61,7 @@ class ImageSource(ABC):
         """The image of a row, which need not be decoded yet."""
 
     def stamp(self, row: int) -> str:
-        """Text that changes when the image of a row changes. By default it never changes."""
+        """A text that differs after the image of a row has changed. By default it is always the same."""
         return f'{self.root}|{row}'
 
 
@@ -168,7 +168,7 @@ class ImageSet(Dataset):
 
 
 class StreamSet(IterableImageDataset):
-    """Labelled images of timm's `reader`, in the order in which they come. Their classes may have no names."""
+    """Labelled images of timm's `reader`, in the order in which they come. Some data sets have no class names."""
 
     is_stream = True
     has_paths = False

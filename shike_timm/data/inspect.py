@@ -120,7 +120,7 @@ def find_unreadable(data: ImageSet, workers: int = 0, anew: bool = False) -> Dic
 
 
 def exclude_unreadable(data: ImageSet, workers: int = 0, anew: bool = False) -> ImageSet:
-    """A set without its unreadable images. Warnings name them. Each class must keep an image."""
+    """A set without its unreadable images. Warnings name them. At least one image of each class must be left."""
     faults = find_unreadable(data, workers, anew)
     if not faults:
         return data

@@ -31,7 +31,8 @@ class ModelConfig:
         None, 'number of last stages of which each expert has its own copy. By default 1. With 0, meant for a frozen '
         'trunk, experts read pooled features of shared stages', low=0, card='changed')
     private_blocks: Optional[int] = option(
-        None, '--private-stages of a backbone of equal blocks (ViT). By default a sixth', low=0, card='changed')
+        None, 'for a ViT, in place of --private-stages: number of last blocks that each expert has for itself. By '
+        'default a sixth of them', low=0, card='changed')
     depths: Optional[List[int]] = option(
         None, 'shared stage that each expert fuses, counted from 1 at the shallowest. By default 1, 2, ... and again '
         'from 1 after the deepest; for ViT, blocks of the last third', nargs='+')

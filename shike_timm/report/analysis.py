@@ -112,7 +112,7 @@ class Analysis:
         return kept / len(right), right.cumsum() / kept
 
     def prior_shift(self) -> Tuple[np.ndarray, np.ndarray]:
-        """Expected top-1 [T] under powers of the training frequencies, without and with the prior in the logits."""
+        """Expected top-1 [T] for powers of the training frequencies: of plain logits, and with the log prior added."""
         seen = self.total > 0
         priors = (self.saved.class_counts[seen] / self.saved.class_counts.sum())[:, None] ** TILTS
         priors /= priors.sum(0)

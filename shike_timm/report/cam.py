@@ -61,7 +61,8 @@ def draw_cams(
     """Maps of each expert for the class that the ensemble predicts.
 
     Returns a row for each image: its file `name`, the `image` as the model sees it, the predicted class `label` and its
-    probability `prob`. Each of the `experts` has the `image` with its map on it, and its own `prob` of that class.
+    probability `prob`. For each of the `experts` the row has the `image` under the expert's map, and the probability
+    `prob` that the expert gives the predicted class.
     """
     from pytorch_grad_cam.utils.image import show_cam_on_image  # pyright: ignore[reportMissingImports]
     paths, rows = find_images(names), []

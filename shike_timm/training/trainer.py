@@ -198,7 +198,7 @@ class Trainer:
         return metrics
 
     def _begin_at_class_means(self) -> None:
-        """Initialise the classifiers at the class means of all training images, with the augmentation of the phase."""
+        """Start the classifiers at the class means of the features of all images, augmented as the phase augments."""
         config, start = self.config, time.perf_counter()
         if config.cache_features:
             loader = copy.copy(self.train_loader)
