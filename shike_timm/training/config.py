@@ -120,7 +120,8 @@ class LoopConfig:
         'reduce', 'BatchNorm statistics after an epoch: the mean over processes, or those of the first process',
         choices=('reduce', 'broadcast'), card='never')
     model_ema: bool = option(False, 'average the weights over the updates, and keep the average as the model')
-    model_ema_decay: float = option(0.9998, 'decay of the averaged weights: the share that an update leaves of them', 'D', card='changed')
+    model_ema_decay: float = option(
+        0.9998, 'decay of the averaged weights: the share that an update leaves of them', 'D', card='changed')
     model_ema_warmup: bool = option(
         True, 'let the decay of the averaged weights rise from 0 to its value (default: on)', card='changed')
     log_interval: Optional[int] = option(
