@@ -117,8 +117,9 @@ def test_evaluation_saves_what_a_report_is_made_of(tiny_run, tmp_path, run_scrip
     for row in table['rows']:
         c = per_class['names'].index(row[0])
         assert row[2:4] == [per_class['class_counts'][c], per_class['total'][c]]
-        assert [row[4], row[7], row[10], row[13]] == [
-            per_class['top1'][c], *(expert[c] for expert in per_class['experts'])]
+        assert [row[4], row[7], row[10], row[13], *row[16:18]] == [
+            per_class['top1'][c], *(expert[c] for expert in per_class['experts']), per_class['precision'][c],
+            per_class['f1'][c]]
         interval = stats.binomtest(round(row[4] * row[3] / 100), row[3]).proportion_ci(method='wilson')
         assert row[5:7] == pytest.approx([100 * interval.low, 100 * interval.high], abs=0.0051)
     for name in figures.DRAWINGS:

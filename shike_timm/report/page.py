@@ -30,14 +30,15 @@ def class_table(analysis: Analysis) -> Tuple[List[str], List[List[Any]]]:
     header = ['class', 'shot', 'training images', 'test images']
     for name in ['ensemble', *(f'expert {m}' for m in range(saved.num_experts))]:
         header += [name, f'{name} low', f'{name} high']
-    rows = []
+    per_class, rows = analysis.metrics['per_class'], []
     for c in analysis.order:
         predicted, count = analysis.most_confused[c] or (None, None)
         rows.append([
             saved.class_names[c], SHOTS[saved.shots[c]], int(saved.class_counts[c]), int(analysis.total[c]),
             *(None if np.isnan(value) else round(value, 2) for value in percent[c].ravel().tolist()),
+            per_class['precision'][c], per_class['f1'][c],
             None if predicted is None else saved.class_names[predicted], count])
-    return [*header, 'most confused with', 'how often'], rows
+    return [*header, 'precision', 'F1', 'most confused with', 'how often'], rows
 
 
 def _data_uri(image: Image.Image, size: int) -> str:
