@@ -20,6 +20,7 @@ from shike_timm.pretrained.folder import export_model
 from shike_timm.pretrained.load import load_trained_model
 from shike_timm.report.runs import ReportConfig, make_report
 from shike_timm.training.features import FeatureLoader, standardise
+from shike_timm.training.folder import read_args
 from shike_timm.training.phases import plan_phases
 from shike_timm.training.runs import train
 from shike_timm.training.search import _folds
@@ -206,16 +207,18 @@ def test_what_does_not_go_with_cached_features(extra, sentence):
 
 
 def test_fine_tuning_begins_with_the_experts_found(backbone_file, tmp_path):
-    frozen_run(tmp_path, backbone_file, '--no-search')
+    frozen_run(tmp_path, backbone_file, '--no-search', '--levels', '2', '1+3', '--model-kwargs', 'pad_type=same')
     found = load_trained_model(str(tmp_path / 'run')).model
-    args = [arg for arg in FROZEN if arg not in ('--hparams', 'frozen')]
-    train(parse_train_args([
-        *args, '--model', 'shike', '--private-stages', '0', '--initial-checkpoint', str(tmp_path / 'run'), '--lr', '0',
-        '--weight-decay', '0', '--warmup-epochs', '0', '--method', 'balanced_softmax', '--experiment', 'tuned',
-        '--epochs', '1', '--output', str(tmp_path)]))
-    tuned = load_trained_model(str(tmp_path / 'tuned')).model
+    args = [arg for arg in FROZEN if arg not in ('frozen', '--backbone', 'test_efficientnet')]
+    args.insert(1, 'finetune_heads')
+    metrics = train(parse_train_args([
+        *args, '--initial-checkpoint', str(tmp_path / 'run'), '--lr', '0', '--weight-decay', '0', '--experiment',
+        'tuned', '--epochs', '1', '--output', str(tmp_path)]))
+    tuned, saved = load_trained_model(str(tmp_path / 'tuned')).model, read_args(tmp_path / 'tuned')
     torch.testing.assert_close(tuned.classifier.weight, found.classifier.weight)
-    assert tuned.depths == found.depths and not tuned.trunk_frozen
+    assert tuned.depths == found.depths == ((2,), (1, 3)) and not tuned.trunk_frozen and list(metrics) == ['stage_one']
+    assert saved['backbone'] == 'test_efficientnet' and saved['levels'] == ['2', '1+3']
+    assert saved['cosine_scale'] == 25 and saved['model_kwargs']['pad_type'] == 'same'
     assert not torch.equal(tuned.experts[0].norm.running_mean, found.experts[0].norm.running_mean)
 
 

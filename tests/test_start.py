@@ -13,7 +13,8 @@ from shike_timm.checkpoints import load_checkpoint, model_weights
 from shike_timm.cli.train import parse_train_args
 from shike_timm.data.config import PreprocessingConfig
 from shike_timm.errors import InputError
-from shike_timm.models.create import create_model
+from shike_timm.models.config import ModelConfig
+from shike_timm.models.create import create_model, structure
 from shike_timm.pretrained.load import TrainedModel, load_trained_model, with_trained_options
 from shike_timm.pretrained.start import load_start, start_from
 from shike_timm.training.runs import train
@@ -68,6 +69,21 @@ def test_bare_weights_are_of_the_model_that_the_options_describe(tmp_path, caplo
     start = load_from(*argv, '--num-experts', '3', '--cosine-scale', '20')
     start_from(timm.create_model('resnet32_shike', num_classes=4, cosine_scale=20), start, list('abcd'))
     assert not caplog.text
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(num_experts=2, depths=[2, 1], fusion=False, classifier='linear'),
+    dict(fusion='residual', aligner='separable', cosine_scale=20.),
+    dict(private_stages=0, num_experts=2, depths=[[4], [2, 4]], pad_type='same', global_pool='avgmax'),
+], ids=['plain', 'linear', 'residual', 'levels'])
+def test_the_structure_of_a_model_makes_it_again(kwargs):
+    model = timm.create_model('shike', backbone='mobilenetv3_small_050', num_classes=4, **kwargs)
+    made = create_model(ModelConfig(model='shike', **structure(model)), 4)
+    names = 'num_experts', 'depths', 'fusion', 'classifier_type', 'cosine_scale'
+    assert [getattr(made, name) for name in names] == [getattr(model, name) for name in names]
+    made.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(made.eval()(images), model.eval()(images))
 
 
 def test_classifiers_go_by_names(tiny_run, caplog):

@@ -91,6 +91,25 @@ def create_model(
     return model
 
 
+def structure(model: Shike) -> Dict[str, Any]:
+    """Options with which `create_model` makes a model of the same structure."""
+    made_with = model._model_args
+    names = 'backbone', 'private_stages', 'private_blocks', 'aligner'
+    found = {name: made_with[name] for name in names if name in made_with}
+    found.update(num_experts=model.num_experts, classifier=model.classifier_type)
+    if model.classifier_type == 'cosine':
+        found.update(cosine_scale=made_with.get('cosine_scale', model.cosine_scale))
+    if model.has_private_stages:
+        found.update(depths=list(model.depths))
+        found.update(dict(fusion=False) if model.fusion == 'none' else dict(fusion_type=model.fusion))
+    else:
+        found.update(levels=['+'.join(map(str, one)) for one in model.depths])
+    found.update(model_kwargs={
+        name: value for name, value in model._backbone_args.items()
+        if name not in ('private_stages', 'private_blocks', 'img_size') and value is not None})
+    return found
+
+
 def resolve_data_config(config: PreprocessingConfig, model: Shike) -> Dict[str, Any]:
     """timm's preprocessing configuration from the options. Where an option is not given, the model's value is used."""
     for name in ('mean', 'std'):

@@ -149,7 +149,7 @@ def with_trained_options(config: Config, trained: TrainedModel) -> Config:
     sized = any(getattr(config, key) for key in sizes)
     return replace(config, **{
         key: value for key, value in trained.options.items()
-        if getattr(config, key) is None and not (sized and key in sizes)})
+        if getattr(config, key) in (None, {}) and not (sized and key in sizes)})
 
 
 def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:

@@ -9,7 +9,7 @@ from ..data.config import PreprocessingConfig
 from ..errors import InputError
 from ..models import Shike
 from ..models.config import ModelConfig
-from ..models.create import is_registered, resolve_data_config
+from ..models.create import is_registered, resolve_data_config, structure
 from ..options import checked
 from .load import TrainedModel, load_trained_model
 
@@ -37,12 +37,12 @@ def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optio
     del options['crop_mode']  # No option of training sets crop_mode.
     if preprocessing.img_size or preprocessing.input_size or preprocessing.in_chans:
         options['input_size'] = None
-    fusion = trained.model.fusion
-    if fusion != 'none':
-        options['fusion_type'] = fusion  # The weights do not show the type of fusion.
-        if config.fusion_type not in (None, fusion):
-            raise InputError(
-                f"--fusion-type {config.fusion_type} differs from that of '{name}', {fusion}: leave it out.")
+    options.update(structure(trained.model))
+    if config.classifier == 'linear':
+        options['cosine_scale'] = None
+    if config.fusion_type not in (None, options.get('fusion_type')):
+        raise InputError(
+            f"--fusion-type {config.fusion_type} differs from that of '{name}', {trained.model.fusion}: leave it out.")
     options = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in options.items() if value is not None}
