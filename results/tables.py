@@ -125,6 +125,7 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('MobileNetV2: three experts, frozen trunk, 5 + 1', ['mobilenetv2_val_three'], None),
         ('MobileNetV2: SHIKE, frozen trunk, 5 + 1', ['mobilenetv2_val_shike'], None),
         ('ViT-S/14: one network, AdamW, 3 + 1', ['vit_val_plain'], None),
+        ('ViT-S/14: one network, AdamW, one phase, 3', ['vit_val_balanced'], None),
         ('ViT-S/14: SHIKE, AdamW, 3 + 1', ['vit_val_shike_full_3'], None),
         ('ViT-S/14: SHIKE, AdamW, 2 + 1', ['vit_val_shike_full'], None),
         ('ViT-S/14: three experts, frozen trunk, AdamW, 4 + 1', ['vit_val_three'], None),
@@ -178,19 +179,43 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
     'plankton_part': ('A third of plankton, ViT-S/14 at 70 px and MobileNetV2 at 64 px, one epoch of stage two:', [
         ('ViT-S/14, its last level, frozen', ['plankton_part_vit_last'], None),
         ('ViT-S/14, one network, 3 epochs', ['plankton_part_vit_plain'], None),
+        ('ViT-S/14, one network, one phase, 3 epochs', ['plankton_part_vit_balanced'], None),
         ('ViT-S/14, SHIKE, 2 epochs', ['plankton_part_vit_shike_full'], None),
         ('ViT-S/14, SHIKE, frozen trunk, 4 epochs', ['plankton_part_vit_shike'], None),
         ('ViT-S/14, three experts, frozen trunk, 4 epochs', ['plankton_part_vit_three'], None),
         ('MobileNetV2, its last level, frozen', ['plankton_part_mobilenetv2_last'], None),
         ('MobileNetV2, one network, 4 epochs', ['plankton_part_mobilenetv2_plain'], None),
+        ('MobileNetV2, one network, one phase, 4 epochs', ['plankton_part_mobilenetv2_plain_balanced'], None),
+        ('MobileNetV2, SHIKE, frozen trunk, one phase, 5 epochs', ['plankton_part_mobilenetv2_shike_balanced'], None),
         ('MobileNetV2, SHIKE, frozen trunk, 5 epochs', ['plankton_part_mobilenetv2_shike'], None),
         ('MobileNetV2, three experts, frozen trunk, 5 epochs', ['plankton_part_mobilenetv2_three'], None),
     ]),
     'from_heads': ('EfficientNet-Lite0 at 64 px, CIFAR-100-LT (100), the operations of 10 epochs of one network:', [
-        ('one network, 10 + 3 epochs', ['ops_plain_10'], None),
-        ('SHIKE, 5 + 3 epochs', ['ops_shike_05'], None),
-        ('the frozen heads', ['ops_frozen_heads'], None),
-        ('fine-tuned from the frozen heads, 10 epochs of balanced softmax', ['ops_frozen_tuned_10'], None),
+        ('one network, two phases, 10 + 3 epochs', ['ops_plain_10'], None),
+        ('SHIKE, two phases, 5 + 3 epochs', ['ops_shike_05'], None),
+        ('one network, one phase, 10 epochs', ['ops_plain_balanced_10', 'ops_plain_balanced_10_seed1'], None),
+        ('SHIKE, one phase, 5 epochs', ['ops_shike_balanced_05'], None),
+        ('the last level of the frozen network', ['ops_frozen_last'], None),
+        ('fine-tuned from it, 10 epochs', ['ops_frozen_last_tuned_10'], None),
+        ('three experts on the frozen network', ['ops_frozen_heads', 'ops_frozen_heads_seed1'], None),
+        ('fine-tuned from them, 10 epochs', ['ops_frozen_tuned_10', 'ops_frozen_tuned_10_seed1'], None),
+    ]),
+    'from_heads_test': ('The same on the test split:', [
+        ('one network, two phases, 10 + 3 epochs', ['lite0_plain_long'], None),
+        ('SHIKE, two phases, 10 + 3 epochs: twice the operations', ['lite0_shike_long'], None),
+        ('one network, one phase, 10 epochs', ['lite0_balanced_long'], None),
+        ('three experts on the frozen network', ['lite0_heads'], None),
+        ('fine-tuned from them, 10 epochs', ['lite0_tuned_long'], None),
+    ]),
+    'plankton_from_heads': ('EfficientNet-Lite0 at 64 px, a third of plankton, about the same operations:', [
+        ('one network, two phases, 5 + 1 epochs', ['plankton_part_lite0_plain'], None),
+        ('SHIKE, two phases, 3 + 1 epochs', ['plankton_part_lite0_shike'], None),
+        ('one network, one phase, 5 epochs', ['plankton_part_lite0_balanced'], None),
+        ('SHIKE, one phase, 3 epochs', ['plankton_part_lite0_shike_balanced'], None),
+        ('the last level of the frozen network', ['plankton_part_lite0_last'], None),
+        ('fine-tuned from it, 5 epochs', ['plankton_part_lite0_last_tuned'], None),
+        ('three experts on the frozen network', ['plankton_part_lite0_heads'], None),
+        ('fine-tuned from them, 5 epochs', ['plankton_part_lite0_tuned'], None),
     ]),
     'backbone': ('EfficientNet-Lite0 as backbone, CIFAR-100-LT (100) at 64 px, 5 + 2 epochs:', [
         ('from ImageNet weights', ['lite0_pretrained'], None),
@@ -224,7 +249,7 @@ def make_runs_table(name: str, results: Path) -> str:
     """The table of the recorded runs. Comparisons need two rows."""
     recorded = {row['name']: row for row in read_rows(results)}
     caption, table_rows = TABLES[name]
-    balanced = name in ('finetune', 'plankton_frozen', 'plankton_part')
+    balanced = name in ('finetune', 'plankton_frozen', 'plankton_part', 'plankton_from_heads')
     left_out = set() if balanced else {'stage_one_balanced', 'balanced'}
     columns = [key for key in COLUMNS if key not in left_out]
     rows = []
