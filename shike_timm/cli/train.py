@@ -20,12 +20,12 @@ _logger = logging.getLogger(__name__)
 CONFIG = TrainConfig
 EXAMPLES = (
     'shike train --data-dir photos',
-    'shike train --data-dir photos --hparams finetune --backbone convnext_tiny --img-size 224 '
+    'shike train --data-dir photos --hparams finetune_plain --backbone convnext_tiny --img-size 224 '
     '\\\n    --epochs 10 --batch-size 64 --lr 0.02 --amp',
     'shike train --data-dir photos --train-list train.csv --val-list val.csv --experiment first --resume',
 )
 CPU_RECIPE = dict(hparams='frozen', backbone='tf_efficientnet_lite0', img_size=160)
-GPU_RECIPE = dict(hparams='finetune', backbone='convnext_tiny', img_size=224)
+GPU_RECIPE = dict(CPU_RECIPE, backbone='convnext_tiny', img_size=224)
 
 
 def _recommended(given: Dict[str, Any]) -> Dict[str, Any]:
