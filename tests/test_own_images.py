@@ -265,7 +265,7 @@ def test_a_folder_alone_gets_the_recipe_for_its_device(monkeypatch, caplog):
     assert parse_train_args(['--data-dir', 'photos', '--img-size', '96']).img_size == 96
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     config = parse_train_args(['--data-dir', 'photos'])
-    assert (config.model, config.private_stages, config.crt_epochs) == ('shike', None, 3)
+    assert config.search and (config.backbone, config.img_size) == ('convnext_tiny', 224)
 
 
 @pytest.mark.parametrize('argv', [
