@@ -189,6 +189,10 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('MobileNetV2, SHIKE, frozen trunk, one phase, 5 epochs', ['plankton_part_mobilenetv2_shike_balanced'], None),
         ('MobileNetV2, SHIKE, frozen trunk, 5 epochs', ['plankton_part_mobilenetv2_shike'], None),
         ('MobileNetV2, three experts, frozen trunk, 5 epochs', ['plankton_part_mobilenetv2_three'], None),
+        ('MobileNetV2, three experts on the frozen network', ['plankton_part_mobilenetv2_heads'], None),
+        ('MobileNetV2, fine-tuned from them, 4 epochs', ['plankton_part_mobilenetv2_tuned'], None),
+        ('the same at a learning rate of 0.01', ['plankton_part_mobilenetv2_tuned_lr01'], None),
+        ('MobileNetV2, one network, one phase, 4 epochs at 0.01', ['plankton_part_mobilenetv2_plain_balanced_lr01'], None),
     ]),
     'from_heads': ('EfficientNet-Lite0 at 64 px, CIFAR-100-LT (100), the operations of 10 epochs of one network:', [
         ('one network, two phases, 10 + 3 epochs', ['ops_plain_10'], None),
@@ -216,6 +220,8 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('fine-tuned from it, 5 epochs', ['plankton_part_lite0_last_tuned'], None),
         ('three experts on the frozen network', ['plankton_part_lite0_heads'], None),
         ('fine-tuned from them, 5 epochs', ['plankton_part_lite0_tuned'], None),
+        ('the same at a learning rate of 0.01', ['plankton_part_lite0_tuned_lr01'], None),
+        ('one network, one phase, 5 epochs at 0.01', ['plankton_part_lite0_balanced_lr01'], None),
     ]),
     'backbone': ('EfficientNet-Lite0 as backbone, CIFAR-100-LT (100) at 64 px, 5 + 2 epochs:', [
         ('from ImageNet weights', ['lite0_pretrained'], None),
