@@ -215,10 +215,11 @@ def _panel(drawing: Drawing, left: int, top: int, title: str, sides: Sequence[Se
 
 def _dots(
         drawing: Drawing, left: int, top: int, width: int, ticks: Sequence[int], column: Sequence[Optional[tuple]],
+        ends: Tuple[float, float] = (48.5, 58.),
 ) -> None:
-    """A column of dots with their errors, and hollow ones for the paper's values. Ticks are from 49 to 58."""
+    """A column of dots with their errors, and hollow ones for the paper's values. `ends` are those of the axis."""
     def place(value: float) -> float:
-        return left + width * (value - 48.5) / 9.5
+        return left + width * (value - ends[0]) / (ends[1] - ends[0])
 
     bottom = top + 32 * len(column)
     for value in ticks:
@@ -278,6 +279,35 @@ def tail(theme: Theme) -> str:
     return drawing.svg()
 
 
+def fine_tuning(theme: Theme) -> str:
+    """Accuracy of one network and of three experts, fine-tuned in several ways with the same operations."""
+    ways = (
+        ('one network, two phases', 'ops_plain_10', 'plain'),
+        ('SHIKE, two phases', 'ops_shike_05', 'shike'),
+        ('one network, one phase', 'ops_plain_balanced_10', 'balanced'),
+        ('SHIKE, one phase', 'ops_shike_balanced_05', 'shike_balanced'),
+        ('the frozen last level first', 'ops_frozen_last_tuned_10', 'last_tuned'),
+        ('three frozen experts first', 'ops_frozen_tuned_10', 'tuned'),
+    )
+    values, drawing = _values(), Drawing(theme, 680, 290)
+    panels = (
+        ('CIFAR-100-LT, top-1', (50, 52, 54, 56), (49.5, 56.5), [(run, 'top1') for _, run, _ in ways]),
+        ('plankton, balanced', (43, 46, 49, 52), (41.5, 54.), [(f'plankton_part_lite0_{run}', 'balanced')
+                                                               for *_, run in ways]))
+    for i, (label, *_) in enumerate(ways):
+        drawing.text(195, 71 + 32 * i, label, 13, 'end')
+    for n, (title, ticks, ends, runs) in enumerate(panels):
+        left = 212 + 235 * n
+        column = [(values[run][key], 0., None) if run in values else None for run, key in runs]
+        drawing.text(left + 85, 32, title, 14)
+        _dots(drawing, left, 50, 170, ticks, column, ends)
+        for i, found in enumerate(column):
+            if found:
+                drawing.text(left + 215, 71 + 32 * i, f'{found[0]:.2f}', 13, 'end')
+    drawing.text(452, 280, '%, EfficientNet-Lite0, about the same operations', 13)
+    return drawing.svg()
+
+
 def frozen(theme: Theme) -> str:
     """Balanced accuracy by what classifiers read of a frozen network, mean and standard deviation of three draws."""
     values, drawing = _values(), Drawing(theme, 680, 270)
@@ -295,7 +325,7 @@ def frozen(theme: Theme) -> str:
 
 
 PICTURES: Dict[str, Callable[[Theme], str]] = {
-    function.__name__: function for function in (architecture, house, operations, ablation, tail, frozen)}
+    function.__name__: function for function in (architecture, house, operations, fine_tuning, ablation, tail, frozen)}
 
 
 def main() -> List[Path]:

@@ -192,7 +192,7 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('MobileNetV2, three experts on the frozen network', ['plankton_part_mobilenetv2_heads'], None),
         ('MobileNetV2, fine-tuned from them, 4 epochs', ['plankton_part_mobilenetv2_tuned'], None),
         ('the same at a learning rate of 0.01', ['plankton_part_mobilenetv2_tuned_lr01'], None),
-        ('MobileNetV2, one network, one phase, 4 epochs at 0.01', ['plankton_part_mobilenetv2_plain_balanced_lr01'], None),
+        ('MobileNetV2, one network, one phase, at 0.01', ['plankton_part_mobilenetv2_plain_balanced_lr01'], None),
     ]),
     'from_heads': ('EfficientNet-Lite0 at 64 px, CIFAR-100-LT (100), the operations of 10 epochs of one network:', [
         ('one network, two phases, 10 + 3 epochs', ['ops_plain_10'], None),
