@@ -125,7 +125,6 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('MobileNetV2: three experts, frozen trunk, 5 + 1', ['mobilenetv2_val_three'], None),
         ('MobileNetV2: SHIKE, frozen trunk, 5 + 1', ['mobilenetv2_val_shike'], None),
         ('ViT-S/14: one network, AdamW, 3 + 1', ['vit_val_plain'], None),
-        ('ViT-S/14: one network, AdamW, one phase, 3', ['vit_val_balanced'], None),
         ('ViT-S/14: SHIKE, AdamW, 3 + 1', ['vit_val_shike_full_3'], None),
         ('ViT-S/14: SHIKE, AdamW, 2 + 1', ['vit_val_shike_full'], None),
         ('ViT-S/14: three experts, frozen trunk, AdamW, 4 + 1', ['vit_val_three'], None),
