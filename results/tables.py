@@ -175,7 +175,7 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('plankton: one plain network, 7 + 2', ['plankton_plain_long'], None),
         ('plankton: SHIKE, 7 + 2', ['plankton_shike_long'], None),
     ]),
-    'plankton_part': ('A third of plankton, ViT-S/14 at 70 px and MobileNetV2 at 64 px, one epoch of stage two:', [
+    'plankton_part': ('A third of plankton, ViT-S/14 at 70 px and MobileNetV2 at 64 px:', [
         ('ViT-S/14, its last level, frozen', ['plankton_part_vit_last'], None),
         ('ViT-S/14, one network, 3 epochs', ['plankton_part_vit_plain'], None),
         ('ViT-S/14, one network, one phase, 3 epochs', ['plankton_part_vit_balanced'], None),

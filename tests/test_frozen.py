@@ -200,7 +200,8 @@ def test_pooled_features_have_no_maps(backbone_file, tmp_path):
     (['--private-stages', '1'], '--cache-features goes with --private-stages 0'),
     (['--no-freeze-trunk'], '--cache-features goes with --private-stages 0'),
     (['--mixup', '0.2'], 'does not go with --mixup'),
-], ids=['levels', 'private', 'unfrozen', 'mixup'])
+    (['--no-pretrained-backbone', '--initial-checkpoint', 'RUN'], '--search makes new experts on a backbone'),
+], ids=['levels', 'private', 'unfrozen', 'mixup', 'start'])
 def test_what_does_not_go_with_cached_features(extra, sentence):
     with pytest.raises(InputError, match=sentence):
         plan_phases(parse_train_args([*FROZEN, *extra]))
@@ -213,12 +214,13 @@ def test_fine_tuning_begins_with_the_experts_found(backbone_file, tmp_path):
     args.insert(1, 'finetune_heads')
     metrics = train(parse_train_args([
         *args, '--initial-checkpoint', str(tmp_path / 'run'), '--lr', '0', '--weight-decay', '0', '--experiment',
-        'tuned', '--epochs', '1', '--output', str(tmp_path)]))
+        'tuned', '--epochs', '1', '--model-kwargs', 'bn_eps=0.002', '--output', str(tmp_path)]))
     tuned, saved = load_trained_model(str(tmp_path / 'tuned')).model, read_args(tmp_path / 'tuned')
     torch.testing.assert_close(tuned.classifier.weight, found.classifier.weight)
     assert tuned.depths == found.depths == ((2,), (1, 3)) and not tuned.trunk_frozen and list(metrics) == ['stage_one']
     assert saved['backbone'] == 'test_efficientnet' and saved['levels'] == ['2', '1+3']
-    assert saved['cosine_scale'] == 25 and saved['model_kwargs']['pad_type'] == 'same'
+    assert saved['cosine_scale'] == 25 and saved['head_init'] == 'means'  # They are kept all the same.
+    assert saved['model_kwargs'].items() >= dict(pad_type='same', bn_eps=0.002).items()
     assert not torch.equal(tuned.experts[0].norm.running_mean, found.experts[0].norm.running_mean)
 
 

@@ -265,7 +265,7 @@ def test_a_folder_alone_gets_the_recipe_for_its_device(monkeypatch, caplog):
     assert parse_train_args(['--data-dir', 'photos', '--img-size', '96']).img_size == 96
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     config = parse_train_args(['--data-dir', 'photos'])
-    assert config.search and (config.backbone, config.img_size) == ('convnext_tiny', 224)
+    assert (config.backbone, config.num_experts, config.method) == ('convnext_tiny', 1, 'balanced_softmax')
 
 
 @pytest.mark.parametrize('argv', [

@@ -74,11 +74,12 @@ def test_bare_weights_are_of_the_model_that_the_options_describe(tmp_path, caplo
 @pytest.mark.parametrize('kwargs', [
     dict(), dict(num_experts=2, depths=[2, 1], fusion=False, classifier='linear'),
     dict(fusion='residual', aligner='separable', cosine_scale=20.),
-    dict(private_stages=0, num_experts=2, depths=[[4], [2, 4]], pad_type='same', global_pool='avgmax'),
+    dict(private_stages=0, num_experts=2, depths=[[3], [1, 3]], pad_type='same', global_pool='avgmax',
+         output_stride=16),
 ], ids=['plain', 'linear', 'residual', 'levels'])
 def test_the_structure_of_a_model_makes_it_again(kwargs):
-    model = timm.create_model('shike', backbone='mobilenetv3_small_050', num_classes=4, **kwargs)
-    made = create_model(ModelConfig(model='shike', **structure(model)), 4)
+    model = timm.create_model('shike', backbone='test_efficientnet', num_classes=4, **kwargs)
+    made = create_model(ModelConfig(model='shike', classifier=kwargs.get('classifier'), **structure(model)), 4)
     names = 'num_experts', 'depths', 'fusion', 'classifier_type', 'cosine_scale'
     assert [getattr(made, name) for name in names] == [getattr(model, name) for name in names]
     made.load_state_dict(model.state_dict())

@@ -25,7 +25,7 @@ EXAMPLES = (
     'shike train --data-dir photos --train-list train.csv --val-list val.csv --experiment first --resume',
 )
 CPU_RECIPE = dict(hparams='frozen', backbone='tf_efficientnet_lite0', img_size=160)
-GPU_RECIPE = dict(CPU_RECIPE, backbone='convnext_tiny', img_size=224)
+GPU_RECIPE = dict(hparams='finetune_plain', backbone='convnext_tiny', img_size=224)
 
 
 def _recommended(given: Dict[str, Any]) -> Dict[str, Any]:

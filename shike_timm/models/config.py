@@ -16,7 +16,7 @@ class ModelConfig:
         'or a file', 'TAG|FILE', const='default')
     initial_checkpoint: Optional[str] = option(
         None, 'start from a trained SHIKE model: a run folder, a checkpoint, local-dir:RUN/model or hf-hub:USER/NAME. '
-        "Options of the model are those of its training, where they are not given. Its classifiers are not loaded if "
+        'Its backbone, experts and fusion are taken over where they are not given. Its classifiers are not loaded if '
         "its classes differ from the data's", 'FILE|NAME')
     pretrained: bool = option(
         False, 'start from the published weights of --model. Weights of a SHIKE model load as with '

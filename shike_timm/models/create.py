@@ -92,11 +92,11 @@ def create_model(
 
 
 def structure(model: Shike) -> Dict[str, Any]:
-    """Options with which `create_model` makes a model of the same structure."""
+    """Options with which `create_model` makes trunk and experts like those of this model."""
     made_with = model._model_args
     names = 'backbone', 'private_stages', 'private_blocks', 'aligner'
     found = {name: made_with[name] for name in names if name in made_with}
-    found.update(num_experts=model.num_experts, classifier=model.classifier_type)
+    found.update(num_experts=model.num_experts)
     if model.classifier_type == 'cosine':
         found.update(cosine_scale=made_with.get('cosine_scale', model.cosine_scale))
     if model.has_private_stages:
@@ -104,8 +104,9 @@ def structure(model: Shike) -> Dict[str, Any]:
         found.update(dict(fusion=False) if model.fusion == 'none' else dict(fusion_type=model.fusion))
     else:
         found.update(levels=['+'.join(map(str, one)) for one in model.depths])
+    own = {name: made_with[name] for name in ('output_stride',) if name in made_with}
     found.update(model_kwargs={
-        name: value for name, value in model._backbone_args.items()
+        name: value for name, value in {**own, **model._backbone_args}.items()
         if name not in ('private_stages', 'private_blocks', 'img_size') and value is not None})
     return found
 

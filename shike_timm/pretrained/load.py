@@ -148,8 +148,9 @@ def with_trained_options(config: Config, trained: TrainedModel) -> Config:
     sizes = ('img_size', 'input_size')
     sized = any(getattr(config, key) for key in sizes)
     return replace(config, **{
-        key: value for key, value in trained.options.items()
-        if getattr(config, key) in (None, {}) and not (sized and key in sizes)})
+        key: {**value, **getattr(config, key)} if key == 'model_kwargs' else value
+        for key, value in trained.options.items()
+        if getattr(config, key) is None and not (sized and key in sizes) or key == 'model_kwargs'})
 
 
 def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:

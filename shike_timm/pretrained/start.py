@@ -37,20 +37,24 @@ def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optio
     del options['crop_mode']  # No option of training sets crop_mode.
     if preprocessing.img_size or preprocessing.input_size or preprocessing.in_chans:
         options['input_size'] = None
-    options.update(structure(trained.model))
-    if config.classifier == 'linear':
-        options['cosine_scale'] = None
-    if config.fusion_type not in (None, options.get('fusion_type')):
-        raise InputError(
-            f"--fusion-type {config.fusion_type} differs from that of '{name}', {trained.model.fusion}: leave it out.")
+    found, fusion = structure(trained.model), trained.model.fusion
+    unused = [key for key, use in (
+        ('backbone', config.model == 'shike'), ('cosine_scale', config.classifier != 'linear'),
+        ('levels', not config.depths)) if not use]
+    options.update((key, value) for key, value in found.items() if key not in unused)
+    if fusion != 'none' and config.fusion_type not in (None, fusion):
+        raise InputError(f"--fusion-type {config.fusion_type} differs from that of '{name}', {fusion}: leave it out.")
     options = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in options.items() if value is not None}
     return replace(trained, name=name, options=options)
 
 
-def start_from(model: Shike, start: TrainedModel, class_names: Sequence[str]) -> None:
-    """Load weights of a trained model into a new model. If the classes are equal, classifiers match by name."""
+def start_from(model: Shike, start: TrainedModel, class_names: Sequence[str]) -> bool:
+    """Load weights of a trained model into a new model. If the classes are equal, classifiers match by name.
+
+    Returns whether the classifiers were loaded too.
+    """
     own, weights, names = model.state_dict(), start.model.state_dict(), start.class_names
     head = {key: value for key, value in own.items() if key.startswith('classifier.')}
     loaded = [key for key in weights if key.startswith('classifier.')]
@@ -70,3 +74,4 @@ def start_from(model: Shike, start: TrainedModel, class_names: Sequence[str]) ->
         _logger.warning(
             f"The classifiers of '{start.name}' were trained at a cosine scale of {scale:g} and go on at "
             f'{model.cosine_scale:g}: give --cosine-scale {scale:g} to keep theirs.')
+    return kept

@@ -28,7 +28,8 @@ class MethodConfig:
     detach_teacher: bool = option(False, 'stop gradients through the teacher of dynamic knowledge transfer')
     head_init: str = option(
         'random', 'initial class weights of stage one: random, or the class means of the features that the pretrained '
-        'network computes', choices=('random', 'means'), card='changed')
+        'network computes. Classifiers that --initial-checkpoint brings are kept',
+        choices=('random', 'means'), card='changed')
     crt_init: str = option(
         'random', 'initial class weights of stage two: random, or the class means of the features',
         choices=('random', 'means'), card='changed')

@@ -63,11 +63,15 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
         raise InputError(
             f'--crt-cosine-scale {config.crt_cosine_scale:g} does not go with --classifier linear: drop one of them.')
     if config.head_init == 'means' and not config.begins_trained:
-        raise InputError('--head-init means would average features of random weights: add --pretrained-backbone.')
+        raise InputError(
+            '--head-init means would average features of random weights: add --pretrained-backbone or '
+            '--initial-checkpoint.')
     if config.cache_features and (config.private_stages != 0 or not config.freeze_trunk):
         raise InputError('--cache-features goes with --private-stages 0 and --freeze-trunk: add both.')
     if config.cache_features and (config.mixup or config.cutmix or config.kd_model_name or world_size() > 1):
         raise InputError('--cache-features does not go with --mixup, --cutmix, --kd-model-name or several processes.')
+    if config.search and not config.pretrained_backbone:
+        raise InputError('--search makes new experts on a backbone: give --pretrained-backbone or --no-search.')
     if config.search and (config.levels or not config.cache_features):
         raise InputError(
             '--search chooses --levels: drop one of them.' if config.levels else

@@ -61,8 +61,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         if start is None and config.exif is None and not config.dataset:  # Benchmarks and old models ignore EXIF.
             config = replace(config, exif=True)
     trainer = prepare(config, phases, device, checkpoint is None, class_names, folder)
-    if start is not None:
-        start_from(trainer.model, start, trainer.data.class_names)
+    if start is not None and start_from(trainer.model, start, trainer.data.class_names):
+        trainer.phases = [replace(phases[0], class_means=False), *phases[1:]]  # The classifiers are trained already.
     if config.lora and not phases[0].is_retraining:
         add_lora(trainer.model, config.lora, trainer.data_config['input_size'])
     return trainer.train(config.resume is not None, checkpoint)

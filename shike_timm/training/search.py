@@ -81,7 +81,7 @@ def _fit(
     for _ in range(config.epochs):
         views = torch.randint(fold.features.shape[1], (len(fold.rows),), generator=generator)
         for chosen in torch.randperm(len(fold.rows), generator=generator).split(config.batch_size):
-            rows = fold.rows[chosen]
+            rows = fold.rows[chosen.numpy()]
             logits = scale * cosines(fold.read(rows, views[chosen].numpy(), levels), weight)
             optimizer.zero_grad()
             balanced_softmax(logits, labels[rows], class_counts).backward()
