@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from shike_timm.training.features import FeatureLoader, standardise
 from shike_timm.training.folder import read_args
 from shike_timm.training.phases import plan_phases
 from shike_timm.training.runs import train
-from shike_timm.training.search import _folds
-from shike_timm.training.signals import Interrupted
+from shike_timm.training.search import _folds, search
+from shike_timm.training.signals import Interrupted, StopFlag
 
 
 @pytest.fixture(scope='module')
@@ -197,11 +198,12 @@ def test_pooled_features_have_no_maps(backbone_file, tmp_path):
 
 @pytest.mark.parametrize('extra, sentence', [
     (['--search', '--levels', '1+2'], '--search chooses --levels'),
+    (['--num-experts', '1'], '--search chooses --num-experts'),
     (['--private-stages', '1'], '--cache-features goes with --private-stages 0'),
     (['--no-freeze-trunk'], '--cache-features goes with --private-stages 0'),
     (['--mixup', '0.2'], 'does not go with --mixup'),
     (['--no-pretrained-backbone', '--initial-checkpoint', 'RUN'], '--search makes new experts on a backbone'),
-], ids=['levels', 'private', 'unfrozen', 'mixup', 'start'])
+], ids=['levels', 'experts', 'private', 'unfrozen', 'mixup', 'start'])
 def test_what_does_not_go_with_cached_features(extra, sentence):
     with pytest.raises(InputError, match=sentence):
         plan_phases(parse_train_args([*FROZEN, *extra]))
@@ -222,6 +224,15 @@ def test_fine_tuning_begins_with_the_experts_found(backbone_file, tmp_path):
     assert saved['cosine_scale'] == 25 and saved['head_init'] == 'means'  # They are kept all the same.
     assert saved['model_kwargs'].items() >= dict(pad_type='same', bn_eps=0.002).items()
     assert not torch.equal(tuned.experts[0].norm.running_mean, found.experts[0].norm.running_mean)
+
+
+def test_the_search_takes_a_batch_of_one_image():
+    data = in_memory_set(np.zeros((31, 2, 2, 3), np.uint8), np.repeat([0, 1, 2], [16, 10, 5]), ['a', 'b', 'c'])
+    left = 31 - int((_folds(data, seed=0) == 0).sum())
+    features = np.random.default_rng(0).normal(size=(31, 2, 4)).astype(np.float16)
+    config = replace(parse_train_args(FROZEN), batch_size=(left - 1) // 2)
+    found = search(features, data, [2, 2], config, StopFlag())
+    assert found[0]['balanced'] == max(one['balanced'] for one in found)
 
 
 def test_folds_have_a_fifth_of_each_class_and_whole_groups():

@@ -72,9 +72,10 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
         raise InputError('--cache-features does not go with --mixup, --cutmix, --kd-model-name or several processes.')
     if config.search and not config.pretrained_backbone:
         raise InputError('--search makes new experts on a backbone: give --pretrained-backbone or --no-search.')
-    if config.search and (config.levels or not config.cache_features):
+    chosen = next((key for key in ('levels', 'num_experts') if getattr(config, key)), None)
+    if config.search and (chosen or not config.cache_features):
         raise InputError(
-            '--search chooses --levels: drop one of them.' if config.levels else
+            f"--search chooses --{chosen.replace('_', '-')}: drop one of them, or give --no-search." if chosen else
             '--search goes with --cache-features: add it.')
     taught = config.kd_model_name and config.distill_loss_weight  # With a teacher the logits follow neither prior.
     phases = [Phase(
