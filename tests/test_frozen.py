@@ -230,7 +230,7 @@ def test_the_search_takes_a_batch_of_one_image():
     data = in_memory_set(np.zeros((31, 2, 2, 3), np.uint8), np.repeat([0, 1, 2], [16, 10, 5]), ['a', 'b', 'c'])
     left = 31 - int((_folds(data, seed=0) == 0).sum())
     features = np.random.default_rng(0).normal(size=(31, 2, 4)).astype(np.float16)
-    config = replace(parse_train_args(FROZEN), batch_size=(left - 1) // 2)
+    config = replace(parse_train_args(FROZEN), batch_size=left - 1)
     found = search(features, data, [2, 2], config, StopFlag())
     assert found[0]['balanced'] == max(one['balanced'] for one in found)
 
