@@ -191,7 +191,6 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('MobileNetV2, three experts on the frozen network', ['plankton_part_mobilenetv2_heads'], None),
         ('MobileNetV2, fine-tuned from them, 4 epochs', ['plankton_part_mobilenetv2_tuned'], None),
         ('the same at a learning rate of 0.01', ['plankton_part_mobilenetv2_tuned_lr01'], None),
-        ('MobileNetV2, one network, one phase, at 0.01', ['plankton_part_mobilenetv2_plain_balanced_lr01'], None),
     ]),
     'from_heads': ('EfficientNet-Lite0 at 64 px, CIFAR-100-LT (100), the operations of 10 epochs of one network:', [
         ('one network, two phases, 10 + 3 epochs', ['ops_plain_10'], None),
@@ -221,6 +220,7 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('fine-tuned from them, 5 epochs', ['plankton_part_lite0_tuned'], None),
         ('the same at a learning rate of 0.01', ['plankton_part_lite0_tuned_lr01'], None),
         ('one network, one phase, 5 epochs at 0.01', ['plankton_part_lite0_balanced_lr01'], None),
+        ('one network, one phase, 5 epochs at 0.05', ['plankton_part_lite0_balanced_lr05'], None),
     ]),
     'backbone': ('EfficientNet-Lite0 as backbone, CIFAR-100-LT (100) at 64 px, 5 + 2 epochs:', [
         ('from ImageNet weights', ['lite0_pretrained'], None),
