@@ -134,10 +134,12 @@ def test_the_documents_say_what_was_recorded(script, capsys):
 
 def test_the_advice_of_the_readme_has_the_figures_of_its_rows():
     advice = (ROOT / 'README.md').read_text().split('## SHIKE or one network?')[1].split('\n## ')[0]
-    runs = ['lite0_shike_long', 'lite0_plain_long']
+    runs = (
+        ('lite0_tuned_long', 'plankton_part_lite0_tuned'), ('lite0_balanced_long', 'plankton_part_lite0_balanced'),
+        ('lite0_plain_long', 'plankton_part_lite0_plain'))
     timm = recorded('plankton_timm_rebalanced')
     assert re.findall(r'\d\d\.\d\d', advice) == [
-        *(recorded(name)['top1'] for name in runs),
+        *(figure for cifar, plankton in runs for figure in (recorded(cifar)['top1'], recorded(plankton)['balanced'])),
         timm['stage_one_balanced'], timm['balanced'], timm['stage_one_top1'], timm['top1']]
     assert f"{float(timm['minutes']):.0f} minutes" in advice
     three, one = (float(recorded(name)['top1']) for name in ('three_experts', 'one_network'))
