@@ -138,9 +138,9 @@ def test_the_advice_of_the_readme_has_the_figures_of_its_rows():
         ('lite0_tuned_long', 'plankton_part_lite0_tuned'), ('lite0_balanced_long', 'plankton_part_lite0_balanced'),
         ('lite0_plain_long', 'plankton_part_lite0_plain'))
     timm = recorded('plankton_timm_rebalanced')
-    assert re.findall(r'\d\d\.\d\d', advice) == [
+    assert [float(figure) for figure in re.findall(r'\d\d\.\d\d', advice)] == [float(figure) for figure in (
         *(figure for cifar, plankton in runs for figure in (recorded(cifar)['top1'], recorded(plankton)['balanced'])),
-        timm['stage_one_balanced'], timm['balanced'], timm['stage_one_top1'], timm['top1']]
+        timm['stage_one_balanced'], timm['balanced'], timm['stage_one_top1'], timm['top1'])]
     assert f"{float(timm['minutes']):.0f} minutes" in advice
     three, one = (float(recorded(name)['top1']) for name in ('three_experts', 'one_network'))
     assert float(re.findall(r'three experts (\d\.\d) points', advice)[0]) == pytest.approx(three - one, abs=0.051)

@@ -93,12 +93,12 @@ def create_model(
 
 def structure(model: Shike) -> Dict[str, Any]:
     """Options with which `create_model` makes trunk and experts like those of this model."""
-    made_with = model._model_args
+    made_with = getattr(model, '_made_with', {})
     names = 'backbone', 'private_stages', 'private_blocks', 'aligner'
     found = {name: made_with[name] for name in names if name in made_with}
     found.update(num_experts=model.num_experts)
     if model.classifier_type == 'cosine':
-        found.update(cosine_scale=made_with.get('cosine_scale', model.cosine_scale))
+        found.update(cosine_scale=getattr(model.get_classifier(), 'scale', model.cosine_scale))
     if model.has_private_stages:
         found.update(depths=list(model.depths))
         found.update(dict(fusion=False) if model.fusion == 'none' else dict(fusion_type=model.fusion))
