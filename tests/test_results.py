@@ -135,7 +135,7 @@ def test_the_documents_say_what_was_recorded(script, capsys):
 def test_the_advice_of_the_readme_has_the_figures_of_its_rows():
     advice = (ROOT / 'README.md').read_text().split('## SHIKE or one network?')[1].split('\n## ')[0]
     runs = (
-        ('lite0_tuned_long', 'plankton_part_lite0_tuned'), ('lite0_balanced_long', 'plankton_part_lite0_balanced'),
+        ('lite0_tuned_long', 'plankton_part_lite0_tuned'), ('lite0_balanced_long', 'plankton_part_lite0_balanced_lr05'),
         ('lite0_plain_long', 'plankton_part_lite0_plain'))
     timm = recorded('plankton_timm_rebalanced')
     assert [float(figure) for figure in re.findall(r'\d\d\.\d\d', advice)] == [float(figure) for figure in (
