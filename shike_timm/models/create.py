@@ -104,9 +104,9 @@ def structure(model: Shike) -> Dict[str, Any]:
         found.update(dict(fusion=False) if model.fusion == 'none' else dict(fusion_type=model.fusion))
     else:
         found.update(levels=['+'.join(map(str, one)) for one in model.depths])
-    own = {name: made_with[name] for name in ('output_stride',) if name in made_with}
+    kwargs = dict(model._backbone_args, output_stride=made_with.get('output_stride'))
     found.update(model_kwargs={
-        name: value for name, value in {**own, **model._backbone_args}.items()
+        name: value for name, value in kwargs.items()
         if name not in ('private_stages', 'private_blocks', 'img_size') and value is not None})
     return found
 

@@ -148,9 +148,8 @@ def with_trained_options(config: Config, trained: TrainedModel) -> Config:
     sizes = ('img_size', 'input_size')
     sized = any(getattr(config, key) for key in sizes)
     return replace(config, **{
-        key: {**value, **getattr(config, key)} if key == 'model_kwargs' else value
-        for key, value in trained.options.items()
-        if getattr(config, key) is None and not (sized and key in sizes) or key == 'model_kwargs'})
+        key: value for key, value in trained.options.items()
+        if key == 'model_kwargs' or getattr(config, key) is None and not (sized and key in sizes)})
 
 
 def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:

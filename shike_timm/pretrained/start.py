@@ -38,10 +38,14 @@ def load_start(config: ModelConfig, preprocessing: PreprocessingConfig) -> Optio
     if preprocessing.img_size or preprocessing.input_size or preprocessing.in_chans:
         options['input_size'] = None
     found, fusion = structure(trained.model), trained.model.fusion
-    unused = [key for key, use in (
-        ('backbone', config.model == 'shike'), ('cosine_scale', config.classifier != 'linear'),
-        ('levels', not config.depths)) if not use]
-    options.update((key, value) for key, value in found.items() if key not in unused)
+    found['model_kwargs'].update(config.model_kwargs)
+    if config.model != 'shike':
+        found.pop('backbone', None)  # It belongs to the name of the model.
+    if config.classifier == 'linear':
+        found.pop('cosine_scale', None)
+    if config.depths:
+        found.pop('levels', None)
+    options.update(found)
     if fusion != 'none' and config.fusion_type not in (None, fusion):
         raise InputError(f"--fusion-type {config.fusion_type} differs from that of '{name}', {fusion}: leave it out.")
     options = {
