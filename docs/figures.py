@@ -24,6 +24,7 @@ THEMES = {
 }
 # Multiply-accumulates of an image, in those of one network: ResNet-32 at 32 px, EfficientNet-Lite0 at 64 px.
 OPERATIONS = {'resnet32': 0.120 / 0.069, 'lite0': 62 / 31}
+FEATURES = 2 / 3  # Operations of a frozen run, in epochs: two views of each image go forward.
 IMAGES = 10_000  # of the test split of CIFAR-100
 GROUND = 'ground floor'
 FLOORS = {
@@ -165,22 +166,24 @@ def _values() -> Dict[str, Dict[str, float]]:
 
 
 def operations(theme: Theme) -> str:
-    """Accuracy against operations of stage one, in epochs of one network."""
+    """Accuracy against training operations, in epochs of one network. Two phases count those of stage one."""
     scratch, lite0 = OPERATIONS['resnet32'], OPERATIONS['lite0']
-    panels = [  # Title, column, and of each side the runs with the operations of their stage one.
+    part = 'plankton_part_lite0'
+    panels = [  # Title, column, and of each side the runs with their operations.
         ('From scratch, CIFAR-100-LT', 'top1', {'one_network_short': 40, 'one_network': 180},
          {'short_seed0': 40 * scratch, 'if100_seed0': 180 * scratch}),
-        ('Fine-tuned, CIFAR-100-LT', 'top1', {'lite0_plain': 5, 'lite0_plain_long': 10},
+        ('Fine-tuned in two phases, CIFAR-100-LT', 'top1', {'lite0_plain': 5, 'lite0_plain_long': 10},
          {'lite0_shike': 5 * lite0, 'lite0_shike_long': 10 * lite0}),
-        ('Fine-tuned, plankton (balanced)', 'balanced', {'plankton_plain': 3, 'plankton_plain_long': 7},
-         {'plankton_shike': 3 * lite0, 'plankton_shike_long': 7 * lite0}),
-        ('Fine-tuned, stage two from class means', 'top1', {f'ops_plain_{n:02}': n for n in (5, 10, 20)},
-         {f'ops_shike_{n:02}': n * lite0 for n in (5, 10)}),
+        ('In one phase, CIFAR-100-LT', 'top1',
+         {'ops_plain_balanced_01_lr02': 1, 'ops_plain_balanced_05': 5, 'ops_plain_balanced_10': 10},
+         {'ops_frozen_heads': FEATURES, 'ops_frozen_tuned_04': FEATURES + 4, 'ops_frozen_tuned_10': FEATURES + 10}),
+        ('In one phase, plankton (balanced)', 'balanced',
+         {f'{part}_balanced_one_lr02': 1, f'{part}_balanced_short_lr05': 3, f'{part}_balanced_lr05': 5},
+         {f'{part}_heads': FEATURES, f'{part}_tuned_short_lr02': FEATURES + 2, f'{part}_tuned_lr05': FEATURES + 5}),
     ]
     values = _values()
-    panels = [panel for panel in panels if sum(run in values for side in panel[2:] for run in side) >= 3]
     drawing = Drawing(theme, 680, 40 + 270 * math.ceil(len(panels) / 2))
-    drawing.legend(60, 24, [('one network', 'plain', False), ('SHIKE, three experts', 'shike', False)])
+    drawing.legend(60, 24, [('one network', 'plain', False), ('three experts', 'shike', False)])
     for number, (title, column, *sides) in enumerate(panels):
         points = [[(x, values[run][column]) for run, x in side.items() if run in values] for side in sides]
         _panel(drawing, 55 + 340 * (number % 2), 75 + 270 * (number // 2), title, points)
@@ -200,7 +203,7 @@ def _panel(drawing: Drawing, left: int, top: int, title: str, sides: Sequence[Se
     for y in range(low, high + 1, 5):
         drawing.line([place(0, y), place(end, y)], 'grid')
         drawing.text(left - 8, place(0, y)[1] + 5, f'{y} %' if y == high else str(y), 13, 'end')
-    for x in sorted({round(x) for x in xs}):
+    for x, _ in sides[0]:
         drawing.text(place(x, 0)[0], top + height + 20, str(x), 13)
     drawing.text(left + width / 2, top + height + 40, 'operations, in epochs of one network', 13)
     for side, colour, x_off, y_off, anchor in zip(sides, ('plain', 'shike'), (-7, 7), (-7, 17), ('end', 'start')):
@@ -279,35 +282,6 @@ def tail(theme: Theme) -> str:
     return drawing.svg()
 
 
-def fine_tuning(theme: Theme) -> str:
-    """Accuracy of one network and of three experts, at the best learning rate that was tried for each."""
-    ways = (
-        ('one network, two phases', 'ops_plain_10', 'plain'),
-        ('SHIKE, two phases', 'ops_shike_05', 'shike'),
-        ('one network, one phase', 'ops_plain_balanced_10', 'balanced_lr05'),
-        ('SHIKE, one phase', 'ops_shike_balanced_05', 'shike_balanced'),
-        ('the frozen last level first', 'ops_frozen_last_tuned_10', 'last_tuned'),
-        ('three frozen experts first', 'ops_frozen_tuned_10', 'tuned'),
-    )
-    values, drawing = _values(), Drawing(theme, 680, 290)
-    panels = (
-        ('CIFAR-100-LT, top-1', (50, 52, 54, 56), (49.5, 56.5), [(run, 'top1') for _, run, _ in ways]),
-        ('plankton, balanced', (43, 46, 49, 52), (41.5, 54.), [(f'plankton_part_lite0_{run}', 'balanced')
-                                                               for *_, run in ways]))
-    for i, (label, *_) in enumerate(ways):
-        drawing.text(195, 71 + 32 * i, label, 13, 'end')
-    for n, (title, ticks, ends, runs) in enumerate(panels):
-        left = 212 + 235 * n
-        column = [(values[run][key], 0., None) if run in values else None for run, key in runs]
-        drawing.text(left + 85, 32, title, 14)
-        _dots(drawing, left, 50, 170, ticks, column, ends)
-        for i, found in enumerate(column):
-            if found:
-                drawing.text(left + 215, 71 + 32 * i, f'{found[0]:.2f}', 13, 'end')
-    drawing.text(452, 280, '%, EfficientNet-Lite0, about the same operations', 13)
-    return drawing.svg()
-
-
 def frozen(theme: Theme) -> str:
     """Balanced accuracy by what classifiers read of a frozen network, mean and standard deviation of three draws."""
     values, drawing = _values(), Drawing(theme, 680, 270)
@@ -325,7 +299,7 @@ def frozen(theme: Theme) -> str:
 
 
 PICTURES: Dict[str, Callable[[Theme], str]] = {
-    function.__name__: function for function in (architecture, house, operations, fine_tuning, ablation, tail, frozen)}
+    function.__name__: function for function in (architecture, house, operations, ablation, tail, frozen)}
 
 
 def main() -> List[Path]:

@@ -46,6 +46,11 @@ def _short(rows: Rows) -> Rows:
     return [(what, [f'{name}_short' for name in names], paper) for what, names, paper in rows]
 
 
+def _rates(what: str, run: str, rates: Sequence[str]) -> Rows:
+    """A run at several learning rates. A rate is given by its decimals, with which the run's name ends."""
+    return [(f'{what} at {float(f"0.{rate}"):g}', [f'{run}_lr{rate}'], None) for rate in rates]
+
+
 # The title and rows of each table: name of a row, its runs in runs.csv, and the paper's top-1.
 TABLES: Dict[str, Tuple[str, Rows]] = {
     'recipes': ('', [
@@ -112,13 +117,6 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
     ]),
     'plankton_frozen': ('Frozen backbones, a fifth of plankton held out:', [
         (f'{what}: {reads}', [f'plankton_frozen_{net}_{run}'], None) for net, what in FROZEN for run, reads in READS
-    ]),
-    'operations': ('Fine-tuned EfficientNet-Lite0, on 50 training images a class set aside, stage two from means:', [
-        ('one network, 5 epochs', ['ops_plain_05'], None),
-        ('one network, 10 epochs', ['ops_plain_10'], None),
-        ('SHIKE, 5 epochs: the operations of 10', ['ops_shike_05'], None),
-        ('one network, 20 epochs', ['ops_plain_20'], None),
-        ('SHIKE, 10 epochs: the operations of 20', ['ops_shike_10'], None),
     ]),
     'finetune_more': ('Two other backbones, on 50 training images a class set aside, about the same operations:', [
         ('MobileNetV2: one network, 4 + 1', ['mobilenetv2_val_plain'], None),
@@ -192,15 +190,19 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('MobileNetV2, fine-tuned from them, 4 epochs', ['plankton_part_mobilenetv2_tuned'], None),
         ('the same at a learning rate of 0.01', ['plankton_part_mobilenetv2_tuned_lr01'], None),
     ]),
-    'from_heads': ('EfficientNet-Lite0 at 64 px, CIFAR-100-LT (100), the operations of 10 epochs of one network:', [
+    'from_heads': ('EfficientNet-Lite0 at 64 px, CIFAR-100-LT (100), on 50 training images a class set aside:', [
         ('one network, two phases, 10 + 3 epochs', ['ops_plain_10'], None),
         ('SHIKE, two phases, 5 + 3 epochs', ['ops_shike_05'], None),
-        ('one network, one phase, 10 epochs', ['ops_plain_balanced_10', 'ops_plain_balanced_10_seed1'], None),
-        ('SHIKE, one phase, 5 epochs', ['ops_shike_balanced_05'], None),
+        ('SHIKE, one phase, 5 epochs at 0.05', ['ops_shike_balanced_05'], None),
+        *_rates('one network, one phase, 1 epoch', 'ops_plain_balanced_01', ('01', '02', '05', '10')),
+        ('one network, one phase, 5 epochs at 0.02', ['ops_plain_balanced_05'], None),
+        ('one network, one phase, 10 epochs at 0.02', ['ops_plain_balanced_10', 'ops_plain_balanced_10_seed1'], None),
+        ('one network, one phase, 10 epochs at 0.05', ['ops_plain_balanced_10_lr05'], None),
         ('the last level of the frozen network', ['ops_frozen_last'], None),
-        ('fine-tuned from it, 10 epochs', ['ops_frozen_last_tuned_10'], None),
         ('three experts on the frozen network', ['ops_frozen_heads', 'ops_frozen_heads_seed1'], None),
-        ('fine-tuned from them, 10 epochs', ['ops_frozen_tuned_10', 'ops_frozen_tuned_10_seed1'], None),
+        ('fine-tuned from them, 4 epochs at 0.02', ['ops_frozen_tuned_04'], None),
+        ('fine-tuned from them, 10 epochs at 0.02', ['ops_frozen_tuned_10', 'ops_frozen_tuned_10_seed1'], None),
+        ('fine-tuned from them, 10 epochs at 0.05', ['ops_frozen_tuned_10_lr05'], None),
     ]),
     'from_heads_test': ('The same on the test split:', [
         ('one network, two phases, 10 + 3 epochs', ['lite0_plain_long'], None),
@@ -209,18 +211,22 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('three experts on the frozen network', ['lite0_heads'], None),
         ('fine-tuned from them, 10 epochs', ['lite0_tuned_long'], None),
     ]),
-    'plankton_from_heads': ('EfficientNet-Lite0 at 64 px, a third of plankton, about the same operations:', [
+    'plankton_from_heads': ('EfficientNet-Lite0 at 64 px, a third of plankton:', [
         ('one network, two phases, 5 + 1 epochs', ['plankton_part_lite0_plain'], None),
         ('SHIKE, two phases, 3 + 1 epochs', ['plankton_part_lite0_shike'], None),
-        ('one network, one phase, 5 epochs', ['plankton_part_lite0_balanced'], None),
-        ('SHIKE, one phase, 3 epochs', ['plankton_part_lite0_shike_balanced'], None),
-        ('the last level of the frozen network', ['plankton_part_lite0_last'], None),
-        ('fine-tuned from it, 5 epochs', ['plankton_part_lite0_last_tuned'], None),
-        ('three experts on the frozen network', ['plankton_part_lite0_heads'], None),
-        ('fine-tuned from them, 5 epochs', ['plankton_part_lite0_tuned'], None),
-        ('the same at a learning rate of 0.01', ['plankton_part_lite0_tuned_lr01'], None),
+        ('SHIKE, one phase, 3 epochs at 0.05', ['plankton_part_lite0_shike_balanced'], None),
+        *_rates('one network, one phase, 1 epoch', 'plankton_part_lite0_balanced_one', ('01', '02', '05', '10')),
+        *_rates('one network, one phase, 3 epochs', 'plankton_part_lite0_balanced_short', ('02', '05')),
         ('one network, one phase, 5 epochs at 0.01', ['plankton_part_lite0_balanced_lr01'], None),
+        ('one network, one phase, 5 epochs at 0.02', ['plankton_part_lite0_balanced'], None),
         ('one network, one phase, 5 epochs at 0.05', ['plankton_part_lite0_balanced_lr05'], None),
+        ('the last level of the frozen network', ['plankton_part_lite0_last'], None),
+        ('fine-tuned from it, 5 epochs at 0.02', ['plankton_part_lite0_last_tuned'], None),
+        ('three experts on the frozen network', ['plankton_part_lite0_heads'], None),
+        *_rates('fine-tuned from them, 2 epochs', 'plankton_part_lite0_tuned_short', ('01', '02', '05', '10')),
+        ('fine-tuned from them, 5 epochs at 0.01', ['plankton_part_lite0_tuned_lr01'], None),
+        ('fine-tuned from them, 5 epochs at 0.02', ['plankton_part_lite0_tuned'], None),
+        ('fine-tuned from them, 5 epochs at 0.05', ['plankton_part_lite0_tuned_lr05'], None),
     ]),
     'backbone': ('EfficientNet-Lite0 as backbone, CIFAR-100-LT (100) at 64 px, 5 + 2 epochs:', [
         ('from ImageNet weights', ['lite0_pretrained'], None),

@@ -135,8 +135,16 @@ def test_the_documents_say_what_was_recorded(script, capsys):
 def test_the_advice_of_the_readme_has_the_figures_of_its_rows():
     advice = (ROOT / 'README.md').read_text().split('## SHIKE or one network?')[1].split('\n## ')[0]
     runs = (
-        ('lite0_tuned_long', 'plankton_part_lite0_tuned'), ('lite0_balanced_long', 'plankton_part_lite0_balanced_lr05'),
+        ('lite0_tuned_long', 'plankton_part_lite0_tuned_lr05'),
+        ('lite0_balanced_long', 'plankton_part_lite0_balanced_lr05'),
         ('lite0_plain_long', 'plankton_part_lite0_plain'))
+    leads = [
+        float(recorded(frozen)[share]) - max(float(row[share]) for row in named(f'{one}_lr'))
+        for frozen, one, share in (
+            ('ops_frozen_heads', 'ops_plain_balanced_01', 'top1'),
+            ('plankton_part_lite0_heads', 'plankton_part_lite0_balanced_one', 'balanced'))]
+    told = re.findall(r'lead by (\S+) points on CIFAR-100-LT and (\S+) on', advice)[0]
+    assert [float(one) for one in told] == pytest.approx(leads, abs=0.051)
     timm = recorded('plankton_timm_rebalanced')
     assert [float(figure) for figure in re.findall(r'\d\d\.\d\d', advice)] == [float(figure) for figure in (
         *(figure for cifar, plankton in runs for figure in (recorded(cifar)['top1'], recorded(plankton)['balanced'])),
