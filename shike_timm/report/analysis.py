@@ -91,7 +91,7 @@ class Analysis:
         """Whether there are few-shot classes with test images."""
         return bool(self.shots['few'].any())
 
-    @property
+    @cached_property
     def most_confused(self) -> List[Optional[Tuple[int, int]]]:
         """For each class the wrong class that the ensemble predicts most, and how often. None without mistakes."""
         best = {true: (predicted, count) for (true, predicted), count in reversed(self.confusions)}
