@@ -177,6 +177,7 @@ def test_bad_hparams(tmp_path, text, message):
     (['--epochs', 'ten'], "--epochs is 'ten', expected a whole number"),
     (['--epochs', '0'], '--epochs 0 is out of range: give at least 1'),
     (['--lr', 'nan'], '--lr nan is out of range'),
+    (['--imb-factor', '0.5'], '--imb-factor 0.5 is out of range: give at least 1'),
     (['--drop', '1'], '--drop 1.0 is out of range: give less than 1'),
     (['--opt-kwargs', 'eps'], "'eps' is not of the form KEY=VALUE"),
     (['--scale', '1'], '--scale: expected 2 arguments'),

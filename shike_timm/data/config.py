@@ -35,7 +35,8 @@ class EvalDataConfig:
     val_num_samples: Optional[int] = option(None, 'number of images of an evaluation stream', low=1, card='never')
     dataset_download: bool = option(
         False, 'download the data if the data set can do that', may_change=True, card='never')
-    imb_factor: float = option(100., 'imbalance factor of the *_lt data sets: the largest class over the smallest')
+    imb_factor: float = option(
+        100., 'imbalance factor of the *_lt data sets: the largest class over the smallest', low=1)
     imb_type: str = option('exp', 'profile of the class counts of the *_lt data sets', choices=('exp', 'step'))
     imb_seed: Optional[int] = option(
         None, 'draw the images of a *_lt data set with this seed, as LDAM-DRW does. By default each class keeps its '

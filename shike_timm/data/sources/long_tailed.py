@@ -22,14 +22,10 @@ def long_tailed_counts(max_count: int, num_classes: int, imb_factor: float, imb_
     With 'exp' class i of C keeps int(max_count * imb_factor^(-i / (C - 1))). With 'step' the first half of the classes
     keep max_count, the others int(max_count / imb_factor).
     """
-    if not imb_factor >= 1:
-        raise InputError(f'imb-factor {imb_factor:g} is below 1: give the size of the largest class over the smallest.')
     if imb_type == 'exp':
         ratios = [(1 / imb_factor) ** (i / max(num_classes - 1, 1)) for i in range(num_classes)]
-    elif imb_type == 'step':
-        ratios = [1. if i < num_classes // 2 else 1 / imb_factor for i in range(num_classes)]
     else:
-        raise InputError(f"imb-type '{imb_type}' is unknown: choose 'exp' or 'step'.")
+        ratios = [1. if i < num_classes // 2 else 1 / imb_factor for i in range(num_classes)]
     counts = [int(max_count * ratio) for ratio in ratios]
     if not counts[-1]:
         raise InputError(
