@@ -205,7 +205,7 @@ class _Files:
         notes = [
             f"{count} {kind}{'s' if count != 1 else ''}{where} ({first_few(sorted(names))})"
             for count, kind, where, names in left_out if count]
-        source = open_files(self.root, paths, self.notes, self.members)
+        source = open_files(self.root, paths, self.members)
         return label_images(self.config, source, labels, [*notes, *self.notes])
 
 

@@ -48,13 +48,13 @@ def _read_text(path: str) -> ImageList:
     return result
 
 
-def _column(fields: Any, wanted: Optional[str], usual: Tuple[str, ...], option: str, path: str) -> str:
-    found = next((name for name in ((wanted,) if wanted else usual) if name in fields), None)
-    if found is None:
-        raise InputError(
-            f"'{path}' has no column '{wanted or usual[0]}' among {', '.join(map(str, fields))}: "
-            f'name one with {option}.')
-    return found
+def _column(fields: List[str], wanted: Optional[str], usual: Tuple[str, ...], option: str, path: str) -> int:
+    """The place of a column: of the wanted one, or else of the first that has a usual name."""
+    for name in (wanted,) if wanted else usual:
+        if name in fields:
+            return fields.index(name)
+    raise InputError(
+        f"'{path}' has no column '{wanted or usual[0]}' among {', '.join(fields)}: name one with {option}.")
 
 
 def _read_table(path: str, config: SourceConfig) -> ImageList:
@@ -66,24 +66,22 @@ def _read_table(path: str, config: SourceConfig) -> ImageList:
         fields = [field.strip() for field in next(rows, [])]
         if len(fields) == 2 and os.path.splitext(fields[0])[1].lower() in image_extensions():
             rows, fields = csv.reader([first, *file], delimiter=rows.dialect.delimiter), ['path', 'label']  # no header
-        keys = [
-            _column(fields, config.input_key, INPUT_KEYS, '--input-key', path),
-            _column(fields, config.target_key, TARGET_KEYS, '--target-key', path),
-        ]
-        if config.group_key in fields:
-            keys.append(config.group_key)
-            result.groups = []
-        places = [fields.index(key) for key in keys]
-        columns = [column for column in (result.paths, result.labels, result.groups) if column is not None]
+        path_at = _column(fields, config.input_key, INPUT_KEYS, '--input-key', path)
+        label_at = _column(fields, config.target_key, TARGET_KEYS, '--target-key', path)
+        group_at = fields.index(config.group_key) if config.group_key in fields else None
+        groups: List[str] = []
         for row in rows:
             if not row:
                 continue
-            if len(row) != len(fields) or not row[places[0]] or not row[places[1]].strip():
+            if len(row) != len(fields) or not row[path_at] or not row[label_at].strip():
                 raise InputError(
                     f"Line {rows.line_num} of '{path}' has no path or no label, or not the {len(fields)} columns of "
                     'its header: mend it.')
-            for column, place in zip(columns, places):
-                column.append(row[place] if column is result.paths else row[place].strip())
+            result.paths.append(row[path_at])
+            result.labels.append(row[label_at].strip())
+            if group_at is not None:
+                groups.append(row[group_at].strip())
+    result.groups = groups or None
     return result
 
 
@@ -171,7 +169,7 @@ def load_list(config: SourceConfig, path: str, spellings: Sequence[Tuple[str, st
             f"'{os.path.join(root, paths[0])}' does not exist: give the folder that the paths of '{path}' begin in as "
             '--data-dir.')
     paths = present[0] if present else paths
-    source = open_files(root, paths, notes, members)
+    source = open_files(root, paths, members)
     return label_images(
         config, source, listed.labels, notes, listed.groups, listed.order, f"the list '{path}'")
 

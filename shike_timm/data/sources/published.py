@@ -94,7 +94,7 @@ class PublishedSource(DataSource):
         labels = [path.rpartition('/')[2] for path, files in folders.items() for _ in files]
         if not paths:
             raise InputError(f"'{folder}' holds no images: unpack them there.")
-        train = exclude(label_images(self.config, open_files(self.root, paths, []), labels), evaluation, self.root)
+        train = exclude(label_images(self.config, open_files(self.root, paths), labels), evaluation, self.root)
         counts = train.class_counts
         is_exact = _has_digest(eval_path, self.eval_list[1]) and not self.config.class_map
         if is_exact and (sum(counts), counts_digest(counts)) != self.whole_counts:

@@ -122,12 +122,10 @@ def tar_members(path: str, notes: List[str]) -> List[Member]:
     return list(_with_links(last, links) if links else last.values())
 
 
-def open_files(
-        root: str, paths: Sequence[str], notes: List[str], members: Optional[Sequence[Member]] = None) -> ImageSource:
-    """The image files at these paths in a folder, or in an archive whose members may be known."""
-    if os.path.isdir(root):
+def open_files(root: str, paths: Sequence[str], members: Optional[Sequence[Member]] = None) -> ImageSource:
+    """The image files at these paths in a folder, or in an archive with these members."""
+    if members is None:
         return FolderImages(root, paths)
-    members = tar_members(root, notes) if members is None else members
     places = {name: (0, start, length) for name, start, length in members if length >= 0}
     missing = next((path for path in paths if path not in places), None)
     if missing is not None:
