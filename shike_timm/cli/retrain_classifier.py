@@ -1,12 +1,13 @@
 """Retraining of the classifiers: stage two alone."""
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
+from ..checkpoints import saved_args
 from ..data.config import DataConfig
 from ..errors import InputError
 from ..options import check_file_values, complete, options, read_command_line
 from ..pretrained.plain import PlainModel, load_plain, plain_from_checkpoint
 from ..training.config import RetrainConfig, RunConfig
-from ..training.resume import read_stage_one, saved_args
+from ..training.resume import read_stage_one
 from ..training.runs import rebalance, retrain
 from .script import run_script
 

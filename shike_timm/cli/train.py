@@ -8,7 +8,7 @@ import torch
 
 from ..models.create import with_backbone_weights
 from ..options import check_file_values, checked, complete, read_command_line
-from ..recipes import read_hparams
+from ..recipes import read_yaml
 from ..training.config import TrainConfig
 from ..training.resume import run_folder
 from ..training.runs import train
@@ -47,8 +47,7 @@ def complete_train_args(given: Dict[str, Any]) -> TrainConfig:
     folder = run_folder(checked(TrainConfig, given))
     path, saved = os.path.join(folder or '', 'args.yaml'), {}
     if folder and os.path.isfile(path):
-        for file, values in read_hparams(path).items():
-            saved.update(check_file_values(TrainConfig, values, f"hparams file '{file}'", given))
+        saved = check_file_values(TrainConfig, read_yaml(path), f"hparams file '{path}'", given)
     config = complete(TrainConfig, given, saved=saved)
     if config.search and saved.get('levels'):  # The search of the resumed run is done.
         config = replace(config, **{name: saved[name] for name in CHOSEN})

@@ -170,8 +170,10 @@ def set_target_prior(trained: TrainedModel, prior: Optional[str]) -> None:
             if isinstance(values, dict):
                 if not trained.class_names:
                     raise ValueError('it names classes, but the model does not')
-                for name in sorted(set(trained.class_names) ^ set(values)):
-                    raise ValueError(f"{'the model' if name in values else 'the file'} has no class '{name}'")
+                differ = sorted(set(trained.class_names) ^ set(values))
+                if differ:
+                    lacking = 'the model' if differ[0] in values else 'the file'
+                    raise ValueError(f"{lacking} has no class '{differ[0]}'")
                 values = [values[name] for name in trained.class_names]
         trained.model.set_target_prior(values)
         trained.reject_threshold = None  # The threshold was chosen for the model's own prior.

@@ -157,10 +157,10 @@ def publish(config: PublishConfig) -> str:
     if not report:
         print(f"The card says no worst classes and has no figures: 'shike report {config.model}' makes them.")
     if config.dry_run:
+        output = Path(config.dry_run)
+        output.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            place = Path(config.dry_run, name)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+            (output / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         print(f"{config.dry_run} - holds what would be published as '{config.repo_id}': {', '.join(files)}")
         return config.dry_run
     if not re.fullmatch('[!-~]+', get_token() or ''):  # An error about other characters would show the token.

@@ -70,8 +70,9 @@ def save_logits(path: Union[str, Path], saved: SavedLogits) -> None:
     arrays = {key: getattr(saved, key) for key in _ARRAYS}
     arrays.update(
         paths=np.array(saved.paths, dtype=str), class_names=np.array(saved.class_names, dtype=str),
-        costs=json.dumps(saved.costs), **(
-            {} if saved.reject_threshold is None else dict(reject_threshold=saved.reject_threshold)))
+        costs=json.dumps(saved.costs))
+    if saved.reject_threshold is not None:
+        arrays.update(reject_threshold=saved.reject_threshold)
     with write_whole(path, 'wb') as file:
         np.savez(file, **arrays)
 

@@ -66,5 +66,7 @@ def show_progress(num_steps: int, every_minute: bool) -> Iterator[Progress]:
 
 def read_summary(summary: Path) -> List[Dict[str, str]]:
     """The rows of a summary file, [] if there is no file."""
-    with summary.open(newline='') if summary.exists() else nullcontext(()) as file:
+    if not summary.exists():
+        return []
+    with summary.open(newline='') as file:
         return list(csv.DictReader(file))

@@ -11,7 +11,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from torch import nn
 
-from ..checkpoints import load_weights, model_weights
+from ..checkpoints import load_weights, model_weights, saved_args
 from ..data import create_eval_loader, create_train_loader, load_training_data
 from ..distributed import join_processes, local_primary_first, world_size
 from ..errors import InputError, one_line
@@ -26,7 +26,7 @@ from ..pretrained.teacher import load_teacher
 from .config import RetrainConfig, RunConfig, TrainConfig
 from .optimizer import check_compiler
 from .phases import Phase, plan_phases
-from .resume import read_newest, run_folder, saved_args
+from .resume import read_newest, run_folder
 from .step import seed_all
 from .trackers import check_trackers
 from .trainer import Trainer

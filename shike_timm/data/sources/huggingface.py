@@ -1,5 +1,4 @@
 """Hugging Face's data sets in tables, `hfds/NAME`."""
-import io
 from typing import Any, Sequence
 
 from PIL import Image
@@ -20,7 +19,7 @@ class _TableImages(ImageSource):
 
     def open(self, row: int) -> Image.Image:
         image = self.reader.dataset[row][self.reader.image_key]
-        return Image.open(io.BytesIO(image['bytes'])) if image['bytes'] else open_image(image['path'])
+        return open_image(image['path'] or '', image['bytes'] or None)
 
 
 @register_dataset('hfds/')
