@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..checkpoints import CONFIG_FILE
 from ..data.config import PreprocessingConfig
-from ..data.image_files import create_file_loader, find_images
+from ..data.image_files import create_file_loader, find_images, normalize
 from ..devices import DeviceConfig, resolve_device
 from ..errors import InputError, one_line
 from ..files import check_results_file, read_json, spreadsheet_cell, write_whole
@@ -159,15 +159,11 @@ def _predictions(logits: Tensor, predictor: _Predictor, config: RowsConfig) -> I
 @torch.inference_mode()
 def _predict_files(
         predictor: _Predictor, loader: Iterable[Any], paths: List[str], config: RowsConfig) -> Iterator[Dict[str, Any]]:
-    channels = predictor.data_config['input_size'][0]
-    mean, std = (
-        torch.tensor(predictor.data_config[key], device=predictor.device).expand(channels)[:, None, None] * 255
-        for key in ('mean', 'std'))
     remaining = iter(paths)
     found: Iterator[Dict[str, Any]] = iter(())
     for images, errors in loader:
         if images is not None:
-            images = images.to(predictor.device, torch.float32).sub_(mean).div_(std)
+            images = normalize(images, predictor.data_config, predictor.device)
             logits = predictor.run(images.contiguous(memory_format=torch.channels_last)).float().cpu()
             found = _predictions(logits, predictor, config)
         for error, path in zip(errors, remaining):

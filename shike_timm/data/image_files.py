@@ -64,6 +64,14 @@ def _collate(items: List[Tuple[Any, Optional[str]]]) -> Tuple[Optional[Tensor], 
     return torch.from_numpy(np.stack(images)) if images else None, [error for _, error in items]
 
 
+def normalize(images: Tensor, data_config: Dict[str, Any], device: torch.device) -> Tensor:
+    """uint8 images [B, C, H, W] as a model takes them: in float32, on its device."""
+    mean, std = (
+        torch.tensor(data_config[key], device=device).expand(images.shape[1])[:, None, None] * 255
+        for key in ('mean', 'std'))
+    return images.to(device, torch.float32).sub_(mean).div_(std)
+
+
 def create_file_loader(
         paths: List[str], data_config: Dict[str, Any], batch_size: int, num_workers: int = 4, pin_memory: bool = False,
         pixel_range: Optional[Tuple[float, float]] = None, exif: bool = False,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.image_files import create_file_loader, find_images
+from ..data.image_files import create_file_loader, find_images, normalize
 from ..errors import InputError
 from ..models import Shike
 from ..models.experts import to_map
@@ -67,16 +67,13 @@ def draw_cams(
     from pytorch_grad_cam.utils.image import show_cam_on_image  # pyright: ignore[reportMissingImports]
     paths, rows = find_images(names), []
     device = next(model.parameters()).device
-    mean, std = (
-        torch.tensor(data_config[key], device=device).expand(model.in_chans)[:, None, None] * 255
-        for key in ('mean', 'std'))
     model.eval()
     for pixels, errors in create_file_loader(paths, data_config, BATCH_SIZE, 0, **decoding):
         for path, error in zip(paths[len(rows):], errors):
             if error:
                 raise InputError(f"--cam: image '{path}' cannot be read ({error}): leave it out.")
         assert pixels is not None  # Without an error there is always an image.
-        images = (pixels.to(device, torch.float32) - mean) / std
+        images = normalize(pixels, data_config, device)
         with torch.no_grad():
             logits = model.forward_experts(images).float()
         classes = logits.mean(1).argmax(-1)
