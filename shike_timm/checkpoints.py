@@ -38,7 +38,7 @@ class StageSaver(CheckpointSaver):
             super()._save(save_path, epoch, metric)
         except (OSError, RuntimeError) as error:  # On a full disk torch raises a RuntimeError.
             Path(save_path).unlink(missing_ok=True)
-            advice = 'free some space' if os.path.isdir(self.checkpoint_dir) else 'its folder is gone, begin anew'
+            advice = 'free some space' if os.path.isdir(self.checkpoint_dir) else 'its folder is gone, start again'
             raise OSError(f"checkpoint '{save_path}' cannot be written ({one_line(error)}): {advice}.") from error
 
     def state_dict(self, epoch: Optional[int] = None, metric: Optional[float] = None) -> Dict[str, Any]:

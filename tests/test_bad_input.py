@@ -64,7 +64,7 @@ def refused(run_script, tmp_path):
     ('holdout 0.95 leaves class ', ['--holdout', '0.95']),
     ("--kd-model-name 'nothing' cannot teach: Unknown model", ['--kd-model-name', 'nothing']),
     ("--kd-model-name 'local-dir:/nowhere' cannot teach", ['--kd-model-name', 'local-dir:/nowhere']),
-    ('knows 100 classes, the data has 10', ['--kd-model-name', 'resnet32_shike.paper_cifar100_lt_if100']),
+    ('has 100 classes, the data has 10', ['--kd-model-name', 'resnet32_shike.paper_cifar100_lt_if100']),
     ("'/nowhere' holds no run", ['--resume', '/nowhere']),
 ])
 def test_train_arguments(refused, tmp_path, value, argv):

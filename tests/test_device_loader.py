@@ -186,7 +186,7 @@ def test_workers_take_what_has_no_batched_form(cifar, image_folder):
             (dict(RECIPE, mixup=1.), '--mixup or --cutmix')):
         more = AugmentationConfig(**options), CPU, 0, 100
         assert not isinstance(create_train_loader(cifar.train, CIFAR, batches, *more), DeviceLoader)
-        with pytest.raises(InputError, match=f'--device-data cannot be had with this data set: {reason}'):
+        with pytest.raises(InputError, match=f'--device-data does not work with this data set: {reason}'):
             create_train_loader(cifar.train, CIFAR, on_device, *more)
     assert why_not_batched(AugmentationConfig(**RECIPE), torch.device('mps')) == '--aa cifar10'  # for want of float64
     with pytest.raises(InputError, match='its images are 32x32, not 64x64'):

@@ -128,7 +128,7 @@ def test_lists(make_images, tmp_path):
     with pytest.raises(InputError, match="group-key 'a' is not for 'digits_lt'"):
         load_named('digits_lt', group_key='a')
     for ask in (load_named, load_evaluation):
-        with pytest.raises(InputError, match="dataset 'digits_lt' is none"):
+        with pytest.raises(InputError, match="dataset 'digits_lt' is not in one"):
             ask('digits_lt', val_list=str(train))
     with pytest.raises(InputError, match='imb-seed 0 is for the .*_lt data sets'):
         load(root, imb_seed=0)
@@ -193,7 +193,7 @@ def test_a_run_of_lists_is_not_evaluated_on_what_it_was_trained_on(make_images, 
         ask('', str(root), val_list=str(tmp_path / 'val.csv'), **options)
         assert not caplog.text
         ask('', str(root), val_list=str(tmp_path / 'other.txt'), **options)
-        assert '1 images of' in caplog.text and 'was trained on' in caplog.text
+        assert '1 images of' in caplog.text and 'of a training image of' in caplog.text
     for name in labels_of(alone):
         (root / name).unlink()
     with pytest.raises(InputError, match='None of the images .* validation.csv is in the data'):

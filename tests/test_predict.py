@@ -168,7 +168,7 @@ def test_damaged_weights_are_told(folder, model, tmp_path):
 
 @pytest.mark.parametrize('value, argv', [
     ('either as --model', ['{folder}']),
-    ("pattern '/nowhere/*.png' fits no file", ['/nowhere/*.png', '--model', 'resnet32_shike']),
+    ("pattern '/nowhere/*.png' matches no file", ['/nowhere/*.png', '--model', 'resnet32_shike']),
     ('holds no images', ['{tmp}', '--model', 'resnet32_shike']),
     ('holds no model', ['{folder}', '--model', '{folder}']),
     ("'{tmp}/model.onnx' and the config.json", ['{folder}', '--model', '{tmp}/model.onnx']),

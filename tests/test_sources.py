@@ -162,7 +162,7 @@ def test_torchvision_sets_of_one_channel(tmp_path, caplog):
     assert images.shape == (8, 3, 8, 8)
     load_named('torch/mnist', str(tmp_path), holdout=0.25).write_split_lists(tmp_path)
     load_evaluation('torch/mnist', str(tmp_path), run_folder=str(tmp_path))
-    assert 'was trained on' not in caplog.text  # where both splits number their images
+    assert 'of a training image of' not in caplog.text  # where both splits number their images
 
 
 @pytest.mark.parametrize('kind, of_kind, expected', [

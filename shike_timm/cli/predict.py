@@ -103,7 +103,7 @@ def _onnx_predictor(config: RowsConfig, path: Path) -> _Predictor:
     except Exception as error:  # A damaged file can make onnxruntime raise any error.
         raise InputError(
             f"'{path}' and the {CONFIG_FILE} beside it cannot be used ({one_line(error)}): export the model "
-            'anew.') from error
+            'again.') from error
     options = {name: saved.get(name) for name in DECODING}
     options.update({name: getattr(config, name) for name in DECODING if getattr(config, name) is not None})
     return _Predictor(

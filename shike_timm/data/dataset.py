@@ -163,8 +163,8 @@ class ImageSet(Dataset):
         if count > MAX_UNREADABLE * len(self):
             first = int(self.unreadable.int().argmax())
             raise OSError(
-                f"{count} of {len(self)} images cannot be read any more, the first is '{self.filename(first)}': see "
-                'that the disk is there, and start again with --check-images')
+                f"{count} of {len(self)} images cannot be read any more, the first is '{self.filename(first)}': "
+                'check that the disk is there, and start again with --check-images')
 
 
 class StreamSet(IterableImageDataset):

@@ -58,8 +58,8 @@ def hold_out_share(data: AnySet, share: float, name: str, take_last: bool = Fals
     """
     if isinstance(data, StreamSet):
         raise InputError(
-            f"holdout {share:g} needs a data set whose images can be told apart, and '{name}' is a stream: give it "
-            'another split to evaluate on with --val-split, or drop it.')
+            f"holdout {share:g} does not work with '{name}', which is a stream: name another split to evaluate on with "
+            '--val-split, or leave --holdout out.')
     counts = np.array(data.class_counts)
     sizes = np.array([math.ceil(round(share * count, 6)) for count in counts])
     if take_last:
@@ -83,5 +83,5 @@ def hold_out_share(data: AnySet, share: float, name: str, take_last: bool = Fals
     if bare:
         word = 'class has' if len(bare) == 1 else 'classes have'
         evaluation.notes.append(
-            f'{len(bare)} {word} no image held out, for want of a second image or group ({first_few(bare)})')
+            f'{len(bare)} {word} no image held out, since a second image or group is missing ({first_few(bare)})')
     return train, evaluation

@@ -32,13 +32,13 @@ def _find(name: str) -> List[str]:
     if os.path.isdir(name):
         found = _images_below(name)
         if not found:
-            raise InputError(f"folder '{name}' holds no images: give one that does.")
+            raise InputError(f"folder '{name}' holds no images: give another one.")
         return found
     if os.path.exists(name) or not glob.has_magic(name):
         return [name]
     found = sorted(glob.glob(name, recursive=True))
     if not found:
-        raise InputError(f"pattern '{name}' fits no file: see that it is right, and quoted.")
+        raise InputError(f"pattern '{name}' matches no file: check the pattern, and put it in quotes.")
     return [path for match in found for path in (_images_below(match) if os.path.isdir(match) else [match])]
 
 
@@ -83,7 +83,7 @@ def create_file_loader(
     """
     channels = data_config['input_size'][0]
     if channels not in MODES:
-        raise InputError(f'The model takes images of {channels} channels, expected 1 or 3: no files have such.')
+        raise InputError(f'The model takes images of {channels} channels, expected 1 or 3, which image files have.')
     transform: Any = create_eval_transform(data_config)
     reader = ImageReader(open_image, Compose([ImageDecoder(channels, pixel_range, exif), transform]), paths)
     return create_loader(reader, batch_size, limit_workers(num_workers), _collate, pin_memory=pin_memory)

@@ -134,8 +134,8 @@ def exclude_unreadable(data: ImageSet, workers: int = 0, anew: bool = False) -> 
         if before and not count:
             first = next(index for index in bad if data.targets[index] == label)
             raise InputError(
-                f"None of the {before} images of class '{data.class_names[label]}' can be read, of "
-                f"'{data.filename(first)}' because: {faults[first]}; mend them, or remove the class.")
+                f"None of the {before} images of class '{data.class_names[label]}' can be read (the first is "
+                f"'{data.filename(first)}': {faults[first]}): replace them, or remove the class.")
     left.notes.append(f'{len(bad)} unreadable ({first_few([data.filename(i) for i in bad])})')
     return left
 

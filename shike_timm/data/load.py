@@ -77,19 +77,19 @@ def _check_options(config: SourceConfig, source: Type[DataSource]) -> None:
     name = config.dataset or config.data_dir
     for is_refused, names, why in (
         (not source.has_imb_factor, ('imb_factor', 'imb_type', 'imb_seed', 'val_per_class'),
-         f"is for the *_lt data sets, and '{name}' is none"),
+         f"is for the *_lt data sets, and '{name}' is not one"),
         (source.eval_split, ('train_split',), f"is not for '{name}', whose splits are fixed"),
         (source.eval_split not in (None, config.val_split), ('val_split',),
          f"is not for '{name}', whose splits are fixed"),
         (not (config.dataset or config.train_list or config.val_list), ('input_key', 'target_key'),
          f"is for lists, and '{name}' is a folder"),
         (not config.dataset.lower().startswith(STREAMS), ('train_num_samples', 'val_num_samples'),
-         f"is for streams, and '{name}' is none"),
+         f"is for streams, and '{name}' is not one"),
         (config.train_list, ('class_depth',), f"is for folders, and the list '{config.train_list}' says the classes"),
         (config.holdout, ('val_per_class', 'val_list'), f'contradicts holdout {config.holdout:g}'),
         (source.has_imb_factor, ('class_stats',), f"is not for '{name}', whose counts follow its imb-factor"),
         (config.dataset and source.num_classes is None, ('train_list', 'val_list'),
-         f"is for images in a folder, and dataset '{name}' is none"),
+         f"is for images in a folder, and dataset '{name}' is not in one"),
     ):
         if is_refused:
             _refuse(config, names, why)
@@ -152,7 +152,7 @@ def load_training_data(
             'images, or give their counts with --class-stats.')
     named = len(train.class_names or counts)
     if named != len(counts):
-        raise InputError(f"'{stats}' counts {len(counts)} classes, but {named} have names: give what fits.")
+        raise InputError(f"'{stats}' counts {len(counts)} classes, but {named} have names: give counts of all of them.")
     if class_names and train.class_names:
         labels = match_names(train.class_names, class_names, f"'{name}'", all_of_them=True)
         train = train.relabel(labels, class_names)
@@ -163,7 +163,7 @@ def load_training_data(
         raise InputError(f"Class '{bare}' has no training image: add some, or remove the class.")
     if len(counts) < 2:
         raise InputError(
-            f"'{name}' has a single class, '{names[0]}', and nothing to tell it from: give a folder of several.")
+            f"'{name}' has a single class, '{names[0]}', expected two or more: give a folder of several.")
     train = _check_images(train, config, workers)
     if train.class_counts and not stats:
         counts = train.class_counts
@@ -179,8 +179,8 @@ def load_training_data(
             count = int(np.isin(np.unique(train.groups), test.groups).sum())
             if count:
                 _logger.warning(
-                    f"{count} groups of --group-key '{config.group_key}' are in training and in evaluation: figures "
-                    'are too good, and shike describe names them.')
+                    f"{count} groups of --group-key '{config.group_key}' are in training and in evaluation, so the "
+                    'figures will be too good. shike describe names these groups.')
     else:
         holdout = holdout or HOLDOUT
         if lists and isinstance(train, ImageSet):

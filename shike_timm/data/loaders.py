@@ -76,9 +76,9 @@ def _collate_readable(channels: int, batch: List[Optional[Tuple[Any, int]]]) -> 
 
 def _is_on_device(data: AnySet, device_data: Optional[bool], why_not: Optional[str]) -> bool:
     if data.is_stream and world_size() > 1:
-        raise InputError('A stream of images cannot be shared out among processes exactly: use files, or one process.')
+        raise InputError('Several processes cannot share the images of a stream: use files, or one process.')
     if device_data and why_not:
-        raise InputError(f'--device-data cannot be had with this data set: {why_not}; leave it out.')
+        raise InputError(f'--device-data does not work with this data set: {why_not}; leave it out.')
     return device_data is not False and not why_not
 
 

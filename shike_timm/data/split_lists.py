@@ -45,8 +45,8 @@ class SplitLists:
         both = next((path for path in self.train if path in self.evaluation), None)
         if both is not None:
             raise InputError(
-                f"'{both}' is in '{self.train_list}' and in '{self.eval_list}': the run would be evaluated on what it "
-                'learnt. Restore the lists.')
+                f"'{both}' is in '{self.train_list}' and in '{self.eval_list}': the run would be evaluated on a "
+                'training image. Restore the lists.')
 
     @classmethod
     def find(cls, folder: Union[None, str, Path]) -> Optional['SplitLists']:
@@ -71,9 +71,9 @@ class SplitLists:
         count = sum(path in trained for path in endings(paths))
         if count:
             _logger.warning(
-                f"{count} images of '{name}' have the {'folder and the name' if moved else 'path'} of one that "
-                f"'{self.folder}' was trained on: unless they are others, its figures are too good; "
-                f"'{self.eval_list}' lists those held out.")
+                f"{count} images of '{name}' have the {'folder and the name' if moved else 'path'} of a training image "
+                f"of '{self.folder}'. If they are the same images, the figures are too good. '{self.eval_list}' lists "
+                'the held-out images.')
 
     def split(self, data: ImageSet) -> Tuple[ImageSet, ImageSet]:
         """Split a training set as the run did."""

@@ -61,8 +61,8 @@ def explain_failure(error: Exception) -> Optional[Tuple[int, str]]:
             'the container with more, as `docker run --shm-size=2g` does, or choose fewer --workers, such as 0.')
     if 'DataLoader timed out' in text:
         return 1, (
-            f'error: The processes that load images gave none for {LONGEST_WAIT // 60} minutes: see that the disk of '
-            'the images answers, and try --workers 0.')
+            f'error: The processes that load images gave none for {LONGEST_WAIT // 60} minutes: check that the '
+            'disk of the images responds, and try --workers 0.')
     if 'Too many open files' in text:
         return 1, 'error: Too many files are open: allow more with `ulimit -n 65536`, or choose fewer --workers.'
     if 'DataLoader worker' in text:

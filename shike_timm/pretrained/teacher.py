@@ -29,20 +29,20 @@ def load_teacher(
         raise InputError(f"--kd-model-name '{name}' cannot teach: {one_line(error)}.") from error
     if num_classes != data.num_classes:
         raise InputError(
-            f"--kd-model-name '{name}' knows {num_classes} classes, the data has {data.num_classes}: name a model that "
-            'was trained on the same.')
+            f"--kd-model-name '{name}' has {num_classes} classes, the data has {data.num_classes}: name a model that "
+            'was trained on the same classes.')
     names, counts = list(cfg.get('label_names') or data.class_names), config.get('class_counts')
     if names != data.class_names:
         strays = [c for c, one in enumerate(names) if one not in data.class_names]
         if strays:
             raise InputError(
                 f"--kd-model-name '{name}' calls class {strays[0]} '{names[strays[0]]}', which the data does not have "
-                f"('{data.class_names[strays[0]]}' in its place): name a model that was trained on the same classes.")
+                f"(there it is '{data.class_names[strays[0]]}'): name a model that was trained on the same classes.")
         places = torch.tensor([names.index(own) for own in data.class_names], device=device)
         teacher.register_forward_hook(lambda module, images, logits: logits[:, places])
         counts = counts and [counts[place] for place in places.tolist()]
     if held_out and counts != list(data.class_counts):
         raise InputError(
-            f"--kd-model-name '{name}' may have learnt from the images that --holdout keeps for evaluation: train the "
-            'teacher with the same --holdout.')
+            f"--kd-model-name '{name}' may have been trained on the images that --holdout keeps for evaluation: train "
+            'the teacher with the same --holdout.')
     return teacher

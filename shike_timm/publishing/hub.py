@@ -75,7 +75,7 @@ def find_report(
         worst.sort(key=lambda row: (float(row['ensemble']), -int(row['test images'])))
         cells = [[str(row[key]).replace('|', '\\|') for key in WORST] for row in worst[:5]]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"'{table}' is damaged ({one_line(error)}): make the report anew.") from error
+        raise InputError(f"'{table}' is damaged ({one_line(error)}): make the report again.") from error
     names, problem = config.get('label_names'), None
     if names and config.get('class_counts') and counts != dict(
             zip(map(spreadsheet_cell, names), config['class_counts'])):
@@ -84,7 +84,7 @@ def find_report(
     elif abs(result.get('top1', top1) - top1) > 0.5:
         problem = f"its top-1 is {top1:.2f} and that of the run {result['top1']:.2f}"
     if problem:
-        raise InputError(f"'{report}' is of another model, as {problem}: make it anew, or move it away.")
+        raise InputError(f"'{report}' is of another model, as {problem}: make it again, or move it away.")
     return paths, cells
 
 

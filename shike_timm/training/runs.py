@@ -104,8 +104,8 @@ def rebalance(config: RetrainConfig, plain: PlainModel) -> Dict[str, Any]:
         raise InputError(f"checkpoint '{plain.name}' cannot be split: {one_line(error)}.") from error
     if trainer.data.holdout:
         _logger.warning(
-            f"The images to evaluate on are held out of the training images, but '{plain.name}' may have learnt from "
-            'them: both accuracies may be too high. Give the split that it was evaluated on, where there is one.')
+            f"The images to evaluate on are held out of the training images, but '{plain.name}' may have been trained "
+            'on them, so both accuracies may be too high. Give the split that it was evaluated on, if there is one.')
     if net is None:
         _logger.info(f"'{plain.name}' has other classes than the data, so there are no metrics before.")
     else:

@@ -58,5 +58,5 @@ def tracking(config: OutputConfig, folder: Path) -> Iterator[Callable[[Path], No
                 except Exception as error:  # A service that refuses may raise any error, and so may a full disk.
                     flag = name.replace('_', '-')
                     raise InputError(
-                        f'--{flag} could not start ({one_line(error)}): mend that, or leave it out.') from error
+                        f'--{flag} could not start ({one_line(error)}): correct that, or leave it out.') from error
         yield track

@@ -119,9 +119,9 @@ class Trainer:
             as_trained = self.evaluate(self.model)['top1']
             self.model.set_target_prior(None)
             _logger.info(
-                f'Stage two answers for equally frequent classes, so top1 went from {before} to {after}. Where classes '
-                f'are as frequent as in training it is {as_trained} with --target-prior train, which shike eval, '
-                'predict and export take.')
+                f'Stage two takes all classes as equally frequent, so top1 went from {before} to {after}. With '
+                f'--target-prior train, an option of shike eval, predict and export, top1 is {as_trained}. It takes '
+                'classes as frequent as in training.')
 
     def _use_features(self, fresh: bool) -> None:
         """Replace the images by cached features. In a fresh run with `--search`, choose the experts first."""

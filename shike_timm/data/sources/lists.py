@@ -38,7 +38,7 @@ def _read_text(path: str) -> ImageList:
             if len(parts) == 1:
                 raise InputError(
                     f"Line {number} of '{path}' is '{parts[0]}', expected a path and a label with a space between: "
-                    'mend it, or give a table with a header as .csv.')
+                    'correct it, or give a table with a header as .csv.')
             if ' ' in os.path.splitext(parts[0])[1]:
                 raise InputError(
                     f"Line {number} of '{path}', '{line.strip()}', has a label of several words: give a table with a "
@@ -76,7 +76,7 @@ def _read_table(path: str, config: SourceConfig) -> ImageList:
             if len(row) != len(fields) or not row[path_at] or not row[label_at].strip():
                 raise InputError(
                     f"Line {rows.line_num} of '{path}' has no path or no label, or not the {len(fields)} columns of "
-                    'its header: mend it.')
+                    'its header: correct it.')
             result.paths.append(row[path_at])
             result.labels.append(row[label_at].strip())
             if group_at is not None:
@@ -122,7 +122,7 @@ def _read_list(config: SourceConfig, path: str) -> ImageList:
         raise
     except KeyError as error:
         raise InputError(
-            f"List '{path}' has no {error}, expected COCO's images, annotations and categories: mend it.") from error
+            f"List '{path}' has no {error}, expected COCO's images, annotations and categories: correct it.") from error
     except (OSError, ValueError, csv.Error, TypeError, AttributeError) as error:
         raise InputError(f"List '{path}' cannot be read: {one_line(error)}.") from error
     if not result.paths:
