@@ -30,15 +30,18 @@ def read_metrics(folder: Path) -> Dict[str, Any]:
     path = folder / 'metrics.json'
     metrics = read_json(path) if os.path.isfile(path) else {}
     for phase, result in metrics.items():
-        experts = result.get('experts') if isinstance(result, dict) else None
-        for one in [result, *experts] if isinstance(experts, list) else [None]:
-            if not isinstance(one, dict) or not all(
-                    isinstance(one.get(name), (int, float, type(None)))
-                    for name in (*METRICS, 'macro_f1', 'balanced_classes')):
-                raise InputError(
-                    f"'{path}' is damaged: '{phase}' does not hold the metrics of a model and its experts. Restore "
-                    'it, or remove it.')
+        experts = result.get('experts') if _are_metrics(result) else None
+        if not isinstance(experts, list) or not all(map(_are_metrics, experts)):
+            raise InputError(
+                f"'{path}' is damaged: '{phase}' does not hold the metrics of a model and its experts. Restore it, or "
+                'remove it.')
     return metrics
+
+
+def _are_metrics(values: Any) -> bool:
+    """Whether these are names and values, with a number or None for each metric."""
+    names = (*METRICS, 'macro_f1', 'balanced_classes')
+    return isinstance(values, dict) and all(isinstance(values.get(name), (int, float, type(None))) for name in names)
 
 
 def check_folder(folder: Path, resumed: bool) -> None:

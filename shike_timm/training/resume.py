@@ -102,10 +102,10 @@ def _read_to_resume(path: Path, config: TrainConfig, folder: Path) -> Dict[str, 
     return checkpoint
 
 
-def warn_of_changes(data: TrainingData, before: Optional[Sequence[int]]) -> None:
+def warn_of_changes(data: TrainingData, before: Sequence[int]) -> None:
     """Warn about classes whose number of training images changed since the run began."""
-    changed = [c for c, pair in enumerate(zip(before or (), data.class_counts)) if pair[0] != pair[1]]
-    if before and changed:
+    changed = [c for c, pair in enumerate(zip(before, data.class_counts)) if pair[0] != pair[1]]
+    if changed:
         c = changed[0]
         _logger.warning(
             f'{len(changed)} classes have another number of training images than when the run began. The first is '

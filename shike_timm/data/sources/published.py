@@ -107,8 +107,6 @@ class PublishedSource(DataSource):
 
 @register_dataset('imagenet_lt')
 class ImageNetLT(PublishedSource):
-    """ImageNet-LT."""
-
     title, num_classes, eval_split = 'ImageNet-LT', 1000, 'test'
     train_list = 'ImageNet_LT_train.txt', 'efdbdad4f050237c310b2f354cf95a8b1d7c8d57a63c4ea4bb6bf2bcb012f37f'
     eval_list = 'ImageNet_LT_test.txt', 'd1590191cf8a71fada7b1aaedaa2d139a2aea93ff2f1b755319d0bd8dbaa55d5'
@@ -118,8 +116,6 @@ class ImageNetLT(PublishedSource):
 
 @register_dataset('inat2018')
 class INat2018(PublishedSource):
-    """iNaturalist 2018."""
-
     title, num_classes, eval_split = 'iNaturalist 2018', 8142, 'validation'
     train_list = 'iNaturalist18_train.txt', '158fa2dca040e6e95b06c68c7cdff40fe696f202793b2aa0e8b854321ffe1adf'
     eval_list = 'iNaturalist18_val.txt', 'efaeff65f80641b60864470e6f255aa69453406ef5717eec8c6681748f3a61f3'
@@ -129,8 +125,6 @@ class INat2018(PublishedSource):
 
 @register_dataset('places_lt')
 class PlacesLT(PublishedSource):
-    """Places-LT."""
-
     title, num_classes, eval_split = 'Places-LT', 365, 'test'
     train_list = 'Places_LT_train.txt', '726c4871dcbf07ce2f857703bfe32e9a83ffbf52d704239f6d95c4f4f4c247f7'
     eval_list = 'Places_LT_test.txt', '44eee8441c8098c59195465abede425721bc35525d75209f9433b161a6eb37bc'
