@@ -268,4 +268,4 @@ def test_a_loss_of_stage_two_is_explained(caplog, gain):
         evaluate=lambda model: dict(top1=68.5 if asked else 0))
     Trainer._log_change(trainer, dict(stage_one=dict(top1=67.5), stage_two=dict(top1=67.5 + gain)))
     assert asked == (['train', None] if gain < 0 else [])
-    assert ('from 67.5 to 66.5' in caplog.text and 'it is 68.5 with --target-prior train' in caplog.text) == (gain < 0)
+    assert ('from 67.5 to 66.5' in caplog.text and 'top1 is then 68.5' in caplog.text) == (gain < 0)

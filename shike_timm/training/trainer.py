@@ -119,9 +119,9 @@ class Trainer:
             as_trained = self.evaluate(self.model)['top1']
             self.model.set_target_prior(None)
             _logger.info(
-                f'Stage two takes all classes as equally frequent, so top1 went from {before} to {after}. With '
-                f'--target-prior train, an option of shike eval, predict and export, top1 is {as_trained}. It takes '
-                'classes as frequent as in training.')
+                f'Stage two takes all classes as equally frequent, so top1 went from {before} to {after}. If '
+                'classes are as frequent as in training, use --target-prior train of shike eval, predict or export: '
+                f'top1 is then {as_trained}.')
 
     def _use_features(self, fresh: bool) -> None:
         """Replace the images by cached features. In a fresh run with `--search`, choose the experts first."""
