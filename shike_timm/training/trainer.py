@@ -78,7 +78,7 @@ class Trainer:
         """Train all phases, the first one from `checkpoint` if given. Write and return the metrics by phase name."""
         if checkpoint is not None:
             load_weights(self.model, checkpoint['state_dict'], self.folder)
-            warn_of_changes(self.data, saved_args(checkpoint).get('class_counts', ()))
+            warn_of_changes(self.data, saved_args(checkpoint).get('class_counts') or ())
         self.start(self.phases[0])  # Wrong options raise errors here, before the folder is made.
         on_primary(check_folder, self.folder, resumed)
         path = self.folder / 'metrics.json'
