@@ -172,12 +172,13 @@ def operations(theme: Theme) -> str:
     panels = [  # Title, column, and of each side the runs with their operations.
         ('From scratch, CIFAR-100-LT', 'top1', {'one_network_short': 40, 'one_network': 180},
          {'short_seed0': 40 * scratch, 'if100_seed0': 180 * scratch}),
-        ('Fine-tuned in two phases, CIFAR-100-LT', 'top1', {'lite0_plain': 5, 'lite0_plain_long': 10},
+        ('Two phases, CIFAR-100-LT', 'top1', {'lite0_plain': 5, 'lite0_plain_long': 10},
          {'lite0_shike': 5 * lite0, 'lite0_shike_long': 10 * lite0}),
-        ('In one phase, CIFAR-100-LT', 'top1',
+        ('One phase, CIFAR-100-LT', 'top1',
          {'ops_plain_balanced_01_lr02': 1, 'ops_plain_balanced_05': 5, 'ops_plain_balanced_10': 10},
-         {'ops_frozen_heads': FEATURES, 'ops_frozen_tuned_04': FEATURES + 4, 'ops_frozen_tuned_10': FEATURES + 10}),
-        ('In one phase, plankton (balanced)', 'balanced',
+         {'ops_frozen_heads': FEATURES, 'ops_frozen_tuned_04': FEATURES + 4,
+          'ops_frozen_tuned_10_lr05': FEATURES + 10}),
+        ('One phase, plankton (balanced)', 'balanced',
          {f'{part}_balanced_one_lr02': 1, f'{part}_balanced_short_lr05': 3, f'{part}_balanced_lr05': 5},
          {f'{part}_heads': FEATURES, f'{part}_tuned_short_lr02': FEATURES + 2, f'{part}_tuned_lr05': FEATURES + 5}),
     ]
@@ -206,7 +207,7 @@ def _panel(drawing: Drawing, left: int, top: int, title: str, sides: Sequence[Se
     for x, _ in sides[0]:
         drawing.text(place(x, 0)[0], top + height + 20, str(x), 13)
     drawing.text(left + width / 2, top + height + 40, 'operations, in epochs of one network', 13)
-    for side, colour, x_off, y_off, anchor in zip(sides, ('plain', 'shike'), (-7, 7), (-7, 17), ('end', 'start')):
+    for side, colour, x_off, y_off, anchor in zip(sides, ('plain', 'shike'), (7, -7), (17, -7), ('start', 'end')):
         drawing.line([place(*point) for point in side], colour, 2)
         for point in side:
             x, y = place(*point)

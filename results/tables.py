@@ -107,7 +107,8 @@ TABLES: Dict[str, Tuple[str, Rows]] = {
         ('class means, 3 epochs', ['if100_crt3_means_seed1'], None),
     ]),
     'crt': ('Stage two by its beginning, scale and epochs, on 50 training images a class set aside:', [
-        (f'{what}: {init}, scale {scale}, {epochs} epochs', [f'crt_{net}_{init}_{scale}_{epochs:02}'], None)
+        (f'{what}: {init}, scale {scale}, {epochs} epoch{"s" * (epochs > 1)}',
+         [f'crt_{net}_{init}_{scale}_{epochs:02}'], None)
         for net, what in (('cifar', 'ResNet-32'), ('lite0', 'EfficientNet-Lite0'), ('vit', 'ViT-S/14'))
         for init in ('random', 'means') for scale in (20, 30) for epochs in ((1, 3) if net == 'vit' else (1, 3, 20))
     ]),
