@@ -203,7 +203,10 @@ def test_pooled_features_have_no_maps(backbone_file, tmp_path):
     (['--no-freeze-trunk'], '--cache-features goes with --private-stages 0'),
     (['--mixup', '0.2'], 'does not go with --mixup'),
     (['--no-pretrained-backbone', '--initial-checkpoint', 'RUN'], '--search makes new experts on a backbone'),
-], ids=['levels', 'experts', 'private', 'unfrozen', 'mixup', 'start'])
+    (['--method', 'ce'], '--search tries balanced softmax and SGD alone'),
+    (['--opt', 'adamw'], '--search tries balanced softmax and SGD alone'),
+    (['--hflip', '0'], '--cache-features 2 keeps mirror images'),
+], ids=['levels', 'experts', 'private', 'unfrozen', 'mixup', 'start', 'method', 'opt', 'hflip'])
 def test_what_does_not_go_with_cached_features(extra, sentence):
     with pytest.raises(InputError, match=sentence):
         plan_phases(parse_train_args([*FROZEN, *extra]))
@@ -224,6 +227,24 @@ def test_fine_tuning_begins_with_the_experts_found(backbone_file, tmp_path):
     assert saved['cosine_scale'] == 25 and saved['head_init'] == 'means'  # They are kept all the same.
     assert saved['model_kwargs'].items() >= dict(pad_type='same', bn_eps=0.002).items()
     assert not torch.equal(tuned.experts[0].norm.running_mean, found.experts[0].norm.running_mean)
+
+
+def test_a_frozen_trunk_needs_the_statistics_of_its_features():
+    config = parse_train_args([*FROZEN, '--no-search', '--levels', '1+2'])
+    with pytest.raises(InputError, match='needs the mean and deviation of the features'):
+        plan_phases(replace(config, cache_features=None))
+
+
+def test_a_search_follows_the_base_rate_and_the_run_keeps_what_it_chose(backbone_file, tmp_path):
+    frozen_run(tmp_path, backbone_file, '--lr-base', '0.5', '--channels-last')
+    rate, saved = 0.5 * 128 / 256, read_args(tmp_path / 'run')
+    tried = json.loads((tmp_path / 'run' / 'search.json').read_text())
+    assert {one['lr'] for one in tried} == {rate, 0.05} and saved['lr'] == tried[0]['lr'] and saved['lr_base'] is None
+
+
+def test_the_pooling_of_frozen_levels_is_the_mean():
+    with pytest.raises(ValueError, match="global_pool 'max' needs private stages"):
+        level_model(backbone='test_resnet', global_pool='max')
 
 
 def test_the_search_takes_a_batch_of_one_image():

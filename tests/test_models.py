@@ -6,7 +6,10 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import shike_timm  # noqa: F401
+from shike_timm.cli.train import parse_train_args
+from shike_timm.errors import InputError
 from shike_timm.models.classifiers import CLASSIFIERS
+from shike_timm.models.create import create_model
 from shike_timm.models.experts import ALIGNERS, conv_aligner
 
 
@@ -231,3 +234,22 @@ def test_symbolic_tracing(classifier):
     with torch.no_grad():
         found = extractor(images)
         torch.testing.assert_close(found['classifier'].mean(1), model(images), atol=0, rtol=0)
+
+
+def test_weights_of_the_classifiers_alone_leave_the_heads_of_experts():
+    model = timm.create_model('shike', backbone='test_convnext', num_classes=4).eval()
+    images = torch.randn(1, 3, 64, 64)
+    before = model(images)
+    model.load_state_dict({k: v for k, v in model.state_dict().items() if k.startswith('classifier')}, strict=False)
+    torch.testing.assert_close(model(images), before)
+
+
+def test_an_option_is_not_given_as_an_argument_of_the_network_too():
+    config = parse_train_args(['--model', 'resnet32_shike', '--model-kwargs', 'drop_path_rate=0.1'])
+    with pytest.raises(InputError, match='--model-kwargs drop_path_rate has an option of its own'):
+        create_model(config, 4)
+
+
+def test_a_patch_size_that_does_not_divide_the_image_is_refused():
+    with pytest.raises(ValueError, match='divisible by patch size'):
+        timm.create_model('shike', backbone='test_vit', img_size=100)

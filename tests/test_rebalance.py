@@ -16,6 +16,7 @@ from torch import nn
 from shike_timm.cli.retrain_classifier import parse_retrain_args
 from shike_timm.errors import InputError
 from shike_timm.pretrained.load import load_trained_model
+from shike_timm.pretrained.plain import PlainModel, create_plain
 
 NET = 'test_resnet'
 COUNTS = {'class2': 40, 'class10': 12, 'class1': 4}
@@ -178,3 +179,12 @@ def test_refusals(trained, colours, tmp_path, run_script):
             '--backbone', 'resnet_fifty')
     refused('--num-experts 3 does not go with', '--checkpoint', path, '--num-experts', '3')
     refused('cannot be loaded', '--checkpoint', 'local-dir:/nowhere')
+
+
+def test_a_transformer_keeps_the_image_size_of_its_checkpoint():
+    net = timm.create_model('test_vit', num_classes=3, img_size=32, dynamic_img_size=False).eval()
+    plain = PlainModel('a file', 'test_vit', net.state_dict())
+    model = timm.create_model(
+        'shike', backbone='test_vit', num_experts=1, fusion=False, num_classes=3, img_size=32, dynamic_img_size=False)
+    found, images = create_plain(plain, model, ['a', 'b', 'c']), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(found.net.eval()(images), net(images))

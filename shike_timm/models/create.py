@@ -67,13 +67,17 @@ def create_model(
                 'between them, such as 4+7 5+7 6+7.')
         depths = [[int(stage) for stage in one.split('+')] for one in config.levels]
         num_experts = num_experts or len(depths)
+    options = dict(
+        num_classes=num_classes, in_chans=in_chans, img_size=img_size, num_experts=num_experts, depths=depths,
+        fusion=config.fusion if config.fusion is False else config.fusion_type, backbone=config.backbone,
+        private_stages=config.private_stages, private_blocks=config.private_blocks, classifier=config.classifier,
+        cosine_scale=config.cosine_scale, aligner=config.aligner, drop_rate=config.drop,
+        drop_path_rate=config.drop_path)
+    twice = next((name for name in config.model_kwargs if name in options), None)
+    if twice:
+        raise InputError(f'--model-kwargs {twice} has an option of its own: give that instead.')
     try:
-        model = cast(Shike, timm.create_model(
-            config.model, num_classes=num_classes, in_chans=in_chans, img_size=img_size, num_experts=num_experts,
-            depths=depths, fusion=config.fusion if config.fusion is False else config.fusion_type,
-            backbone=config.backbone, private_stages=config.private_stages, private_blocks=config.private_blocks,
-            classifier=config.classifier, cosine_scale=config.cosine_scale, aligner=config.aligner,
-            drop_rate=config.drop, drop_path_rate=config.drop_path, **config.model_kwargs))
+        model = cast(Shike, timm.create_model(config.model, **options, **config.model_kwargs))
         if source and fresh:
             model.load_backbone(source)
         elif source:

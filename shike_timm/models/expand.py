@@ -32,9 +32,7 @@ def expand(state_dict: Mapping[str, Tensor], model: Shike) -> Dict[str, Tensor]:
     """
     name = model.backbone_name or ''
     chans = preprocessing(name).get('input_size', (3,))[0]
-    args = {
-        key: value for key, value in model._backbone_args.items()
-        if value is not None and not key.startswith('private_')}
+    args = model.backbone_kwargs()
     # timm converts published weights to its own names, and raises an error if any are missing.
     whole = timm.create_model(
         name, pretrained=True, in_chans=chans, pretrained_cfg_overlay=dict(state_dict=dict(state_dict)), **args)
@@ -46,10 +44,10 @@ def expand(state_dict: Mapping[str, Tensor], model: Shike) -> Dict[str, Tensor]:
     head = whole.get_classifier()
     begins_as_backbone = net.last_stages and model.fusion != 'product'
     if not (isinstance(head, nn.Linear) and model.classifier_type == 'linear' and begins_as_backbone):
-        if model.num_classes == getattr(head, 'out_features', None):
+        if model.num_classes and model.num_classes == whole.num_classes:
             _logger.warning(
-                f"The classifiers are new: that of '{name}' fits linear classifiers on residual or no fusion alone, of "
-                'experts with private stages.')
+                f"The classifiers are new. Only a linear layer of '{name}' is taken over, by linear classifiers on "
+                'residual or no fusion, of experts with private stages.')
         return weights
     bias = torch.zeros(head.out_features) if head.bias is None else head.bias.detach()
     for key, value in (('weight', head.weight.detach()), ('bias', bias)):

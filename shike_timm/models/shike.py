@@ -104,6 +104,9 @@ class Shike(PriorModel):
             in_chans=in_chans, global_pool=global_pool, **private, **kwargs, **dd)
         self.depths = choose_depths(net, num_experts, _without_numpy(depths))
         if not net.last_stages:
+            if global_pool not in (None, '', 'avg'):
+                raise ValueError(
+                    f"global_pool '{global_pool}' needs private stages: experts without them read means of features.")
             fusion = False
             net.feature_info.append(joined_level(net.feature_info[-len(net.stages):], self.depths))
         *levels, last = net.feature_info
@@ -207,10 +210,17 @@ class Shike(PriorModel):
                 own[path].load_state_dict(part.state_dict())
         self.set_preprocessing(source)
 
+    def backbone_kwargs(self) -> Dict[str, Any]:
+        """Arguments with which timm makes the whole backbone, without those that split it."""
+        return {
+            key: value for key, value in self._backbone_args.items()
+            if value is not None and not key.startswith('private_')}
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights. If they have no expert heads, as in older versions, the model replaces its heads by pooling."""
         names = [name for name in self.state_dict() if '.head.' in name]
-        if names and self.output_fmt == 'NCHW' and not any(name in state_dict for name in names):
+        has_experts = any(name.startswith('experts.') for name in state_dict)
+        if has_experts and names and self.output_fmt == 'NCHW' and not any(name in state_dict for name in names):
             self._pool_plainly(self.num_features // self.num_experts)
             self.reset_classifier(self.num_classes)
         return super().load_state_dict(state_dict, strict, assign)

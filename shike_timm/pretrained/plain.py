@@ -83,8 +83,11 @@ class OneExpert(nn.Module):
         return (logits if self.places is None else logits[:, self.places])[:, None]
 
 
-def create_plain(plain: PlainModel, in_chans: int, class_names: Sequence[str]) -> Optional[OneExpert]:
-    """Create the network with its own classifier, or return None if its classes are not those of the data."""
+def create_plain(plain: PlainModel, model: Shike, class_names: Sequence[str]) -> Optional[OneExpert]:
+    """Create the network with its own classifier, or return None if its classes are not those of the data.
+
+    Its other arguments, such as the image size, are those of the backbone of `model`.
+    """
     cfg = get_pretrained_cfg(plain.backbone)
     head = getattr(cfg, 'classifier', None)
     names = [head] if isinstance(head, str) else head or ()
@@ -94,7 +97,7 @@ def create_plain(plain: PlainModel, in_chans: int, class_names: Sequence[str]) -
     try:
         net = timm.create_model(
             plain.backbone, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes,
-            in_chans=in_chans)
+            in_chans=model.in_chans, **model.backbone_kwargs())
     except Exception as error:  # The filters of timm's networks raise nearly any error on weights of another one.
         raise InputError(
             f"checkpoint '{plain.name}' does not fit timm's '{plain.backbone}': {one_line(error)}.") from error

@@ -63,9 +63,10 @@ def start_from(model: Shike, start: TrainedModel, class_names: Sequence[str]) ->
     head = {key: value for key, value in own.items() if key.startswith('classifier.')}
     loaded = [key for key in weights if key.startswith('classifier.')]
     differ = sorted(set(names or class_names) ^ set(class_names))
-    kept = not differ and all(key in weights and weights[key].shape == value.shape for key, value in head.items())
+    shapes = {key: weights[key].shape for key in loaded}
+    kept = not differ and shapes == {key: value.shape for key, value in head.items()}
     if not kept:
-        why = f"only one of the models has the class '{differ[0]}'" if differ else 'they have another shape'
+        why = f"only one of the models has the class '{differ[0]}'" if differ else 'they are of another kind or shape'
         _logger.warning(f"The classifiers of '{start.name}' are left out, since {why}: training begins with new ones.")
         weights = {key: value for key, value in weights.items() if key not in loaded}
         weights.update(head)

@@ -70,6 +70,11 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
         raise InputError('--cache-features goes with --private-stages 0 and --freeze-trunk: add both.')
     if config.cache_features and (config.mixup or config.cutmix or config.kd_model_name or world_size() > 1):
         raise InputError('--cache-features does not go with --mixup, --cutmix, --kd-model-name or several processes.')
+    begins_fresh = not (retraining or config.initial_checkpoint or config.pretrained)
+    if config.freeze_trunk and config.private_stages == 0 and begins_fresh and not config.cache_features:
+        raise InputError(
+            '--private-stages 0 with --freeze-trunk needs the mean and deviation of the features: add '
+            '--cache-features 2.')
     if config.search and not config.pretrained_backbone:
         raise InputError('--search makes new experts on a backbone: give --pretrained-backbone or --no-search.')
     chosen = next((key for key in ('levels', 'num_experts') if getattr(config, key)), None)
@@ -77,6 +82,12 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
         raise InputError(
             f"--search chooses --{chosen.replace('_', '-')}: drop one of them, or give --no-search." if chosen else
             '--search goes with --cache-features: add it.')
+    if config.search and (config.method != 'balanced_softmax' or config.opt not in ('sgd', 'momentum')):
+        raise InputError('--search tries balanced softmax and SGD alone: leave out --method and --opt, or --no-search.')
+    if config.cache_features and config.cache_features > 1 and (config.no_aug or not config.hflip):
+        raise InputError(
+            f'--cache-features {config.cache_features} keeps mirror images, which --hflip 0 and --no-aug forbid: give '
+            '--cache-features 1, or leave them out.')
     taught = config.kd_model_name and config.distill_loss_weight  # With a teacher the logits follow neither prior.
     phases = [Phase(
         1, config.epochs, lr, config.warmup_epochs, config.warmup_lr,

@@ -97,7 +97,7 @@ def rebalance(config: RetrainConfig, plain: PlainModel) -> Dict[str, Any]:
     """
     config, phase, device = _plan_retraining(config)
     trainer = prepare(config, [phase], device, False)
-    net = create_plain(plain, config.channels, trainer.data.class_names)
+    net = create_plain(plain, trainer.model, trainer.data.class_names)
     try:
         trainer.model.load_backbone(plain.weights)
     except (ValueError, RuntimeError) as error:
@@ -160,7 +160,8 @@ def prepare(
     model = create_model(config, data.num_classes, config.channels, fresh, config.image_size).to(device)
     if config.recovery_interval and data.train.is_stream:
         raise InputError('--recovery-interval saves the middle of an epoch, where no stream can begin: leave it out.')
-    if config.batch_size * world_size() == 1 and any(isinstance(one, nn.BatchNorm2d) for one in model.modules()):
+    norms = [one for one in model.modules() if isinstance(one, (nn.BatchNorm1d, nn.BatchNorm2d)) and one.training]
+    if config.batch_size * world_size() == 1 and norms:
         raise InputError('--batch-size 1 leaves BatchNorm nothing to average over: choose a larger one.')
     if config.sync_bn and world_size() > 1:
         if device.type == 'cpu':

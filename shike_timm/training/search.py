@@ -18,7 +18,7 @@ from .signals import StopFlag
 
 _logger = logging.getLogger(__name__)
 
-CHOSEN = ('levels', 'num_experts', 'cosine_scale', 'lr', 'search')  # Options that a search sets.
+CHOSEN = ('levels', 'num_experts', 'cosine_scale', 'lr', 'lr_base', 'search')  # Options that a search sets.
 FOLDS, HELD = 5, 3  # Each class is divided into five folds. Three of them are held out, one after the other.
 RATES = (0.05,)  # Learning rates to try in addition to --lr.
 MOST_LEVELS = 6  # Number of last levels that are tried, each as the only level of one expert.

@@ -43,7 +43,8 @@ def train_step(
     fused.
     """
     mixed = torch.autocast(task.device.type, dtype=autocast) if autocast else nullcontext()
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    is_map = images.ndim == 4  # Cached features are vectors.
+    memory_format = torch.channels_last if config.channels_last and is_map else torch.contiguous_format
     with nullcontext() if update else task.no_sync():
         with mixed:
             result = task(images.contiguous(memory_format=memory_format), target)

@@ -129,13 +129,14 @@ class Trainer:
         features = cached_features(
             self.folder.parent, self.model, data, self.config, self.data_config, self.device, self.stop)
         if fresh and self.config.search:
-            found = search(features, data, self.model.level_widths, self.config, self.stop)
+            config = replace(self.config, lr=self.phases[0].lr, lr_base=None)
+            found = search(features, data, self.model.level_widths, config, self.stop)
             write_text(self.folder / 'search.json', json.dumps(found, indent=2) + '\n')
             best = {key: found[0][key] for key in ('levels', 'cosine_scale', 'lr')}
             _logger.info(
                 f"Search: chosen are --levels {' '.join(best['levels'])} --cosine-scale {best['cosine_scale']:g} --lr "
                 f"{best['lr']:g}.")
-            self.config = replace(self.config, **best, num_experts=len(best['levels']), search=False)
+            self.config = replace(config, **best, num_experts=len(best['levels']), search=False)
             save_args(self.folder, self.config)
             self.phases = [replace(phase, lr=best['lr']) for phase in self.phases]
             self.model = create_model(

@@ -64,7 +64,7 @@ class Split:
     def _trace(self, method: str, value: Tensor) -> List[fx.Node]:
         try:
             return trace(self.net, self.levels, method, value)
-        except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
             raise _refusal(
                 self.name, f'its {method} cannot be traced ({str(error).splitlines()[0][:120]})') from error
 
