@@ -74,7 +74,7 @@ def test_bare_weights_are_of_the_model_that_the_options_describe(tmp_path, caplo
 @pytest.mark.parametrize('kwargs', [
     dict(), dict(num_experts=2, depths=[2, 1], fusion=False, classifier='linear'),
     dict(fusion='residual', aligner='separable', cosine_scale=20.),
-    dict(private_stages=0, num_experts=2, depths=[[3], [1, 3]], pad_type='same', global_pool='avgmax',
+    dict(private_stages=0, num_experts=2, depths=[[3], [1, 3]], pad_type='same', global_pool='avg',
          output_stride=16),
 ], ids=['plain', 'linear', 'residual', 'levels'])
 def test_the_structure_of_a_model_makes_it_again(kwargs):
