@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, one_line
 from .options import option
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # These are constants of glibc's malloc.h.
@@ -31,7 +31,7 @@ def resolve_device(name: Optional[str]) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).add_(1).item()  # This fails on a GPU that is too old for this build of torch.
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device '{name}' cannot be used here: {one_line(error)}.") from error
     if device.type == 'cpu':
         keep_freed_memory()
     elif device.type == 'cuda':

@@ -231,7 +231,7 @@ def test_fine_tuning_begins_with_the_experts_found(backbone_file, tmp_path):
 
 def test_a_frozen_trunk_needs_the_statistics_of_its_features():
     config = parse_train_args([*FROZEN, '--no-search', '--levels', '1+2'])
-    with pytest.raises(InputError, match='needs the mean and deviation of the features'):
+    with pytest.raises(InputError, match='need the mean and deviation of its features'):
         plan_phases(replace(config, cache_features=None))
 
 

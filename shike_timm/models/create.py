@@ -108,10 +108,11 @@ def structure(model: Shike) -> Dict[str, Any]:
         found.update(dict(fusion=False) if model.fusion == 'none' else dict(fusion_type=model.fusion))
     else:
         found.update(levels=['+'.join(map(str, one)) for one in model.depths])
-    kwargs = dict(model._backbone_args, output_stride=made_with.get('output_stride'))
-    found.update(model_kwargs={
-        name: value for name, value in kwargs.items()
-        if name not in ('private_stages', 'private_blocks', 'img_size') and value is not None})
+    kwargs = model.backbone_kwargs()
+    kwargs.pop('img_size', None)
+    if made_with.get('output_stride') is not None:
+        kwargs.update(output_stride=made_with['output_stride'])
+    found.update(model_kwargs=kwargs)
     return found
 
 

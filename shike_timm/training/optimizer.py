@@ -48,8 +48,8 @@ def check_compiler(backend: Optional[str], mode: Optional[str], device: torch.de
         torch.compile(lambda x: x + 1, backend=backend, mode=mode)(torch.ones(1, device=device))
     except Exception as error:  # Each backend raises its own errors.
         given = f"--torchcompile '{backend}'" + (f" with --torchcompile-mode '{mode}'" if mode else '')
-        reason = one_line(str(error).splitlines()[0])
-        raise InputError(f'{given} does not work here ({reason}): correct that, or add --no-torchcompile.') from error
+        raise InputError(
+            f'{given} does not work here ({one_line(error)}): correct that, or add --no-torchcompile.') from error
 
 
 def _takes_fused(config: OptimizerConfig) -> bool:

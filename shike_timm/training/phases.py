@@ -71,10 +71,11 @@ def plan_phases(config: RunConfig, retraining: bool = False) -> List[Phase]:
     if config.cache_features and (config.mixup or config.cutmix or config.kd_model_name or world_size() > 1):
         raise InputError('--cache-features does not go with --mixup, --cutmix, --kd-model-name or several processes.')
     begins_fresh = not (retraining or config.initial_checkpoint or config.pretrained)
-    if config.freeze_trunk and config.private_stages == 0 and begins_fresh and not config.cache_features:
+    has_levels = 0 in (config.private_stages, config.private_blocks)
+    if config.freeze_trunk and has_levels and begins_fresh and not config.cache_features:
         raise InputError(
-            '--private-stages 0 with --freeze-trunk needs the mean and deviation of the features: add '
-            '--cache-features 2.')
+            'Experts without private stages on a frozen trunk need the mean and deviation of its features: give '
+            '--private-stages 0 and --cache-features 2.')
     if config.search and not config.pretrained_backbone:
         raise InputError('--search makes new experts on a backbone: give --pretrained-backbone or --no-search.')
     chosen = next((key for key in ('levels', 'num_experts') if getattr(config, key)), None)

@@ -8,7 +8,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import Tensor, fx, nn
 
-from ...errors import nearest
+from ...errors import nearest, one_line
 from .backbone import Backbone, is_column
 from .trace import is_overwritten, make_part, trace
 
@@ -65,8 +65,7 @@ class Split:
         try:
             return trace(self.net, self.levels, method, value)
         except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
-            raise _refusal(
-                self.name, f'its {method} cannot be traced ({str(error).splitlines()[0][:120]})') from error
+            raise _refusal(self.name, f'its {method} cannot be traced ({one_line(error)})') from error
 
     def _describe(self, info: Dict[str, Any], value: Any) -> Optional[Dict[str, Any]]:
         """The `feature_info` of features, None if they are neither a feature map nor tokens of `num_chs` channels."""
